@@ -1,0 +1,52 @@
+# `make help` lists what there is. Every target works in a clean clone: it makes its own environment in .venv.
+PYTHON ?= python3
+VENV   ?= .venv
+TORCH  ?= torch==2.14.1 torchvision==0.29.1
+
+PY      := $(VENV)/bin/python
+SOURCES := pyproject.toml $(wildcard setup.py MANIFEST.in csrc/*)
+
+.DEFAULT_GOAL := help
+.PHONY: help example test bench lint clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# PyTorch first and pinned: these are the versions that the tests run with.
+$(VENV)/.torch:
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet $(TORCH) || \
+	  { echo "make: $(TORCH) is not available here; taking the newest release"; $(PY) -m pip install --quiet torch torchvision; }
+	touch $@
+
+# The stamps depend on the C++ sources, so that a changed kernel is rebuilt.
+$(VENV)/.examples: $(VENV)/.torch $(SOURCES)
+	$(PY) -m pip install --quiet -e ".[examples]"
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.torch $(SOURCES)
+	$(PY) -m pip install --quiet -e ".[dev,examples]"
+	touch $@ $(VENV)/.examples
+
+$(VENV)/.bench: $(VENV)/.torch $(SOURCES)
+	$(PY) -m pip install --quiet -e ".[bench]"
+	touch $@
+
+example: $(VENV)/.examples  ## pretrain with OPTiML on generated images and score the features (about 10 minutes)
+	$(PY) -m examples.optiml example
+
+test: $(VENV)/.dev  ## run every test and every docstring's example
+	$(PY) -m pytest -q $(PYTEST_ARGS)
+
+bench: $(VENV)/.bench  ## time otloss against POT and geomloss
+	$(PY) -m benchmarks $(BENCH_ARGS)
+
+lint: $(VENV)/.dev  ## ruff and mypy
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+clean:  ## remove what was built; environments and results stay
+	rm -rf build dist wheelhouse *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find otloss -name '*.so' -delete
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	rm -f $(VENV)/.dev $(VENV)/.examples $(VENV)/.bench
