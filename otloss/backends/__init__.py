@@ -1,0 +1,108 @@
+"""Backends: the contract that each fulfils, the registry, and the choice of one.
+
+A *problem* is either a dense cost (``left = cost (B, n, m)``, ``right = None``) or a pair of feature sets
+(``left = x (B, n, d)``, ``right = y (B, m, d)``) whose cosine cost is meant, with masses ``a (B, n)``, ``b (B, m)``
+of total 1. A backend knows nothing of modules or autograd; it is a module with
+
+* ``status() -> str | None``: why it cannot be used here, or None;
+* ``solve(left, right, a, b, eps, max_iter, tol)`` -> potentials f and g, transport cost, value, iterations, error;
+* ``implicit_gradient(left, right, a, b, f, g, grad_cost, grad_value, grad_f, grad_g, eps, adjoint, need_cost)`` ->
+  gradients of left, right, a, b and the relative residual of the adjoint system; with ``adjoint=False`` the plan is
+  taken as it stands (multipliers 0);
+* ``unrolled_gradient(left, right, a, b, n_iter, grad_cost, grad_value, eps, need_cost)`` -> gradients of left, right,
+  a, b through the iterations that were run;
+* ``TWICE_DIFFERENTIABLE``: whether the gradients are made of differentiable PyTorch operations.
+
+``backends/reference.py`` defines what each must return.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from types import ModuleType
+
+from otloss.backends import cpu, reference
+
+__all__ = ["BackendStatus", "backends", "choose_backend", "get_backend", "use_backend"]
+
+# In order of preference for the devices named.
+_REGISTRY: dict[str, tuple[ModuleType, tuple[str, ...] | None]] = {
+    "cpu": (cpu, ("cpu",)),
+    "reference": (reference, None),  # None: every device
+}
+_forced: ContextVar[str | None] = ContextVar("otloss_forced_backend", default=None)
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """Whether a backend can be used here; true when it can, and says why when it cannot."""
+
+    name: str
+    reason: str | None = None
+
+    def __bool__(self) -> bool:
+        return self.reason is None
+
+    def __str__(self) -> str:
+        return "usable" if self else f"off: {self.reason}"
+
+
+def backends() -> dict[str, BackendStatus]:
+    """Every backend by name with its status.
+
+    Example:
+        >>> import otloss
+        >>> bool(otloss.backends()["reference"])
+        True
+    """
+    return {name: BackendStatus(name, module.status()) for name, (module, _) in _REGISTRY.items()}
+
+
+def get_backend(name: str) -> ModuleType:
+    """The module of a backend."""
+    return _REGISTRY[name][0]
+
+
+def _check(name: str, device: str | None = None) -> str:
+    if name not in _REGISTRY:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, _REGISTRY))}, got {name!r}")
+    module, devices = _REGISTRY[name]
+    reason = module.status()
+    if reason is not None:
+        raise ValueError(f"backend {name!r} is off: {reason}")
+    if device is not None and devices is not None and device not in devices:
+        raise ValueError(f"backend {name!r} works on {', '.join(devices)} tensors, got a tensor on {device}")
+    return name
+
+
+def choose_backend(name: str | None, device: str) -> str:
+    """The backend for a call: the one asked for, else the one forced, else the first that serves the device."""
+    name = name if name is not None else _forced.get()
+    if name is not None:
+        return _check(name, device)
+    for candidate, (module, devices) in _REGISTRY.items():
+        if (devices is None or device in devices) and module.status() is None:
+            return candidate
+    raise AssertionError("the reference backend serves every device")
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force one backend for the calls inside, in this thread.
+
+    Raises:
+        ValueError: there is no such backend, or it cannot be used here.
+
+    Example:
+        >>> import torch, otloss
+        >>> with otloss.use_backend("reference"):
+        ...     out = otloss.sinkhorn(torch.rand(3, 4))
+    """
+    token = _forced.set(_check(name))
+    try:
+        yield
+    finally:
+        _forced.reset(token)

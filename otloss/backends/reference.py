@@ -1,0 +1,231 @@
+r"""The reference backend: plain PyTorch, log-domain, one dense cost. The definition of correct.
+
+With :math:`T_{ij} = a_i b_j k_{ij}`, :math:`k_{ij} = \exp((f_i + g_j - C_{ij})/\varepsilon)`, one iteration is
+
+.. math:: f_i = -\varepsilon \log \sum_j b_j e^{(g_j - C_{ij})/\varepsilon}, \qquad
+          g_j = -\varepsilon \log \sum_i a_i e^{(f_i - C_{ij})/\varepsilon}, \qquad f = g = 0 \text{ at the start.}
+
+Rows and columns without mass take no part; their potentials follow from the final ones. Everything here is made of
+differentiable PyTorch operations, so the gradients of this module can be differentiated again.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from otloss.cost import unit_rows
+
+TWICE_DIFFERENTIABLE = True
+
+
+def status() -> str | None:
+    """Always usable."""
+    return None
+
+
+def live(mass: Tensor) -> Tensor:
+    """Where there is mass. Below this bound 1/mass leaves the dtype's range, and the mass moves no result."""
+    return mass > (1e-30 if mass.dtype == torch.float32 else 1e-290)
+
+
+def log_mass(mass: Tensor) -> Tensor:
+    """log(mass), -inf where there is none."""
+    alive = live(mass)
+    return torch.where(alive, torch.where(alive, mass, 1.0).log(), -torch.inf)
+
+
+def kernel(cost: Tensor, f: Tensor, g: Tensor, eps: float) -> Tensor:
+    """k_ij = T_ij / (a_i b_j), bounded so that a pair without mass cannot turn 0 * inf into NaN."""
+    bound = 60.0 if cost.dtype == torch.float32 else 600.0
+    return (((f.unsqueeze(-1) + g.unsqueeze(-2)) - cost) / eps).clamp(max=bound).exp()
+
+
+def transport_plan(cost: Tensor, a: Tensor, b: Tensor, f: Tensor, g: Tensor, eps: float) -> Tensor:
+    """T_ij = a_i b_j k_ij."""
+    return a.unsqueeze(-1) * kernel(cost, f, g, eps) * b.unsqueeze(-2)
+
+
+def dense_cost(left: Tensor, right: Tensor | None) -> Tensor:
+    """The cost itself, or the cosine cost of two feature sets."""
+    return left if right is None else 1 - unit_rows(left) @ unit_rows(right).transpose(-1, -2)
+
+
+def _f_step(cost: Tensor, log_b: Tensor, g: Tensor, eps: float) -> Tensor:
+    return -eps * torch.logsumexp((g.unsqueeze(-2) - cost) / eps + log_b.unsqueeze(-2), dim=-1)
+
+
+def _g_step(cost: Tensor, log_a: Tensor, f: Tensor, eps: float) -> Tensor:
+    return -eps * torch.logsumexp((f.unsqueeze(-1) - cost) / eps + log_a.unsqueeze(-1), dim=-2)
+
+
+def _row_error(a: Tensor, f: Tensor, f_next: Tensor, eps: float) -> Tensor:
+    """L1 error of the row marginals; the next f-step knows the row sums: T1 = a exp((f - f_next)/eps)."""
+    drift = torch.where(live(a), (f - f_next) / eps, 0.0)
+    return (a * (drift.exp() - 1).abs()).sum(dim=-1)
+
+
+def solve(
+    left: Tensor, right: Tensor | None, a: Tensor, b: Tensor, eps: float, max_iter: int, tol: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Potentials f, g in the gauge <a, f> = <b, g>, transport cost, value, iterations and error of each problem."""
+    cost = dense_cost(left, right)
+    log_a, log_b = log_mass(a), log_mass(b)
+    f, g = torch.zeros_like(a), torch.zeros_like(b)
+    n_iter = torch.zeros(cost.shape[0], dtype=torch.int64, device=cost.device)
+    running = torch.ones_like(n_iter, dtype=torch.bool)
+    for iteration in range(max_iter):
+        f_next = _f_step(cost, log_b, g, eps)
+        if iteration > 0:
+            running = running & ~(_row_error(a, f, f_next, eps) < tol)
+            if not running.any():
+                break
+        f = torch.where(running.unsqueeze(-1), f_next, f)
+        g = torch.where(running.unsqueeze(-1), _g_step(cost, log_a, f, eps), g)
+        n_iter = n_iter + running
+    f_next = _f_step(cost, log_b, g, eps)
+    error = _row_error(a, f, f_next, eps)
+    f = torch.where(live(a), f, f_next)
+    g = torch.where(live(b), g, _g_step(cost, log_a, f, eps))
+    shift = ((b * g).sum(-1) - (a * f).sum(-1)).unsqueeze(-1) / 2
+    f, g = f + shift, g - shift
+    plan = transport_plan(cost, a, b, f, g, eps)
+    transport_cost = (plan * cost).sum((-1, -2))
+    value = (plan.sum(-1) * f).sum(-1) + (plan.sum(-2) * g).sum(-1) - eps * (plan.sum((-1, -2)) - 1)
+    return f, g, transport_cost, value, n_iter, error
+
+
+def _column(weight: Tensor | None, like: Tensor) -> Tensor:
+    """A weight per problem, shaped to scale a matrix; None is zero."""
+    return torch.zeros_like(like[..., 0, 0])[..., None, None] if weight is None else weight[..., None, None]
+
+
+def _pull_back(grad_cost: Tensor, left: Tensor, right: Tensor | None) -> tuple[Tensor, Tensor]:
+    """From the gradient of the cost to that of the cost itself or of the two feature sets."""
+    if right is None:
+        return grad_cost, grad_cost.new_empty(0)
+    x, y = unit_rows(left), unit_rows(right)
+    return _through_unit_rows(left, x, -grad_cost @ y), _through_unit_rows(right, y, -grad_cost.transpose(-1, -2) @ x)
+
+
+def _through_unit_rows(x: Tensor, unit: Tensor, grad: Tensor) -> Tensor:
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    tangent = grad - unit * (unit * grad).sum(-1, keepdim=True)
+    return torch.where(norm > 0, tangent / torch.where(norm > 0, norm, 1.0), 0.0)
+
+
+def _solve_adjoint(plan: Tensor, r: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """V of [D_a T; T' D_b][U; V] = [r; s] by the Schur complement on the columns, and the relative residual.
+
+    D holds the realised marginals, else the system is inconsistent for a plan that has not converged. Its null space
+    (1, -1) is lifted by the rank-one term bb'. A row or column without mass is left out.
+    """
+    rows, columns = plan.sum(-1), plan.sum(-2)
+    inverse_rows = torch.where(live(rows), 1 / torch.where(live(rows), rows, 1.0), 0.0)
+    scaled = plan * inverse_rows.unsqueeze(-1)
+    schur = torch.diag_embed(torch.where(live(columns), columns, 1.0)) - plan.transpose(-1, -2) @ scaled
+    schur = schur + columns.unsqueeze(-1) * columns.unsqueeze(-2)
+    right_side = torch.where(live(columns), s - (scaled * r.unsqueeze(-1)).sum(-2), 0.0)
+    v = torch.linalg.solve(schur, right_side)
+    u = inverse_rows * (r - (plan @ v.unsqueeze(-1)).squeeze(-1))
+    left_over = torch.where(live(columns), s - columns * v - (plan * u.unsqueeze(-1)).sum(-2), 0.0)
+    size = torch.linalg.vector_norm(right_side, dim=-1)
+    residual = torch.linalg.vector_norm(left_over, dim=-1) / torch.where(size > 0, size, 1.0)
+    return torch.where(live(columns), v, 0.0), residual.detach()
+
+
+def implicit_gradient(
+    left: Tensor,
+    right: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    f: Tensor,
+    g: Tensor,
+    grad_cost: Tensor | None,
+    grad_value: Tensor | None,
+    grad_f: Tensor | None,
+    grad_g: Tensor | None,
+    eps: float,
+    adjoint: bool,
+    need_cost: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of cost or features, a and b, and the adjoint's relative residual; see ``otloss/gradients.py``."""
+    cost = dense_cost(left, right)
+    k = kernel(cost, f, g, eps)
+    plan = a.unsqueeze(-1) * k * b.unsqueeze(-2)
+    w, w_value = _column(grad_cost, cost), _column(grad_value, cost)
+    grad = (w + w_value) * plan
+    grad_a, grad_b = w_value[..., 0] * f, w_value[..., 0] * g
+    residual = torch.zeros_like(cost[..., 0, 0])
+    if adjoint:
+        p = torch.zeros_like(f) if grad_f is None else grad_f
+        q = torch.zeros_like(g) if grad_g is None else grad_g
+        rows = (k * b.unsqueeze(-2)).sum(-1)
+        columns = (k * a.unsqueeze(-1)).sum(-2)
+        reduced = w * (cost - f.unsqueeze(-1) - g.unsqueeze(-2))
+        from_q = eps * (k * q.unsqueeze(-2)).sum(-1)
+        from_p = eps * (k * p.unsqueeze(-1)).sum(-2)
+        r = (reduced * plan).sum(-1) - a * from_q
+        s = (reduced * plan).sum(-2) - b * from_p
+        v, residual = _solve_adjoint(plan, r, s)
+        # u by the row-normalised kernel: finite and right where a row has no mass; then v likewise.
+        u = ((k * b.unsqueeze(-2) * (reduced - v.unsqueeze(-2))).sum(-1) - from_q) / rows
+        v_dead = ((k * a.unsqueeze(-1) * (reduced - u.unsqueeze(-1))).sum(-2) - from_p) / columns
+        v = torch.where(live(b), v, v_dead)
+        grad = grad + plan * (u.unsqueeze(-1) + v.unsqueeze(-2) - reduced) / eps
+        grad = grad + k * (b.unsqueeze(-2) * (p / rows).unsqueeze(-1) + a.unsqueeze(-1) * (q / columns).unsqueeze(-2))
+        grad_a, grad_b = grad_a + u + w[..., 0] * f, grad_b + v + w[..., 0] * g
+    grad_left, grad_right = _pull_back(grad, left, right) if need_cost else (cost.new_empty(0), cost.new_empty(0))
+    return grad_left, grad_right, grad_a, grad_b, residual
+
+
+def unrolled_gradient(
+    left: Tensor,
+    right: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    n_iter: Tensor,
+    grad_cost: Tensor | None,
+    grad_value: Tensor | None,
+    eps: float,
+    need_cost: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Exact gradient of the iterations that were run: the potentials of each are kept, the kernels made again."""
+    cost = dense_cost(left, right)
+    log_a, log_b = log_mass(a), log_mass(b)
+    history = [(torch.zeros_like(a), torch.zeros_like(b))]
+    for iteration in range(int(n_iter.max()) if n_iter.numel() else 0):
+        running = (iteration < n_iter).unsqueeze(-1)
+        f = torch.where(running, _f_step(cost, log_b, history[-1][1], eps), history[-1][0])
+        g = torch.where(running, _g_step(cost, log_a, f, eps), history[-1][1])
+        history.append((f, g))
+
+    f, g = history[-1]
+    f = torch.where(live(a), f, _f_step(cost, log_b, g, eps))
+    g = torch.where(live(b), g, _g_step(cost, log_a, f, eps))
+    w, w_value = _column(grad_cost, cost), _column(grad_value, cost)
+    k = kernel(cost, f, g, eps)
+    plan = a.unsqueeze(-1) * k * b.unsqueeze(-2)
+    outer = w * cost + w_value * (f.unsqueeze(-1) + g.unsqueeze(-2))
+    grad = (w + w_value) * plan - outer * plan / eps
+    by_b = k * b.unsqueeze(-2)
+    grad_a = (outer * by_b).sum(-1) - eps * w_value[..., 0] * (by_b.sum(-1) - 1)
+    by_a = k * a.unsqueeze(-1)
+    grad_b = (outer * by_a).sum(-2) - eps * w_value[..., 0] * (by_a.sum(-2) - 1)
+    grad_f, grad_g = (outer * plan).sum(-1) / eps, (outer * plan).sum(-2) / eps
+    for iteration in range(len(history) - 1, 0, -1):
+        running = (iteration <= n_iter)[:, None, None]
+        (f, g), g_before = history[iteration], history[iteration - 1][1]
+        k = torch.where(running, kernel(cost, f, g, eps), 0.0)
+        step = k * grad_g.unsqueeze(-2)
+        grad = grad + a.unsqueeze(-1) * step
+        grad_a = grad_a - eps * step.sum(-1)
+        grad_f = grad_f - (a.unsqueeze(-1) * step).sum(-1)
+        k = torch.where(running, kernel(cost, f, g_before, eps), 0.0)
+        step = k * grad_f.unsqueeze(-1)
+        grad = grad + b.unsqueeze(-2) * step
+        grad_b = grad_b - eps * step.sum(-2)
+        grad_g = torch.where(running[..., 0], -(b.unsqueeze(-2) * step).sum(-2), grad_g)
+        grad_f = torch.where(running[..., 0], 0.0, grad_f)
+    grad_left, grad_right = _pull_back(grad, left, right) if need_cost else (cost.new_empty(0), cost.new_empty(0))
+    return grad_left, grad_right, grad_a, grad_b

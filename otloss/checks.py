@@ -1,0 +1,82 @@
+"""Checks of arguments: every message names the argument, what came and what was expected."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def no_autocast(like: Tensor) -> torch.autocast:
+    """A context in which products of ``like``'s device keep their dtype; autocast would make them bfloat16."""
+    return torch.autocast(like.device.type, enabled=False)
+
+
+def check_tensor(name: str, value: object, min_dim: int, shape: str) -> None:
+    """``value`` is a floating-point tensor with at least ``min_dim`` dimensions."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor of shape {shape}, got {type(value).__name__}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}")
+    if value.dim() < min_dim:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
+
+
+def check_features(x: object, y: object) -> None:
+    """``x (B, n, d)`` and ``y (B, m, d)`` fit each other."""
+    check_tensor("x", x, 2, "(B, n, d)")
+    check_tensor("y", y, 2, "(B, m, d)")
+    assert isinstance(x, Tensor) and isinstance(y, Tensor)
+    if x.shape[-1] != y.shape[-1]:
+        raise ValueError(f"x and y must have features of one dimension d, got {tuple(x.shape)} and {tuple(y.shape)}")
+    if x.shape[:-2] != y.shape[:-2]:
+        raise ValueError(f"x and y must have the same leading dimensions, got {tuple(x.shape)} and {tuple(y.shape)}")
+    if 0 in x.shape[-2:] or y.shape[-2] == 0:
+        raise ValueError(
+            f"x and y must have at least one row and one feature, got {tuple(x.shape)} and {tuple(y.shape)}"
+        )
+    check_device(x=x, y=y)
+
+
+def check_device(**tensors: Tensor | None) -> None:
+    """All tensors live on one device."""
+    present = {name: t.device for name, t in tensors.items() if t is not None}
+    if len(set(present.values())) > 1:
+        got = ", ".join(f"{name} on {device}" for name, device in present.items())
+        raise ValueError(f"all arguments must be on one device, got {got}")
+
+
+def working_dtype(**tensors: Tensor | None) -> torch.dtype:
+    """The dtype to compute in: float64 if everything is float64, else float32; half precision joins float32 only."""
+    dtypes = {name: t.dtype for name, t in tensors.items() if t is not None}
+    double = [dtype == torch.float64 for dtype in dtypes.values()]
+    if any(double) and not all(double):
+        got = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
+        raise TypeError(f"float64 does not mix with other dtypes; convert the arguments to one dtype, got {got}")
+    return torch.float64 if all(double) else torch.float32
+
+
+def check_number(name: str, value: object, *, positive: bool) -> None:
+    """``value`` is a finite number, positive or at least not negative."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not math.isfinite(value) or value < 0 or (positive and value == 0):
+        raise ValueError(f"{name} must be {'positive' if positive else 'at least 0'} and finite, got {value}")
+
+
+def check_count(name: str, value: object) -> None:
+    """``value`` is a positive integer."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

@@ -1,0 +1,201 @@
+"""The backends' functions as PyTorch operators: opaque to autograd and the compiler, with fake kernels and vmap rules.
+
+Checks of values stand here, inside the operator's body, where they also run under ``torch.compile`` and ``vmap``. On a
+GPU they would stop the queue, so there they run only when the environment sets ``OTLOSS_CHECK_VALUES=1``.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from otloss.backends import get_backend
+from otloss.checks import no_autocast
+
+
+class ConvergenceWarning(UserWarning):
+    """A problem did not reach ``tol`` within ``max_iter``, or its gradient's linear system was left inaccurate."""
+
+
+def _checks_on(x: Tensor) -> bool:
+    return x.device.type == "cpu" or os.environ.get("OTLOSS_CHECK_VALUES") == "1"
+
+
+def _check_marginals(a: Tensor, b: Tensor, log_totals: Tensor, mass_tol: float) -> None:
+    for name, mass, total in (("a", a, log_totals[:, 0]), ("b", b, log_totals[:, 1])):
+        if not (torch.isfinite(total).all() and torch.isfinite(mass).all()):
+            raise ValueError(f"{name} must be finite masses with a positive total in every problem")
+        if (mass < 0).any():
+            raise ValueError(f"{name} must not hold negative mass")
+    gap = (log_totals[:, 0] - log_totals[:, 1]).abs()
+    if (gap > mass_tol).any():
+        worst = gap.argmax()
+        totals = log_totals[worst].exp().tolist()
+        raise ValueError(
+            f"a and b must have the same total mass (relative tolerance {mass_tol:g}), "
+            f"got {totals[0]:.7g} and {totals[1]:.7g} in problem {int(worst)}"
+        )
+
+
+def _explain_nonfinite(left: Tensor, right: Tensor | None, eps: float) -> str:
+    named = (("cost", left),) if right is None else (("x", left), ("y", right))
+    for name, value in named:
+        if not torch.isfinite(value).all():
+            kind = "NaN" if torch.isnan(value).any() else "inf"
+            return f"{name} must be finite, got {kind}; to forbid a pair, give its row or column no mass instead"
+    return f"the cost is too large for {left.dtype} at eps {eps:g}, results are not finite; rescale both"
+
+
+@torch.library.custom_op("otloss::solve", mutates_args=())
+def solve(
+    left: Tensor,
+    right: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    log_totals: Tensor,
+    mass_tol: float,
+    eps: float,
+    max_iter: int,
+    tol: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """f, g, transport cost, value, iterations, error; ``log_totals (B, 2)`` are of the masses before normalising."""
+    checked = _checks_on(left)
+    if checked:
+        _check_marginals(a, b, log_totals, mass_tol)
+    with no_autocast(left):
+        f, g, cost, value, n_iter, error = get_backend(backend).solve(left, right, a, b, eps, max_iter, tol)
+    if checked:
+        if not (torch.isfinite(cost).all() and torch.isfinite(f).all() and torch.isfinite(g).all()):
+            raise ValueError(_explain_nonfinite(left, right, eps))
+        missed = error >= tol
+        if tol > 0 and missed.any():
+            warnings.warn(
+                f"{int(missed.sum())} of {missed.numel()} problems did not reach tol={tol:g} in max_iter={max_iter} "
+                f"iterations at eps={eps:g} (largest marginal error {float(error.max()):.2g}); "
+                "raise max_iter, tol or eps",
+                ConvergenceWarning,
+                stacklevel=2,
+            )
+    return f, g, cost, value, n_iter, error
+
+
+@solve.register_fake
+def _(left, right, a, b, log_totals, mass_tol, eps, max_iter, tol, backend):  # type: ignore[no-untyped-def]
+    scalar = a.new_empty(a.shape[0])
+    return (
+        torch.empty_like(a, memory_format=torch.contiguous_format),
+        torch.empty_like(b, memory_format=torch.contiguous_format),
+        scalar,
+        torch.empty_like(scalar),
+        torch.empty_like(scalar, dtype=torch.int64),
+        torch.empty_like(scalar),
+    )
+
+
+@torch.library.custom_op("otloss::implicit_gradient", mutates_args=())
+def implicit_gradient(
+    left: Tensor,
+    right: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    f: Tensor,
+    g: Tensor,
+    grad_cost: Tensor | None,
+    grad_value: Tensor | None,
+    grad_f: Tensor | None,
+    grad_g: Tensor | None,
+    eps: float,
+    adjoint: bool,
+    need_cost: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of left, right, a and b by the implicit function theorem."""
+    with no_autocast(left):
+        *grads, residual = get_backend(backend).implicit_gradient(
+            left, right, a, b, f, g, grad_cost, grad_value, grad_f, grad_g, eps, adjoint, need_cost
+        )
+    if _checks_on(left) and residual.numel() and float(residual.max()) > 1e-2:
+        warnings.warn(
+            f"the gradient's linear system was solved only to a relative residual of {float(residual.max()):.2g}: "
+            f"at eps={eps:g} the plan is close to a permutation of blocks; raise eps or use float64",
+            ConvergenceWarning,
+            stacklevel=2,
+        )
+    return tuple(grads)  # type: ignore[return-value]
+
+
+def _fake_gradients(
+    left: Tensor, right: Tensor | None, a: Tensor, b: Tensor, need_cost: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    empty = a.new_empty(0)
+    like = torch.contiguous_format
+    return (
+        torch.empty_like(left, memory_format=like) if need_cost else empty,
+        torch.empty_like(right, memory_format=like) if need_cost and right is not None else a.new_empty(0),
+        torch.empty_like(a, memory_format=like),
+        torch.empty_like(b, memory_format=like),
+    )
+
+
+@implicit_gradient.register_fake
+def _(left, right, a, b, f, g, gc, gv, gf, gg, eps, adjoint, need_cost, backend):  # type: ignore[no-untyped-def]
+    return _fake_gradients(left, right, a, b, need_cost)
+
+
+@torch.library.custom_op("otloss::unrolled_gradient", mutates_args=())
+def unrolled_gradient(
+    left: Tensor,
+    right: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    n_iter: Tensor,
+    grad_cost: Tensor | None,
+    grad_value: Tensor | None,
+    eps: float,
+    need_cost: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of left, right, a and b through the iterations that were run."""
+    with no_autocast(left):
+        grads: tuple[Tensor, Tensor, Tensor, Tensor] = get_backend(backend).unrolled_gradient(
+            left, right, a, b, n_iter, grad_cost, grad_value, eps, need_cost
+        )
+    return grads
+
+
+@unrolled_gradient.register_fake
+def _(left, right, a, b, n_iter, gc, gv, eps, need_cost, backend):  # type: ignore[no-untyped-def]
+    return _fake_gradients(left, right, a, b, need_cost)
+
+
+def _fold_batch(op: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
+    """The vmap rule of every operator here: problems are independent, so a mapped dimension is more problems."""
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        size = info.batch_size
+
+        def fold(arg: Any, dim: int | None) -> Any:
+            if not isinstance(arg, Tensor):
+                return arg
+            arg = arg.movedim(dim, 0) if dim is not None else arg.expand(size, *arg.shape)
+            return arg.reshape(size * arg.shape[1], *arg.shape[2:])
+
+        outputs = op(*(fold(arg, dim) for arg, dim in zip(args, in_dims, strict=True)))
+        # An output that was not asked for is empty; it keeps that shape in every mapped call.
+        unfolded = tuple(
+            out.reshape(size, -1, *out.shape[1:]) if out.dim() > 1 or out.numel() else out.new_empty(size, 0)
+            for out in outputs
+        )
+        return unfolded, (0,) * len(unfolded)
+
+    return rule
+
+
+for _op in (solve, implicit_gradient, unrolled_gradient):
+    _op.register_vmap(_fold_batch(_op))

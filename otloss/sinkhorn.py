@@ -1,0 +1,253 @@
+"""The verb: entropic optimal transport for batches of problems, with exact gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from otloss.backends import choose_backend
+from otloss.backends.reference import transport_plan
+from otloss.checks import (
+    HALF,
+    check_choice,
+    check_count,
+    check_device,
+    check_features,
+    check_number,
+    check_tensor,
+    no_autocast,
+    working_dtype,
+)
+from otloss.cost import cosine_cost
+from otloss.gradients import MODES, Sinkhorn
+
+__all__ = ["SinkhornOutput", "cosine_sinkhorn", "sinkhorn"]
+
+
+class SinkhornOutput:
+    """What :func:`sinkhorn` and :func:`cosine_sinkhorn` return.
+
+    Attributes:
+        transport_cost: ``(B,)`` <T, C>, the sharp Sinkhorn loss.
+        value: ``(B,)`` <T, C> + eps KL(T | ab').
+        f: ``(B, n)`` and ``g``: ``(B, m)`` potentials, T_ij = a_i b_j exp((f_i + g_j - C_ij)/eps), <a, f> = <b, g>.
+        n_iter: ``(B,)`` iterations that each problem took.
+        marginal_error: ``(B,)`` L1 distance of the plan's marginals from a and b.
+        converged: ``(B,)`` whether that fell below ``tol``.
+        plan: ``(B, n, m)``, built on first use.
+
+    Each output that requires a gradient carries its own exact one; what the mode cannot differentiate does not require
+    any.
+    """
+
+    def __init__(self, problem: _Problem, solution: tuple[Tensor, ...], gradient: str, tol: float) -> None:
+        shape = problem.batch
+        self._problem, self._gradient, self._plan = problem, gradient, None
+        self.f = solution[0].reshape(*shape, solution[0].shape[-1])
+        self.g = solution[1].reshape(*shape, solution[1].shape[-1])
+        self.transport_cost, self.value, self.n_iter, self.marginal_error = (out.reshape(shape) for out in solution[2:])
+        self.converged = self.marginal_error < tol
+
+    _plan: Tensor | None
+
+    @property
+    def plan(self) -> Tensor:
+        """The plan ``(B, n, m)``. Any function of it is differentiable in mode "implicit"."""
+        if self._plan is None:
+            self._plan = self._problem.plan(self.f, self.g, constant=self._gradient != "implicit")
+        return self._plan
+
+    def __repr__(self) -> str:
+        done, total = int(self.converged.sum()), self.converged.numel()
+        return f"SinkhornOutput(f={tuple(self.f.shape)}, g={tuple(self.g.shape)}, converged={done}/{total})"
+
+
+class _Problem:
+    """A checked problem: cost or features, normalised masses, and the shape of the batch."""
+
+    def __init__(self, left: Tensor, right: Tensor | None, batch: torch.Size, a: Tensor, b: Tensor, eps: float) -> None:
+        self.left, self.right, self.batch, self.a, self.b, self.eps = left, right, batch, a, b, eps
+
+    def plan(self, f: Tensor, g: Tensor, constant: bool) -> Tensor:
+        with no_autocast(f):
+            cost = self.left if self.right is None else cosine_cost(self.left, self.right)
+            operands = (cost, self.a, self.b, f.flatten(0, -2), g.flatten(0, -2)) if f.dim() > 1 else None
+            if operands is None:
+                operands = (cost, self.a, self.b, f.unsqueeze(0), g.unsqueeze(0))
+            if constant:
+                operands = tuple(operand.detach() for operand in operands)
+            plan = transport_plan(*operands, self.eps)
+        return plan.reshape(*self.batch, *plan.shape[1:])
+
+
+def _masses(
+    name: str, mass: Tensor | None, log_mass: Tensor | None, batch: torch.Size, count: int, like: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Masses of total 1 ``(B, count)``, with the gradient of that, and the log of the total before ``(B, 1)``."""
+    if mass is not None and log_mass is not None:
+        raise ValueError(f"give {name} or log_{name}, not both")
+    given, label = (mass, name) if mass is not None else (log_mass, f"log_{name}")
+    if given is None:
+        return like.new_full((1, count), 1 / count).expand(batch.numel(), count), None
+    check_tensor(label, given, 1, f"(B, {count}) or ({count},)")
+    if given.shape[-1] != count or given.dim() > len(batch) + 1:
+        raise ValueError(f"{label} must have shape {(*batch, count)} or ({count},), got {tuple(given.shape)}")
+    try:
+        given = given.to(like.dtype).expand(*batch, count).reshape(batch.numel(), count)
+    except RuntimeError:
+        raise ValueError(
+            f"{label} must have shape {(*batch, count)} or be broadcastable to it, got {tuple(given.shape)}"
+        ) from None
+    if mass is None:
+        return given.softmax(-1), given.detach().logsumexp(-1, keepdim=True)
+    total = given.sum(-1, keepdim=True)
+    return given / total, total.detach().log()
+
+
+def _solve(
+    left: Tensor,
+    right: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    log_a: Tensor | None,
+    log_b: Tensor | None,
+    eps: float,
+    max_iter: int,
+    tol: float,
+    gradient: str,
+    backend: str | None,
+) -> SinkhornOutput:
+    check_number("eps", eps, positive=True)
+    check_number("tol", tol, positive=False)
+    check_count("max_iter", max_iter)
+    check_choice("gradient", gradient, MODES)
+    features = ("x", "y") if right is not None else ("cost",)
+    named: dict[str, Any] = dict(zip(features, (left, right), strict=False))
+    named |= {"a": a, "b": b, "log_a": log_a, "log_b": log_b}
+    check_device(**named)
+    for name in ("a", "b", "log_a", "log_b"):
+        if named[name] is not None:
+            check_tensor(name, named[name], 1, "(B, n)")
+    dtype = working_dtype(**named)
+    chosen = choose_backend(backend, left.device.type)
+    batch = left.shape[:-2]
+    n, m = (left.shape[-2], left.shape[-1] if right is None else right.shape[-2])
+    with no_autocast(left):
+        left = left.to(dtype).reshape(batch.numel(), *left.shape[-2:])
+        right = None if right is None else right.to(dtype).reshape(batch.numel(), *right.shape[-2:])
+        p, log_total_a = _masses("a", a, log_a, batch, n, left)
+        q, log_total_b = _masses("b", b, log_b, batch, m, left)
+        totals = [total for total in (log_total_a, log_total_b) if total is not None] or [left.new_zeros(len(left), 1)]
+        log_totals = torch.cat((totals[0], totals[-1]), dim=-1)
+        half = any(named[name] is not None and named[name].dtype in HALF for name in ("a", "b", "log_a", "log_b"))
+        mass_tol = 2e-2 if half else 1e-6
+        solution = Sinkhorn.apply(
+            left, right, p, q, log_totals, mass_tol, float(eps), max_iter, float(tol), gradient, chosen
+        )
+    return SinkhornOutput(_Problem(left, right, batch, p, q, eps), solution, gradient, tol)
+
+
+def sinkhorn(
+    cost: Tensor,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    *,
+    eps: float = 0.05,
+    log_a: Tensor | None = None,
+    log_b: Tensor | None = None,
+    max_iter: int = 200,
+    tol: float = 1e-5,
+    gradient: str = "implicit",
+    backend: str | None = None,
+) -> SinkhornOutput:
+    r"""Entropic optimal transport for a batch of costs.
+
+    .. math:: T = \arg\min_{T1 = a,\; T^\top 1 = b} \langle T, C \rangle + \varepsilon\, \mathrm{KL}(T \,|\, a b^\top)
+
+    Solved by Sinkhorn iterations, f then g, from f = g = 0; each problem stops by itself when the L1 error of its
+    marginals falls below ``tol``.
+
+    Args:
+        cost: ``(B, n, m)``; ``B`` is any number of leading dimensions, also none. float16 and bfloat16 are solved in
+            float32.
+        a: masses ``(B, n)`` or broadcastable, for instance ``(n,)``; None is uniform. Normalised to total 1, with the
+            gradient of that. Zero means that the row takes no part.
+        b: masses ``(B, m)`` likewise. The totals of a and b may differ by rounding only.
+        eps: strength of the entropy, in units of the cost.
+        log_a: logarithms of the masses instead of ``a``, as ``log_softmax`` gives them; ``-inf`` means no mass.
+        log_b: likewise.
+        max_iter: most iterations.
+        tol: bound on the L1 error of the marginals; 0 runs ``max_iter`` iterations.
+        gradient: "implicit" differentiates the solution itself, for every output; "unroll" the iterations that were
+            run, for ``transport_cost`` and ``value``; "none" takes the plan as a constant, so that only
+            ``transport_cost`` has a gradient, by the cost alone.
+        backend: name of a backend, see :func:`otloss.backends`; None takes the best for the device.
+
+    Returns:
+        :class:`SinkhornOutput`; float64 for float64 input, else float32.
+
+    Raises:
+        TypeError: an argument is of the wrong type or dtype; float64 is mixed with another dtype.
+        ValueError: shapes, devices or options do not fit; a mass is negative, totals differ, the cost is not finite.
+
+    Warns:
+        ConvergenceWarning: a problem did not reach ``tol``; ``converged`` says which.
+
+    Example:
+        >>> import torch, otloss
+        >>> cost = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+        >>> out = otloss.sinkhorn(cost, torch.tensor([0.25, 0.75]), eps=0.1)
+        >>> [round(p, 3) for p in out.plan.sum(0).tolist()]
+        [0.5, 0.5]
+        >>> round(out.transport_cost.item(), 3)
+        0.25
+
+    Source: Cuturi 2013 (arXiv 1306.0895); Schmitzer 2019 (1610.06519) for the stabilised iterations.
+    """
+    check_tensor("cost", cost, 2, "(B, n, m)")
+    if 0 in cost.shape[-2:]:
+        raise ValueError(f"cost must have at least one row and one column, got {tuple(cost.shape)}")
+    return _solve(cost, None, a, b, log_a, log_b, eps, max_iter, tol, gradient, backend)
+
+
+def cosine_sinkhorn(
+    x: Tensor,
+    y: Tensor,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    *,
+    eps: float = 0.05,
+    log_a: Tensor | None = None,
+    log_b: Tensor | None = None,
+    max_iter: int = 200,
+    tol: float = 1e-5,
+    gradient: str = "implicit",
+    backend: str | None = None,
+) -> SinkhornOutput:
+    r"""Entropic optimal transport between sets of features under the cosine cost, which is never stored.
+
+    .. math:: C_{ij} = 1 - \cos(x_i, y_j)
+
+    Args:
+        x: features ``(B, n, d)``.
+        y: features ``(B, m, d)``.
+        a, b, eps, log_a, log_b, max_iter, tol, gradient, backend: as in :func:`sinkhorn`.
+
+    Returns:
+        :class:`SinkhornOutput`, differentiable by x and y. ``plan`` builds a ``(B, n, m)`` tensor, nothing else does
+        (the reference backend excepted).
+
+    Raises:
+        TypeError, ValueError: as :func:`sinkhorn`.
+
+    Example:
+        >>> import torch, otloss
+        >>> x = torch.eye(3)
+        >>> out = otloss.cosine_sinkhorn(x, x.flip(0), eps=0.02)
+        >>> bool(out.transport_cost < 1e-6)
+        True
+    """
+    check_features(x, y)
+    return _solve(x, y, a, b, log_a, log_b, eps, max_iter, tol, gradient, backend)
