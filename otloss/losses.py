@@ -1,0 +1,197 @@
+"""Optimal transport as modules: thin wrappers around the functions, with an objective and a reduction."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from otloss.checks import check_choice, check_count, check_number
+from otloss.cost import cosine_cost
+from otloss.gradients import MODES
+from otloss.sinkhorn import SinkhornOutput, cosine_sinkhorn, sinkhorn
+
+__all__ = ["CosineCost", "CosineSinkhornLoss", "SinkhornLoss"]
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+class CosineCost(nn.Module):
+    r"""Cosine cost matrix between two sets of features, :func:`otloss.cosine_cost` as a module.
+
+    .. math:: C_{ij} = 1 - \frac{\langle x_i, y_j \rangle}{\lVert x_i \rVert \, \lVert y_j \rVert} \in [0, 2]
+
+    Shapes, dtypes and errors are those of the function: ``x (B, n, d)``, ``y (B, m, d)`` give ``(B, n, m)``.
+
+    Example:
+        >>> import torch, otloss
+        >>> otloss.CosineCost()(torch.eye(2), torch.eye(2)).tolist()
+        [[0.0, 1.0], [1.0, 0.0]]
+    """
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Cost ``(B, n, m)`` of ``x (B, n, d)`` and ``y (B, m, d)``."""
+        return cosine_cost(x, y)
+
+
+class _TransportLoss(nn.Module):
+    """What the two losses share: options, their checks, and the reduction over problems."""
+
+    objectives: tuple[str, ...] = ("transport_cost", "value")
+
+    def __init__(
+        self,
+        eps: float = 0.05,
+        objective: str = "transport_cost",
+        max_iter: int = 200,
+        tol: float = 1e-5,
+        gradient: str = "implicit",
+        reduction: str = "mean",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        check_number("eps", eps, positive=True)
+        check_choice("objective", objective, self.objectives)
+        check_count("max_iter", max_iter)
+        check_number("tol", tol, positive=False)
+        check_choice("gradient", gradient, MODES)
+        check_choice("reduction", reduction, REDUCTIONS)
+        if gradient == "none" and objective != "transport_cost":
+            raise ValueError(
+                f"gradient 'none' differentiates objective 'transport_cost' only, got objective {objective!r}; "
+                "take gradient 'implicit'"
+            )
+        self.eps, self.objective, self.max_iter, self.tol = eps, objective, max_iter, tol
+        self.gradient, self.reduction, self.backend = gradient, reduction, backend
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {
+            "eps": self.eps,
+            "max_iter": self.max_iter,
+            "tol": self.tol,
+            "gradient": self.gradient,
+            "backend": self.backend,
+        }
+
+    def _reduce(self, loss: Tensor) -> Tensor:
+        if self.reduction == "mean":
+            return loss.mean()
+        return loss.sum() if self.reduction == "sum" else loss
+
+    def extra_repr(self) -> str:
+        text = (
+            f"eps={self.eps}, objective={self.objective!r}, max_iter={self.max_iter}, tol={self.tol}, "
+            f"gradient={self.gradient!r}, reduction={self.reduction!r}"
+        )
+        return text if self.backend is None else f"{text}, backend={self.backend!r}"
+
+
+class SinkhornLoss(_TransportLoss):
+    r"""Entropic optimal-transport loss on a given cost.
+
+    .. math:: T = \arg\min_{T1 = a,\, T^\top 1 = b} \langle T, C\rangle + \varepsilon\, \mathrm{KL}(T \,|\, a b^\top)
+
+    ``objective="transport_cost"`` is the sharp :math:`\langle T, C \rangle`, ``"value"`` the minimum itself.
+
+    Args:
+        eps: strength of the entropy, in units of the cost.
+        objective: ``"transport_cost"`` or ``"value"``.
+        max_iter, tol, gradient, backend: as in :func:`otloss.sinkhorn`.
+        reduction: over problems: ``"mean"``, ``"sum"`` or ``"none"``.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type or value, or ``gradient="none"`` is asked to
+            differentiate anything but the transport cost.
+
+    Example:
+        >>> import torch, otloss
+        >>> cost = torch.tensor([[[0.0, 1.0], [1.0, 0.0]], [[1.0, 1.0], [1.0, 1.0]]])
+        >>> otloss.SinkhornLoss(eps=0.01, reduction="none")(cost).tolist()
+        [0.0, 1.0]
+    """
+
+    def forward(
+        self,
+        cost: Tensor,
+        a: Tensor | None = None,
+        b: Tensor | None = None,
+        *,
+        log_a: Tensor | None = None,
+        log_b: Tensor | None = None,
+    ) -> Tensor:
+        """Loss of ``cost (B, n, m)``; marginals as in :func:`otloss.sinkhorn`.
+
+        Returns:
+            A scalar, or ``(B,)`` with ``reduction="none"``; float64 for float64 input, else float32.
+        """
+        out = sinkhorn(cost, a, b, log_a=log_a, log_b=log_b, **self._options)
+        return self._reduce(getattr(out, self.objective))
+
+
+class CosineSinkhornLoss(_TransportLoss):
+    r"""Entropic optimal-transport loss between two sets of features under the cosine cost, which is never stored.
+
+    ``objective`` is ``"transport_cost"`` or ``"value"``, called V here, as in `SinkhornLoss`, or ``"divergence"``, the
+    Sinkhorn divergence
+
+    .. math:: S(x, y) = V(x, y) - \tfrac12 V(x, x) - \tfrac12 V(y, y)
+
+    where x and y bring their own marginals: (a, b), (a, a) and (b, b). Unlike V, it is zero for equal sets. It solves
+    three problems instead of one.
+
+    Args:
+        eps: strength of the entropy, in units of the cost.
+        objective: ``"transport_cost"``, ``"value"`` or ``"divergence"``.
+        max_iter, tol, gradient, backend: as in :func:`otloss.sinkhorn`.
+        reduction: over problems: ``"mean"``, ``"sum"`` or ``"none"``.
+
+    Raises:
+        TypeError, ValueError: as `SinkhornLoss`.
+
+    Source: Feydy et al. 2019 (arXiv:1810.08278) for the divergence.
+
+    Example:
+        >>> import torch, otloss
+        >>> x = torch.randn(4, 20, 8)
+        >>> loss = otloss.CosineSinkhornLoss(objective="divergence", reduction="none")
+        >>> bool((loss(x, x).abs() < 1e-5).all()), bool((loss(x, torch.randn(4, 20, 8)) > 0).all())
+        (True, True)
+    """
+
+    objectives = ("transport_cost", "value", "divergence")
+
+    def forward(
+        self,
+        x: Tensor,
+        y: Tensor,
+        a: Tensor | None = None,
+        b: Tensor | None = None,
+        *,
+        log_a: Tensor | None = None,
+        log_b: Tensor | None = None,
+    ) -> Tensor:
+        """Loss of ``x (B, n, d)`` and ``y (B, m, d)``; marginals as in :func:`otloss.sinkhorn`.
+
+        Returns:
+            A scalar, or ``(B,)`` with ``reduction="none"``; float64 for float64 input, else float32.
+        """
+        return self._reduce(self.per_problem(x, y, a, b, log_a=log_a, log_b=log_b)[0])
+
+    def per_problem(
+        self,
+        x: Tensor,
+        y: Tensor,
+        a: Tensor | None = None,
+        b: Tensor | None = None,
+        *,
+        log_a: Tensor | None = None,
+        log_b: Tensor | None = None,
+    ) -> tuple[Tensor, SinkhornOutput]:
+        """The objective ``(B,)`` before reduction, and the solver's output for (x, y) with its diagnostics."""
+        out = cosine_sinkhorn(x, y, a, b, log_a=log_a, log_b=log_b, **self._options)
+        if self.objective != "divergence":
+            return getattr(out, self.objective), out
+        xx = cosine_sinkhorn(x, x, a, a, log_a=log_a, log_b=log_a, **self._options)
+        yy = cosine_sinkhorn(y, y, b, b, log_a=log_b, log_b=log_b, **self._options)
+        return out.value - 0.5 * (xx.value + yy.value), out
