@@ -7,4 +7,12 @@ from otloss.sinkhorn import SinkhornOutput, cosine_sinkhorn, sinkhorn
 
 __version__ = "0.1.0"
 
-__all__ = ["ConvergenceWarning", "SinkhornOutput", "backends", "cosine_cost", "cosine_sinkhorn", "sinkhorn", "use_backend"]
+__all__ = [
+    "ConvergenceWarning",
+    "SinkhornOutput",
+    "backends",
+    "cosine_cost",
+    "cosine_sinkhorn",
+    "sinkhorn",
+    "use_backend",
+]

@@ -11,16 +11,21 @@ __all__ = ["cosine_cost"]
 
 
 def unit_rows(x: Tensor) -> Tensor:
-    """Rows of ``x`` scaled to length 1; a zero row stays zero and gets gradient exactly 0.
+    """Rows of ``x`` scaled to length 1; a zero row stays zero and gets gradient exactly 0."""
+    return torch.where(x.detach().any(dim=-1, keepdim=True), x, 0.0) / row_norms(x)
+
+
+def row_norms(x: Tensor) -> Tensor:
+    """Lengths of the rows ``(B, n, 1)``, 1 for a zero row.
 
     Each row is first divided by its largest entry, so that squares neither overflow nor underflow. That scale is a
     constant of the derivative: the result does not depend on it.
     """
     scale = x.detach().abs().amax(dim=-1, keepdim=True)
-    alive = scale > 0
-    scaled = torch.where(alive, x, 0.0) / torch.where(alive, scale, 1.0)
-    square = scaled.square().sum(dim=-1, keepdim=True)
-    return scaled * torch.rsqrt(torch.where(alive, square, 1.0))
+    alive = scale != 0  # also where it is NaN, which must not be hidden
+    scale = torch.where(alive, scale, 1.0)
+    square = (x / scale).square().sum(dim=-1, keepdim=True)
+    return scale * torch.where(alive, square, 1.0).sqrt()
 
 
 def cosine_cost(x: Tensor, y: Tensor) -> Tensor:

@@ -64,10 +64,10 @@ class Sinkhorn(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        left, right, a, b, _, _, eps, _, _, mode, backend = inputs
+        left, right, a, b, _, _, eps, max_iter, _, mode, backend = inputs
         f, g, _, _, n_iter, _ = output
         ctx.save_for_backward(left, right, a, b, f, g, n_iter)
-        ctx.eps, ctx.mode, ctx.backend = eps, mode, backend
+        ctx.eps, ctx.max_iter, ctx.mode, ctx.backend = eps, max_iter, mode, backend
         ctx.mark_non_differentiable(*(output[i] for i in _CONSTANT[mode]))
         ctx.set_materialize_grads(False)
 
@@ -81,7 +81,8 @@ class Sinkhorn(torch.autograd.Function):
         if p is None and q is None and w is None and w_value is None:
             return (None,) * 11
         if ctx.mode == "unroll":
-            grad = _call("unrolled_gradient", ctx.backend, left, right, a, b, n_iter, w, w_value, ctx.eps, need_cost)
+            inputs = (left, right, a, b, n_iter, w, w_value, ctx.eps, need_cost, ctx.max_iter)
+            grad = _call("unrolled_gradient", ctx.backend, *inputs)
         else:
             slope = None
             if p is not None or q is not None:

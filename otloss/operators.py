@@ -159,18 +159,20 @@ def unrolled_gradient(
     grad_value: Tensor | None,
     eps: float,
     need_cost: bool,
+    max_iter: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of left, right, a and b through the iterations that were run."""
+    """Gradients of left, right, a and b through the iterations that were run, of which none took over max_iter."""
+    longest = int(n_iter.max()) if n_iter.numel() else 0
     with no_autocast(left):
         grads: tuple[Tensor, Tensor, Tensor, Tensor] = get_backend(backend).unrolled_gradient(
-            left, right, a, b, n_iter, grad_cost, grad_value, eps, need_cost
+            left, right, a, b, n_iter, grad_cost, grad_value, eps, need_cost, longest
         )
     return grads
 
 
 @unrolled_gradient.register_fake
-def _(left, right, a, b, n_iter, gc, gv, eps, need_cost, backend):  # type: ignore[no-untyped-def]
+def _(left, right, a, b, n_iter, gc, gv, eps, need_cost, max_iter, backend):  # type: ignore[no-untyped-def]
     return _fake_gradients(left, right, a, b, need_cost)
 
 

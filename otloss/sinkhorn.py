@@ -44,13 +44,12 @@ class SinkhornOutput:
 
     def __init__(self, problem: _Problem, solution: tuple[Tensor, ...], gradient: str, tol: float) -> None:
         shape = problem.batch
-        self._problem, self._gradient, self._plan = problem, gradient, None
+        self._problem, self._gradient = problem, gradient
+        self._plan: Tensor | None = None
         self.f = solution[0].reshape(*shape, solution[0].shape[-1])
         self.g = solution[1].reshape(*shape, solution[1].shape[-1])
         self.transport_cost, self.value, self.n_iter, self.marginal_error = (out.reshape(shape) for out in solution[2:])
         self.converged = self.marginal_error < tol
-
-    _plan: Tensor | None
 
     @property
     def plan(self) -> Tensor:
@@ -73,12 +72,10 @@ class _Problem:
     def plan(self, f: Tensor, g: Tensor, constant: bool) -> Tensor:
         with no_autocast(f):
             cost = self.left if self.right is None else cosine_cost(self.left, self.right)
-            operands = (cost, self.a, self.b, f.flatten(0, -2), g.flatten(0, -2)) if f.dim() > 1 else None
-            if operands is None:
-                operands = (cost, self.a, self.b, f.unsqueeze(0), g.unsqueeze(0))
+            operands = [cost, self.a, self.b, f.reshape(self.a.shape), g.reshape(self.b.shape)]
             if constant:
-                operands = tuple(operand.detach() for operand in operands)
-            plan = transport_plan(*operands, self.eps)
+                operands = [operand.detach() for operand in operands]
+            plan = transport_plan(*operands, eps=self.eps)
         return plan.reshape(*self.batch, *plan.shape[1:])
 
 

@@ -9,8 +9,8 @@ of total 1. A backend knows nothing of modules or autograd; it is a module with
 * ``implicit_gradient(left, right, a, b, f, g, grad_cost, grad_value, grad_f, grad_g, eps, adjoint, need_cost)`` ->
   gradients of left, right, a, b and the relative residual of the adjoint system; with ``adjoint=False`` the plan is
   taken as it stands (multipliers 0);
-* ``unrolled_gradient(left, right, a, b, n_iter, grad_cost, grad_value, eps, need_cost)`` -> gradients of left, right,
-  a, b through the iterations that were run;
+* ``unrolled_gradient(left, right, a, b, n_iter, grad_cost, grad_value, eps, need_cost, max_iter)`` -> gradients of
+  left, right, a, b through the iterations that were run, of which no problem took more than ``max_iter``;
 * ``TWICE_DIFFERENTIABLE``: whether the gradients are made of differentiable PyTorch operations.
 
 ``backends/reference.py`` defines what each must return.

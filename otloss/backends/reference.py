@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from otloss.cost import unit_rows
+from otloss.cost import row_norms, unit_rows
 
 TWICE_DIFFERENTIABLE = True
 
@@ -109,9 +109,8 @@ def _pull_back(grad_cost: Tensor, left: Tensor, right: Tensor | None) -> tuple[T
 
 
 def _through_unit_rows(x: Tensor, unit: Tensor, grad: Tensor) -> Tensor:
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     tangent = grad - unit * (unit * grad).sum(-1, keepdim=True)
-    return torch.where(norm > 0, tangent / torch.where(norm > 0, norm, 1.0), 0.0)
+    return torch.where(x.any(dim=-1, keepdim=True), tangent / row_norms(x), 0.0)
 
 
 def _solve_adjoint(plan: Tensor, r: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,12 +188,13 @@ def unrolled_gradient(
     grad_value: Tensor | None,
     eps: float,
     need_cost: bool,
+    max_iter: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Exact gradient of the iterations that were run: the potentials of each are kept, the kernels made again."""
     cost = dense_cost(left, right)
     log_a, log_b = log_mass(a), log_mass(b)
     history = [(torch.zeros_like(a), torch.zeros_like(b))]
-    for iteration in range(int(n_iter.max()) if n_iter.numel() else 0):
+    for iteration in range(max_iter):
         running = (iteration < n_iter).unsqueeze(-1)
         f = torch.where(running, _f_step(cost, log_b, history[-1][1], eps), history[-1][0])
         g = torch.where(running, _g_step(cost, log_a, f, eps), history[-1][1])

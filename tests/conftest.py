@@ -1,0 +1,46 @@
+"""Shared problems and backends. Each test that takes ``backend`` runs on every backend that is usable here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import otloss
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def backend(request: pytest.FixtureRequest) -> str:
+    status = otloss.backends()[request.param]
+    if not status:
+        pytest.skip(f"backend {request.param}: {status}")
+    return request.param
+
+
+@pytest.fixture
+def kernel_backend() -> str:
+    """The backend that is compared with the reference."""
+    status = otloss.backends()["cpu"]
+    if not status:
+        pytest.skip(f"backend cpu: {status}")
+    return "cpu"
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def random_problem(
+    *batch: int, n: int, m: int, dtype: torch.dtype = torch.float64, sharp: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A random cost in [0, 1] and non-uniform marginals; ``sharp`` scales the logits of the marginals."""
+    cost = torch.rand(*batch, n, m, dtype=torch.float64)
+    a = (sharp * torch.randn(*batch, n, dtype=torch.float64)).softmax(-1)
+    b = (sharp * torch.randn(*batch, m, dtype=torch.float64)).softmax(-1)
+    return cost.to(dtype), a.to(dtype), b.to(dtype)
+
+
+def relative(x: Tensor, y: Tensor) -> float:
+    """Largest difference, relative to the largest entry of ``y``."""
+    return float((x.double() - y.double()).abs().max() / y.double().abs().max().clamp_min(1e-300))

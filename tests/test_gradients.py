@@ -1,0 +1,254 @@
+"""Every output carries its own exact gradient: against finite differences in float64, on every backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import random_problem, relative
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
+from otloss import cosine_sinkhorn, sinkhorn
+
+EXACT = {"eps": 0.2, "tol": 1e-13, "max_iter": 10_000}
+OUTPUTS = ("transport_cost", "value", "plan", "f", "g")
+
+
+def inputs(n: int = 5, m: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+    """A cost and free logits for both marginals: softmax keeps every perturbation on the simplex."""
+    cost, a, b = random_problem(2, n=n, m=m)
+    return cost.requires_grad_(), a.log().requires_grad_(), b.log().requires_grad_()
+
+
+def by_masses(name: str, backend: str, **options: object) -> Callable[..., Tensor]:
+    options = EXACT | {"backend": backend} | options
+    return lambda cost, za, zb: getattr(sinkhorn(cost, za.softmax(-1), zb.softmax(-1), **options), name)
+
+
+def by_logs(name: str, backend: str, **options: object) -> Callable[..., Tensor]:
+    options = EXACT | {"backend": backend} | options
+    return lambda cost, za, zb: getattr(
+        sinkhorn(cost, log_a=za.log_softmax(-1), log_b=zb.log_softmax(-1), **options), name
+    )
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_implicit(backend: str, name: str) -> None:
+    assert gradcheck(by_masses(name, backend), inputs())
+    assert gradcheck(by_logs(name, backend), inputs())
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_implicit_twice(name: str) -> None:
+    assert gradgradcheck(by_masses(name, "reference"), inputs(3, 4), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["transport_cost", "value"])
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_unroll_differentiates_the_iterations_that_were_run(backend: str, name: str, iterations: int) -> None:
+    options = {"gradient": "unroll", "max_iter": iterations, "tol": 0.0}
+    assert gradcheck(by_masses(name, backend, **options), inputs())
+    if backend == "reference":
+        assert gradgradcheck(by_masses(name, backend, **options), inputs(3, 4), atol=1e-4)
+
+
+def test_unroll_stops_per_problem(backend: str) -> None:
+    """Problems of one batch that took different numbers of iterations: as each alone."""
+    cost, za, zb = inputs()
+    with torch.no_grad():
+        cost[1] /= 100  # converges at once
+    both = sinkhorn(cost, za.softmax(-1), zb.softmax(-1), eps=0.1, gradient="unroll", backend=backend)
+    assert both.n_iter[0] > both.n_iter[1]
+    (grad,) = torch.autograd.grad(both.transport_cost.sum(), cost)
+    for i in range(2):
+        alone = sinkhorn(cost[i], za[i].softmax(-1), zb[i].softmax(-1), eps=0.1, gradient="unroll", backend=backend)
+        (expected,) = torch.autograd.grad(alone.transport_cost, cost)
+        assert torch.allclose(grad[i], expected[i], atol=1e-14)
+
+
+@pytest.mark.parametrize("gradient", ["implicit", "unroll"])
+def test_features(backend: str, gradient: str) -> None:
+    x = torch.randn(2, 5, 3, dtype=torch.double, requires_grad=True)
+    y = torch.randn(2, 4, 3, dtype=torch.double, requires_grad=True)
+    _, za, zb = inputs()
+
+    def loss(x: Tensor, y: Tensor, za: Tensor, zb: Tensor) -> tuple[Tensor, Tensor]:
+        options = EXACT if gradient == "implicit" else {"eps": 0.2, "tol": 0.0, "max_iter": 3}
+        out = cosine_sinkhorn(x, y, za.softmax(-1), zb.softmax(-1), gradient=gradient, backend=backend, **options)
+        return out.transport_cost, out.value
+
+    assert gradcheck(loss, (x, y, za, zb))
+
+
+def test_converged_unrolling_tends_to_implicit(backend: str) -> None:
+    cost, za, zb = inputs(20, 30)
+    implicit, unrolled = (
+        torch.autograd.grad(by_masses("transport_cost", backend, gradient=mode)(cost, za, zb).sum(), (cost, za, zb))
+        for mode in ("implicit", "unroll")
+    )
+    for one, other in zip(implicit, unrolled, strict=True):
+        assert relative(one, other) < 1e-9
+
+
+def test_none_takes_the_plan_as_a_constant(backend: str) -> None:
+    cost, za, zb = inputs()
+    out = sinkhorn(cost, za.softmax(-1), zb.softmax(-1), gradient="none", backend=backend, max_iter=2000)
+    grads = torch.autograd.grad(out.transport_cost.sum(), (cost, za, zb), allow_unused=True)
+    assert torch.allclose(grads[0], out.plan, atol=1e-14)
+    assert all(grad is None or not grad.any() for grad in grads[1:])
+    assert not any(part.requires_grad for part in (out.value, out.plan, out.f, out.g))
+
+
+def test_unroll_offers_no_gradient_that_it_does_not_have(backend: str) -> None:
+    cost, za, zb = inputs()
+    out = sinkhorn(cost, za.softmax(-1), zb.softmax(-1), gradient="unroll", backend=backend, max_iter=2000)
+    assert out.transport_cost.requires_grad and out.value.requires_grad
+    assert not any(part.requires_grad for part in (out.plan, out.f, out.g, out.marginal_error))
+
+
+def test_any_function_of_the_plan(backend: str) -> None:
+    """The plan's gradient agrees with the two losses' own, and with finite differences for a nonlinear function."""
+    cost, za, zb = inputs(8, 9)
+    options = {**EXACT, "backend": backend}
+    out = sinkhorn(cost, za.softmax(-1), zb.softmax(-1), **options)
+    direct = torch.autograd.grad(out.transport_cost.sum(), (cost, za, zb), retain_graph=True)
+    by_plan = torch.autograd.grad((out.plan * cost).sum(), (cost, za, zb))
+    for one, other in zip(direct, by_plan, strict=True):
+        assert torch.allclose(one, other, atol=1e-12)
+    small = inputs(3, 4)
+    assert gradcheck(lambda *args: (by_masses("plan", backend)(*args).square() + 1e-3).log().sum(), small)
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_zero_mass_has_the_one_sided_derivative(backend: str, name: str) -> None:
+    """Moving mass t onto an empty row: the gradient at t = 0 is the limit of the difference quotient."""
+    cost, a, b = random_problem(n=5, m=4)
+    a[2], b[1] = 0, 0
+    a, b = a / a.sum(), b / b.sum()
+    direction = torch.zeros(5, dtype=torch.double)
+    direction[2], direction[0] = 1, -1
+    weight = torch.randn((), dtype=torch.double)
+
+    def loss(a: Tensor) -> Tensor:
+        out = getattr(sinkhorn(cost, a, b, **EXACT, backend=backend), name)
+        return (weight + out).square().sum()
+
+    a.requires_grad_()
+    (grad,) = torch.autograd.grad(loss(a), a)
+    assert grad.isfinite().all()
+    step = 1e-6
+    with torch.no_grad():  # second order one-sided quotient
+        quotient = (-3 * loss(a) + 4 * loss(a + step * direction) - loss(a + 2 * step * direction)) / (2 * step)
+    assert float(grad @ direction) == pytest.approx(float(quotient), rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_masked_problems_have_the_cropped_gradient(backend: str, dtype: torch.dtype) -> None:
+    cost, a, b = random_problem(n=9, m=7, dtype=dtype)
+    rows, columns = torch.tensor([0, 2, 3, 7]), torch.tensor([1, 2, 6])
+    mask_a = torch.full((9,), -torch.inf).index_fill(0, rows, 0.0)
+    mask_b = torch.full((7,), -torch.inf).index_fill(0, columns, 0.0)
+    za, zb = a.log().requires_grad_(), b.log().requires_grad_()
+    cost.requires_grad_()
+    masked = sinkhorn(
+        cost, log_a=(za + mask_a).log_softmax(-1), log_b=(zb + mask_b).log_softmax(-1), backend=backend, max_iter=1000
+    )
+    grads = torch.autograd.grad(masked.transport_cost + masked.plan.square().sum(), (cost, za, zb))
+    cropped = sinkhorn(
+        cost[rows][:, columns],
+        log_a=za[rows].log_softmax(-1),
+        log_b=zb[columns].log_softmax(-1),
+        backend=backend,
+        max_iter=1000,
+    )
+    expected = torch.autograd.grad(cropped.transport_cost + cropped.plan.square().sum(), (cost, za, zb))
+    slack = 1e-4 if dtype == torch.float32 else 1e-10
+    for got, want in zip(grads, expected, strict=True):
+        assert got.isfinite().all() and relative(got, want) < slack
+
+
+def test_dead_features_get_gradient_zero(backend: str) -> None:
+    x = torch.randn(2, 6, 3).relu()
+    x[0, 2] = 0
+    x[1] = 0
+    x.requires_grad_()
+    y = torch.randn(2, 5, 3, requires_grad=True)
+    out = cosine_sinkhorn(x, y, backend=backend, max_iter=1000)
+    (out.transport_cost + out.value).sum().backward()
+    assert x.grad is not None and y.grad is not None
+    assert not x.grad[0, 2].any() and not x.grad[1].any() and x.grad[0].any()
+    assert x.grad.isfinite().all() and y.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("n, m", [(5, 70), (70, 5), (64, 64), (130, 47)])
+def test_float32_gradients_follow_float64(backend: str, n: int, m: int) -> None:
+    cost, a, b = random_problem(3, n=n, m=m)
+    cost = 2 * cost
+    grads = []
+    for dtype, which in ((torch.float64, "reference"), (torch.float32, backend)):
+        args = [t.to(dtype).requires_grad_() for t in (cost, a.log(), b.log())]
+        out = sinkhorn(args[0], args[1].softmax(-1), args[2].softmax(-1), max_iter=5000, tol=1e-6, backend=which)
+        grads.append(torch.autograd.grad(out.transport_cost.sum() + out.value.sum(), args))
+    for exact, got in zip(*grads, strict=True):
+        assert relative(got, exact) < 1e-3
+
+
+@pytest.mark.parametrize("eps", [1e-3, 5e-3])
+def test_gradients_are_finite_at_tiny_eps(backend: str, eps: float) -> None:
+    cost, a, b = random_problem(2, n=33, m=40, dtype=torch.float32)
+    cost = (2 * cost).requires_grad_()
+    za = a.log().requires_grad_()
+    out = sinkhorn(cost, za.softmax(-1), b, eps=eps, max_iter=500, tol=0.0, backend=backend)
+    for part in (out.transport_cost, out.value, out.plan, out.f, out.g):
+        for grad in torch.autograd.grad(part.square().sum(), (cost, za), retain_graph=True):
+            assert grad.isfinite().all()
+
+
+def test_nearly_one_hot_marginals(backend: str) -> None:
+    cost = torch.rand(2, 12, 10).requires_grad_()
+    za = (40 * torch.randn(2, 12)).requires_grad_()  # masses down to exp(-100)
+    out = sinkhorn(cost, log_a=za.log_softmax(-1), backend=backend, max_iter=1000)
+    assert out.plan.isfinite().all() and out.f.isfinite().all()
+    for grad in torch.autograd.grad((out.transport_cost + out.value).sum() + out.plan.square().sum(), (cost, za)):
+        assert grad.isfinite().all()
+
+
+def test_identical_rows_share_their_gradient(backend: str) -> None:
+    """A cluster of equal tokens makes the adjoint system nearly singular; the gradient is still right."""
+    cost, a, b = random_problem(n=8, m=6)
+    cost[3:] = cost[3]
+    a[3:] = a[3]
+    a = a / a.sum()
+    cost.requires_grad_()
+    out = sinkhorn(cost, a, b, **EXACT, backend=backend)
+    (grad,) = torch.autograd.grad(out.transport_cost, cost)
+    assert torch.allclose(grad[3:], grad[3].expand(5, -1), atol=1e-12)
+    assert gradcheck(lambda c: sinkhorn(c, a, b, **EXACT, backend=backend).transport_cost, cost)
+
+
+def test_second_derivative_of_a_kernel_raises_with_advice(backend: str) -> None:
+    if backend == "reference":
+        pytest.skip("the reference differentiates twice, see test_implicit_twice")
+    cost, za, zb = inputs()
+    out = sinkhorn(cost, za.softmax(-1), zb.softmax(-1), backend=backend, max_iter=1000)
+    (grad,) = torch.autograd.grad(out.transport_cost.sum(), cost, create_graph=True)
+    with pytest.raises(RuntimeError, match="reference"):
+        torch.autograd.grad(grad.sum(), za)
+
+
+def test_shift_invariance_of_the_gradient(backend: str) -> None:
+    """By the marginals, <T, C> changes under C + p ⊕ q exactly by <a, p> + <b, q>, and so does its gradient."""
+    cost, za, zb = inputs(7, 6)
+    p, q = torch.randn(7, dtype=torch.double), torch.randn(6, dtype=torch.double)
+
+    def grads(c: Tensor) -> tuple[Tensor, ...]:
+        out = sinkhorn(c, za.softmax(-1), zb.softmax(-1), **EXACT, backend=backend)
+        return torch.autograd.grad(out.transport_cost.sum(), (cost, za, zb))
+
+    plain, shifted = grads(cost), grads(cost + p[:, None] + q)
+    a, b = za.detach().softmax(-1), zb.detach().softmax(-1)
+    assert torch.allclose(plain[0], shifted[0], atol=1e-10)
+    assert torch.allclose(shifted[1] - plain[1], a * (p - (a @ p)[:, None]), atol=1e-10)
+    assert torch.allclose(shifted[2] - plain[2], b * (q - (b @ q)[:, None]), atol=1e-10)

@@ -1,0 +1,142 @@
+"""The operators under PyTorch's own machinery: opcheck, compile, vmap, func.grad, autocast, export."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import random_problem
+from torch import Tensor
+from torch.func import grad, vmap
+from torch.library import opcheck
+
+import otloss
+from otloss import operators
+
+Args = tuple[Tensor, Tensor, Tensor]
+
+
+def dense_loss(cost: Tensor, za: Tensor, zb: Tensor) -> Tensor:
+    out = otloss.sinkhorn(cost, log_a=za.log_softmax(-1), log_b=zb.log_softmax(-1), eps=0.2)
+    return (out.transport_cost + out.value).sum() + out.plan.square().sum() + out.f.square().sum()
+
+
+def feature_loss(x: Tensor, y: Tensor, za: Tensor) -> Tensor:
+    out = otloss.cosine_sinkhorn(x, y, log_a=za.log_softmax(-1), eps=0.2)
+    return out.transport_cost.sum() + out.value.square().sum()
+
+
+def unrolled_loss(cost: Tensor, za: Tensor, zb: Tensor) -> Tensor:
+    options = {"eps": 0.2, "gradient": "unroll", "max_iter": 5, "tol": 0.0}
+    return otloss.sinkhorn(cost, za.softmax(-1), zb.softmax(-1), **options).transport_cost.sum()
+
+
+DENSE = (torch.rand(3, 5, 6), torch.randn(3, 5), torch.randn(3, 6))
+FEATURES = (torch.randn(3, 5, 4), torch.randn(3, 6, 4), torch.randn(3, 5))
+LOSSES = pytest.mark.parametrize(
+    ("loss", "args"), [(dense_loss, DENSE), (feature_loss, FEATURES), (unrolled_loss, DENSE)]
+)
+
+
+def eager(loss, args: Args) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]
+    leaves = [arg.clone().requires_grad_() for arg in args]
+    return torch.autograd.grad(loss(*leaves), leaves)
+
+
+@pytest.fixture(autouse=True)
+def _backend(backend: str):  # type: ignore[no-untyped-def]
+    with otloss.use_backend(backend):
+        yield
+
+
+@LOSSES
+def test_func_grad(loss, args: Args) -> None:  # type: ignore[no-untyped-def]
+    for got, want in zip(grad(loss, argnums=(0, 1, 2))(*args), eager(loss, args), strict=True):
+        assert torch.allclose(got, want, atol=1e-6)
+
+
+@LOSSES
+def test_vmap_of_grad(loss, args: Args) -> None:  # type: ignore[no-untyped-def]
+    for got, want in zip(vmap(grad(loss, argnums=(0, 1, 2)))(*args), eager(loss, args), strict=True):
+        assert torch.allclose(got, want, atol=1e-6)
+
+
+@LOSSES
+def test_vmap_with_a_shared_argument(loss, args: Args) -> None:  # type: ignore[no-untyped-def]
+    got = vmap(loss, in_dims=(0, None, 0))(args[0], args[1][0], args[2])
+    want = torch.stack([loss(args[0][i], args[1][0], args[2][i]) for i in range(3)])
+    assert torch.allclose(got, want, atol=1e-6)
+
+
+@LOSSES
+def test_compile_fullgraph(loss, args: Args) -> None:  # type: ignore[no-untyped-def]
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    assert torch.allclose(compiled(*args), loss(*args))
+    for got, want in zip(eager(compiled, args), eager(loss, args), strict=True):
+        assert torch.allclose(got, want, atol=1e-6)
+
+
+def test_compile_checks_values() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(dense_loss, fullgraph=True, backend="aot_eager")
+    compiled(*DENSE)
+    with pytest.raises(ValueError, match="cost must be finite, got NaN"):
+        compiled(DENSE[0] * torch.nan, *DENSE[1:])
+
+
+def test_vmap_checks_values() -> None:
+    with pytest.raises(ValueError, match="a must not hold negative mass"):
+        vmap(lambda c, a: otloss.sinkhorn(c, a).value)(DENSE[0], torch.tensor([0.5, 0.5, 0.5, -0.5, 0]).repeat(3, 1))
+
+
+def test_export() -> None:
+    class Loss(torch.nn.Module):
+        def forward(self, cost: Tensor, za: Tensor, zb: Tensor) -> Tensor:
+            return dense_loss(cost, za, zb)
+
+    exported = torch.export.export(Loss(), DENSE)
+    assert torch.allclose(exported.module()(*DENSE), dense_loss(*DENSE))
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_autocast_changes_nothing(half: torch.dtype) -> None:
+    """The products inside stay in float32; only what happens outside the library is autocast."""
+    for loss, args in ((dense_loss, DENSE), (feature_loss, FEATURES)):
+        with torch.autocast("cpu", dtype=half):
+            got = eager(loss, args)
+        for one, other in zip(got, eager(loss, args), strict=True):
+            assert torch.equal(one, other)
+    with torch.autocast("cpu", dtype=half):
+        assert otloss.cosine_cost(*FEATURES[:2]).dtype == torch.float32
+
+
+@pytest.mark.parametrize("features", [False, True])
+def test_opcheck(backend: str, features: bool) -> None:
+    cost, a, b = random_problem(2, n=4, m=5, dtype=torch.float32)
+    left, right = (torch.randn(2, 4, 3), torch.randn(2, 5, 3)) if features else (cost, None)
+    totals = torch.zeros(2, 2)
+    opcheck(operators.solve, (left, right, a, b, totals, 1e-6, 0.1, 50, 0.0, backend))
+    f, g, _, _, n_iter, _ = operators.solve(left, right, a, b, totals, 1e-6, 0.1, 50, 0.0, backend)
+    w, p, q = torch.rand(2), torch.rand(2, 4), torch.rand(2, 5)
+    q = q * p.sum(-1, keepdim=True) / q.sum(-1, keepdim=True)
+    for need_cost in (True, False):
+        opcheck(
+            operators.implicit_gradient, (left, right, a, b, f, g, w, None, p, q, 0.1, True, need_cost, backend)
+        )
+        opcheck(operators.unrolled_gradient, (left, right, a, b, n_iter, w, w, 0.1, need_cost, 50, backend))
+
+
+def test_module_in_a_compiled_training_step() -> None:
+    """A compiled step of a small model with the loss: the same parameters as the eager one."""
+    torch._dynamo.reset()
+
+    def step(weight: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            features = x @ weight
+        return otloss.cosine_sinkhorn(features, y, eps=0.1, max_iter=500).transport_cost.mean()
+
+    weight = torch.randn(4, 4, requires_grad=True)
+    x, y = FEATURES[:2]
+    (want,) = torch.autograd.grad(step(weight, x, y), weight)
+    (got,) = torch.autograd.grad(torch.compile(step, fullgraph=True, backend="aot_eager")(weight, x, y), weight)
+    assert torch.allclose(got, want, rtol=1e-2, atol=1e-3)
