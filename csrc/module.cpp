@@ -1,0 +1,90 @@
+// The Python module otloss._C: addresses in, results written in place. The only file that knows pybind11.
+//
+// An address is an integer (Tensor.data_ptr()), 0 for "none". The caller vouches for shape, dtype and contiguity.
+#include <pybind11/pybind11.h>
+
+#include "dispatch.hpp"
+#include "pool.hpp"
+
+namespace py = pybind11;
+using namespace otloss;
+
+namespace {
+
+using Address = uintptr_t;
+
+template <class T> T* at(Address base, int64_t offset) { return base ? reinterpret_cast<T*>(base) + offset : nullptr; }
+
+struct Inputs {
+  Address left, right, a, b;
+  int64_t count, n, m, d;
+  double eps;
+
+  template <class T> Problem<T> problem(int64_t i) const {
+    const int64_t size = right ? n * d : n * m;
+    return {at<T>(left, i * size), at<T>(right, i * m * d), at<T>(a, i * n), at<T>(b, i * m), int(n), int(m), int(d), T(eps)};
+  }
+  template <class T> Upstream<T> upstream(int64_t i, Address cost, Address value, Address f, Address g) const {
+    return {cost ? *at<T>(cost, i) : T(0), value ? *at<T>(value, i) : T(0), at<T>(f, i * n), at<T>(g, i * m)};
+  }
+  template <class T> Gradient<T> gradient(int64_t i, Address left_, Address right_, Address a_, Address b_, Address residual) const {
+    return {at<T>(left_, i * (right ? n * d : n * m)), at<T>(right_, i * m * d), at<T>(a_, i * n), at<T>(b_, i * m), at<T>(residual, i)};
+  }
+};
+
+const Level& level() {
+  if (!active_level()) throw std::runtime_error(level_problem());
+  return *active_level();
+}
+
+// Waking a thread costs about as much as passing a few hundred thousand times over an entry.
+int useful(int threads, double entries) { return entries < 2e5 ? 1 : threads; }
+
+template <class T>
+void solve(const Inputs& in, int64_t max_iter, double tol, Address f, Address g, Address cost, Address value, Address n_iter,
+           Address error, int threads) {
+  const auto& kernel = kernels_of<T>(level());
+  parallel(in.count, useful(threads, double(in.count) * in.n * in.m * (max_iter + 10)), [&](int64_t i, Arena& scratch) {
+    kernel.solve(in.problem<T>(i), scratch, max_iter, T(tol),
+                 {at<T>(f, i * in.n), at<T>(g, i * in.m), at<T>(cost, i), at<T>(value, i), at<T>(error, i), at<int64_t>(n_iter, i)});
+  });
+}
+
+template <class T>
+void implicit(const Inputs& in, Address f, Address g, Address up_cost, Address up_value, Address up_f, Address up_g, bool adjoint,
+              Address left, Address right, Address a, Address b, Address residual, int threads) {
+  const auto& kernel = kernels_of<T>(level());
+  parallel(in.count, useful(threads, double(in.count) * in.n * in.m * 30), [&](int64_t i, Arena& scratch) {
+    kernel.implicit(in.problem<T>(i), scratch, at<T>(f, i * in.n), at<T>(g, i * in.m),
+                    in.upstream<T>(i, up_cost, up_value, up_f, up_g), adjoint, in.gradient<T>(i, left, right, a, b, residual));
+  });
+}
+
+template <class T>
+void unrolled(const Inputs& in, Address n_iter, Address up_cost, Address up_value, Address left, Address right, Address a, Address b,
+              int threads) {
+  const auto& kernel = kernels_of<T>(level());
+  parallel(in.count, useful(threads, double(in.count) * in.n * in.m * 100), [&](int64_t i, Arena& scratch) {
+    kernel.unrolled(in.problem<T>(i), scratch, *at<int64_t>(n_iter, i), in.upstream<T>(i, up_cost, up_value, 0, 0),
+                    in.gradient<T>(i, left, right, a, b, 0));
+  });
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "CPU kernels of otloss; use otloss.backends.cpu.";
+  py::class_<Inputs>(m, "Inputs")
+      .def(py::init([](Address left, Address right, Address a, Address b, int64_t count, int64_t n, int64_t rows, int64_t d, double eps) {
+        return Inputs{left, right, a, b, count, n, rows, d, eps};
+      }));
+  m.def("level", [] { return active_level() ? active_level()->name : ""; });
+  m.def("problem", [] { return std::string(level_problem()); });
+  const py::call_guard<py::gil_scoped_release> free;
+  m.def("solve_float32", &solve<float>, free);
+  m.def("solve_float64", &solve<double>, free);
+  m.def("implicit_float32", &implicit<float>, free);
+  m.def("implicit_float64", &implicit<double>, free);
+  m.def("unrolled_float32", &unrolled<float>, free);
+  m.def("unrolled_float64", &unrolled<double>, free);
+}

@@ -1,0 +1,116 @@
+#include "pool.hpp"
+
+#include <atomic>
+#include <condition_variable>
+#include <exception>
+#include <mutex>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#ifndef _WIN32
+#include <pthread.h>
+#endif
+
+namespace otloss {
+namespace {
+
+using Task = std::function<void(int64_t, Arena&)>;
+
+Arena& scratch() {
+  thread_local Arena arena;
+  return arena;
+}
+
+class Pool {
+ public:
+  void run(int64_t count, int threads, const Task& task) {
+    std::lock_guard<std::mutex> turn(turn_);
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      const int helpers = grow(threads - 1);
+      task_ = &task;
+      count_ = count;
+      next_ = 0;
+      error_ = nullptr;
+      wanted_ = busy_ = helpers;
+      ++round_;
+    }
+    start_.notify_all();
+    work();
+    std::unique_lock<std::mutex> lock(mutex_);
+    done_.wait(lock, [&] { return busy_ == 0; });
+    if (error_) std::rethrow_exception(error_);
+  }
+
+ private:
+  // As many helpers as asked for, or as the system gives.
+  int grow(int helpers) {
+    try {
+      while (static_cast<int>(threads_.size()) < helpers)
+        threads_.emplace_back(&Pool::serve, this, static_cast<int>(threads_.size()), round_);
+    } catch (const std::system_error&) {
+      helpers = static_cast<int>(threads_.size());
+    }
+    return helpers;
+  }
+
+  void serve(int self, uint64_t seen) {
+    for (;;) {
+      {
+        std::unique_lock<std::mutex> lock(mutex_);
+        start_.wait(lock, [&] { return round_ != seen; });
+        seen = round_;
+        if (self >= wanted_) continue;
+      }
+      work();
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (--busy_ == 0) done_.notify_one();
+    }
+  }
+
+  void work() {
+    try {
+      for (int64_t i; (i = next_.fetch_add(1)) < count_;) (*task_)(i, scratch());
+    } catch (...) {
+      next_ = count_;
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (!error_) error_ = std::current_exception();
+    }
+  }
+
+  std::mutex turn_, mutex_;
+  std::condition_variable start_, done_;
+  std::vector<std::thread> threads_;
+  const Task* task_ = nullptr;
+  int64_t count_ = 0;
+  std::atomic<int64_t> next_{0};
+  std::exception_ptr error_;
+  uint64_t round_ = 0;
+  int wanted_ = 0, busy_ = 0;
+};
+
+// Never destroyed: at exit its threads may still wait on it, and in a forked child they no longer exist.
+std::atomic<Pool*> current{nullptr};
+
+Pool& pool() {
+  static const bool once = [] {
+    current = new Pool;
+#ifndef _WIN32
+    pthread_atfork(nullptr, nullptr, [] { current = new Pool; });
+#endif
+    return true;
+  }();
+  (void)once;
+  return *current;
+}
+
+}  // namespace
+
+void parallel(int64_t count, int threads, const Task& task) {
+  if (threads > count) threads = static_cast<int>(count);
+  if (threads > 1) return pool().run(count, threads, task);
+  for (int64_t i = 0; i < count; ++i) task(i, scratch());
+}
+
+}  // namespace otloss

@@ -1,0 +1,88 @@
+// What goes in and what comes out, for one problem. Plain pointers, no level, no Python.
+//
+// A problem is a dense cost (right == nullptr, left = C of n x m) or a pair of feature sets (left = x of n x d,
+// right = y of m x d, C_ij = 1 - cos(x_i, y_j)), with masses a, b that sum to 1. In the KL gauge its plan is
+//   T_ij = a_i b_j exp((f_i + g_j - C_ij) / eps).
+#pragma once
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <new>
+#include <utility>
+
+namespace otloss {
+
+template <class T> struct Problem {
+  const T *left, *right, *a, *b;
+  int n, m, d;
+  T eps;
+};
+
+template <class T> struct Solution {
+  T *f, *g, *cost, *value, *error;
+  int64_t* n_iter;
+};
+
+// What the loss says about each output; a null vector is zero.
+template <class T> struct Upstream {
+  T cost, value;
+  const T *f, *g;
+};
+
+template <class T> struct Gradient {
+  T *left, *right, *a, *b;  // left == nullptr: the gradient of the cost is not wanted
+  T* residual;
+};
+
+// A mass below this is no mass: its reciprocal must stay representable with room to spare.
+template <class T> constexpr T dead_mass = sizeof(T) == 4 ? T(1e-30) : T(1e-290);
+
+// Scratch of one thread: a bump allocator that grows to the largest problem seen. Call reset() with the whole need first.
+class Arena {
+ public:
+  Arena() = default;
+  Arena(const Arena&) = delete;
+  ~Arena() { release(); }
+  void reset(size_t bytes) {
+    if (bytes > size_ || size_ > keep) {
+      release();
+      data_ = static_cast<char*>(::operator new(bytes, std::align_val_t(64)));
+      size_ = bytes;
+    }
+    used_ = 0;
+  }
+  template <class T> T* take(size_t count) {
+    T* p = reinterpret_cast<T*>(data_ + used_);
+    used_ += bytes<T>(count);
+    if (used_ > size_) throw std::bad_alloc();
+    return p;
+  }
+  template <class T> static constexpr size_t bytes(size_t count) { return (count * sizeof(T) + 63) / 64 * 64; }
+
+ private:
+  static constexpr size_t keep = size_t(256) << 20;  // more than this is given back by the next problem
+  void release() {
+    if (data_) ::operator delete(data_, std::align_val_t(64));
+    data_ = nullptr;
+    size_ = 0;
+  }
+  char* data_ = nullptr;
+  size_t size_ = 0, used_ = 0;
+};
+
+// The kernels of one level for one precision.
+template <class T> struct Kernels {
+  void (*solve)(const Problem<T>&, Arena&, int64_t max_iter, T tol, const Solution<T>&);
+  void (*implicit)(const Problem<T>&, Arena&, const T* f, const T* g, const Upstream<T>&, bool adjoint, const Gradient<T>&);
+  void (*unrolled)(const Problem<T>&, Arena&, int64_t n_iter, const Upstream<T>&, const Gradient<T>&);
+};
+
+struct Level {
+  const char* name;
+  Kernels<float> f32;
+  Kernels<double> f64;
+};
+
+}  // namespace otloss

@@ -1,0 +1,94 @@
+// The exact derivative of the K plain iterations that were run, in O(K (n + m)) memory.
+//
+// The iterations are run again (by scaling where no mass is zero, else in the log-domain, which also follows the dead
+// entries) and their potentials kept. Then in reverse, from L = w <T, C> + v value with D_ij = w C_ij + v (f_i + g_j):
+//   lambda = (D o T)1/eps, kappa = (D o T)'1/eps, dC = (w + v) T - D o T/eps,
+//   da_i = sum_j D_ij b_j k_ij - eps v (rho_i - 1), db likewise;
+// and for k = K .. 1, one pass over the rows, since row i of the second half needs lambda_i alone:
+//   Q_ij = a_i exp((f^k_i + g^k_j     - C_ij)/eps):  lambda -= Q kappa,    dC += Q kappa_j,    da_i -= eps (Q kappa)_i / a_i
+//   P_ij = b_j exp((f^k_i + g^(k-1)_j - C_ij)/eps):  kappa  = -P' lambda,  dC += P lambda_i,   db_j -= eps (P' lambda)_j / b_j
+#pragma once
+#include "solve.hpp"
+
+namespace otloss::OTLOSS_LEVEL {
+
+template <class T>
+void unrolled_gradient(const Problem<T>& p, Arena& arena, int64_t n_iter, const Upstream<T>& up, const Gradient<T>& out) {
+  const size_t rows = round_up<T>(p.n), cols = round_up<T>(p.m);
+  arena.reset(Cost<T>::bytes(p, out.left) + Solver<T>::bytes(p) + Arena::bytes<T>((n_iter + 1) * rows) +
+              Arena::bytes<T>((n_iter + 1) * cols) + 2 * Arena::bytes<T>(rows) + 3 * Arena::bytes<T>(cols));
+  const Cost<T> cost(p, arena, out.left);
+  Solver<T> s(cost, arena);
+  T *f = arena.take<T>((n_iter + 1) * rows), *g = arena.take<T>((n_iter + 1) * cols);
+  T *lambda = arena.take<T>(rows), *da = arena.take<T>(rows);
+  T *kappa = arena.take<T>(cols), *next = arena.take<T>(cols), *db = arena.take<T>(cols);
+  std::memset(f, 0, sizeof(T) * (n_iter + 1) * rows);
+  std::memset(g, 0, sizeof(T) * (n_iter + 1) * cols);
+
+  if (s.dead_rows || s.dead_cols || n_iter == 0) {
+    for (int i0 = 0; i0 < cost.rows; i0 += block) cost.fill(i0);
+    for (int64_t k = 1; k <= n_iter; ++k) {
+      log_rows(cost, g + (k - 1) * cols, s.log_b, f + k * rows);
+      log_cols(cost, f + k * rows, s.log_a, g + k * cols, s.peak, s.total);
+    }
+  } else {
+    int64_t ran;
+    T error;
+    s.run(n_iter, T(0), ran, error, [&](int64_t k) { s.potentials(f + k * rows, g + k * cols); });
+    if (ran < n_iter) s.potentials(f + n_iter * rows, g + n_iter * cols);  // not finite: let it show
+  }
+
+  const T ie = 1 / p.eps, w = up.cost, v = up.value;
+  T* D = s.K;  // the gradient of the cost takes the place of the kernel
+  for (size_t j = 0; j < cols; ++j) kappa[j] = 0, db[j] = v * p.eps;
+  const T *fk = f + n_iter * rows, *gk = g + n_iter * cols;
+  for (int i = 0; i < cost.rows; ++i) {
+    const T* c = cost.row(i);
+    vec<T> lift{}, share{};
+    for (int j = 0; j < cost.cols; j += lanes<T>) {
+      const vec<T> k = exp<T>(exponent(c, gk, j, fk[i], ie)), kb = k * load(s.b + j), ka = k * s.a[i];
+      const vec<T> d = w * load(c + j) + v * (fk[i] + load(gk + j)), t = ka * load(s.b + j);
+      lift += kb * d;
+      share += kb;
+      store<T>(D + size_t(i) * cost.ld + j, t * ((w + v) - d * ie));
+      store<T>(kappa + j, load(kappa + j) + t * d * ie);
+      store<T>(db + j, load(db + j) + ka * (d - v * p.eps));
+    }
+    lambda[i] = s.a[i] * sum<T>(lift) * ie;
+    da[i] = sum<T>(lift) - p.eps * v * (sum<T>(share) - 1);
+  }
+  for (int64_t k = n_iter; k >= 1; --k) {
+    const T *fk = f + k * rows, *gk = g + k * cols, *g0 = gk - cols;
+    for (size_t j = 0; j < cols; ++j) next[j] = 0;
+    for (int i = 0; i < cost.n; ++i) {
+      const T *c = cost.row(i), a = s.a[i];
+      T* d = D + size_t(i) * cost.ld;
+      vec<T> back{};
+      for (int j = 0; j < cost.cols; j += lanes<T>) {
+        const vec<T> t = exp<T>(exponent(c, gk, j, fk[i], ie)) * load(kappa + j);
+        back += t;
+        store<T>(d + j, load(d + j) + a * t);
+      }
+      const T total = sum<T>(back), l = lambda[i] - a * total;
+      lambda[i] = 0;
+      da[i] -= p.eps * total;
+      for (int j = 0; j < cost.cols; j += lanes<T>) {
+        const vec<T> t = exp<T>(exponent(c, g0, j, fk[i], ie)) * l;
+        store<T>(d + j, load(d + j) + t * load(s.b + j));
+        store<T>(next + j, load(next + j) + t);
+      }
+    }
+    for (size_t j = 0; j < cols; ++j) {
+      db[j] -= p.eps * next[j];
+      kappa[j] = -s.b[j] * next[j];
+    }
+  }
+
+  for (int i = 0; i < p.n; ++i) out.a[i] = da[i];
+  for (int j = 0; j < p.m; ++j) out.b[j] = db[j];
+  if (!out.left) return;
+  for (int i0 = 0; i0 < cost.rows; i0 += 32) cost.pull(D + size_t(i0) * cost.ld, i0, cost.rows - i0 < 32 ? cost.rows - i0 : 32, out);
+  cost.finish(out);
+}
+
+}  // namespace otloss::OTLOSS_LEVEL
