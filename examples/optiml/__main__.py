@@ -1,0 +1,38 @@
+"""``python -m examples.optiml COMMAND --help``."""
+
+from __future__ import annotations
+
+import importlib
+
+import tyro
+
+from .config import PretrainConfig
+from .evaluate import EvaluateConfig
+from .example import ExampleConfig
+from .layout import PhantomConfig
+from .study import StudyConfig
+
+COMMANDS = {
+    "example": (ExampleConfig, "example"),
+    "phantom": (PhantomConfig, "layout"),
+    "pretrain": (PretrainConfig, "pretrain"),
+    "evaluate": (EvaluateConfig, "evaluate"),
+    "study": (StudyConfig, "study"),
+}
+
+
+def cli(args: list[str] | None = None) -> None:
+    """Parse the command line and run the command it names."""
+    config = tyro.extras.subcommand_cli_from_dict(
+        {name: config for name, (config, _) in COMMANDS.items()},
+        prog="python -m examples.optiml",
+        description="OPTiML on chest X-rays: pretrain a ResNet18 with optimal transport, score its frozen features.",
+        args=args,
+    )
+    for kind, module in COMMANDS.values():
+        if isinstance(config, kind):
+            importlib.import_module(f"{__package__}.{module}").main(config)
+
+
+if __name__ == "__main__":
+    cli()

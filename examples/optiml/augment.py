@@ -1,0 +1,89 @@
+"""Two random views of every image, from lightly's transforms, repeatable whatever process makes them.
+
+The random numbers of a view belong to (seed, epoch, image) and to nothing else. So a resumed run sees the
+views an uninterrupted one would have seen, and the number of worker processes changes nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from lightly.transforms import BYOLTransform
+from lightly.transforms.byol_transform import BYOLView1Transform, BYOLView2Transform
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from .data import ImageStore
+
+if TYPE_CHECKING:
+    from .config import AugmentConfig
+
+
+@contextmanager
+def seeded(*key: int) -> Iterator[None]:
+    """Inside, all global random generators follow ``key``; afterwards they are as they were before.
+
+    lightly and torchvision draw from three of them (torch, NumPy, the standard library).
+    """
+    before = torch.random.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+    seed = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=4).digest(), "big")
+    torch.random.default_generator.manual_seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        torch.random.set_rng_state(before[0])
+        np.random.set_state(before[1])  # noqa: NPY002
+        random.setstate(before[2])
+
+
+def two_views(image_size: int, config: AugmentConfig) -> BYOLTransform:
+    """VICReg's asymmetric pair. lightly's own ``VICRegTransform`` is symmetric; its BYOL views are the pair.
+
+    Hue, saturation and grayscale do nothing to grey images; normalisation by ImageNet's three means turns the
+    one channel into three.
+    """
+    shared: dict[str, Any] = {"input_size": image_size, "min_scale": config.min_scale, "hf_prob": config.hflip}
+    return BYOLTransform(BYOLView1Transform(**shared), BYOLView2Transform(**shared))
+
+
+class ViewDataset(Dataset[tuple[Tensor, Tensor]]):
+    """Images by (epoch, row), each as two views."""
+
+    def __init__(self, images: ImageStore, image_size: int, config: AugmentConfig, seed: int) -> None:
+        self.images, self.seed = images, seed
+        self.transform = two_views(image_size, config)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        epoch, row = key
+        with seeded(self.seed, epoch, row):
+            first, second = cast("list[Tensor]", self.transform(self.images[row]))
+        return first, second
+
+
+class EpochSampler(Sampler[tuple[int, int]]):
+    """A new order each epoch, given by (seed, epoch); hands the epoch on to the data set."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.count, self.seed, self.epoch = count, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the Trainer before each epoch, also after a resume."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.count)
+        return iter([(self.epoch, int(row)) for row in order])

@@ -1,0 +1,179 @@
+"""The one index of a data set: image, patient, split, labels, boxes, mask. And its pixels.
+
+Reads ChestX-ray14's official layout as users have it on disk: images flat in ``images/`` or in
+``images_001/images/`` and so on, partial downloads, Windows line ends, some PNGs in RGBA. Phantoms are
+written in the same layout (``layout.py``), so nothing after this file knows where an image came from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from PIL import Image
+
+from .layout import BOX_FILE, BOX_SPACE, ENTRY_FILE, TEST_FILE, TRAIN_FILE
+
+NIH_CLASSES = (
+    "Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia",
+    "Pneumothorax", "Consolidation", "Edema", "Emphysema", "Fibrosis", "Pleural_Thickening", "Hernia",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Box:
+    """A finding's rectangle, as fractions of the image's width and height."""
+
+    label: str
+    x: float
+    y: float
+    width: float
+    height: float
+
+
+@dataclass(frozen=True)
+class ChestIndex:
+    """What is known about every image, row by row; pixels are read by :class:`ImageStore`."""
+
+    root: Path
+    names: NDArray[np.str_]
+    paths: list[Path]
+    patients: NDArray[np.int64]
+    splits: NDArray[np.str_]
+    labels: NDArray[np.uint8]
+    sources: NDArray[np.str_] | None = None
+    boxes: dict[str, list[Box]] = field(default_factory=dict)
+    classes: tuple[str, ...] = NIH_CLASSES
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def take(self, rows: NDArray[np.intp]) -> ChestIndex:
+        """The index restricted to these rows."""
+        return ChestIndex(
+            self.root, self.names[rows], [self.paths[i] for i in rows], self.patients[rows], self.splits[rows],
+            self.labels[rows], None if self.sources is None else self.sources[rows], self.boxes, self.classes,
+        )  # fmt: skip
+
+    def split(self, name: str) -> ChestIndex:
+        """The rows of ``"train"``, ``"val"`` or ``"test"``."""
+        rows = np.flatnonzero(self.splits == name)
+        if not len(rows):
+            raise ValueError(f"{self.root} has no image in split {name!r}")
+        return self.take(rows)
+
+    def mask(self, row: int, label: str) -> NDArray[np.bool_] | None:
+        """The outline of a finding where the data set has one (phantoms do)."""
+        path = self.root / "masks" / label / str(self.names[row])
+        return np.asarray(Image.open(path)) > 0 if path.exists() else None
+
+    def fingerprint(self) -> str:
+        """Changes when images, splits or labels change: what a run must not silently resume across."""
+        digest = hashlib.sha256(self.labels.tobytes())
+        digest.update("\n".join(f"{n} {s}" for n, s in zip(self.names, self.splits, strict=True)).encode())
+        return digest.hexdigest()[:16]
+
+
+def read_index(root: Path | str, val_fraction: float = 0.14, split_seed: int = 0) -> ChestIndex:
+    """Read a folder in the official layout.
+
+    Test is the official list. Validation is cut from the train/validation list by a hash of the patient, so
+    that it depends on the seed alone and not on which images happen to be present.
+    """
+    root = Path(root)
+    for name in (ENTRY_FILE, TRAIN_FILE, TEST_FILE):
+        if not (root / name).is_file():
+            raise FileNotFoundError(f"{root} is not in NIH's layout: {name} is missing")
+    # The header's "OriginalImage[Width,Height]" splits at its comma, so columns are taken by position.
+    entry = pd.read_csv(
+        root / ENTRY_FILE, header=None, skiprows=1, usecols=[0, 1, 3], names=["name", "findings", "patient"],
+        index_col=False, encoding="utf-8-sig",
+    )  # fmt: skip
+    found = {path.name: path for folder in sorted(root.glob("images*")) for path in sorted(folder.rglob("*.png"))}
+    listed = dict.fromkeys(_read_list(root / TRAIN_FILE), "train")
+    test = _read_list(root / TEST_FILE)
+    if both := sorted(set(listed) & set(test)):
+        raise ValueError(f"{root}: {len(both)} images are on both lists, e.g. {both[0]}")
+    listed.update(dict.fromkeys(test, "test"))
+    usable = entry["name"].isin(found.keys()) & entry["name"].isin(listed.keys())
+    if not usable.all():
+        missing = int((~usable).sum())
+        warnings.warn(f"{root}: {missing} of {len(entry)} entries have no image file or no split", stacklevel=2)
+    entry = entry[usable].drop_duplicates("name").sort_values("name", ignore_index=True)
+    if entry.empty:
+        raise FileNotFoundError(f"{root}: no image of {ENTRY_FILE} was found under images*/")
+
+    patients = entry["patient"].to_numpy(np.int64)
+    splits = np.array([listed[name] for name in entry["name"]], dtype="<U5")
+    if shared := set(patients[splits == "train"]) & set(patients[splits == "test"]):
+        raise ValueError(f"{root}: {len(shared)} patients have images on both lists, e.g. {min(shared)}")
+    held_out = {p for p in set(patients[splits == "train"]) if _share(p, split_seed) < val_fraction}
+    splits[np.isin(patients, list(held_out)) & (splits == "train")] = "val"
+
+    findings = entry["findings"].str.split("|")
+    labels = np.array([[name in row for name in NIH_CLASSES] for row in findings], dtype=np.uint8)
+    names = entry["name"].to_numpy(str)
+    paths = [found[name] for name in names]
+    return ChestIndex(root, names, paths, patients, splits, labels, _sources(root, names), _boxes(root))
+
+
+def _read_list(path: Path) -> list[str]:
+    return path.read_text().split()  # also eats Windows line ends
+
+
+def _share(patient: int, seed: int) -> float:
+    """A number in [0, 1) that belongs to the patient."""
+    digest = hashlib.sha256(f"{seed}:{patient}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def _sources(root: Path, names: NDArray[np.str_]) -> NDArray[np.str_] | None:
+    """Where each image came from, if ``labels.csv`` (columns image, source) says so."""
+    path = root / "labels.csv"
+    if not path.is_file():
+        return None
+    table = pd.read_csv(path)
+    if "source" not in table or "image" not in table:
+        return None
+    known = dict(zip(table["image"].map(lambda p: Path(p).name), table["source"].astype(str), strict=True))
+    return np.array([known.get(str(name), "unknown") for name in names])
+
+
+def _boxes(root: Path) -> dict[str, list[Box]]:
+    path = root / BOX_FILE
+    boxes: dict[str, list[Box]] = {}
+    if path.is_file():
+        table = pd.read_csv(path, header=None, skiprows=1, usecols=range(6), index_col=False)
+        for name, label, *rect in table.itertuples(index=False):
+            label = {"Infiltrate": "Infiltration"}.get(label, label)  # NIH's two files differ in this word
+            boxes.setdefault(name, []).append(Box(label, *(float(r) / BOX_SPACE for r in rect)))
+    return boxes
+
+
+class ImageStore:
+    """Grey square images by row, kept decoded in memory when they are small enough, else read each time."""
+
+    def __init__(self, paths: list[Path], size: int, limit_mb: int = 2048) -> None:
+        """``size`` caps width and height: larger files are reduced once, smaller ones stay as they are."""
+        self.paths, self.size = paths, size
+        self._images: list[NDArray[np.uint8]] | None = None
+        if len(paths) * size * size <= limit_mb * 2**20:
+            self._images = [self._read(path) for path in paths]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, row: int) -> Image.Image:
+        return Image.fromarray(self._read(self.paths[row]) if self._images is None else self._images[row])
+
+    def _read(self, path: Path) -> NDArray[np.uint8]:
+        with Image.open(path) as file:
+            image = file.convert("L")
+        if max(image.size) > self.size:
+            image = image.resize((self.size, self.size), Image.Resampling.BOX)
+        return np.asarray(image)

@@ -1,0 +1,102 @@
+"""What every pretraining method shares: backbone, optimiser, schedule, and what is logged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import pytorch_lightning as pl
+import torch
+from lightly.utils.lars import LARS
+from lightly.utils.scheduler import CosineWarmupScheduler
+from torch import Tensor, nn
+
+from ..model import Backbone
+
+if TYPE_CHECKING:
+    from ..config import PretrainConfig
+
+
+class NonFiniteLoss(RuntimeError):
+    """Training cannot go on: the loss is NaN or infinite."""
+
+
+@dataclass
+class StepOutput:
+    """The loss of a batch, and named scalars for the log (parts of the loss, diagnostics)."""
+
+    loss: Tensor
+    log: dict[str, Tensor]
+
+
+class Method(pl.LightningModule):
+    """A self-supervised method. Subclasses build their heads after ``super().__init__`` and define :meth:`step`.
+
+    The backbone is built first, so that all methods start from the same weights under the same seed.
+    """
+
+    Options: ClassVar[type] = type(None)
+
+    def __init__(self, config: PretrainConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = Backbone()
+        self.last_log: dict[str, float] = {}
+
+    def step(self, first: Tensor, second: Tensor) -> StepOutput:
+        """The loss of two views (B, 3, H, W) of the same images."""
+        raise NotImplementedError
+
+    def watched(self) -> dict[str, nn.Module | None]:
+        """Modules whose gradient norm is logged as ``grad_<name>``, to see that they are being trained."""
+        return {"backbone": self.backbone}
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        out = self.step(*batch)
+        log = {"loss": out.loss, **out.log}
+        self.last_log = {name: float(value.detach()) for name, value in log.items()}
+        if not torch.isfinite(out.loss):
+            parts = ", ".join(f"{name} {value:.4g}" for name, value in self.last_log.items())
+            where = f"epoch {self.current_epoch + 1}, step {batch_idx + 1}"
+            raise NonFiniteLoss(
+                f"the loss is {self.last_log['loss']} in {where} ({parts}). "
+                "A smaller --optim.lr or a longer --optim.warmup-epochs usually helps; last.ckpt holds the last "
+                "good epoch."
+            )
+        self.log("loss", out.loss.detach(), prog_bar=True)
+        return out.loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        for name, module in self.watched().items():
+            grads = [p.grad for p in module.parameters() if p.grad is not None] if module else []
+            self.last_log[f"grad_{name}"] = float(torch.stack([g.norm() for g in grads]).norm()) if grads else 0.0
+
+    def configure_optimizers(self) -> Any:
+        optim = self.config.optim.resolve(self.config.batch_size)
+        assert optim.lr is not None and optim.weight_decay is not None and optim.trust is not None
+        trained = [p for p in self.parameters() if p.requires_grad]
+        # lightly's LARS adapts a parameter if and only if its group decays, so biases and norms, which must
+        # be left alone, are a group of their own; a decay of 0 for matrices would switch LARS off unseen.
+        decay = max(optim.weight_decay, 1e-12)
+        optimizer = LARS(
+            [
+                {"params": [p for p in trained if p.ndim > 1], "weight_decay": decay},
+                {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+            ],
+            lr=optim.lr,
+            momentum=optim.momentum,
+            trust_coefficient=optim.trust,
+        )
+        total = int(self.trainer.estimated_stepping_batches)
+        epochs = self.config.epochs
+        warmup = int(total * min(optim.warmup_epochs / epochs, 0.2))
+        schedule = CosineWarmupScheduler(optimizer, warmup_epochs=warmup, max_epochs=total, end_value=1e-3)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def spread(embeddings: Tensor) -> Tensor:
+    """Mean over dimensions of the deviation over the batch: near 0 means that all images look alike."""
+    return embeddings.detach().float().std(dim=0).mean()
+
+
+__all__ = ["Method", "NonFiniteLoss", "StepOutput", "spread"]

@@ -1,0 +1,47 @@
+"""VICReg (Bardes, Ponce, LeCun 2022): the yardstick, through the same network, data and optimiser as OPTiML."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lightly.loss.vicreg_loss import covariance_loss, invariance_loss, variance_loss
+from torch import Tensor
+
+from ..model import expander
+from .base import Method, StepOutput, spread
+
+if TYPE_CHECKING:
+    from ..config import PretrainConfig
+
+
+@dataclass(frozen=True)
+class VICRegOptions:
+    """Weights of the three terms, as in the official code (which halves variance, unlike its paper)."""
+
+    invariance: float = 25.0
+    variance: float = 25.0
+    covariance: float = 1.0
+
+
+class VICReg(Method):
+    """Embeddings of two views agree; each dimension varies over the batch, and no two say the same."""
+
+    Options = VICRegOptions
+
+    def __init__(self, config: PretrainConfig) -> None:
+        super().__init__(config)
+        self.expander = expander(config.expander)
+        self.weights: VICRegOptions = config.options.vicreg
+
+    def step(self, first: Tensor, second: Tensor) -> StepOutput:
+        _, g_s = self.backbone(first)
+        _, g_t = self.backbone(second)
+        q_s, q_t = self.expander(g_s).float(), self.expander(g_t).float()
+        invariance = invariance_loss(q_s, q_t)
+        variance = 0.5 * (variance_loss(q_s) + variance_loss(q_t))
+        covariance = covariance_loss(q_s) + covariance_loss(q_t)
+        w = self.weights
+        loss = w.invariance * invariance + w.variance * variance + w.covariance * covariance
+        parts = {"invariance": invariance, "variance": variance, "covariance": covariance}
+        return StepOutput(loss, {**parts, "std_q": spread(q_s), "std_g": spread(g_s)})
