@@ -20,6 +20,7 @@ namespace otloss::OTLOSS_LEVEL {
 
 template <class T> struct Adjoint {
   static constexpr int tile_rows = 32;
+  static constexpr T bound = sizeof(T) == 4 ? 60 : 600;  // only a pair of two dead entries comes near; 0 * e^60 is 0
 
   const Problem<T>& p;
   const Cost<T>& cost;
@@ -69,18 +70,17 @@ template <class T> struct Adjoint {
           A[i] = rho[i] = y[i] = 0;
           continue;
         }
-        const T* lc = log_a[i] == none ? log_b : log_c;  // a dead column gets nothing from a dead row
         vec<T> top = splat<T>(none);
         for (int j = 0; j < cost.cols; j += lanes<T>) {
           const vec<T> reduced = (load(R + j) - f[i]) - load(g + j), e = reduced * -ie;
           store<T>(R + j, reduced);
-          store<T>(k + j, e + load(lc + j));
+          store<T>(k + j, e + load(log_c + j));
           top = max(e + load(log_b + j), top);
         }
         const T peak = max_of<T>(top);
         vec<T> total{};
         for (int j = 0; j < cost.cols; j += lanes<T>) {
-          const vec<T> e = exp<T>(load(k + j) - peak);
+          const vec<T> e = exp<T>(min(splat(bound), load(k + j) - peak));
           store<T>(k + j, e);
           total += e * load(live + j);
         }

@@ -1,7 +1,7 @@
 """The C++ kernels in csrc/, called by address.
 
-Float32 or float64 tensors on the CPU, one leading batch dimension. ``left`` is the cost ``(B, n, m)`` when ``right`` is
-``None``, else ``left, right`` are features ``(B, n, d)``, ``(B, m, d)`` whose cosine cost is never stored for the batch.
+Float32 or float64 tensors on the CPU, one leading batch dimension. ``left`` is the cost ``(B, n, m)`` when ``right``
+is ``None``, else ``left, right`` are features ``(B, n, d)``, ``(B, m, d)`` whose cost is never stored for the batch.
 Each problem is handled by one thread in a fixed order: results do not depend on the batch or on the number of threads.
 """
 
@@ -15,25 +15,25 @@ from torch import Tensor
 
 TWICE_DIFFERENTIABLE = False
 
+# Read once, so that torch.compile sees plain strings.
 _C: ModuleType | None
-_missing: str | None = None
 try:
     _C = importlib.import_module("otloss._C")
+    _LEVEL: str = _C.level()
+    _PROBLEM: str | None = _C.problem() or None
 except ImportError as error:
-    _C = None
-    _missing = f"the extension otloss._C is not built ({error}); run `pip install .` with a C++17 compiler"
+    _C, _LEVEL = None, ""
+    _PROBLEM = f"the extension otloss._C is not built ({error}); run `pip install .` with a C++17 compiler"
 
 
 def status() -> str | None:
     """``None`` when the kernels can be used, else why not."""
-    if _C is None:
-        return _missing
-    return _C.problem() or None
+    return _PROBLEM
 
 
 def level() -> str:
     """The instruction level in use: ``"v4"`` (AVX-512), ``"v3"`` (AVX2) or ``"baseline"``; ``""`` when unusable."""
-    return "" if _C is None else _C.level()
+    return _LEVEL
 
 
 class _Problem:
@@ -87,7 +87,7 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
 def solve(
     left: Tensor, right: Tensor | None, a: Tensor, b: Tensor, eps: float, max_iter: int, tol: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``f, g, transport_cost, value, n_iter, error`` after at most ``max_iter`` iterations or at an L1 error below ``tol``."""
+    """``f, g, transport_cost, value, n_iter, error``, after ``max_iter`` iterations or at an L1 error below ``tol``."""
     problem = _Problem(left, right, a, b, eps)
     f, g, cost, value, error = (problem.empty(*shape) for shape in ((problem.n,), (problem.m,), (), (), ()))
     n_iter = torch.empty(problem.count, dtype=torch.int64)
@@ -113,8 +113,8 @@ def implicit_gradient(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``grad_left, grad_right, grad_a, grad_b, residual`` of the converged problem (csrc/adjoint.hpp).
 
-    ``grad_f`` and ``grad_g`` have equal totals. Without ``adjoint`` the plan is a constant. The gradients of the masses are
-    not projected. ``grad_right`` is empty for a dense cost, both are without ``need_cost``.
+    ``grad_f`` and ``grad_g`` have equal totals. Without ``adjoint`` the plan is a constant. The gradients of the masses
+    are not projected. ``grad_right`` is empty for a dense cost, both are without ``need_cost``.
     """
     problem = _Problem(left, right, a, b, eps)
     upstream = _contiguous(f, g, grad_cost, grad_value, grad_f, grad_g)
@@ -136,7 +136,7 @@ def unrolled_gradient(
     need_cost: bool,
     max_iter: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``grad_left, grad_right, grad_a, grad_b``: the derivative of the ``n_iter`` iterations that were run (csrc/unroll.hpp).
+    """``grad_left, grad_right, grad_a, grad_b`` through the ``n_iter`` iterations that were run (csrc/unroll.hpp).
 
     ``max_iter``, the contract's bound on ``n_iter``, is not needed: each problem runs its own number.
     """
