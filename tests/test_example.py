@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,6 +32,8 @@ from examples.optiml.phantom import PHANTOM_CLASSES, draw
 from examples.optiml.pretrain import pretrain
 from examples.optiml.probe import fit_probe
 from examples.optiml.report import BEGIN, END, write_report
+from examples.optiml.study import StudyConfig
+from examples.optiml.study import main as study
 
 
 @pytest.fixture(autouse=True)
@@ -243,7 +246,7 @@ def test_the_probe_finds_a_linear_rule_and_shrinks_noise() -> None:
 
 def tiny(data: Path, out: Path, method: str = "vicreg", **changes: object) -> PretrainConfig:
     settings: dict[str, object] = {
-        "epochs": 3, "batch_size": 16, "image_size": 32, "expander": ExpanderConfig(dim=32), "accelerator": "cpu",
+        "epochs": 2, "batch_size": 16, "image_size": 40, "expander": ExpanderConfig(dim=32), "accelerator": "cpu",
     }  # fmt: skip
     return PretrainConfig(data, out, method, **{**settings, **changes})  # type: ignore[arg-type]
 
@@ -276,7 +279,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(phantoms: Path, tmp_
     assert all(torch.equal(a[name], b[name]) for name in a)
 
     logs = [read_log(tmp_path / run / "metrics.csv") for run in ("whole", "parts")]
-    assert [row["epoch"] for row in logs[0]] == [row["epoch"] for row in logs[1]] == [1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert [row["epoch"] for row in logs[0]] == [row["epoch"] for row in logs[1]] == [1, 1, 1, 2, 2, 2]
     assert [row["loss"] for row in logs[0]] == [row["loss"] for row in logs[1]]
     if method == "optiml":
         for row in logs[0]:
@@ -297,8 +300,8 @@ def test_a_run_folder_of_another_config_is_refused(phantoms: Path, tmp_path: Pat
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
     assert saved["method"] == "vicreg" and saved["options"] == {"invariance": 25.0, "variance": 25.0, "covariance": 1.0}
     assert saved["optim"]["lr"] is not None  # presets are written out
-    with pytest.raises(SystemExit, match=r"holds a different run \(epochs: 1 there, 2 now\)"):
-        pretrain(tiny(phantoms, tmp_path / "run", epochs=2))
+    with pytest.raises(SystemExit, match=r"holds a different run \(epochs: 1 there, 3 now\)"):
+        pretrain(tiny(phantoms, tmp_path / "run", epochs=3))
     assert pretrain(tiny(phantoms, tmp_path / "run", epochs=1, workers=2)) == tmp_path / "run" / "backbone.pth"
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("mine")
@@ -311,6 +314,38 @@ def test_a_loss_that_is_no_number_stops_with_a_reason(phantoms: Path, tmp_path: 
     options = dataclasses.replace(options, vicreg=dataclasses.replace(options.vicreg, covariance=float("inf")))
     with pytest.raises(SystemExit, match=r"the loss is (nan|inf) in epoch 1, step 1 \(.*invariance"):
         pretrain(tiny(phantoms, tmp_path / "run", options=options))
+
+
+def test_a_study_fills_its_table_and_repeats_nothing(phantoms: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(phantoms, data)
+    index = read_index(data)
+    rows = [
+        f"images/{name},{'ab'[int(patient) % 2]}" for name, patient in zip(index.names, index.patients, strict=True)
+    ]
+    (data / "labels.csv").write_text("\n".join(["image,source", *rows]) + "\n")
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{BEGIN}\n{END}\n")
+    config = StudyConfig(
+        data, tmp_path / "runs", tmp_path / "results", readme, seeds=(0,), marginals=(), epochs=1, batch_size=16,
+        image_size=32, draws=50,
+    )  # fmt: skip
+    study(config)
+    result = json.loads((tmp_path / "results" / "vicreg-seed0.json").read_text())
+    plain = json.loads((tmp_path / "results" / "untrained-seed0.json").read_text())
+    gap = json.loads((tmp_path / "results" / "differences.json").read_text())["rows"]
+    assert [(row["arm"], row["minus"]) for row in gap] == [("vicreg", "untrained")]
+    for kind in ("raw", "within_source"):
+        macro_auc = result[kind]["macro"]
+        assert macro_auc["low"] <= macro_auc["value"] <= macro_auc["high"]
+        assert gap[0][kind]["value"] == pytest.approx(macro_auc["value"] - plain[kind]["macro"]["value"], abs=1e-12)
+    assert result["made"]["torch"] == torch.__version__ and "loss" in result["training"]["last_epoch"]
+    text = readme.read_text()
+    assert f"{result['within_source']['macro']['value']:.3f}" in text and "source alone" in text
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "results").glob("*-seed0.json")}
+    study(config)
+    assert before == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "results").glob("*-seed0.json")}
+    assert readme.read_text() == text
 
 
 def test_the_report_is_written_between_its_markers(tmp_path: Path) -> None:

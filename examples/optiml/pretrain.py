@@ -14,6 +14,8 @@ from pytorch_lightning.callbacks import Callback, ModelCheckpoint, RichProgressB
 from rich.console import Console
 from torch.utils.data import DataLoader
 
+import otloss
+
 from .augment import EpochSampler, ViewDataset
 from .callbacks import CsvLog, PlainProgress, ResumeOrder, StopAfter
 from .config import PretrainConfig, claim_run_folder
@@ -86,6 +88,8 @@ def make_trainer(config: PretrainConfig, console: Console, loader: ViewLoader) -
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
     warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*")
+    # The share of images whose transport converged is in the log of every step.
+    warnings.filterwarnings("ignore", category=otloss.ConvergenceWarning)
     progress: Callback = RichProgressBar(leave=True) if sys.stdout.isatty() else PlainProgress(console)
     callbacks: list[Callback] = [
         progress,

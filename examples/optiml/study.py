@@ -52,6 +52,7 @@ class StudyConfig:
     vicreg: bool = True
     """Also run VICReg."""
     epochs: int = 10
+    batch_size: int = 64
     image_size: int = 64
     draws: int = 2000
     """Bootstrap replicates."""
@@ -89,8 +90,8 @@ def run_config(config: StudyConfig, arm: Arm, seed: int) -> PretrainConfig:
         chosen = dataclasses.replace(getattr(options, str(arm.method)), **arm.options)
         options = dataclasses.replace(options, **{str(arm.method): chosen})
     run = PretrainConfig(
-        config.data, config.out, arm.method or "vicreg", epochs=config.epochs, image_size=config.image_size,
-        seed=seed, options=options, workers=config.workers,
+        config.data, config.out, arm.method or "vicreg", epochs=config.epochs, batch_size=config.batch_size,
+        image_size=config.image_size, seed=seed, options=options, workers=config.workers,
     )  # fmt: skip
     key = hashlib.sha256(json.dumps(run.identity(), sort_keys=True).encode()).hexdigest()[:8]
     return dataclasses.replace(run, out=config.out / f"{arm.name}-seed{seed}-{key}")
