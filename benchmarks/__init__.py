@@ -1,0 +1,1 @@
+"""Benchmarks of otloss beside its peers: ``python -m benchmarks --help``."""

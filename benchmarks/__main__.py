@@ -1,0 +1,82 @@
+"""``python -m benchmarks``: time ours beside the peers, write ``benchmarks/results`` and the README's table."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks import runner
+from benchmarks.workloads import WORKLOADS
+
+RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parent.parent / "README.md"
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+
+
+def table(results: dict[str, Any]) -> str:
+    """The README's section, from a results file."""
+    where = results["environment"]
+    lines = [
+        f"{where['cpu']}, {where['threads']} threads, torch {where['versions']['torch']}, commit {where['commit']}, "
+        f"{where['date']}; medians, forward + backward from features and logits.",
+    ]
+    for name, entry in results["workloads"].items():
+        w = entry["workload"]
+        lines += [
+            "",
+            f"**{name}**: {w['batch']} problems, n = {w['n']}, m = {w['m']}, d = {w['d']}, eps {w['eps']}, "
+            f"{w['iterations']} iterations",
+            "",
+            "| | exact sharp gradient | seconds | times ours |",
+            "|---|---|---|---|",
+        ]
+        for row in entry["times"]:
+            scaled = "" if row["timed_problems"] == w["batch"] else f" (timed on {row['timed_problems']} problems)"
+            exact = "yes" if row["exact"] else "no"
+            lines.append(f"| {row['name']}{scaled} | {exact} | {row['median_s']:.3g} | {row['ratio']:.3g} |")
+        error = entry["errors"]["otloss"]
+        lines += [
+            "",
+            f"Against float64: relative error of cost {error['cost']:.1e}, of gradients {error['gradient']:.1e}.",
+        ]
+        if "memory_growth_gib" in entry:
+            lines.append(f"Peak memory for 1024 such problems grows by {entry['memory_growth_gib']:.2f} GiB.")
+    return "\n".join(lines)
+
+
+def write_readme(results: dict[str, Any]) -> None:
+    text = README.read_text()
+    head, rest = text.split(BEGIN)
+    README.write_text(head + BEGIN + "\n" + table(results) + "\n" + END + rest.split(END)[1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("workloads", nargs="*", default=list(WORKLOADS), help=f"of: {', '.join(WORKLOADS)} (all)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of ours beside each peer")
+    parser.add_argument("--no-readme", action="store_true", help="leave README.md alone")
+    args = parser.parse_args()
+    unknown = sorted(set(args.workloads) - set(WORKLOADS))
+    if unknown:
+        parser.error(f"unknown workload {', '.join(unknown)}; there are {', '.join(WORKLOADS)}")
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / "cpu.json"
+    results: dict[str, Any] = {"environment": runner.environment(), "workloads": {}}
+    for name in args.workloads:
+        workload = WORKLOADS[name]
+        print(name, flush=True)
+        entry: dict[str, Any] = {"workload": vars(workload), "errors": runner.check(workload)}
+        entry["times"] = runner.measure(workload, args.rounds)
+        if name == "channels":
+            entry["memory_growth_gib"] = runner.memory_growth(workload, 1024)
+            print(f"  peak memory for 1024 problems grows by {entry['memory_growth_gib']:.2f} GiB")
+        results["workloads"][name] = entry
+        path.write_text(json.dumps(results, indent=1) + "\n")
+    if not args.no_readme:
+        write_readme(results)
+
+
+if __name__ == "__main__":
+    main()
