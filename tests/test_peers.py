@@ -117,7 +117,7 @@ EXACT = {"tol": 1e-13, "max_iter": 100_000}
 def test_value_by_learned_marginals_where_pots_kl_envelope_errs(
     backend: str, record_property: Callable[[str, object], None]
 ) -> None:
-    """POT 0.9.7's default ot.solve(reg_type="KL", grad="envelope") sets reg * log u where KL needs reg * (log u - log a)."""
+    """POT 0.9.7: ot.solve(reg_type="KL", grad="envelope") sets reg * log u where KL needs reg * (log u - log a)."""
     cost, a, b = random_problem(n=6, m=5)
     direction = torch.zeros(6, dtype=torch.float64)
     direction[0], direction[3] = 1, -1
@@ -137,7 +137,7 @@ def test_value_by_learned_marginals_where_pots_kl_envelope_errs(
 def test_sharp_cost_by_cost_where_pot_errs_outside_autodiff(
     backend: str, mode: str, record_property: Callable[[str, object], None]
 ) -> None:
-    """The plan moves with the cost; POT's envelope and last_step modes return a gradient without saying that it is off."""
+    """The plan moves with the cost; POT's envelope and last_step return a gradient without saying that it is off."""
     cost, a, b = random_problem(n=6, m=5)
     direction = torch.zeros_like(cost)
     direction[0, 1] = 1
