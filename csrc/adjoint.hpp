@@ -7,6 +7,8 @@
 //   dL/dC_ij = T_ij ((U_i + V_j - w R_ij)/eps + w + v) + p_i b_j k_ij / rho_i + q_j a_i k_ij / sigma_j,
 //   dL/da_i = U_i + w f_i + v f_i,   dL/db_j = V_j + w g_j + v g_j.
 //
+// With the plan taken as a constant only T (w + v), v f and v g are left.
+//
 // Nothing is divided by a mass: the matrix kept is M_ij = c_j k_ij / rho_i with c_j = b_j, or 1 where b_j = 0. Its live
 // columns are the row-normalised kernel, defined for rows without mass too; A_i M_ij is T, or a_i k_ij in a dead column,
 // so S_j and V_j of a dead column come out of the same sums. Eliminating U_i = y_i - sum_j M_ij V_j leaves
@@ -20,7 +22,6 @@ namespace otloss::OTLOSS_LEVEL {
 
 template <class T> struct Adjoint {
   static constexpr int tile_rows = 32;
-  static constexpr T bound = sizeof(T) == 4 ? 60 : 600;  // only a pair of two dead entries comes near; 0 * e^60 is 0
 
   const Problem<T>& p;
   const Cost<T>& cost;
@@ -46,14 +47,14 @@ template <class T> struct Adjoint {
     log_masses(p.b, cost.m, cost.cols, log_b);
     for (int i = 0; i < cost.rows; ++i) {
       f[i] = i < cost.n ? f_in[i] : T(0);
-      pf[i] = up.f && i < cost.n ? up.f[i] : T(0);
+      pf[i] = solve && up.f && i < cost.n ? up.f[i] : T(0);
       fu[i] = 0;
     }
     for (int j = 0; j < cost.m; ++j) {
       live[j] = log_b[j] != none ? T(1) : T(0);
       log_c[j] = live[j] != 0 ? log_b[j] : T(0);
       g[j] = g_in[j];
-      qg[j] = up.g ? (live[j] != 0 ? up.g[j] / p.b[j] : up.g[j]) : T(0);
+      qg[j] = solve && up.g ? (live[j] != 0 ? up.g[j] / p.b[j] : up.g[j]) : T(0);
     }
     for (int j = cost.m; j < cost.cols; ++j) log_c[j] = none;
   }
@@ -80,7 +81,7 @@ template <class T> struct Adjoint {
         const T peak = max_of<T>(top);
         vec<T> total{};
         for (int j = 0; j < cost.cols; j += lanes<T>) {
-          const vec<T> e = exp<T>(min(splat(bound), load(k + j) - peak));
+          const vec<T> e = exp<T>(min(splat(bound<T>), load(k + j) - peak));
           store<T>(k + j, e);
           total += e * load(live + j);
         }
@@ -118,7 +119,8 @@ template <class T> struct Adjoint {
     for (int j = 0; j < cost.cols; ++j) x[j] -= along * root[j];
   }
 
-  // Conjugate gradients from 0; keeps the best iterate and gives up when it stops improving. Returns the relative residual.
+  // Conjugate gradients from 0; keeps the best iterate and gives up when it stops improving. Returns the squared size
+  // of the right-hand side, 0 if there is nothing to solve.
   T conjugate_gradients() {
     const T target = sizeof(T) == 4 ? T(5e-7) : T(1e-12);
     const int m = cost.cols, patience = 60, size = 10 * (cost.n + cost.m), cap = size < 2000 ? size : 2000;
@@ -129,8 +131,10 @@ template <class T> struct Adjoint {
     }
     project(res);
     const T start = dot(res, res, m);
-    T norm = start, least = start;
-    if (!(start > 0)) return start;  // nothing to solve, or not finite
+    T norm = start, least = start, terms = 0;
+    for (int i = 0; i < cost.n; ++i) terms += A[i] * y[i] * y[i];
+    const T noise = 8 * std::numeric_limits<T>::epsilon();
+    if (start <= noise * noise * terms) return 0;  // h is the rounding of terms that cancel: V = 0 solves it
     for (int j = 0; j < m; ++j) dir[j] = res[j];
     for (int k = 0, last = 0; k < cap && norm > target * target * start && k - last < patience; ++k) {
       for (int j = 0; j < m; ++j) v[j] = unroot[j] * dir[j];
@@ -175,7 +179,7 @@ template <class T> struct Adjoint {
 
   void contract(const Gradient<T>& out) {
     const T ie = solve ? 1 / p.eps : T(0), w = up.cost, direct = w + up.value;
-    for (int j = 0; j < cost.cols; ++j) work[j] = up.g && j < cost.m && S[j] > 0 ? up.g[j] / S[j] : T(0);
+    for (int j = 0; j < cost.cols; ++j) work[j] = solve && up.g && j < cost.m && S[j] > 0 ? up.g[j] / S[j] : T(0);
     for (int i0 = 0; i0 < cost.rows; i0 += tile_rows) {
       const int count = cost.rows - i0 < tile_rows ? cost.rows - i0 : tile_rows;
       for (int i = i0; i < i0 + count; ++i) {

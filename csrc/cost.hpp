@@ -99,7 +99,8 @@ template <class T> struct Cost {
   // Scaled by the largest entry first, so that no square overflows or vanishes.
   void normalise(const T* x, int count, int padded, T* xh, T* inverse) const {
     for (int i = 0; i < padded; ++i, xh += depth) {
-      for (int k = 0; k < depth; ++k) xh[k] = i < count && k < p.d ? x[size_t(i) * p.d + k] : T(0);
+      std::memset(xh, 0, sizeof(T) * depth);
+      if (i < count) std::memcpy(xh, x + size_t(i) * p.d, sizeof(T) * p.d);
       inverse[i] = 0;
       vec<T> top{};
       for (int k = 0; k < depth; k += lanes<T>) {

@@ -46,6 +46,9 @@ template <class T> OTLOSS_INLINE vec<T> exponent(const T* c, const T* g, int j, 
   return ((f + load(g + j)) - load(c + j)) * inverse_eps;
 }
 
+// The largest exponent that a pair with mass can have; a pair without may have more, and 0 * e^bound is 0.
+template <class T> constexpr T bound = sizeof(T) == 4 ? 60 : 600;
+
 template <class T> void log_rows(const Cost<T>& cost, const T* g, const T* log_b, T* f) {
   const T ie = 1 / cost.p.eps;
   for (int i = 0; i < cost.n; ++i) {

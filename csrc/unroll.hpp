@@ -46,7 +46,7 @@ void unrolled_gradient(const Problem<T>& p, Arena& arena, int64_t n_iter, const 
     const T* c = cost.row(i);
     vec<T> lift{}, share{};
     for (int j = 0; j < cost.cols; j += lanes<T>) {
-      const vec<T> k = exp<T>(exponent(c, gk, j, fk[i], ie)), kb = k * load(s.b + j), ka = k * s.a[i];
+      const vec<T> k = exp<T>(min(splat(bound<T>), exponent(c, gk, j, fk[i], ie))), kb = k * load(s.b + j), ka = k * s.a[i];
       const vec<T> d = w * load(c + j) + v * (fk[i] + load(gk + j)), t = ka * load(s.b + j);
       lift += kb * d;
       share += kb;
@@ -65,7 +65,7 @@ void unrolled_gradient(const Problem<T>& p, Arena& arena, int64_t n_iter, const 
       T* d = D + size_t(i) * cost.ld;
       vec<T> back{};
       for (int j = 0; j < cost.cols; j += lanes<T>) {
-        const vec<T> t = exp<T>(exponent(c, gk, j, fk[i], ie)) * load(kappa + j);
+        const vec<T> t = exp<T>(min(splat(bound<T>), exponent(c, gk, j, fk[i], ie))) * load(kappa + j);
         back += t;
         store<T>(d + j, load(d + j) + a * t);
       }
@@ -73,7 +73,7 @@ void unrolled_gradient(const Problem<T>& p, Arena& arena, int64_t n_iter, const 
       lambda[i] = 0;
       da[i] -= p.eps * total;
       for (int j = 0; j < cost.cols; j += lanes<T>) {
-        const vec<T> t = exp<T>(exponent(c, g0, j, fk[i], ie)) * l;
+        const vec<T> t = exp<T>(min(splat(bound<T>), exponent(c, g0, j, fk[i], ie))) * l;
         store<T>(d + j, load(d + j) + t * load(s.b + j));
         store<T>(next + j, load(next + j) + t);
       }
