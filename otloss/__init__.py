@@ -1,18 +1,38 @@
 """Differentiable optimal-transport losses with exact gradients, also by learned marginals."""
 
+import warnings as _warnings
+
 from otloss.backends import backends, use_backend
 from otloss.cost import cosine_cost
+from otloss.cvsim import CVSIM
+from otloss.losses import CosineCost, CosineSinkhornLoss, SinkhornLoss
 from otloss.operators import ConvergenceWarning
+from otloss.optiml import MarginalCollapseWarning, OPTiMLLoss, OPTiMLOutput
+from otloss.regularizers import CovarianceLoss, VarianceLoss
 from otloss.sinkhorn import SinkhornOutput, cosine_sinkhorn, sinkhorn
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CVSIM",
     "ConvergenceWarning",
+    "CosineCost",
+    "CosineSinkhornLoss",
+    "CovarianceLoss",
+    "MarginalCollapseWarning",
+    "OPTiMLLoss",
+    "OPTiMLOutput",
+    "SinkhornLoss",
     "SinkhornOutput",
+    "VarianceLoss",
     "backends",
     "cosine_cost",
     "cosine_sinkhorn",
     "sinkhorn",
     "use_backend",
 ]
+
+if not (_cpu := backends()["cpu"]):
+    _warnings.warn(
+        f"otloss works without its C++ kernels, but slowly: the backend cpu is {_cpu}", RuntimeWarning, stacklevel=2
+    )

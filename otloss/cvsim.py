@@ -101,8 +101,7 @@ class CVSIM(nn.Module):
         else:
             shape, scale = (1, batch, self.num_heads, size), size**-0.5  # heads beside nothing, a token per image
         q, k, v = (
-            layer(g).view(shape)
-            for layer, g in ((self.query, g_query), (self.key, g_context), (self.value, g_context))
+            layer(g).view(shape) for layer, g in ((self.query, g_query), (self.key, g_context), (self.value, g_context))
         )
         if self.tokens == "batch":
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (1, heads, B, size)

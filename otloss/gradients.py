@@ -77,28 +77,26 @@ class Sinkhorn(torch.autograd.Function):
         left, right, a, b, f, g, n_iter = ctx.saved_tensors
         need_left, need_right, need_a, need_b = ctx.needs_input_grad[:4]
         need_cost = need_left or need_right
-        need_mass = need_a or need_b
+        fixed = ctx.mode == "none"
         if p is None and q is None and w is None and w_value is None:
             return (None,) * 11
         if ctx.mode == "unroll":
-            inputs = (left, right, a, b, n_iter, w, w_value, ctx.eps, need_cost, ctx.max_iter)
-            grad = _call("unrolled_gradient", ctx.backend, *inputs)
+            run = (n_iter, w, w_value, ctx.eps, need_cost, ctx.max_iter)
+            grad = _call("unrolled_gradient", ctx.backend, left, right, a, b, *run)
         else:
             slope = None
             if p is not None or q is not None:
                 p, q, slope = _project(p, q, a, b, f, g)
             adjoint = ctx.mode == "implicit" and (w is not None or p is not None)
-            inputs = (left, right, a, b, f, g, w, w_value, p, q, ctx.eps, adjoint, need_cost)
-            grad = _call("implicit_gradient", ctx.backend, *inputs)
+            upstream = (w, w_value, p, q, ctx.eps, adjoint, need_cost)
+            grad = _call("implicit_gradient", ctx.backend, left, right, a, b, f, g, *upstream)
             if slope is not None:
                 grad = (*grad[:2], grad[2] - slope * f / 2, grad[3] + slope * g / 2)
-        if ctx.mode == "none":
-            need_mass = False
         return (
             grad[0] if need_left else None,
             grad[1] if need_right else None,
-            grad[2] if need_mass and need_a else None,
-            grad[3] if need_mass and need_b else None,
+            grad[2] if need_a and not fixed else None,
+            grad[3] if need_b and not fixed else None,
             *(None,) * 7,
         )
 

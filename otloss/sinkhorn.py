@@ -72,10 +72,10 @@ class _Problem:
     def plan(self, f: Tensor, g: Tensor, constant: bool) -> Tensor:
         with no_autocast(f):
             cost = self.left if self.right is None else cosine_cost(self.left, self.right)
-            operands = [cost, self.a, self.b, f.reshape(self.a.shape), g.reshape(self.b.shape)]
+            f, g, a, b = f.reshape(self.a.shape), g.reshape(self.b.shape), self.a, self.b
             if constant:
-                operands = [operand.detach() for operand in operands]
-            plan = transport_plan(*operands, eps=self.eps)
+                cost, a, b, f, g = (operand.detach() for operand in (cost, a, b, f, g))
+            plan = transport_plan(cost, a, b, f, g, self.eps)
         return plan.reshape(*self.batch, *plan.shape[1:])
 
 
