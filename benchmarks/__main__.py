@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import runner
+from benchmarks.readme import write_section
 from benchmarks.workloads import WORKLOADS
 
 RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parent.parent / "README.md"
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 
 def table(results: dict[str, Any]) -> str:
@@ -46,12 +45,6 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write_readme(results: dict[str, Any]) -> None:
-    text = README.read_text()
-    head, rest = text.split(BEGIN)
-    README.write_text(head + BEGIN + "\n" + table(results) + "\n" + END + rest.split(END)[1])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("workloads", nargs="*", default=list(WORKLOADS), help=f"of: {', '.join(WORKLOADS)} (all)")
@@ -75,7 +68,7 @@ def main() -> None:
         results["workloads"][name] = entry
         path.write_text(json.dumps(results, indent=1) + "\n")
     if not args.no_readme:
-        write_readme(results)
+        write_section("bench", table(results))
 
 
 if __name__ == "__main__":
