@@ -28,9 +28,10 @@ class CsvLog(Callback):
         self.started = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        kept = [row for row in read_log(self.path) if row["epoch"] <= trainer.current_epoch]
-        self.path.unlink(missing_ok=True)
-        self._append(kept)
+        if self.path.exists():
+            head, *rows = self.path.read_text().splitlines(keepends=True)
+            kept = [row for row in rows if int(row.split(",", 1)[0]) <= trainer.current_epoch]
+            self.path.write_text("".join([head, *kept]))
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         self.started = time.perf_counter()

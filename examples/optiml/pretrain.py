@@ -87,6 +87,7 @@ def make_trainer(config: PretrainConfig, console: Console, loader: ViewLoader) -
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*deprecated.*")
     warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*")
     # The share of images whose transport converged is in the log of every step.
     warnings.filterwarnings("ignore", category=otloss.ConvergenceWarning)
