@@ -21,7 +21,6 @@
 namespace otloss::OTLOSS_LEVEL {
 
 template <class T> struct Adjoint {
-  static constexpr int tile_rows = 32;
 
   const Problem<T>& p;
   const Cost<T>& cost;
@@ -109,7 +108,8 @@ template <class T> struct Adjoint {
   // out = M' A M x; U's share M x is left in fu.
   void normal(const T* x, T* out) {
     for (int j = 0; j < cost.cols; ++j) out[j] = 0;
-    sweep(M, cost.rows, cost.cols, cost.ld, x, out, [&](int i0, const T* s, T* w) __attribute__((always_inline)) {
+    up_ = !up_;
+    sweep(M, cost.rows, cost.cols, cost.ld, up_, x, out, [&](int i0, const T* s, T* w) __attribute__((always_inline)) {
       for (int r = 0; r < block; ++r) fu[i0 + r] = s[r], w[r] = s[r] * A[i0 + r];
     });
   }
@@ -181,7 +181,7 @@ template <class T> struct Adjoint {
     const T ie = solve ? 1 / p.eps : T(0), w = up.cost, direct = w + up.value;
     for (int j = 0; j < cost.cols; ++j) work[j] = solve && up.g && j < cost.m && S[j] > 0 ? up.g[j] / S[j] : T(0);
     for (int i0 = 0; i0 < cost.rows; i0 += tile_rows) {
-      const int count = cost.rows - i0 < tile_rows ? cost.rows - i0 : tile_rows;
+      const int count = std::min(tile_rows, cost.rows - i0);
       for (int i = i0; i < i0 + count; ++i) {
         T* k = M + size_t(i) * cost.ld;
         const T *R = cost.row(i), u = fu[i] * ie + direct;
@@ -197,6 +197,7 @@ template <class T> struct Adjoint {
 
  private:
   static constexpr T none = -std::numeric_limits<T>::infinity();
+  bool up_ = false;
 };
 
 template <class T>

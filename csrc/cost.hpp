@@ -8,7 +8,8 @@
 
 namespace otloss::OTLOSS_LEVEL {
 
-constexpr int block = 8;  // rows handled at once in every pass over an (n, m) matrix
+constexpr int block = 8;       // rows handled at once in every pass over an (n, m) matrix
+constexpr int tile_rows = 32;  // rows of a gradient contracted at once
 
 template <class T> constexpr int unit = lanes<T> > block ? lanes<T> : block;
 template <class T> constexpr int round_up(int k) { return (k + unit<T> - 1) / unit<T> * unit<T>; }
@@ -26,9 +27,10 @@ template <class T> struct Cost {
   static size_t bytes(const Problem<T>& p, bool gradient) {
     const size_t n = round_up<T>(p.n), m = round_up<T>(p.m), k = round_up<T>(p.d);
     size_t need = Arena::bytes<T>(n * leading<T>(p.m));
-    if (p.right) need += Arena::bytes<T>(n * k) + Arena::bytes<T>(m * k) + Arena::bytes<T>(p.d * (m + lanes<T>)) + Arena::bytes<T>(n) + Arena::bytes<T>(m);
-    if (p.right && gradient) need += Arena::bytes<T>(n * k) + Arena::bytes<T>(m * k);
-    return need;
+    if (!p.right) return need;
+    const size_t sides = Arena::bytes<T>(n * k) + Arena::bytes<T>(m * k);
+    need += sides + Arena::bytes<T>(p.d * (m + lanes<T>)) + Arena::bytes<T>(n) + Arena::bytes<T>(m);
+    return gradient ? need + sides : need;
   }
 
   Cost(const Problem<T>& p, Arena& arena, bool gradient)
@@ -128,7 +130,8 @@ template <class T> struct Cost {
     }
   }
 
-  T *xh_ = nullptr, *yh_ = nullptr, *panels_ = nullptr, *x_inverse_ = nullptr, *y_inverse_ = nullptr, *gx_ = nullptr, *gy_ = nullptr;
+  T *xh_ = nullptr, *yh_ = nullptr, *panels_ = nullptr;  // unit rows; yh transposed, in panels of columns
+  T *x_inverse_ = nullptr, *y_inverse_ = nullptr, *gx_ = nullptr, *gy_ = nullptr;
 };
 
 }  // namespace otloss::OTLOSS_LEVEL

@@ -11,32 +11,29 @@ constexpr int mr = OTLOSS_VECTOR_BYTES == 64 ? 8 : 4;  // 32 registers or 16
 constexpr int nv = 2;
 
 template <class T, int NV, bool Add>
-OTLOSS_INLINE void tile(int depth, const T* A, size_t row, size_t step, const T* B, size_t ldb, T* out, size_t ldo, T alpha, T beta) {
+OTLOSS_INLINE void tile(int depth, const T* A, size_t row, size_t step, const T* B, size_t ldb, T* out, size_t ldo,
+                        T alpha, T beta) {
   vec<T> acc[mr][NV] = {};
   for (int k = 0; k < depth; ++k) {
     vec<T> b[NV];
-#pragma GCC unroll 2
-    for (int v = 0; v < NV; ++v) b[v] = load(B + k * ldb + v * lanes<T>);
-#pragma GCC unroll 8
-    for (int r = 0; r < mr; ++r) {
+    repeat<NV>(OTLOSS_EACH(v) { b[v] = load(B + k * ldb + v * lanes<T>); });
+    repeat<mr>(OTLOSS_EACH(r) {
       const vec<T> a = splat<T>(A[r * row + k * step]);
-#pragma GCC unroll 2
-      for (int v = 0; v < NV; ++v) acc[r][v] += a * b[v];
-    }
+      repeat<NV>(OTLOSS_EACH(v) { acc[r][v] += a * b[v]; });
+    });
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < mr; ++r)
-#pragma GCC unroll 2
-    for (int v = 0; v < NV; ++v) {
+  repeat<mr>(OTLOSS_EACH(r) {
+    repeat<NV>(OTLOSS_EACH(v) {
       T* o = out + r * ldo + v * lanes<T>;
       store<T>(o, Add ? load(o) + alpha * acc[r][v] : alpha * acc[r][v] + beta);
-    }
+    });
+  });
 }
 
 // rows is a multiple of mr, cols of the lanes; column j of B and of out starts at B(j) and out + j.
 template <bool Add, class T, class Panel>
-OTLOSS_INLINE void gemm(int rows, int cols, int depth, const T* A, size_t row, size_t step, Panel B, size_t ldb, T* out, size_t ldo,
-                        T alpha, T beta) {
+OTLOSS_INLINE void gemm(int rows, int cols, int depth, const T* A, size_t row, size_t step, Panel B, size_t ldb, T* out,
+                        size_t ldo, T alpha, T beta) {
   for (int i = 0; i < rows; i += mr) {
     int j = 0;
     for (; j + nv * lanes<T> <= cols; j += nv * lanes<T>)

@@ -27,8 +27,10 @@ struct Inputs {
   template <class T> Upstream<T> upstream(int64_t i, Address cost, Address value, Address f, Address g) const {
     return {cost ? *at<T>(cost, i) : T(0), value ? *at<T>(value, i) : T(0), at<T>(f, i * n), at<T>(g, i * m)};
   }
-  template <class T> Gradient<T> gradient(int64_t i, Address left_, Address right_, Address a_, Address b_, Address residual) const {
-    return {at<T>(left_, i * (right ? n * d : n * m)), at<T>(right_, i * m * d), at<T>(a_, i * n), at<T>(b_, i * m), at<T>(residual, i)};
+  template <class T>
+  Gradient<T> gradient(int64_t i, Address to_left, Address to_right, Address to_a, Address to_b, Address residual) const {
+    return {at<T>(to_left, i * (right ? n * d : n * m)), at<T>(to_right, i * m * d), at<T>(to_a, i * n), at<T>(to_b, i * m),
+            at<T>(residual, i)};
   }
 };
 
@@ -46,7 +48,8 @@ void solve(const Inputs& in, int64_t max_iter, double tol, Address f, Address g,
   const auto& kernel = kernels_of<T>(level());
   parallel(in.count, useful(threads, double(in.count) * in.n * in.m * (max_iter + 10)), [&](int64_t i, Arena& scratch) {
     kernel.solve(in.problem<T>(i), scratch, max_iter, T(tol),
-                 {at<T>(f, i * in.n), at<T>(g, i * in.m), at<T>(cost, i), at<T>(value, i), at<T>(error, i), at<int64_t>(n_iter, i)});
+                 {at<T>(f, i * in.n), at<T>(g, i * in.m), at<T>(cost, i), at<T>(value, i), at<T>(error, i),
+                  at<int64_t>(n_iter, i)});
   });
 }
 
@@ -61,8 +64,8 @@ void implicit(const Inputs& in, Address f, Address g, Address up_cost, Address u
 }
 
 template <class T>
-void unrolled(const Inputs& in, Address n_iter, Address up_cost, Address up_value, Address left, Address right, Address a, Address b,
-              int threads) {
+void unrolled(const Inputs& in, Address n_iter, Address up_cost, Address up_value, Address left, Address right, Address a,
+              Address b, int threads) {
   const auto& kernel = kernels_of<T>(level());
   parallel(in.count, useful(threads, double(in.count) * in.n * in.m * 100), [&](int64_t i, Arena& scratch) {
     kernel.unrolled(in.problem<T>(i), scratch, *at<int64_t>(n_iter, i), in.upstream<T>(i, up_cost, up_value, 0, 0),
@@ -75,9 +78,8 @@ void unrolled(const Inputs& in, Address n_iter, Address up_cost, Address up_valu
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of otloss; use otloss.backends.cpu.";
   py::class_<Inputs>(m, "Inputs")
-      .def(py::init([](Address left, Address right, Address a, Address b, int64_t count, int64_t n, int64_t rows, int64_t d, double eps) {
-        return Inputs{left, right, a, b, count, n, rows, d, eps};
-      }));
+      .def(py::init([](Address left, Address right, Address a, Address b, int64_t count, int64_t n, int64_t m, int64_t d,
+                       double eps) { return Inputs{left, right, a, b, count, n, m, d, eps}; }));
   m.def("level", [] { return active_level() ? active_level()->name : ""; });
   m.def("problem", [] { return std::string(level_problem()); });
   const py::call_guard<py::gil_scoped_release> free;

@@ -9,35 +9,27 @@
 
 namespace otloss::OTLOSS_LEVEL {
 
-// weight(i0, s, w) turns the `block` row sums s into row weights w. acc must be zero on entry.
+// weight(i0, s, w) turns the `block` row sums s into row weights w. acc must be zero on entry. Sweeps that follow each other
+// go `up` and down in turn: a matrix a little larger than the cache is then found there for the most part, not missed throughout.
 template <class T, class Weight>
-OTLOSS_INLINE void sweep(const T* K, int rows, int cols, int ld, const T* v, T* acc, Weight weight) {
-  static_assert(block == 8);
-  for (int i0 = 0; i0 < rows; i0 += block) {
+OTLOSS_INLINE void sweep(const T* K, int rows, int cols, int ld, bool up, const T* v, T* acc, Weight weight) {
+  for (int step = 0; step < rows; step += block) {
+    const int i0 = up ? rows - block - step : step;
     const T* k = K + size_t(i0) * ld;
     vec<T> part[block] = {};
     for (int j = 0; j < cols; j += lanes<T>) {
       const vec<T> x = load(v + j);
-#pragma GCC unroll 8
-      for (int r = 0; r < block; ++r) part[r] += load(k + size_t(r) * ld + j) * x;
+      repeat<block>(OTLOSS_EACH(r) { part[r] += load(k + r * size_t(ld) + j) * x; });
     }
     T s[block], w[block];
-#pragma GCC unroll 8
-    for (int r = 0; r < block; ++r) s[r] = sum<T>(part[r]);
+    repeat<block>(OTLOSS_EACH(r) { s[r] = sum<T>(part[r]); });
     weight(i0, s, w);
     vec<T> u[block];
-#pragma GCC unroll 8
-    for (int r = 0; r < block; ++r) u[r] = splat<T>(w[r]);
+    repeat<block>(OTLOSS_EACH(r) { u[r] = splat<T>(w[r]); });
     for (int j = 0; j < cols; j += lanes<T>) {
-      const T* c = k + j;
-      vec<T> even = load(acc + j), odd = load(c + ld) * u[1];
-      even += load(c) * u[0];
-#pragma GCC unroll 3
-      for (int r = 2; r < block; r += 2) {
-        even += load(c + size_t(r) * ld) * u[r];
-        odd += load(c + size_t(r + 1) * ld) * u[r + 1];
-      }
-      store<T>(acc + j, even + odd);
+      vec<T> total[2] = {load(acc + j), {}};  // two chains
+      repeat<block>(OTLOSS_EACH(r) { total[r % 2] += load(k + r * size_t(ld) + j) * u[r]; });
+      store<T>(acc + j, total[0] + total[1]);
     }
   }
 }

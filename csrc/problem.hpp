@@ -4,12 +4,14 @@
 // right = y of m x d, C_ij = 1 - cos(x_i, y_j)), with masses a, b that sum to 1. In the KL gauge its plan is
 //   T_ij = a_i b_j exp((f_i + g_j - C_ij) / eps).
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <limits>
 #include <new>
+#include <type_traits>
 #include <utility>
 
 namespace otloss {

@@ -36,6 +36,15 @@ template <class T> constexpr int lanes = OTLOSS_VECTOR_BYTES / sizeof(T);
 
 #define OTLOSS_INLINE inline __attribute__((always_inline))
 
+// f(0), .., f(N - 1) written out, with constant indices: an array of vectors so indexed stays in registers.
+template <int N, int K = 0, class F> OTLOSS_INLINE void repeat(F f) {
+  if constexpr (K < N) {
+    f(std::integral_constant<int, K>{});
+    repeat<N, K + 1>(f);
+  }
+}
+#define OTLOSS_EACH(index) [&](auto index) __attribute__((always_inline))
+
 template <class T> OTLOSS_INLINE vec<T> load(const T* p) { return *reinterpret_cast<const typename vec_of<T>::unaligned*>(p); }
 template <class T> OTLOSS_INLINE void store(T* p, vec<T> v) { *reinterpret_cast<typename vec_of<T>::unaligned*>(p) = v; }
 template <class T> OTLOSS_INLINE vec<T> splat(T s) { return s - vec<T>{}; }

@@ -18,7 +18,7 @@ template <class T> struct Solver {
   const Problem<T>& p;
   const Cost<T>& cost;
   T *K, *F, *G, *phi, *psi, *next_phi, *next_psi, *v, *log_a, *log_b, *a, *b, *peak, *total;
-  bool dead_rows, dead_cols;
+  bool dead_rows, dead_cols, up = false;
 
   static size_t bytes(const Problem<T>& p) {
     const size_t n = round_up<T>(p.n), m = round_up<T>(p.m);
@@ -47,7 +47,7 @@ template <class T> struct Solver {
       if (good) {
         std::swap(phi, next_phi);
         std::swap(psi, next_psi);
-        if (!(spread(phi, a, cost.n) <= safe && spread(psi, b, cost.m) <= safe)) absorb();
+        if (!(spread(phi, cost.rows) <= safe && spread(psi, cost.cols) <= safe)) absorb();
       } else if (!log_iterate()) {
         ++k;
         return false;  // not finite: the outputs say so
@@ -90,36 +90,34 @@ template <class T> struct Solver {
 
   bool iterate(T& error) {
     for (int j = 0; j < cost.cols; ++j) v[j] = b[j] * psi[j], next_psi[j] = 0;
-    bool good = true;
-    sweep(K, cost.rows, cost.cols, cost.ld, v, next_psi, [&](int i0, const T* s, T* w) __attribute__((always_inline)) {
+    T missed[block] = {};
+    up = !up;  // the first goes up: the last rows of K were written last
+    sweep(K, cost.rows, cost.cols, cost.ld, up, v, next_psi, [&](int i0, const T* s, T* w) __attribute__((always_inline)) {
+      const T *mass = a + i0, *old = phi + i0;
+      T* scaling = next_phi + i0;
       for (int r = 0; r < block; ++r) {
-        const int i = i0 + r;
-        const bool dead = a[i] == 0;
-        good &= dead | ((s[r] >= 1 / wide) & (s[r] <= wide));
-        const T miss = phi[i] * s[r] - 1, inverse = dead ? T(0) : 1 / s[r];
-        error += a[i] * (miss < 0 ? -miss : miss);
-        next_phi[i] = inverse;
-        w[r] = a[i] * inverse;
+        const T miss = old[r] * s[r] - 1;
+        missed[r] += mass[r] * (miss < 0 ? -miss : miss);
+        scaling[r] = mass[r] != 0 ? 1 / s[r] : T(1);
+        w[r] = mass[r] * scaling[r];
       }
     });
-    for (int j = 0; j < cost.cols; ++j) {
-      const T t = next_psi[j];
-      const bool dead = b[j] == 0;
-      good &= dead | ((t >= 1 / wide) & (t <= wide));
-      next_psi[j] = dead ? T(0) : 1 / t;
-    }
-    return good;
+    for (int r = 0; r < block; ++r) error += missed[r];
+    for (int j = 0; j < cost.cols; ++j) next_psi[j] = b[j] != 0 ? 1 / next_psi[j] : T(1);
+    return spread(next_phi, cost.rows) <= wide && spread(next_psi, cost.cols) <= wide;
   }
 
-  // The largest factor by which a live scaling differs from 1.
-  static T spread(const T* scaling, const T* mass, int count) {
-    T top = 1, bottom = 1;
-    for (int i = 0; i < count; ++i) {
-      const T s = mass[i] != 0 ? scaling[i] : T(1);
-      top = s > top ? s : top;
-      bottom = s < bottom ? s : bottom;
+  // The largest factor by which a scaling differs from 1 (it is 1 where there is no mass); NaN if one is.
+  static T spread(const T* scaling, int count) {
+    vec<T> top = splat<T>(1), bottom = top, nothing{};
+    for (int i = 0; i < count; i += lanes<T>) {
+      const vec<T> s = load(scaling + i);
+      top = max(s, top);
+      bottom = min(s, bottom);
+      nothing += s * T(0);
     }
-    return top > 1 / bottom ? top : 1 / bottom;
+    const T most = max_of<T>(top), least = 1 / min_of<T>(bottom);
+    return (most > least ? most : least) + sum<T>(nothing);
   }
 
   void absorb() {

@@ -87,7 +87,8 @@ void unrolled_gradient(const Problem<T>& p, Arena& arena, int64_t n_iter, const 
   for (int i = 0; i < p.n; ++i) out.a[i] = da[i];
   for (int j = 0; j < p.m; ++j) out.b[j] = db[j];
   if (!out.left) return;
-  for (int i0 = 0; i0 < cost.rows; i0 += 32) cost.pull(D + size_t(i0) * cost.ld, i0, cost.rows - i0 < 32 ? cost.rows - i0 : 32, out);
+  for (int i0 = 0; i0 < cost.rows; i0 += tile_rows)
+    cost.pull(D + size_t(i0) * cost.ld, i0, std::min(tile_rows, cost.rows - i0), out);
   cost.finish(out);
 }
 
