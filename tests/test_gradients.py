@@ -144,6 +144,24 @@ def test_zero_mass_has_the_one_sided_derivative(backend: str, name: str) -> None
     assert float(grad @ direction) == pytest.approx(float(quotient), rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.parametrize("name", ["transport_cost", "value"])
+def test_unroll_at_zero_mass_has_the_one_sided_derivative(backend: str, name: str) -> None:
+    cost, a, b = random_problem(n=5, m=4)
+    a[2], b[1] = 0, 0
+    a, b = (a / a.sum()).requires_grad_(), b / b.sum()
+    direction = torch.tensor([-1, 0, 1, 0, 0], dtype=torch.double)
+
+    def loss(a: Tensor) -> Tensor:
+        out = sinkhorn(cost, a, b, eps=0.2, max_iter=2, tol=0.0, gradient="unroll", backend=backend)
+        return getattr(out, name)
+
+    (grad,) = torch.autograd.grad(loss(a), a)
+    step = 1e-6
+    with torch.no_grad():
+        quotient = (-3 * loss(a) + 4 * loss(a + step * direction) - loss(a + 2 * step * direction)) / (2 * step)
+    assert float(grad @ direction) == pytest.approx(float(quotient), rel=1e-5, abs=1e-8)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_masked_problems_have_the_cropped_gradient(backend: str, dtype: torch.dtype) -> None:
     cost, a, b = random_problem(n=9, m=7, dtype=dtype)

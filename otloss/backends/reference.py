@@ -200,9 +200,7 @@ def unrolled_gradient(
         g = torch.where(running, _g_step(cost, log_a, f, eps), history[-1][1])
         history.append((f, g))
 
-    f, g = history[-1]
-    f = torch.where(live(a), f, _f_step(cost, log_b, g, eps))
-    g = torch.where(live(b), g, _g_step(cost, log_a, f, eps))
+    f, g = history[-1]  # without mass as with it: of the last iteration, which is the limit of a vanishing mass
     w, w_value = _column(grad_cost, cost), _column(grad_value, cost)
     k = kernel(cost, f, g, eps)
     plan = a.unsqueeze(-1) * k * b.unsqueeze(-2)
