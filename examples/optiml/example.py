@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,15 +11,17 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from .config import PretrainConfig
+from .config import AugmentConfig, PretrainConfig
 from .data import read_index
-from .evaluate import Scored, score_backbone
+from .evaluate import Scored, score_backbone, summarise
 from .layout import PhantomConfig, write_phantoms
 from .metrics import Estimate, patient_draws
 from .pretrain import pretrain
+from .provenance import provenance
 from .supervised import train_supervised
 
 TRAIN, TEST, PHANTOM_SIZE, IMAGE_SIZE = 2000, 600, 96, 64
+DRAWS = 1000
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ class ExampleConfig:
     supervised_epochs: int = 12
     """Epochs of supervised training; 0 leaves it out."""
     seed: int = 0
+    json: Path | None = None
+    """Also write the figures here."""
 
 
 def phantoms(out: Path, seed: int, console: Console) -> Path:
@@ -55,9 +60,10 @@ def main(config: ExampleConfig) -> None:
     console.rule("1. untrained network")
     rows["untrained, frozen"] = score_backbone(index, None, IMAGE_SIZE, config.seed)
     console.rule(f"2. pretraining with {config.method}, no labels")
+    # Crops below a third of the film would often miss a finding of this size altogether.
     run = PretrainConfig(
         data, config.out / f"{config.method}-{config.epochs}epochs-{config.seed}", config.method, epochs=config.epochs,
-        image_size=IMAGE_SIZE, seed=config.seed,
+        image_size=IMAGE_SIZE, seed=config.seed, augment=AugmentConfig(min_scale=0.3),
     )  # fmt: skip
     backbone = pretrain(run, console)
     rows[f"{config.method}, frozen"] = score_backbone(index, backbone, IMAGE_SIZE, config.seed)
@@ -68,14 +74,20 @@ def main(config: ExampleConfig) -> None:
             tick=lambda epoch, loss: console.print(f"  epoch {epoch}/{config.supervised_epochs}  loss {loss:.4f}"),
         )  # fmt: skip
     console.print(auc_table(rows))
-    console.print(f"{time.monotonic() - started:.0f} s. Run folder: {run.out}")
+    seconds = time.monotonic() - started
+    console.print(f"{seconds:.0f} s. Run folder: {run.out}")
+    if config.json:
+        figures = {name: summarise(scored, DRAWS)["raw"] for name, scored in rows.items()}
+        films = {"train": int((index.splits == "train").sum()), "test": len(index.split("test")), "px": IMAGE_SIZE}
+        record = {"arm": "example", "films": films, "seconds": round(seconds), "rows": figures, **provenance()}
+        config.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def auc_table(rows: dict[str, Scored]) -> Table:
     """Macro AUC with its 95 % interval over test patients, and the AUC of each class."""
     first = next(iter(rows.values()))
     names = list(first.per_class(within=False))
-    weights = patient_draws(first.test.patients)
+    weights = patient_draws(first.test.patients, DRAWS)
     table = Table("features", "macro AUC", *names, title=f"Test AUC on {len(first.test)} phantoms")
     for label, scored in rows.items():
         macro = Estimate.of(scored.macro(False)[0], scored.macro(False, weights))

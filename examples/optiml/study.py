@@ -9,18 +9,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import platform
-import subprocess
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
-
-import otloss
 
 from .callbacks import epoch_means, read_log
 from .config import MethodOptions, PretrainConfig
@@ -28,6 +22,7 @@ from .data import ChestIndex, read_index
 from .evaluate import score_backbone, score_metadata, summarise
 from .metrics import Estimate, Floats, class_aucs, macro, patient_draws
 from .pretrain import LOG, pretrain
+from .provenance import provenance
 from .report import write_report
 
 HERE = Path(__file__).parent
@@ -182,25 +177,6 @@ def _differences(config: StudyConfig, index: ChestIndex) -> None:
 
 def _scores_file(config: StudyConfig, arm: Arm, seed: int) -> Path:
     return config.out / "scores" / f"{arm.name}-seed{seed}.npz"
-
-
-def provenance() -> dict[str, Any]:
-    """Where and when a result was made."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False)
-    dirty = subprocess.run(["git", "status", "--porcelain"], cwd=HERE, capture_output=True, text=True, check=False)
-    return {
-        "made": {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "commit": commit.stdout.strip() or None,
-            "uncommitted_changes": bool(dirty.stdout.strip()),
-            "machine": platform.machine(),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "otloss": otloss.__version__,
-            "backends": [name for name, status in otloss.backends().items() if status],
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        }
-    }
 
 
 def _write(path: Path, record: dict[str, Any]) -> None:

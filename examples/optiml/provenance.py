@@ -1,0 +1,34 @@
+"""Where, when and with what a result was made: part of every result file."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import otloss
+
+HERE = Path(__file__).parent
+
+
+def provenance() -> dict[str, Any]:
+    """Where and when a result was made."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False)
+    dirty = subprocess.run(["git", "status", "--porcelain"], cwd=HERE, capture_output=True, text=True, check=False)
+    return {
+        "made": {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "commit": commit.stdout.strip() or None,
+            "uncommitted_changes": bool(dirty.stdout.strip()),
+            "machine": platform.machine(),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "otloss": otloss.__version__,
+            "backends": [name for name, status in otloss.backends().items() if status],
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        }
+    }
