@@ -84,14 +84,15 @@ def main(config: ExampleConfig) -> None:
 
 
 def auc_table(rows: dict[str, Scored]) -> Table:
-    """Macro AUC with its 95 % interval over test patients, and the AUC of each class."""
+    """AUC of each class, and the macro AUC with its 95 % interval over test patients."""
     first = next(iter(rows.values()))
-    names = list(first.per_class(within=False))
     weights = patient_draws(first.test.patients, DRAWS)
-    table = Table("features", "macro AUC", *names, title=f"Test AUC on {len(first.test)} phantoms")
-    for label, scored in rows.items():
-        macro = Estimate.of(scored.macro(False)[0], scored.macro(False, weights))
-        per_class = scored.per_class(within=False)
-        cells = (f"{per_class[name]:.3f}" for name in names)
-        table.add_row(label, f"{macro.value:.3f} [{macro.low:.3f}, {macro.high:.3f}]", *cells)
+    per_class = [scored.per_class(within=False) for scored in rows.values()]
+    table = Table("AUC", *rows, title=f"Test AUC on {len(first.test)} phantoms")
+    for name in per_class[0]:
+        table.add_row(name, *(f"{aucs[name]:.3f}" for aucs in per_class))
+    table.add_section()
+    macros = [Estimate.of(scored.macro(False)[0], scored.macro(False, weights)) for scored in rows.values()]
+    table.add_row("macro", *(f"{macro.value:.3f}" for macro in macros))
+    table.add_row("95 % interval", *(f"{macro.low:.3f} – {macro.high:.3f}" for macro in macros))
     return table
