@@ -16,6 +16,11 @@ def no_autocast(like: Tensor) -> torch.autocast:
     return torch.autocast(like.device.type, enabled=False)
 
 
+def wide(x: Tensor) -> Tensor:
+    """``x`` in float64, for sums whose terms cancel; MPS has none."""
+    return x if x.device.type == "mps" else x.double()
+
+
 def check_tensor(name: str, value: object, min_dim: int, shape: str) -> None:
     """``value`` is a floating-point tensor with at least ``min_dim`` dimensions."""
     if not isinstance(value, Tensor):

@@ -12,7 +12,13 @@ __all__ = ["cosine_cost"]
 
 def unit_rows(x: Tensor) -> Tensor:
     """Rows of ``x`` scaled to length 1; a zero row stays zero and gets gradient exactly 0."""
-    return torch.where(x.detach().any(dim=-1, keepdim=True), x, 0.0) / row_norms(x)
+    return torch.where(live_rows(x), x, 0.0) / row_norms(x)
+
+
+def live_rows(x: Tensor) -> Tensor:
+    """Which rows are not zero ``(B, n, 1)``. Rows so small that 1/x leaves the dtype's range count as zero."""
+    largest = x.detach().abs().amax(dim=-1, keepdim=True)
+    return ~(largest <= (1e-290 if x.dtype == torch.float64 else 1e-30))  # so written, NaN is live and will show
 
 
 def row_norms(x: Tensor) -> Tensor:
@@ -21,9 +27,8 @@ def row_norms(x: Tensor) -> Tensor:
     Each row is first divided by its largest entry, so that squares neither overflow nor underflow. That scale is a
     constant of the derivative: the result does not depend on it.
     """
-    scale = x.detach().abs().amax(dim=-1, keepdim=True)
-    alive = scale != 0  # also where it is NaN, which must not be hidden
-    scale = torch.where(alive, scale, 1.0)
+    alive = live_rows(x)
+    scale = torch.where(alive, x.detach().abs().amax(dim=-1, keepdim=True), 1.0)
     square = (x / scale).square().sum(dim=-1, keepdim=True)
     return scale * torch.where(alive, square, 1.0).sqrt()
 
@@ -33,7 +38,8 @@ def cosine_cost(x: Tensor, y: Tensor) -> Tensor:
 
     .. math:: C_{ij} = 1 - \frac{\langle x_i, y_j \rangle}{\lVert x_i \rVert \, \lVert y_j \rVert} \in [0, 2]
 
-    A zero row (a dead ReLU channel) has cosine 0 to everything, so cost 1, and gradient exactly 0.
+    A zero row (a dead ReLU channel) has cosine 0 to everything, so cost 1, and gradient exactly 0. A row without any
+    entry above 1e-30 (1e-290 in float64) counts as zero.
 
     Args:
         x: features ``(B, n, d)``; ``B`` is any number of leading dimensions, also none.

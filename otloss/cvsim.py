@@ -8,11 +8,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from otloss.checks import check_choice, check_count, check_number, check_tensor, no_autocast
+from otloss.checks import check_choice, check_count, check_number, check_tensor, no_autocast, wide
 
 __all__ = ["CVSIM", "log_softmax_with_perplexity"]
 
 TOKENS = ("channel", "batch")
+
+
+def check_cvsim(dim: object, num_heads: object, tokens: object) -> None:
+    """The options of `CVSIM`."""
+    check_count("dim", dim)
+    check_count("num_heads", num_heads)
+    check_choice("tokens", tokens, TOKENS)
+    if dim % num_heads:  # type: ignore[operator]
+        raise ValueError(f"num_heads must divide dim, got dim={dim} and num_heads={num_heads}")
 
 
 class CVSIM(nn.Module):
@@ -59,11 +68,7 @@ class CVSIM(nn.Module):
 
     def __init__(self, dim: int, num_heads: int = 8, tokens: str = "channel") -> None:
         super().__init__()
-        check_count("dim", dim)
-        check_count("num_heads", num_heads)
-        check_choice("tokens", tokens, TOKENS)
-        if dim % num_heads:
-            raise ValueError(f"num_heads must divide dim, got dim={dim} and num_heads={num_heads}")
+        check_cvsim(dim, num_heads, tokens)
         self.dim, self.num_heads, self.tokens = dim, num_heads, tokens
         self.query = nn.Linear(dim, dim)
         self.key = nn.Linear(dim, dim)
@@ -91,6 +96,9 @@ class CVSIM(nn.Module):
             check_tensor(name, g, 2, f"(B, {self.dim})")
             if g.dim() != 2 or g.shape[1] != self.dim:
                 raise ValueError(f"{name} must have shape (B, {self.dim}), got {tuple(g.shape)}")
+            weight = self.query.weight.dtype
+            if g.dtype != weight and not torch.is_autocast_enabled(g.device.type):
+                raise TypeError(f"{name} must have the dtype of the module's weights, {weight}, got {g.dtype}")
         if g_query.shape != g_context.shape:
             raise ValueError(
                 f"g_query and g_context must have one shape, got {tuple(g_query.shape)} and {tuple(g_context.shape)}"
@@ -162,7 +170,7 @@ def log_softmax_with_perplexity(r: Tensor, perplexity: float) -> Tensor:
     with no_autocast(r):
         # Standard units, in which the wanted inverse temperature is of order 1. Mean and spread are constants of the
         # gradient: the result does not depend on them.
-        work = r if r.device.type == "mps" else r.double()
+        work = wide(r)
         center = work.detach().mean(-1, keepdim=True)
         spread = (work.detach() - center).square().mean(-1, keepdim=True).sqrt()
         rounding = 8 * torch.finfo(r.dtype).eps * work.detach().abs().amax(-1, keepdim=True)

@@ -35,6 +35,7 @@ from torch import Tensor
 
 from otloss import operators
 from otloss.backends import get_backend
+from otloss.checks import no_autocast
 
 MODES = ("implicit", "unroll", "none")
 # Outputs of ``Sinkhorn`` by position: f, g, transport cost, value, iterations, error.
@@ -77,26 +78,25 @@ class Sinkhorn(torch.autograd.Function):
         left, right, a, b, f, g, n_iter = ctx.saved_tensors
         need_left, need_right, need_a, need_b = ctx.needs_input_grad[:4]
         need_cost = need_left or need_right
-        fixed = ctx.mode == "none"
         if p is None and q is None and w is None and w_value is None:
             return (None,) * 11
         if ctx.mode == "unroll":
             run = (n_iter, w, w_value, ctx.eps, need_cost, ctx.max_iter)
-            grad = _call("unrolled_gradient", ctx.backend, left, right, a, b, *run)
+            grad = _call("unrolled_gradient", ctx.backend, ctx.mode, left, right, a, b, *run)
         else:
             slope = None
             if p is not None or q is not None:
                 p, q, slope = _project(p, q, a, b, f, g)
             adjoint = ctx.mode == "implicit" and (w is not None or p is not None)
             upstream = (w, w_value, p, q, ctx.eps, adjoint, need_cost)
-            grad = _call("implicit_gradient", ctx.backend, left, right, a, b, f, g, *upstream)
+            grad = _call("implicit_gradient", ctx.backend, ctx.mode, left, right, a, b, f, g, *upstream)
             if slope is not None:
                 grad = (*grad[:2], grad[2] - slope * f / 2, grad[3] + slope * g / 2)
         return (
             grad[0] if need_left else None,
             grad[1] if need_right else None,
-            grad[2] if need_a and not fixed else None,
-            grad[3] if need_b and not fixed else None,
+            grad[2] if need_a else None,
+            grad[3] if need_b else None,
             *(None,) * 7,
         )
 
@@ -111,31 +111,34 @@ def _project(
     return p - slope * a / 2, q + slope * b / 2, slope
 
 
-def _call(name: str, backend: str, *args: Any) -> tuple[Tensor, ...]:
+def _call(name: str, backend: str, mode: str, *args: Any) -> tuple[Tensor, ...]:
     """A backend's gradient; one that will be differentiated again must be made of differentiable operations."""
     if not torch.is_grad_enabled():
         return getattr(operators, name)(*args, backend)  # type: ignore[no-any-return]
     module = get_backend(backend)
-    if module.TWICE_DIFFERENTIABLE:
+    if mode == "none" or not module.TWICE_DIFFERENTIABLE:
+        return OnceDifferentiable.apply(name, backend, mode, *args)  # type: ignore[no-any-return]
+    with no_autocast(args[0]):
         return getattr(module, name)(*args)[:4]  # type: ignore[no-any-return]
-    return OnceDifferentiable.apply(name, backend, *args)  # type: ignore[no-any-return]
 
 
 class OnceDifferentiable(torch.autograd.Function):
-    """A backend's gradient whose own derivative raises."""
+    """A gradient whose own derivative raises."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(name: str, backend: str, *args: Any) -> tuple[Tensor, ...]:
+    def forward(name: str, backend: str, mode: str, *args: Any) -> tuple[Tensor, ...]:
         return getattr(operators, name)(*args, backend)  # type: ignore[no-any-return]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.backend = inputs[1]
+        ctx.backend, ctx.mode = inputs[1:3]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        if ctx.mode == "none":
+            raise RuntimeError("gradient='none' takes the plan as a constant and has no second derivative")
         raise RuntimeError(
             f"the {ctx.backend!r} backend has no second derivative; compute this part with "
             "otloss.use_backend('reference') or backend='reference', which has"

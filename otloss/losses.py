@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from otloss.backends import check_backend
 from otloss.checks import check_choice, check_count, check_number
 from otloss.cost import cosine_cost
 from otloss.gradients import MODES
@@ -56,6 +57,8 @@ class _TransportLoss(nn.Module):
         check_number("tol", tol, positive=False)
         check_choice("gradient", gradient, MODES)
         check_choice("reduction", reduction, REDUCTIONS)
+        if backend is not None:
+            check_backend(backend)
         if gradient == "none" and objective != "transport_cost":
             raise ValueError(
                 f"gradient 'none' differentiates objective 'transport_cost' only, got objective {objective!r}; "
@@ -76,7 +79,7 @@ class _TransportLoss(nn.Module):
 
     def _reduce(self, loss: Tensor) -> Tensor:
         if self.reduction == "mean":
-            return loss.mean()
+            return loss.sum() / max(loss.numel(), 1)  # an empty batch costs nothing
         return loss.sum() if self.reduction == "sum" else loss
 
     def extra_repr(self) -> str:

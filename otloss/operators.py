@@ -26,6 +26,11 @@ def _warn(message: str) -> None:
     warnings.warn(message, ConvergenceWarning, stacklevel=3)
 
 
+def _contiguous(*tensors: Tensor) -> Any:
+    """What the fake kernels promise to a compiler, whatever layout the inputs had."""
+    return tuple(tensor.contiguous() for tensor in tensors)
+
+
 def _checks_on(x: Tensor) -> bool:
     return x.device.type == "cpu" or os.environ.get("OTLOSS_CHECK_VALUES") == "1"
 
@@ -83,7 +88,7 @@ def solve(
                 f"problems did not reach tol={tol:g} in max_iter={max_iter} iterations at eps={eps:g} "
                 "(see converged and marginal_error); raise max_iter, tol or eps"
             )
-    return f, g, cost, value, n_iter, error
+    return _contiguous(f, g, cost, value, n_iter, error)
 
 
 @solve.register_fake
@@ -126,7 +131,7 @@ def implicit_gradient(
             f"the gradient's linear system was left with a relative residual above 1e-2 at eps={eps:g}: "
             "the plan is close to a permutation of blocks; raise eps or use float64"
         )
-    return tuple(grads)  # type: ignore[return-value]
+    return _contiguous(*grads)
 
 
 def _fake_gradients(
@@ -164,10 +169,10 @@ def unrolled_gradient(
     """Gradients of left, right, a and b through the iterations that were run, of which none took over max_iter."""
     longest = int(n_iter.max()) if n_iter.numel() else 0
     with no_autocast(left):
-        grads: tuple[Tensor, Tensor, Tensor, Tensor] = get_backend(backend).unrolled_gradient(
+        grads = get_backend(backend).unrolled_gradient(
             left, right, a, b, n_iter, grad_cost, grad_value, eps, need_cost, longest
         )
-    return grads
+    return _contiguous(*grads)
 
 
 @unrolled_gradient.register_fake
@@ -188,9 +193,14 @@ def _fold_batch(op: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
             return arg.reshape(size * arg.shape[1], *arg.shape[2:])
 
         outputs = op(*(fold(arg, dim) for arg, dim in zip(args, in_dims, strict=True)))
+        problems = next(
+            arg.shape[0] if dim is None else arg.movedim(dim, 0).shape[1]
+            for arg, dim in zip(args, in_dims, strict=True)
+            if isinstance(arg, Tensor)
+        )
         # An output that was not asked for is empty; it keeps that shape in every mapped call.
         unfolded = tuple(
-            out.reshape(size, -1, *out.shape[1:]) if out.dim() > 1 or out.numel() else out.new_empty(size, 0)
+            out.reshape(size, problems, *out.shape[1:]) if out.shape[0] == size * problems else out.new_empty(size, 0)
             for out in outputs
         )
         return unfolded, (0,) * len(unfolded)

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from otloss.checks import check_choice, check_count, check_number, check_tensor, no_autocast, working_dtype
+from otloss.checks import check_choice, check_number, check_tensor, no_autocast, working_dtype
 from otloss.cost import unit_rows
-from otloss.cvsim import CVSIM, log_softmax_with_perplexity
+from otloss.cvsim import CVSIM, check_cvsim, log_softmax_with_perplexity
 from otloss.losses import CosineSinkhornLoss
 from otloss.regularizers import CovarianceLoss, VarianceLoss
 
@@ -18,7 +18,7 @@ __all__ = ["MarginalCollapseWarning", "OPTiMLLoss", "OPTiMLOutput"]
 
 MATCHES = ("channel", "position")
 MARGINALS = ("perplexity", "learned", "detached", "uniform")
-COLLAPSE = 0.05  # share of the points below which the mean perplexity of free marginals is called collapsed
+COLLAPSE = 0.05  # share of the way from 1 point to all below which the mean perplexity is called collapsed
 
 
 class MarginalCollapseWarning(UserWarning):
@@ -120,14 +120,14 @@ class OPTiMLLoss(nn.Module):
         beta: float = 25.0,
         eta: float = 1.0,
         eps: float = 0.05,
-        *,
         match: str = "channel",
         marginals: str = "perplexity",
+        objective: str = "transport_cost",
+        *,
         perplexity: float = 0.5,
         num_heads: int = 8,
         tokens: str = "channel",
         shared: bool = True,
-        objective: str = "transport_cost",
         max_iter: int = 200,
         tol: float = 1e-5,
         gradient: str = "implicit",
@@ -135,7 +135,7 @@ class OPTiMLLoss(nn.Module):
         gather: bool = False,
     ) -> None:
         super().__init__()
-        check_count("dim", dim)
+        check_cvsim(dim, num_heads, tokens)  # also where the marginals do without one
         for name, weight in (("alpha", alpha), ("beta", beta), ("eta", eta)):
             check_number(name, weight, positive=False)
         check_choice("match", match, MATCHES)
@@ -225,7 +225,7 @@ class OPTiMLLoss(nn.Module):
         self._calls += 1
         if perplexity.device.type != "cpu" and self._calls % 100:
             return
-        if perplexity < COLLAPSE * points:
+        if perplexity - 1 < COLLAPSE * (points - 1):
             self._collapse_reported = True
             warnings.warn(
                 f"the marginals have collapsed: their mean perplexity is {float(perplexity):.1f} of {points} points, "
@@ -239,9 +239,9 @@ class OPTiMLLoss(nn.Module):
             check_tensor(name, z, 4, f"(B, {self.dim}, h, w)")
             if z.dim() != 4 or z.shape[1] != self.dim or 0 in z.shape[2:]:
                 raise ValueError(f"{name} must have shape (B, {self.dim}, h, w), got {tuple(z.shape)}")
-        if self.match == "channel" and z_s.shape[2:].numel() != z_t.shape[2:].numel():
+        if self.match == "channel" and z_s.shape[2:] != z_t.shape[2:]:
             raise ValueError(
-                "z_s and z_t must have equally many positions to compare channels, "
+                "z_s and z_t must have the same height and width to compare channels, "
                 f"got {tuple(z_s.shape)} and {tuple(z_t.shape)}"
             )
         for name, q in (("q_s", q_s), ("q_t", q_t)):

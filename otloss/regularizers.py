@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from otloss.checks import check_number, check_tensor, no_autocast
+from otloss.checks import check_number, check_tensor, no_autocast, wide
 
 __all__ = ["CovarianceLoss", "VarianceLoss"]
 
@@ -91,10 +91,11 @@ class CovarianceLoss(nn.Module):
         """c(Z) of ``z (B, D)``: a scalar; dtype and errors as in `VarianceLoss`."""
         z = _whole_batch(z, self.gather)
         with no_autocast(z):
-            batch, dim = z.shape
+            (batch, dim), dtype = z.shape, z.dtype
             z = (z - z.mean(dim=0)) / (batch - 1) ** 0.5
             if 2 * batch <= dim:
-                squares = (z @ z.T).square().sum() - z.square().sum(dim=0).square().sum()
+                z = wide(z)  # one large dimension, and the two sums below are equal to seven digits
+                squares = ((z @ z.T).square().sum() - z.square().sum(dim=0).square().sum()).to(dtype)
             else:
                 cov = z.T @ z
                 squares = (cov - torch.diag(cov.diagonal())).square().sum()

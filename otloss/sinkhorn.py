@@ -18,6 +18,7 @@ from otloss.checks import (
     check_number,
     check_tensor,
     no_autocast,
+    wide,
     working_dtype,
 )
 from otloss.cost import cosine_cost
@@ -54,9 +55,12 @@ class SinkhornOutput:
     @property
     def plan(self) -> Tensor:
         """The plan ``(B, n, m)``. Any function of it is differentiable in mode "implicit"."""
-        if self._plan is None:
-            self._plan = self._problem.plan(self.f, self.g, constant=self._gradient != "implicit")
-        return self._plan
+        if self._plan is not None:
+            return self._plan
+        plan = self._problem.plan(self.f, self.g, constant=self._gradient != "implicit")
+        if plan.requires_grad or not self.f.requires_grad:  # else built under no_grad, perhaps only for a log
+            self._plan = plan
+        return plan
 
     def __repr__(self) -> str:
         done, total = int(self.converged.sum()), self.converged.numel()
@@ -68,8 +72,18 @@ class _Problem:
 
     def __init__(self, left: Tensor, right: Tensor | None, batch: torch.Size, a: Tensor, b: Tensor, eps: float) -> None:
         self.left, self.right, self.batch, self.a, self.b, self.eps = left, right, batch, a, b, eps
+        self._versions = self._count_writes()
+
+    def _count_writes(self) -> list[int]:
+        """How often cost or features were written in place; they may share memory with the caller's tensors."""
+        if torch.compiler.is_compiling():
+            return []
+        return [t._version for t in (self.left, self.right) if t is not None and not t.is_inference()]
 
     def plan(self, f: Tensor, g: Tensor, constant: bool) -> Tensor:
+        if self._count_writes() != self._versions:
+            what = "the cost was" if self.right is None else "x or y were"
+            raise RuntimeError(f"{what} changed in place after the problem was solved; read out.plan before that")
         with no_autocast(f):
             cost = self.left if self.right is None else cosine_cost(self.left, self.right)
             f, g, a, b = f.reshape(self.a.shape), g.reshape(self.b.shape), self.a, self.b
@@ -97,10 +111,11 @@ def _masses(
         raise ValueError(
             f"{label} must have shape {(*batch, count)} or be broadcastable to it, got {tuple(given.shape)}"
         ) from None
+    # The totals are compared to 1e-6, which float32 cannot tell apart where their logarithms are large.
+    exact = wide(given.detach())
     if mass is None:
-        return given.softmax(-1), given.detach().logsumexp(-1, keepdim=True)
-    total = given.sum(-1, keepdim=True)
-    return given / total, total.detach().log()
+        return given.softmax(-1), exact.logsumexp(-1, keepdim=True)
+    return given / given.sum(-1, keepdim=True), exact.sum(-1, keepdim=True).log()
 
 
 def _solve(
@@ -136,6 +151,8 @@ def _solve(
         right = None if right is None else right.to(dtype).reshape(batch.numel(), *right.shape[-2:])
         p, log_total_a = _masses("a", a, log_a, batch, n, left)
         q, log_total_b = _masses("b", b, log_b, batch, m, left)
+        if gradient == "none":  # then nothing depends on them
+            p, q = p.detach(), q.detach()
         totals = [total for total in (log_total_a, log_total_b) if total is not None] or [left.new_zeros(len(left), 1)]
         log_totals = torch.cat((totals[0], totals[-1]), dim=-1)
         half = any(named[name] is not None and named[name].dtype in HALF for name in ("a", "b", "log_a", "log_b"))

@@ -95,10 +95,14 @@ def test_converged_unrolling_tends_to_implicit(backend: str) -> None:
 def test_none_takes_the_plan_as_a_constant(backend: str) -> None:
     cost, za, zb = inputs()
     out = sinkhorn(cost, za.softmax(-1), zb.softmax(-1), gradient="none", backend=backend, max_iter=2000)
-    grads = torch.autograd.grad(out.transport_cost.sum(), (cost, za, zb), allow_unused=True)
+    grads = torch.autograd.grad(out.transport_cost.sum(), (cost, za, zb), allow_unused=True, retain_graph=True)
     assert torch.allclose(grads[0], out.plan, atol=1e-14)
     assert all(grad is None or not grad.any() for grad in grads[1:])
     assert not any(part.requires_grad for part in (out.value, out.plan, out.f, out.g))
+    (grad,) = torch.autograd.grad(out.transport_cost.sum(), cost, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(grad.sum(), cost)
+    assert not sinkhorn(cost.detach(), za.softmax(-1), gradient="none", backend=backend).transport_cost.requires_grad
 
 
 def test_unroll_offers_no_gradient_that_it_does_not_have(backend: str) -> None:

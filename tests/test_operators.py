@@ -98,6 +98,11 @@ def test_export() -> None:
     assert torch.allclose(exported.module()(*DENSE), dense_loss(*DENSE))
 
 
+def test_vmap_of_nothing() -> None:
+    assert vmap(lambda cost: otloss.sinkhorn(cost).transport_cost)(torch.empty(0, 3, 4)).shape == (0,)
+    assert vmap(lambda cost: otloss.sinkhorn(cost).transport_cost)(torch.empty(2, 0, 3, 4)).shape == (2, 0)
+
+
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 def test_autocast_changes_nothing(half: torch.dtype) -> None:
     """The products inside stay in float32; only what happens outside the library is autocast."""
@@ -107,12 +112,19 @@ def test_autocast_changes_nothing(half: torch.dtype) -> None:
         for one, other in zip(got, eager(loss, args), strict=True):
             assert torch.equal(one, other)
     with torch.autocast("cpu", dtype=half):
+        by_func = grad(feature_loss, argnums=(0, 1, 2))(*FEATURES)
+    for one, other in zip(by_func, eager(feature_loss, FEATURES), strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
+    with torch.autocast("cpu", dtype=half):
         assert otloss.cosine_cost(*FEATURES[:2]).dtype == torch.float32
 
 
 @pytest.mark.parametrize("features", [False, True])
-def test_opcheck(backend: str, features: bool) -> None:
+@pytest.mark.parametrize("permuted", [False, True])
+def test_opcheck(backend: str, features: bool, permuted: bool) -> None:
     cost, a, b = random_problem(2, n=4, m=5, dtype=torch.float32)
+    if permuted:
+        a, cost = a.T.contiguous().T, cost.mT.contiguous().mT
     left, right = (torch.randn(2, 4, 3), torch.randn(2, 5, 3)) if features else (cost, None)
     totals = torch.zeros(2, 2)
     opcheck(operators.solve, (left, right, a, b, totals, 1e-6, 0.1, 50, 0.0, backend))

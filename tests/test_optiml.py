@@ -351,7 +351,7 @@ def test_bad_options(options: dict, error: type[Exception], message: str) -> Non
         ({0: torch.rand(4, 8, 3, 3)}, ValueError, r"z_s must have shape \(B, 16, h, w\), got \(4, 8, 3, 3\)"),
         ({1: torch.rand(4, 16, 9)}, ValueError, r"z_t must have shape \(B, 16, h, w\), got \(4, 16, 9\)"),
         ({1: torch.rand(4, 16, 0, 3)}, ValueError, r"z_t must have shape"),
-        ({1: torch.rand(4, 16, 2, 2)}, ValueError, "z_s and z_t must have equally many positions"),
+        ({1: torch.rand(4, 16, 2, 2)}, ValueError, "z_s and z_t must have the same height and width"),
         ({2: torch.rand(4, 2, 12)}, ValueError, r"q_s must have shape \(B, D\), got \(4, 2, 12\)"),
         ({3: torch.rand(5, 24)}, ValueError, r"equally many images, got \[4, 4, 4, 5\]"),
         ({0: torch.ones(4, 16, 3, 3).int()}, TypeError, "z_s must be a floating-point tensor, got torch.int32"),

@@ -50,6 +50,13 @@ def test_covariance_is_the_printed_formula(batch: int, dim: int) -> None:
     assert CovarianceLoss()(z).item() == pytest.approx(literal_covariance(z), rel=1e-11, abs=1e-13)
 
 
+def test_one_large_dimension_does_not_drown_the_others() -> None:
+    scale = torch.full((64,), 0.01).index_fill(0, torch.tensor([5]), 3000.0)
+    z = torch.randn(8, 64, generator=torch.Generator().manual_seed(0)) * scale
+    exact = CovarianceLoss()(z.double())
+    assert float(CovarianceLoss()(z)) == pytest.approx(float(exact), rel=1e-5)
+
+
 def test_hand_computed() -> None:
     z = torch.tensor([[1.0, 2.0], [3.0, 2.0]])  # variances 2 and 0, covariance 0
     assert VarianceLoss(gamma=1.0, eps=1e-4)(z).item() == pytest.approx((0 + 1 - 0.01) / 2)

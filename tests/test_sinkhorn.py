@@ -205,7 +205,7 @@ def test_features_equal_their_cost(backend: str) -> None:
 
 
 def test_cosine_cost() -> None:
-    x = torch.tensor([[3.0, 4.0], [0.0, 0.0], [1e-30, 0.0], [1e30, 0.0]], requires_grad=True)
+    x = torch.tensor([[3.0, 4.0], [0.0, 0.0], [1e-29, 0.0], [1e30, 0.0]], requires_grad=True)
     cost = otloss.cosine_cost(x, x.detach())
     expected = torch.tensor([[0, 1, 0.4, 0.4], [1, 1, 1, 1], [0.4, 1, 0, 0], [0.4, 1, 0, 0]])
     assert torch.allclose(cost, expected, atol=1e-6) and (cost[1] == 1).all() and (cost >= 0).all()
@@ -265,6 +265,40 @@ def test_backends_and_their_choice() -> None:
         torch.autograd.grad(first.square().sum(), cost)  # only the reference differentiates twice
     with pytest.raises(ValueError, match="backend must be one of"), otloss.use_backend("tpu"):
         pass
+
+
+def test_plan_notices_that_the_cost_was_changed_in_place() -> None:
+    cost = torch.rand(3, 4, 4)
+    out, early = sinkhorn(cost), sinkhorn(cost)
+    plan = early.plan
+    cost.mul_(2)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        _ = out.plan
+    assert early.plan is plan
+
+
+def test_plan_read_without_gradients_does_not_lose_them() -> None:
+    cost = torch.rand(3, 4, 4, requires_grad=True)
+    out = sinkhorn(cost)
+    with torch.no_grad():
+        assert not out.plan.requires_grad
+    assert out.plan.requires_grad and out.plan is out.plan
+
+
+def test_large_totals_are_compared_exactly() -> None:
+    a = torch.tensor([1.1e7, 3.3e6, 1.2e6, 0.7e6])
+    assert sinkhorn(torch.rand(4, 4), a, a.flip(0)).plan.sum() == pytest.approx(1, abs=1e-5)
+    with pytest.raises(ValueError, match="same total mass"):
+        sinkhorn(torch.rand(4, 4), a, a * 1.00001)
+
+
+def test_rows_too_small_to_have_a_direction_are_zero(backend: str) -> None:
+    x, y = torch.randn(2, 5, 3), torch.randn(2, 4, 3)
+    x[:, 1] *= 1e-32
+    out = cosine_sinkhorn(x, y, max_iter=1000, backend=backend)
+    zero = x.index_fill(1, torch.tensor(1), 0.0)
+    assert torch.equal(out.transport_cost, cosine_sinkhorn(zero, y, max_iter=1000, backend=backend).transport_cost)
+    assert torch.allclose(out.plan.sum(-1), torch.full((2, 5), 0.2), atol=1e-4)
 
 
 def test_repr_counts_the_converged() -> None:

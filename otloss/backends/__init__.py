@@ -26,7 +26,7 @@ from types import ModuleType
 
 from otloss.backends import cpu, reference
 
-__all__ = ["BackendStatus", "backends", "choose_backend", "get_backend", "use_backend"]
+__all__ = ["BackendStatus", "backends", "check_backend", "choose_backend", "get_backend", "use_backend"]
 
 # In order of preference for the devices named.
 _REGISTRY: dict[str, tuple[ModuleType, tuple[str, ...] | None]] = {
@@ -66,7 +66,8 @@ def get_backend(name: str) -> ModuleType:
     return _REGISTRY[name][0]
 
 
-def _check(name: str, device: str | None = None) -> str:
+def check_backend(name: str, device: str | None = None) -> str:
+    """The name of a backend that exists, works here, and serves the device if one is given."""
     if name not in _REGISTRY:
         raise ValueError(f"backend must be one of {', '.join(map(repr, _REGISTRY))}, got {name!r}")
     module, devices = _REGISTRY[name]
@@ -82,7 +83,7 @@ def choose_backend(name: str | None, device: str) -> str:
     """The backend for a call: the one asked for, else the one forced, else the first that serves the device."""
     name = name if name is not None else _forced.get()
     if name is not None:
-        return _check(name, device)
+        return check_backend(name, device)
     for candidate, (module, devices) in _REGISTRY.items():
         if (devices is None or device in devices) and module.status() is None:
             return candidate
@@ -101,7 +102,7 @@ def use_backend(name: str) -> Iterator[None]:
         >>> with otloss.use_backend("reference"):
         ...     out = otloss.sinkhorn(torch.rand(3, 4))
     """
-    token = _forced.set(_check(name))
+    token = _forced.set(check_backend(name))
     try:
         yield
     finally:

@@ -23,7 +23,10 @@ try:
     _PROBLEM: str | None = _C.problem() or None
 except ImportError as error:
     _C, _LEVEL = None, ""
-    _PROBLEM = f"the extension otloss._C is not built ({error}); run `pip install .` with a C++17 compiler"
+    _PROBLEM = (
+        f"the extension otloss._C is not built ({error}); "
+        "run `pip install .` with a C++17 compiler (GCC 11, Clang 12 or newer)"
+    )
 
 
 def status() -> str | None:

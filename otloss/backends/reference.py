@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from otloss.cost import row_norms, unit_rows
+from otloss.cost import live_rows, row_norms, unit_rows
 
 TWICE_DIFFERENTIABLE = True
 
@@ -110,7 +110,7 @@ def _pull_back(grad_cost: Tensor, left: Tensor, right: Tensor | None) -> tuple[T
 
 def _through_unit_rows(x: Tensor, unit: Tensor, grad: Tensor) -> Tensor:
     tangent = grad - unit * (unit * grad).sum(-1, keepdim=True)
-    return torch.where(x.any(dim=-1, keepdim=True), tangent / row_norms(x), 0.0)
+    return torch.where(live_rows(x), tangent / row_norms(x), 0.0)
 
 
 def _solve_adjoint(plan: Tensor, r: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
