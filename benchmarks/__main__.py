@@ -29,9 +29,9 @@ def table(results: dict[str, Any]) -> str:
             "|---|---|---|---|",
         ]
         for row in entry["times"]:
-            scaled = "" if row["timed_problems"] == w["batch"] else f" (timed on {row['timed_problems']} problems)"
+            calls = "" if row["problems_per_call"] == w["batch"] else f", {row['problems_per_call']} problems a call"
             exact = "yes" if row["exact"] else "no"
-            lines.append(f"| {row['name']}{scaled} | {exact} | {row['median_s']:.3g} | {row['ratio']:.3g} |")
+            lines.append(f"| {row['name']}{calls} | {exact} | {row['median_s']:.3g} | {row['ratio']:.3g} |")
         error = entry["errors"]["otloss"]
         lines += [
             "",

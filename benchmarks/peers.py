@@ -19,15 +19,14 @@ Loss = Callable[[Workload, Tensor, Tensor, Tensor, Tensor], Tensor]
 class Peer:
     """``exact``: whether the gradient is that of the sharp cost <T, C>, by features *and* marginals.
 
-    ``chunk``: problems that fit in memory at once; a larger batch is timed on that many and scaled, which the result
-    says.
+    ``whole``: whether it is timed on the whole batch in one call also where a workload names a chunk.
     """
 
     name: str
     loss: Loss
     exact: bool
     needs: str | None = None
-    chunk: int | None = None
+    whole: bool = False
 
     @property
     def installed(self) -> bool:
@@ -80,12 +79,12 @@ def _plain(w: Workload, x: Tensor, y: Tensor, za: Tensor, zb: Tensor) -> Tensor:
 
 OURS = Peer("otloss", _ours, exact=True)
 PEERS = (
-    Peer("POT log_sinkhorn, autodiff", _pot("log_sinkhorn", "autodiff"), exact=True, needs="ot", chunk=8),
-    Peer("POT sinkhorn, autodiff", _pot("sinkhorn", "autodiff"), exact=True, needs="ot", chunk=8),
-    Peer("plain PyTorch, log-domain", _plain, exact=True, chunk=8),
+    Peer("POT log_sinkhorn, autodiff", _pot("log_sinkhorn", "autodiff"), exact=True, needs="ot", whole=True),
+    Peer("POT sinkhorn, autodiff", _pot("sinkhorn", "autodiff"), exact=True, needs="ot", whole=True),
+    Peer("plain PyTorch, log-domain", _plain, exact=True),
     Peer("POT log_sinkhorn, last_step", _pot("log_sinkhorn", "last_step"), exact=False, needs="ot"),
     Peer("POT sinkhorn, last_step", _pot("sinkhorn", "last_step"), exact=False, needs="ot"),
-    Peer("POT log_sinkhorn, envelope", _pot("log_sinkhorn", "envelope"), exact=False, needs="ot", chunk=8),
-    Peer("POT sinkhorn, envelope", _pot("sinkhorn", "envelope"), exact=False, needs="ot", chunk=8),
-    Peer("geomloss solve_batch", _geomloss, exact=False, needs="geomloss"),
+    Peer("POT log_sinkhorn, envelope", _pot("log_sinkhorn", "envelope"), exact=False, needs="ot"),
+    Peer("POT sinkhorn, envelope", _pot("sinkhorn", "envelope"), exact=False, needs="ot"),
+    Peer("geomloss solve_batch", _geomloss, exact=False, needs="geomloss", whole=True),
 )

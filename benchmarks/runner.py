@@ -53,44 +53,50 @@ def check(workload: Workload, problems: int = 4) -> dict[str, Any]:
     return found
 
 
-def _once(peer: Peer, workload: Workload) -> float:
-    """Seconds for the whole batch; a peer whose graph would not fit runs a chunk, and that time is scaled."""
-    problems = min(workload.batch, peer.chunk or workload.batch)
-    leaves = workload.inputs(batch=problems)
+def _once(peer: Peer, workload: Workload, per_call: int) -> float:
+    """Seconds for the whole batch, in calls of ``per_call`` problems."""
+    batch = [t.detach() for t in workload.inputs()]
+    calls = [tuple(t.requires_grad_() for t in part) for part in zip(*(t.split(per_call) for t in batch), strict=True)]
     start = time.perf_counter()
-    _step(peer, workload, leaves)
-    return (time.perf_counter() - start) * workload.batch / problems
+    for leaves in calls:
+        _step(peer, workload, leaves)
+    return time.perf_counter() - start
 
 
 def measure(workload: Workload, rounds: int) -> list[dict[str, Any]]:
     """Medians and spread; in every round ours runs beside each peer, so that drift meets both."""
-    peers = [peer for peer in PEERS if peer.installed]
+    rivals: list[tuple[Peer, int]] = []
     for peer in PEERS:
         if not peer.installed:
             print(f"  {peer.name}: not installed ({peer.needs}), skipped")
-    for peer in (OURS, *peers):
-        _once(peer, workload)  # warm-up
-    seconds: dict[str, list[float]] = {peer.name: [] for peer in (OURS, *peers)}
+            continue
+        rivals.append((peer, workload.chunk or workload.batch))
+        if workload.chunk and peer.whole:
+            rivals.append((peer, workload.batch))
+    ours = (OURS, workload.batch)
+    for peer, per_call in (ours, *rivals):
+        if per_call < workload.batch or not workload.chunk or peer is OURS:
+            _once(peer, workload, per_call)  # warm-up
+    seconds: dict[tuple[str, int], list[float]] = {(peer.name, per_call): [] for peer, per_call in (ours, *rivals)}
     for _ in range(rounds):
-        for peer in peers:
-            seconds[OURS.name].append(_once(OURS, workload))
-            seconds[peer.name].append(_once(peer, workload))
-    ours = statistics.median(seconds[OURS.name])
+        for rival in rivals:
+            for peer, per_call in (ours, rival):
+                seconds[peer.name, per_call].append(_once(peer, workload, per_call))
+    reference = statistics.median(seconds[OURS.name, workload.batch])
     rows = []
-    for peer in (OURS, *peers):
-        times = seconds[peer.name]
-        rows.append(
-            {
-                "name": peer.name,
-                "exact": peer.exact,
-                "median_s": statistics.median(times),
-                "min_s": min(times),
-                "max_s": max(times),
-                "ratio": statistics.median(times) / ours,
-                "timed_problems": min(workload.batch, peer.chunk or workload.batch),
-            }
-        )
-        print(f"  {peer.name:28s} {rows[-1]['median_s']:9.4f} s   {rows[-1]['ratio']:7.1f}x")
+    for peer, per_call in (ours, *rivals):
+        times = seconds[peer.name, per_call]
+        row = {
+            "name": peer.name,
+            "exact": peer.exact,
+            "problems_per_call": per_call,
+            "median_s": statistics.median(times),
+            "min_s": min(times),
+            "max_s": max(times),
+            "ratio": statistics.median(times) / reference,
+        }
+        rows.append(row)
+        print(f"  {peer.name:28s} {per_call:5d} a call {row['median_s']:9.4f} s   {row['ratio']:7.1f}x", flush=True)
     return rows
 
 
@@ -106,7 +112,7 @@ def status(key):
 
 w = WORKLOADS[sys.argv[1]]
 w = Workload(w.name, int(sys.argv[2]), w.n, w.m, w.d, w.eps, w.iterations)
-_step(OURS, w, w.inputs(batch=2))
+_step(OURS, w, tuple(t[:2].detach().requires_grad_() for t in w.inputs()))
 leaves = w.inputs()
 gc.collect()
 ctypes.CDLL(None).malloc_trim(0)

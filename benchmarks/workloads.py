@@ -10,7 +10,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Workload:
-    """A batch of problems under the cosine cost; ``iterations`` Sinkhorn iterations are run, with no early stop."""
+    """A batch of problems under the cosine cost; ``iterations`` Sinkhorn iterations are run, with no early stop.
+
+    ``chunk``: peers also get the batch in calls of so many problems, where their tensors of a whole batch outgrow the
+    caches and the allocator. Ours always gets the whole batch.
+    """
 
     name: str
     batch: int
@@ -19,13 +23,14 @@ class Workload:
     d: int
     eps: float = 0.05
     iterations: int = 50
+    chunk: int | None = None
 
-    def inputs(self, dtype: torch.dtype = torch.float32, batch: int | None = None) -> tuple[Tensor, ...]:
+    def inputs(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
         """x, y (post-ReLU, as a ResNet's maps are) and the logits of both marginals, requiring gradients."""
         generator = torch.Generator().manual_seed(0)
 
         def normal(*shape: int) -> Tensor:
-            return torch.randn(self.batch, *shape, generator=generator, dtype=torch.float64)[:batch].to(dtype)
+            return torch.randn(self.batch, *shape, generator=generator, dtype=torch.float64).to(dtype)
 
         x, y = normal(self.n, self.d).relu(), normal(self.m, self.d).relu()
         return tuple(t.requires_grad_() for t in (x, y, normal(self.n), normal(self.m)))
@@ -34,7 +39,7 @@ class Workload:
 WORKLOADS = {
     w.name: w
     for w in (
-        Workload("channels", batch=64, n=512, m=512, d=49),
+        Workload("channels", batch=64, n=512, m=512, d=49, chunk=8),
         Workload("positions", batch=256, n=49, m=49, d=512),
         Workload("tokens", batch=64, n=196, m=196, d=384),
     )
