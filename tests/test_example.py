@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -35,16 +34,6 @@ from examples.optiml.report import BEGIN, END, write_report
 from examples.optiml.study import StudyConfig
 from examples.optiml.study import main as study
 from examples.optiml.supervised import train_supervised
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """The tensors here are tiny: threads would only wait for each other, for long where cores are shared."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
 
 # --- phantoms ------------------------------------------------------------------------------------------------
 

@@ -76,6 +76,12 @@ def test_compile_fullgraph(loss, args: Args) -> None:  # type: ignore[no-untyped
         assert torch.allclose(got, want, atol=1e-6)
 
 
+def test_an_output_leaves_a_compiled_function() -> None:
+    torch._dynamo.reset()
+    out = torch.compile(otloss.sinkhorn, fullgraph=True, backend="aot_eager")(DENSE[0])
+    assert torch.allclose(out.plan, otloss.sinkhorn(DENSE[0]).plan)
+
+
 def test_compile_checks_values() -> None:
     torch._dynamo.reset()
     compiled = torch.compile(dense_loss, fullgraph=True, backend="aot_eager")
