@@ -334,7 +334,7 @@ def everything(x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> list[Tensor]:
 
 def test_bit_for_bit_whatever_the_batch_and_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = features(70, 90, torch.float32, batch=12, d=20)  # large enough to be given to several threads
-    # Only what the kernels ask: after a real torch.set_num_threads, MKL 2024.2's LU is wrong in the rest of the process.
+    # Only what the kernels ask; why PyTorch's own number stays as it is says conftest.py.
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     one = everything(*problem)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
