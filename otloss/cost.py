@@ -15,10 +15,18 @@ def unit_rows(x: Tensor) -> Tensor:
     return torch.where(live_rows(x), x, 0.0) / row_norms(x)
 
 
+def negligible(dtype: torch.dtype) -> float:
+    """What is not above this counts as zero: its reciprocal nears the end of the dtype's range, and it moves no result.
+
+    The kernels' ``dead_mass`` is the same.
+    """
+    return 1e-290 if dtype == torch.float64 else 1e-30
+
+
 def live_rows(x: Tensor) -> Tensor:
-    """Which rows are not zero ``(B, n, 1)``. Rows so small that 1/x leaves the dtype's range count as zero."""
+    """Which rows are not zero ``(B, n, 1)``."""
     largest = x.detach().abs().amax(dim=-1, keepdim=True)
-    return ~(largest <= (1e-290 if x.dtype == torch.float64 else 1e-30))  # so written, NaN is live and will show
+    return ~(largest <= negligible(x.dtype))  # so written, NaN is live and will show
 
 
 def row_norms(x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from otloss.checks import wide
-from otloss.cost import live_rows, row_norms, unit_rows
+from otloss.cost import live_rows, negligible, row_norms, unit_rows
 
 TWICE_DIFFERENTIABLE = True
 
@@ -26,8 +26,8 @@ def status() -> str | None:
 
 
 def live(mass: Tensor) -> Tensor:
-    """Where there is mass. Below this bound 1/mass leaves the dtype's range, and the mass moves no result."""
-    return mass > (1e-30 if mass.dtype == torch.float32 else 1e-290)
+    """Where there is mass."""
+    return mass > negligible(mass.dtype)
 
 
 def log_mass(mass: Tensor) -> Tensor:
