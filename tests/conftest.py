@@ -8,8 +8,7 @@ from torch import Tensor
 
 import otloss
 
-# Once and for all: the tensors are small, and after going back to more threads MKL 2024.2's LU factorisation, which the
-# reference's gradient uses, is wrong in the rest of the process. Threads of the C++ kernels are tested in test_cpu.py.
+# The tensors are small: more threads mostly wait for each other. Tests of threads set a number of their own.
 torch.set_num_threads(1)
 
 

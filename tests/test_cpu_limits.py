@@ -1,0 +1,139 @@
+"""The C++ kernels where numbers end: no mass, no features, tiny eps, wide costs, what is not finite, no problems."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from cpu_problems import DTYPES, EPS, close, cosine, everything, features, needs_cpu, oracle, slack, upstream
+
+from otloss.backends import cpu
+
+pytestmark = needs_cpu
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_mass_is_cropping(dtype: torch.dtype) -> None:
+    x, y, a, b = features(19, 37, dtype)
+    rows, columns = torch.arange(19) % 3 != 0, torch.arange(37) % 4 != 1
+    a, b = a * rows, b * columns
+    a, b = a / a.sum(-1, keepdim=True), b / b.sum(-1, keepdim=True)
+    small = [t.contiguous() for t in (x[:, rows], y[:, columns], a[:, rows], b[:, columns])]
+    whole, crop = cpu.solve(x, y, a, b, EPS, 30, 0.0), cpu.solve(*small, EPS, 30, 0.0)
+    f, g = oracle(cosine(x, y), a, b, EPS, 30)[:2]
+    close(whole[0], f, slack(dtype))
+    close(whole[1], g, slack(dtype))
+    for got, want in zip((whole[0][:, rows], whole[1][:, columns], *whole[2:4]), crop[:4], strict=True):
+        close(got, want, slack(dtype))
+    w, v, p, q = upstream(a, b)
+    big = cpu.implicit_gradient(x, y, a, b, *whole[:2], w, v, p, q, EPS, True, True)
+    cut = cpu.implicit_gradient(*small, *crop[:2], w, v, p[:, rows], q[:, columns], EPS, True, True)
+    assert not big[0][:, ~rows].any() and not big[1][:, ~columns].any()
+    keeps = (rows, columns, rows, columns)
+    for k, keep in enumerate(keeps):
+        assert big[k].isfinite().all()
+        got, want = big[k][:, keep], cut[k]
+        if k > 1:
+            got, want = got - got.mean(-1, keepdim=True), want - want.mean(-1, keepdim=True)
+        close(got, want, slack(dtype, room=300.0))
+    unrolled = cpu.unrolled_gradient(x, y, a, b, torch.tensor([4, 5]), w, v, EPS, True)
+    want = cpu.unrolled_gradient(*small, torch.tensor([4, 5]), w, v, EPS, True)
+    for k, keep in enumerate(keeps):
+        assert unrolled[k].isfinite().all()
+        close(unrolled[k][:, keep], want[k], slack(dtype, room=100.0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_zero_features_have_no_cosine_and_no_gradient(dtype: torch.dtype) -> None:
+    x, y, a, b = features(6, 5, dtype)
+    x[:, 2], y[0, 1] = 0, 0
+    f, g, *_ = cpu.solve(x, y, a, b, EPS, 500, 0.0)
+    gx, gy, *_ = cpu.implicit_gradient(x, y, a, b, f, g, torch.ones_like(a[:, 0]), None, None, None, EPS, True, True)
+    assert gx.isfinite().all() and gy.isfinite().all()
+    assert not gx[:, 2].any() and not gy[0, 1].any()
+    assert gx[:, 1].any() and gy[1, 1].any()
+
+
+@pytest.mark.parametrize("scale", [1e-18, 1e18])
+def test_the_length_of_a_feature_does_not_matter(scale: float) -> None:
+    x, y, a, b = features(6, 5, torch.float32)
+    for got, want in zip(
+        cpu.solve(x * scale, y, a, b, EPS, 20, 0.0)[:4], cpu.solve(x, y, a, b, EPS, 20, 0.0)[:4], strict=True
+    ):
+        close(got, want.double(), slack(torch.float32))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("eps", [1e-3, 1e-2])
+def test_small_eps_follows_the_oracle(eps: float, dtype: torch.dtype) -> None:
+    cost = torch.rand(2, 20, 23, dtype=torch.float64).mul(2).to(dtype)
+    a, b = torch.randn(2, 20, dtype=dtype).softmax(-1), torch.randn(2, 23, dtype=dtype).softmax(-1)
+    for iterations in (1, 3, 200):
+        *got, _, error = cpu.solve(cost, None, a, b, eps, iterations, 0.0)
+        want = oracle(cost, a, b, eps, iterations)
+        # Potentials are averages of costs: each iteration adds a rounding of the cost, not of cost/eps.
+        tolerance = torch.finfo(dtype).eps * 2 * (4 + iterations)
+        for p, q in zip(got[:2], want[:2], strict=True):
+            close(p, q, tolerance)
+        for p, q in zip(got[2:], want[2:], strict=True):
+            close(p, q, tolerance / eps)
+        assert error.isfinite().all()
+
+
+def test_small_eps_reaches_optimal_transport() -> None:
+    ot = pytest.importorskip("ot")
+    cost = torch.rand(2, 64, 64)
+    a = torch.full((2, 64), 1 / 64)
+    sharp = cpu.solve(cost, None, a, a, 1e-3, 3000, 0.0)[2]
+    for k in range(2):
+        exact = ot.emd2(a[k].double().numpy(), a[k].double().numpy(), cost[k].double().numpy())
+        assert float(sharp[k]) == pytest.approx(exact, rel=0.02)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["wide", "one-hot", "identical", "far columns", "separable"])
+def test_hard_problems_stay_finite_and_right(kind: str, dtype: torch.dtype) -> None:
+    n, m, eps, size = 12, 18, 0.1, 2.0
+    cost = torch.rand(1, n, m, dtype=torch.float64)
+    a, b = torch.randn(1, n, dtype=torch.float64), torch.randn(1, m, dtype=torch.float64)
+    if kind == "wide":
+        cost, size = cost * 2000 - 1000, 1000.0
+    elif kind == "one-hot":
+        a, b = a * 15, b * 15
+    elif kind == "identical":
+        cost = cost[:, :1].expand(1, n, m)
+    elif kind == "far columns":
+        cost[..., ::3] += 1000
+        size = 1000.0
+    else:
+        cost = torch.linspace(-500, 500, n, dtype=torch.float64)[:, None] + 300 * torch.rand(m, dtype=torch.float64)
+        cost, size = cost[None], 800.0
+    cost, a, b = cost.to(dtype), a.softmax(-1).to(dtype), b.softmax(-1).to(dtype)
+    want = oracle(cost, a, b, eps, 40)
+    *got, _, error = cpu.solve(cost, None, a, b, eps, 40, 0.0)
+    for p, q in zip(got[:2], want[:2], strict=True):
+        close(p, q, 50 * torch.finfo(dtype).eps * size / float(np.abs(q).max()) + slack(dtype))
+    close(got[2], want[2], slack(dtype, eps, size))
+    grads = cpu.implicit_gradient(cost, None, a, b, *got[:2], *upstream(a, b), eps, True, True)
+    unrolled = cpu.unrolled_gradient(cost, None, a, b, torch.tensor([40]), torch.ones(1, dtype=dtype), None, eps, True)
+    assert all(t.isfinite().all() for t in (error, *grads, *unrolled))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_shows(bad: float) -> None:
+    x, y, a, b = features(9, 10, torch.float32)
+    cost = cosine(x, y).float()
+    for left, right, where in ((cost, None, (1, 3, 4)), (x, y, (1, 3, 4))):
+        left = left.clone()
+        left[where] = bad
+        f, g, sharp, *_ = cpu.solve(left, right, a, b, EPS, 10**6, 0.0)
+        assert sharp[0].isfinite() and f[0].isfinite().all() and g[0].isfinite().all()
+        assert f[1].isnan().any() or g[1].isnan().any() or sharp[1].isnan()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_problems(dtype: torch.dtype) -> None:
+    x, y, a, b = (t[:0] for t in features(3, 4, dtype))
+    out = everything(x, y, a, b)
+    assert out[0].shape == (0, 3) and out[1].shape == (0, 4) and out[4].dtype == torch.int64
+    assert out[6].shape == x.shape and out[7].shape == y.shape
