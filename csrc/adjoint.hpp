@@ -21,33 +21,38 @@
 namespace otloss::OTLOSS_LEVEL {
 
 template <class T> struct Adjoint {
-
   const Problem<T>& p;
   const Cost<T>& cost;
+  const Team& team;
   const Upstream<T>& up;
   const bool solve;
-  T *M, *A, *rho, *y, *log_a, *f, *fu, *pf;                                                 // rows
+  T *M, *A, *rho, *y, *log_a, *f, *fu, *pf;                                                        // rows
   T *S, *h, *V, *g, *log_b, *log_c, *live, *qg, *root, *unroot, *z, *res, *dir, *work, *v, *best;  // columns
 
   static size_t bytes(const Problem<T>& p) {
     const size_t n = round_up<T>(p.n), m = round_up<T>(p.m);
-    return Arena::bytes<T>(n * leading<T>(p.m)) + 7 * Arena::bytes<T>(n) + 16 * Arena::bytes<T>(m);
+    return Arena::bytes<T>(n * leading<T>(p.m)) + 7 * Arena::bytes<T>(n) + 13 * Arena::bytes<T>(m) +
+           3 * Arena::bytes<T>(m * Parts(int(n), int(m)).count);
   }
 
-  Adjoint(const Cost<T>& cost, Arena& arena, const T* f_in, const T* g_in, const Upstream<T>& up, bool solve)
-      : p(cost.p), cost(cost), up(up), solve(solve) {
+  Adjoint(const Cost<T>& cost, Arena& arena, const Team& team, const T* f_in, const T* g_in, const Upstream<T>& up, bool solve)
+      : p(cost.p), cost(cost), team(team), up(up), solve(solve) {
     M = arena.take<T>(size_t(cost.rows) * cost.ld);
     for (T** x : {&A, &rho, &y, &log_a, &f, &fu, &pf}) *x = arena.take<T>(cost.rows);
-    for (T** x : {&S, &h, &V, &g, &log_b, &log_c, &live, &qg, &root, &unroot, &z, &res, &dir, &work, &v, &best}) {
-      *x = arena.take<T>(cost.cols);
-      std::memset(*x, 0, sizeof(T) * cost.cols);
-    }
+    const auto columns = [&](int parts, std::initializer_list<T**> vectors) {
+      for (T** x : vectors) {
+        *x = arena.take<T>(size_t(cost.cols) * parts);
+        std::memset(*x, 0, sizeof(T) * cost.cols * parts);
+      }
+    };
+    columns(1, {&V, &g, &log_b, &log_c, &live, &qg, &root, &unroot, &z, &res, &dir, &v, &best});
+    columns(cost.parts.count, {&S, &h, &work});  // sums over rows, by parts
     log_masses(p.a, cost.n, cost.rows, log_a);
     log_masses(p.b, cost.m, cost.cols, log_b);
     for (int i = 0; i < cost.rows; ++i) {
       f[i] = i < cost.n ? f_in[i] : T(0);
       pf[i] = solve && up.f && i < cost.n ? up.f[i] : T(0);
-      fu[i] = 0;
+      A[i] = rho[i] = y[i] = fu[i] = 0;
     }
     for (int j = 0; j < cost.m; ++j) {
       live[j] = log_b[j] != none ? T(1) : T(0);
@@ -58,59 +63,84 @@ template <class T> struct Adjoint {
     for (int j = cost.m; j < cost.cols; ++j) log_c[j] = none;
   }
 
-  // M, A, S and the right-hand side, each row of cost as soon as it exists. C becomes R.
+  // M, A, S and the right-hand side, each block of rows of cost as soon as it exists. C becomes R.
   void assemble() {
-    const T ie = 1 / p.eps, w = up.cost;
-    for (int i0 = 0; i0 < cost.rows; i0 += block) {
-      cost.fill(i0);
-      for (int i = i0; i < i0 + block; ++i) {
-        T *R = cost.row(i), *k = M + size_t(i) * cost.ld;
-        if (i >= cost.n) {
-          for (int j = 0; j < cost.cols; ++j) k[j] = 0;
-          A[i] = rho[i] = y[i] = 0;
-          continue;
-        }
-        vec<T> top = splat<T>(none);
-        for (int j = 0; j < cost.cols; j += lanes<T>) {
-          const vec<T> reduced = (load(R + j) - f[i]) - load(g + j), e = reduced * -ie;
-          store<T>(R + j, reduced);
-          store<T>(k + j, e + load(log_c + j));
-          top = max(e + load(log_b + j), top);
-        }
-        const T peak = max_of<T>(top);
-        vec<T> total{};
-        for (int j = 0; j < cost.cols; j += lanes<T>) {
-          const vec<T> e = exp<T>(min(splat(bound<T>), load(k + j) - peak));
-          store<T>(k + j, e);
-          total += e * load(live + j);
-        }
-        const T row = sum<T>(total), log_rho = peak + std::log(row), scale = 1 / row;
-        A[i] = exp<T>(log_rho + log_a[i]);
-        rho[i] = exp<T>(log_rho);
-        vec<T> cost_sum{}, q_sum{};
-        for (int j = 0; j < cost.cols; j += lanes<T>) {
-          const vec<T> e = load(k + j) * scale;
-          store<T>(k + j, e);
-          cost_sum += e * load(live + j) * load(R + j);
-          q_sum += e * load(qg + j);
-        }
-        y[i] = w * sum<T>(cost_sum) - p.eps * sum<T>(q_sum);
-        const T Aw = A[i] * w, rest = A[i] * y[i] + p.eps * rho[i] * pf[i];
-        for (int j = 0; j < cost.cols; j += lanes<T>) {
-          const vec<T> e = load(k + j);
-          store<T>(S + j, load(S + j) + A[i] * e);
-          store<T>(h + j, load(h + j) + e * (Aw * load(R + j) - rest));
-        }
+    team.each(cost.parts.count, [&](int part) {
+      T *mass = S + size_t(part) * cost.cols, *side = h + size_t(part) * cost.cols;
+      for (int i0 = cost.parts.begin(part); i0 < cost.parts.end(part); i0 += block) assemble_block(i0, mass, side);
+    });
+    add_parts(S, cost.parts.count, cost.cols);
+    add_parts(h, cost.parts.count, cost.cols);
+  }
+
+  void assemble_block(int i0, T* mass, T* side) {
+    const T scale = exponent_scale(p.eps), w = up.cost;
+    T factor[block] = {}, Aw[block] = {}, rest[block] = {};
+    cost.fill(i0);
+    for (int r = 0; r < block && i0 + r < cost.n; ++r) {
+      const int i = i0 + r;
+      T *R = cost.row(i), *k = M + size_t(i) * cost.ld;
+      vec<T> total{}, cost_sum{};
+      for (int j = 0; j < cost.cols; j += lanes<T>) {
+        const vec<T> reduced = (load(R + j) - f[i]) - load(g + j), e = exp2<T>(load(log_c + j) - reduced * scale);
+        const vec<T> alive = e * load(live + j);
+        store<T>(R + j, reduced);
+        store<T>(k + j, e);
+        total += alive;
+        cost_sum += alive * reduced;
       }
+      T row = sum<T>(total), sharp = sum<T>(cost_sum);
+      rho[i] = row;
+      A[i] = row * exp2<T>(splat(log_a[i]))[0];
+      if (!(row > least && row < 1 / least)) rescue(i, row, sharp);
+      factor[r] = 1 / row;
+      T q_sum = 0;
+      if (solve && up.g) q_sum = dot(k, qg, cost.cols);
+      y[i] = (w * sharp - p.eps * q_sum) * factor[r];
+      Aw[r] = A[i] * w;
+      rest[r] = A[i] * y[i] + p.eps * rho[i] * pf[i];
     }
+    T *R = cost.row(i0), *k = M + size_t(i0) * cost.ld;
+    for (int j = 0; j < cost.cols; j += lanes<T>) {
+      vec<T> s = load(mass + j), t = load(side + j);
+      repeat<block>(OTLOSS_EACH(r) {
+        const size_t at = r * size_t(cost.ld) + j;
+        const vec<T> e = i0 + r < cost.n ? load(k + at) * factor[r] : vec<T>{};
+        store<T>(k + at, e);
+        s += A[i0 + r] * e;
+        t += e * (Aw[r] * load(R + at) - rest[r]);
+      });
+      store<T>(mass + j, s);
+      store<T>(side + j, t);
+    }
+  }
+
+  // The row again, scaled by its largest entry with mass: its sum overflowed or is lost in rounding.
+  void rescue(int i, T& row, T& sharp) {
+    const T scale = exponent_scale(p.eps);
+    T *R = cost.row(i), *k = M + size_t(i) * cost.ld;
+    vec<T> top = splat<T>(none), total{}, cost_sum{};
+    for (int j = 0; j < cost.cols; j += lanes<T>) top = max(load(log_b + j) - load(R + j) * scale, top);
+    const T peak = max_of<T>(top);
+    for (int j = 0; j < cost.cols; j += lanes<T>) {
+      const vec<T> e = exp2<T>(min(splat(bound<T>), load(log_c + j) - load(R + j) * scale - peak)), alive = e * load(live + j);
+      store<T>(k + j, e);
+      total += alive;
+      cost_sum += alive * load(R + j);
+    }
+    row = sum<T>(total);
+    sharp = sum<T>(cost_sum);
+    const T log_rho = peak + std::log2(row);
+    rho[i] = exp2<T>(splat(log_rho))[0];
+    A[i] = exp2<T>(splat(log_rho + log_a[i]))[0];
   }
 
   // out = M' A M x; U's share M x is left in fu.
   void normal(const T* x, T* out) {
-    for (int j = 0; j < cost.cols; ++j) out[j] = 0;
     up_ = !up_;
-    sweep(M, cost.rows, cost.cols, cost.ld, up_, x, out, [&](int i0, const T* s, T* w) __attribute__((always_inline)) {
-      for (int r = 0; r < block; ++r) fu[i0 + r] = s[r], w[r] = s[r] * A[i0 + r];
+    sweep(team, cost, M, up_, x, out, [this](int i0, const T* s, T* w) __attribute__((always_inline)) {
+      store_band(fu + i0, load_band(s));
+      store_band(w, load_band(s) * load_band(A + i0));
     });
   }
 
@@ -178,34 +208,51 @@ template <class T> struct Adjoint {
   }
 
   void contract(const Gradient<T>& out) {
-    const T ie = solve ? 1 / p.eps : T(0), w = up.cost, direct = w + up.value;
     for (int j = 0; j < cost.cols; ++j) work[j] = solve && up.g && j < cost.m && S[j] > 0 ? up.g[j] / S[j] : T(0);
-    for (int i0 = 0; i0 < cost.rows; i0 += tile_rows) {
-      const int count = std::min(tile_rows, cost.rows - i0);
-      for (int i = i0; i < i0 + count; ++i) {
-        T* k = M + size_t(i) * cost.ld;
-        const T *R = cost.row(i), u = fu[i] * ie + direct;
-        for (int j = 0; j < cost.cols; j += lanes<T>) {
-          const vec<T> bracket = (load(V + j) - w * load(R + j)) * ie + u;
-          store<T>(k + j, load(k + j) * ((A[i] * bracket + pf[i]) * load(live + j) + A[i] * load(work + j)));
-        }
+    const bool whole = cost.parts.count == 1;  // then each tile is contracted both ways while it is in the cache
+    team.each(cost.parts.count, [&](int part) {
+      for (int i0 = cost.parts.begin(part); i0 < cost.parts.end(part); i0 += tile_rows) {
+        const int count = std::min(tile_rows, cost.rows - i0);
+        for (int i = i0; i < i0 + count; ++i) solve && (up.f || up.g) ? gradient_row<true>(i) : gradient_row<false>(i);
+        if (i0 >= cost.n) break;
+        cost.pull_left(M + size_t(i0) * cost.ld, i0, count, out);
+        if (whole) cost.pull_right(M + size_t(i0) * cost.ld, i0, count, 0, cost.m);
       }
-      cost.pull(M + size_t(i0) * cost.ld, i0, count, out);
-    }
+    });
+    constexpr int width = 256;
+    if (!whole)
+      team.each((cost.m + width - 1) / width, [&](int strip) {
+        for (int i0 = 0; i0 < cost.n; i0 += tile_rows)
+          cost.pull_right(M + size_t(i0) * cost.ld, i0, tile_rows, strip * width, width);
+      });
     cost.finish(out);
+  }
+
+  // A row of M becomes the gradient of that row of the cost. Potentials: whether there is a loss on f or g.
+  template <bool Potentials> void gradient_row(int i) {
+    const T ie = solve ? 1 / p.eps : T(0), w = up.cost, u = fu[i] * ie + (w + up.value), slope = A[i] * ie, level = A[i] * u, direct = -w * slope;
+    T* k = M + size_t(i) * cost.ld;
+    const T* R = cost.row(i);
+    for (int j = 0; j < cost.cols; j += lanes<T>) {
+      vec<T> bracket = load(V + j) * slope + (load(R + j) * direct + level);
+      if constexpr (Potentials) bracket = (bracket + pf[i]) * load(live + j) + A[i] * load(work + j);
+      else bracket *= load(live + j);
+      store<T>(k + j, load(k + j) * bracket);
+    }
   }
 
  private:
   static constexpr T none = -std::numeric_limits<T>::infinity();
+  static constexpr T least = sizeof(T) == 4 ? T(1e-10) : T(1e-100);
   bool up_ = false;
 };
 
 template <class T>
-void implicit_gradient(const Problem<T>& p, Arena& arena, const T* f, const T* g, const Upstream<T>& up, bool adjoint,
-                       const Gradient<T>& out) {
+void implicit_gradient(const Problem<T>& p, Arena& arena, const Team& team, const T* f, const T* g, const Upstream<T>& up,
+                       bool adjoint, const Gradient<T>& out) {
   arena.reset(Cost<T>::bytes(p, out.left) + Adjoint<T>::bytes(p));
   const Cost<T> cost(p, arena, out.left);
-  Adjoint<T> s(cost, arena, f, g, up, adjoint);
+  Adjoint<T> s(cost, arena, team, f, g, up, adjoint);
   const T w = (adjoint ? up.cost : T(0)) + up.value;
   *out.residual = 0;
   if (adjoint || out.left) s.assemble();

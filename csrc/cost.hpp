@@ -1,15 +1,25 @@
 // The cost of one problem as padded rows in scratch, and the way back from its gradient.
 //
-// Features: with xh = x/|x|, yh = y/|y| (zero rows stay zero), C = 1 - xh yh'. The gradient G of C arrives in blocks of
+// Features: with xh = x/|x|, yh = y/|y| (zero rows stay zero), C = 1 - xh yh'. The gradient G of C arrives in tiles of
 // rows and is contracted at once,  gxh = -G yh,  gyh = -G' xh,  then through the normalisation:
 // gx = (gxh - xh <xh, gxh>) / |x|, exactly 0 for a zero row. No (n, m) gradient ever leaves the scratch.
+// Padding of rows and columns holds any finite number.
 #pragma once
 #include "gemm.hpp"
+#include "pool.hpp"
 
 namespace otloss::OTLOSS_LEVEL {
 
-constexpr int block = 8;       // rows handled at once in every pass over an (n, m) matrix
+constexpr int block = mr;      // rows handled at once in every pass over an (n, m) matrix
 constexpr int tile_rows = 32;  // rows of a gradient contracted at once
+
+template <class T> using band = typename band_of<T, block>::type;
+template <class T> OTLOSS_INLINE band<T> load_band(const T* p) {
+  return *reinterpret_cast<const typename band_of<T, block>::unaligned*>(p);
+}
+template <class T> OTLOSS_INLINE void store_band(T* p, band<T> v) {
+  *reinterpret_cast<typename band_of<T, block>::unaligned*>(p) = v;
+}
 
 template <class T> constexpr int unit = lanes<T> > block ? lanes<T> : block;
 template <class T> constexpr int round_up(int k) { return (k + unit<T> - 1) / unit<T> * unit<T>; }
@@ -19,36 +29,46 @@ template <class T> constexpr int leading(int m) {
   return w / line % 2 ? w : w + line;
 }
 
+// The rows of a large matrix in parts, for the threads of a team: sums over rows are taken part by part, then over parts.
+struct Parts {
+  int rows, size, count;
+  Parts(int rows, int cols) : rows(rows) {
+    const int64_t wanted = std::min<int64_t>(int64_t(rows) * cols >> 18, rows / 64);
+    size = wanted <= 1 ? rows : int((rows / wanted + tile_rows - 1) / tile_rows * tile_rows);
+    count = (rows + size - 1) / size;
+  }
+  int begin(int part) const { return part * size; }
+  int end(int part) const { return std::min(rows, (part + 1) * size); }
+};
+
 template <class T> struct Cost {
   const Problem<T>& p;
   const int n, m, rows, cols, ld, depth;  // rows, cols: padded n, m
-  T* C;                                   // rows x ld
+  const Parts parts;
+  T* C;  // rows x ld
 
   static size_t bytes(const Problem<T>& p, bool gradient) {
     const size_t n = round_up<T>(p.n), m = round_up<T>(p.m), k = round_up<T>(p.d);
     size_t need = Arena::bytes<T>(n * leading<T>(p.m));
     if (!p.right) return need;
     const size_t sides = Arena::bytes<T>(n * k) + Arena::bytes<T>(m * k);
-    need += sides + Arena::bytes<T>(p.d * (m + lanes<T>)) + Arena::bytes<T>(n) + Arena::bytes<T>(m);
+    need += sides + Arena::bytes<T>(k * (m + lanes<T>)) + Arena::bytes<T>(n) + Arena::bytes<T>(m);
     return gradient ? need + sides : need;
   }
 
   Cost(const Problem<T>& p, Arena& arena, bool gradient)
-      : p(p), n(p.n), m(p.m), rows(round_up<T>(p.n)), cols(round_up<T>(p.m)), ld(leading<T>(p.m)), depth(round_up<T>(p.d)) {
+      : p(p), n(p.n), m(p.m), rows(round_up<T>(p.n)), cols(round_up<T>(p.m)), ld(leading<T>(p.m)), depth(round_up<T>(p.d)),
+        parts(rows, cols) {
     C = arena.take<T>(size_t(rows) * ld);
     if (!p.right) return;
     xh_ = arena.take<T>(size_t(rows) * depth);
     yh_ = arena.take<T>(size_t(cols) * depth);
-    panels_ = arena.take<T>(size_t(p.d) * (cols + lanes<T>));
+    panels_ = arena.take<T>(size_t(depth) * (cols + lanes<T>));
     x_inverse_ = arena.take<T>(rows);
     y_inverse_ = arena.take<T>(cols);
     normalise(p.left, n, rows, xh_, x_inverse_);
     normalise(p.right, m, cols, yh_, y_inverse_);
-    for (int j0 = 0; j0 < cols; j0 += nv * lanes<T>) {
-      const int w = cols - j0 < nv * lanes<T> ? cols - j0 : nv * lanes<T>;
-      for (int k = 0; k < p.d; ++k)
-        for (int j = 0; j < w; ++j) panels_[size_t(j0) * p.d + size_t(k) * panel_ld() + j] = yh_[size_t(j0 + j) * depth + k];
-    }
+    pack();
     if (!gradient) return;
     gx_ = arena.take<T>(size_t(rows) * depth);
     gy_ = arena.take<T>(size_t(cols) * depth);
@@ -57,36 +77,39 @@ template <class T> struct Cost {
 
   T* row(int i) const { return C + size_t(i) * ld; }
 
-  // Fills rows i0 .. i0 + block - 1; padding is 0.
+  // Fills rows i0 .. i0 + block - 1.
   void fill(int i0) const {
     if (p.right) {
       const T *panels = panels_;
-      const int d = p.d;
-      gemm<false>(block, cols, d, xh_ + size_t(i0) * depth, depth, 1, [=](int j) { return panels + size_t(j) * d; }, panel_ld(),
-                  row(i0), ld, T(-1), T(1));
-      if (cols > m || i0 + block > n)
-        for (int r = 0; r < block; ++r) {
-          T* c = row(i0 + r);
-          for (int j = i0 + r < n ? m : 0; j < cols; ++j) c[j] = 0;
-        }
-    } else {
-      for (int r = 0; r < block; ++r) {
-        const int have = i0 + r < n ? m : 0;
-        if (have) std::memcpy(row(i0 + r), p.left + size_t(i0 + r) * m, sizeof(T) * m);
-        for (int j = have; j < cols; ++j) row(i0 + r)[j] = 0;
-      }
+      const int k = depth;
+      strip<block, false>(cols, p.d, xh_ + size_t(i0) * depth, depth, 1, [=](int j) { return panels + size_t(j) * k; }, panel_ld,
+                          row(i0), ld, T(-1), T(1));
+      return;
+    }
+    for (int i = i0; i < i0 + block; ++i) {
+      const int have = i < n ? m : 0;
+      if (have) std::memcpy(row(i), p.left + size_t(i) * m, sizeof(T) * m);
+      for (int j = have; j < cols; ++j) row(i)[j] = 0;
     }
   }
 
-  // Takes the gradient of rows i0 .. i0 + count - 1 (count a multiple of `block`; G has leading dimension ld, padding 0).
-  void pull(const T* G, int i0, int count, const Gradient<T>& out) const {
+  // Takes the gradient of rows i0 .. i0 + count - 1 (leading dimension ld, 0 in the padding) to the left input's,
+  void pull_left(const T* G, int i0, int count, const Gradient<T>& out) const {
+    count = std::min(count, n - i0);
     if (!p.right) {
-      for (int r = 0; r < count && i0 + r < n; ++r) std::memcpy(out.left + size_t(i0 + r) * m, G + size_t(r) * ld, sizeof(T) * m);
+      for (int r = 0; r < count; ++r) std::memcpy(out.left + size_t(i0 + r) * m, G + size_t(r) * ld, sizeof(T) * m);
       return;
     }
-    const T *xh = xh_ + size_t(i0) * depth, *yh = yh_;
-    gemm<false>(count, depth, cols, G, ld, 1, [=](int k) { return yh + k; }, depth, gx_ + size_t(i0) * depth, depth, T(-1), T(0));
-    gemm<true>(cols, depth, count, G, 1, ld, [=](int k) { return xh + k; }, depth, gy_, depth, T(-1), T(0));
+    const T* yh = yh_;
+    gemm<false>(count, depth, m, G, ld, 1, [=](int k) { return yh + k; }, depth, gx_ + size_t(i0) * depth, depth, T(-1), T(0));
+  }
+
+  // and of columns j0 .. j0 + width - 1 of those rows to the right input's.
+  void pull_right(const T* G, int i0, int count, int j0, int width) const {
+    if (!p.right) return;
+    const T* xh = xh_ + size_t(i0) * depth;
+    gemm<true>(std::min(width, m - j0), depth, std::min(count, n - i0), G + j0, 1, ld, [=](int k) { return xh + k; }, depth,
+               gy_ + size_t(j0) * depth, depth, T(-1), T(0));
   }
 
   void finish(const Gradient<T>& out) const {
@@ -96,41 +119,79 @@ template <class T> struct Cost {
   }
 
  private:
-  static constexpr int panel_ld() { return nv * lanes<T>; }
+  static constexpr int panel_ld = nv * lanes<T>;
 
-  // Scaled by the largest entry first, so that no square overflows or vanishes.
   void normalise(const T* x, int count, int padded, T* xh, T* inverse) const {
-    for (int i = 0; i < padded; ++i, xh += depth) {
-      std::memset(xh, 0, sizeof(T) * depth);
-      if (i < count) std::memcpy(xh, x + size_t(i) * p.d, sizeof(T) * p.d);
-      inverse[i] = 0;
-      vec<T> top{};
-      for (int k = 0; k < depth; k += lanes<T>) {
-        const vec<T> v = load(xh + k);
-        top = max(max(v, -v), top);
-      }
-      const T scale = max_of<T>(top), unscale = scale > dead_mass<T> ? 1 / scale : T(0);
-      vec<T> squares{}, nothing{};
-      for (int k = 0; k < depth; k += lanes<T>) {
-        const vec<T> v = load(xh + k), u = v * unscale;
+    constexpr T small = sizeof(T) == 4 ? T(1e-20) : T(1e-200), large = 1 / small;
+    const int whole = p.d / lanes<T> * lanes<T>;
+    for (int i = 0; i < count; ++i, x += p.d, xh += depth) {
+      vec<T> squares{}, more{};
+      std::memset(xh + whole, 0, sizeof(T) * (depth - whole));
+      std::memcpy(xh + whole, x + whole, sizeof(T) * (p.d - whole));
+      int k = 0;
+      for (; k + 2 * lanes<T> <= whole; k += 2 * lanes<T>) {
+        const vec<T> u = load(x + k), v = load(x + k + lanes<T>);
         squares += u * u;
-        nothing += v - v;  // NaN if an entry is not finite, which the maximum may hide
+        more += v * v;
       }
-      const T length = std::sqrt(sum<T>(squares));
-      const T inv = (length > 0 ? 1 / length : T(0)) + sum<T>(nothing);
-      for (int k = 0; k < depth; k += lanes<T>) store<T>(xh + k, load(xh + k) * unscale * inv);
-      inverse[i] = unscale * inv;
+      if (k < whole) squares += load(x + k) * load(x + k);
+      if (whole < depth) more += load(xh + whole) * load(xh + whole);
+      const T total = sum<T>(squares + more);
+      if (total > small && total < large) {
+        const T inv = inverse[i] = 1 / std::sqrt(total);
+        for (k = 0; k < whole; k += lanes<T>) store<T>(xh + k, load(x + k) * inv);
+        if (whole < depth) store<T>(xh + whole, load(xh + whole) * inv);
+      } else {
+        std::memcpy(xh, x, sizeof(T) * whole);
+        inverse[i] = rescale(xh);
+      }
+    }
+    std::memset(xh, 0, sizeof(T) * (padded - count) * depth);
+    for (int i = count; i < padded; ++i) inverse[i] = 0;
+  }
+
+  // Makes a row of unit length, scaled by its largest entry first, so that no square overflows or vanishes.
+  T rescale(T* xh) const {
+    vec<T> top{}, squares{}, nothing{};
+    for (int k = 0; k < depth; k += lanes<T>) {
+      const vec<T> v = load(xh + k);
+      top = max(max(v, -v), top);
+      nothing += v - v;  // NaN if an entry is not finite, which the maximum may hide
+    }
+    const T scale = max_of<T>(top), unscale = scale > dead_mass<T> ? 1 / scale : T(0);
+    for (int k = 0; k < depth; k += lanes<T>) {
+      const vec<T> u = load(xh + k) * unscale;
+      squares += u * u;
+    }
+    const T length = std::sqrt(sum<T>(squares)), inv = (length > 0 ? 1 / length : T(0)) + sum<T>(nothing);
+    for (int k = 0; k < depth; k += lanes<T>) store<T>(xh + k, load(xh + k) * unscale * inv);
+    return unscale * inv;
+  }
+
+  // yh transposed, in panels of nv vectors of columns: B of the product that makes the cost.
+  void pack() const {
+    for (int j = 0; j < cols; j += lanes<T>) {
+      const int within = j % panel_ld;
+      T* panel = panels_ + size_t(j - within) * depth + within;
+      for (int k = 0; k < depth; k += lanes<T>) {
+        vec<T> square[lanes<T>];
+        repeat<lanes<T>>(OTLOSS_EACH(r) { square[r] = load(yh_ + size_t(j + r) * depth + k); });
+        transpose<T>(square);
+        repeat<lanes<T>>(OTLOSS_EACH(r) { store<T>(panel + size_t(k + r) * panel_ld, square[r]); });
+      }
     }
   }
 
   void denormalise(int count, const T* xh, const T* inverse, const T* gh, T* out) const {
     for (int i = 0; i < count; ++i, xh += depth, gh += depth, out += p.d) {
       const T along = dot(xh, gh, depth);
-      for (int k = 0; k < p.d; ++k) out[k] = (gh[k] - xh[k] * along) * inverse[i];
+      int k = 0;
+      for (; k + lanes<T> <= p.d; k += lanes<T>) store<T>(out + k, (load(gh + k) - load(xh + k) * along) * inverse[i]);
+      for (; k < p.d; ++k) out[k] = (gh[k] - xh[k] * along) * inverse[i];
     }
   }
 
-  T *xh_ = nullptr, *yh_ = nullptr, *panels_ = nullptr;  // unit rows; yh transposed, in panels of columns
+  T *xh_ = nullptr, *yh_ = nullptr, *panels_ = nullptr;
   T *x_inverse_ = nullptr, *y_inverse_ = nullptr, *gx_ = nullptr, *gy_ = nullptr;
 };
 

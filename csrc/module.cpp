@@ -42,12 +42,21 @@ const Level& level() {
 // Waking a thread costs about as much as passing a few hundred thousand times over an entry.
 int useful(int threads, double entries) { return entries < 2e5 ? 1 : threads; }
 
+// Many problems: one a thread. Few large ones: one after another, each by all threads. What is computed is the same.
+template <class Task> void each_problem(const Inputs& in, int threads, double passes, Task task) {
+  threads = useful(threads, double(in.count) * in.n * in.m * passes);
+  if (in.count >= threads)
+    parallel(in.count, threads, [&](int64_t i, Arena& scratch) { task(i, scratch, Team()); });
+  else
+    parallel(in.count, 1, [&](int64_t i, Arena& scratch) { task(i, scratch, Team(threads)); });
+}
+
 template <class T>
 void solve(const Inputs& in, int64_t max_iter, double tol, Address f, Address g, Address cost, Address value, Address n_iter,
            Address error, int threads) {
   const auto& kernel = kernels_of<T>(level());
-  parallel(in.count, useful(threads, double(in.count) * in.n * in.m * (max_iter + 10)), [&](int64_t i, Arena& scratch) {
-    kernel.solve(in.problem<T>(i), scratch, max_iter, T(tol),
+  each_problem(in, threads, double(max_iter + 10), [&](int64_t i, Arena& scratch, const Team& team) {
+    kernel.solve(in.problem<T>(i), scratch, team, max_iter, T(tol),
                  {at<T>(f, i * in.n), at<T>(g, i * in.m), at<T>(cost, i), at<T>(value, i), at<T>(error, i),
                   at<int64_t>(n_iter, i)});
   });
@@ -57,8 +66,8 @@ template <class T>
 void implicit(const Inputs& in, Address f, Address g, Address up_cost, Address up_value, Address up_f, Address up_g, bool adjoint,
               Address left, Address right, Address a, Address b, Address residual, int threads) {
   const auto& kernel = kernels_of<T>(level());
-  parallel(in.count, useful(threads, double(in.count) * in.n * in.m * 30), [&](int64_t i, Arena& scratch) {
-    kernel.implicit(in.problem<T>(i), scratch, at<T>(f, i * in.n), at<T>(g, i * in.m),
+  each_problem(in, threads, 30, [&](int64_t i, Arena& scratch, const Team& team) {
+    kernel.implicit(in.problem<T>(i), scratch, team, at<T>(f, i * in.n), at<T>(g, i * in.m),
                     in.upstream<T>(i, up_cost, up_value, up_f, up_g), adjoint, in.gradient<T>(i, left, right, a, b, residual));
   });
 }
@@ -67,7 +76,7 @@ template <class T>
 void unrolled(const Inputs& in, Address n_iter, Address up_cost, Address up_value, Address left, Address right, Address a,
               Address b, int threads) {
   const auto& kernel = kernels_of<T>(level());
-  parallel(in.count, useful(threads, double(in.count) * in.n * in.m * 100), [&](int64_t i, Arena& scratch) {
+  each_problem(in, threads, 100, [&](int64_t i, Arena& scratch, const Team&) {
     kernel.unrolled(in.problem<T>(i), scratch, *at<int64_t>(n_iter, i), in.upstream<T>(i, up_cost, up_value, 0, 0),
                     in.gradient<T>(i, left, right, a, b, 0));
   });

@@ -2,6 +2,7 @@
 //
 //   sweep     s = K v and, with weights w_i made from s_i, acc = K' w: one read of K, since a block of rows is still in
 //             the first-level cache when its share of K' w is added. A Sinkhorn iteration and a CG step are each one sweep.
+//             Floor: n m sizeof(T) bytes at the rate of the cache that holds K, 2 n m fused multiply-adds.
 //   log_rows  f_i = -eps log sum_j b_j exp((g_j - C_ij)/eps)   a half-step in the log-domain, for every row, dead or not
 //   log_cols  g_j = -eps log sum_i a_i exp((f_i - C_ij)/eps)   likewise for every column
 #pragma once
@@ -9,74 +10,120 @@
 
 namespace otloss::OTLOSS_LEVEL {
 
-// weight(i0, s, w) turns the `block` row sums s into row weights w. acc must be zero on entry. Sweeps that follow each other
-// go `up` and down in turn: a matrix a little larger than the cache is then found there for the most part, not missed throughout.
+// Rows begin .. end - 1 of a sweep: weight(i0, s, w) turns the `block` row sums s into row weights w, and acc += K' w. While the
+// shares of one block are added from the first-level cache, the sums of the next are taken as it comes in.
 template <class T, class Weight>
-OTLOSS_INLINE void sweep(const T* K, int rows, int cols, int ld, bool up, const T* v, T* acc, Weight weight) {
-  for (int step = 0; step < rows; step += block) {
-    const int i0 = up ? rows - block - step : step;
-    const T* k = K + size_t(i0) * ld;
-    vec<T> part[block] = {};
-    for (int j = 0; j < cols; j += lanes<T>) {
-      const vec<T> x = load(v + j);
-      repeat<block>(OTLOSS_EACH(r) { part[r] += load(k + r * size_t(ld) + j) * x; });
-    }
-    T s[block], w[block];
-    repeat<block>(OTLOSS_EACH(r) { s[r] = sum<T>(part[r]); });
+OTLOSS_INLINE void sweep_rows(const T* K, int begin, int end, int cols, int ld, bool up, const T* v, T* acc, Weight weight) {
+  const std::ptrdiff_t turn = up ? -block : block;
+  int i0 = up ? end - block : begin;
+  const T* now = K + i0 * std::ptrdiff_t(ld);
+  vec<T> part[block] = {};
+  for (int j = 0; j < cols; j += lanes<T>) {
+    const vec<T> x = load(v + j);
+    repeat<block>(OTLOSS_EACH(r) { part[r] += load(now + r * size_t(ld) + j) * x; });
+  }
+  for (int left = (end - begin) / block; left > 0; --left) {
+    T s[unit<T>], w[block];
+    sums<T, block>(part, s);
     weight(i0, s, w);
     vec<T> u[block];
     repeat<block>(OTLOSS_EACH(r) { u[r] = splat<T>(w[r]); });
-    for (int j = 0; j < cols; j += lanes<T>) {
-      vec<T> total[2] = {load(acc + j), {}};  // two chains
-      repeat<block>(OTLOSS_EACH(r) { total[r % 2] += load(k + r * size_t(ld) + j) * u[r]; });
-      store<T>(acc + j, total[0] + total[1]);
+    const T* next = now + turn * ld;
+    if (left > 1) {
+      repeat<block>(OTLOSS_EACH(r) { part[r] = vec<T>{}; });
+      for (int j = 0; j < cols; j += lanes<T>) {
+        const vec<T> x = load(v + j);
+        vec<T> total[2] = {load(acc + j), {}};  // two chains
+        repeat<block>(OTLOSS_EACH(r) {
+          part[r] += load(next + r * size_t(ld) + j) * x;
+          total[r % 2] += load(now + r * size_t(ld) + j) * u[r];
+        });
+        store<T>(acc + j, total[0] + total[1]);
+      }
+    } else {
+      for (int j = 0; j < cols; j += lanes<T>) {
+        vec<T> total[2] = {load(acc + j), {}};
+        repeat<block>(OTLOSS_EACH(r) { total[r % 2] += load(now + r * size_t(ld) + j) * u[r]; });
+        store<T>(acc + j, total[0] + total[1]);
+      }
     }
+    now = next;
+    i0 += int(turn);
   }
 }
 
-template <class T> OTLOSS_INLINE vec<T> exponent(const T* c, const T* g, int j, T f, T inverse_eps) {
-  return ((f + load(g + j)) - load(c + j)) * inverse_eps;
+// acc += the shares of parts 1, 2, .. behind it, in this order.
+template <class T> void add_parts(T* acc, int count, int cols) {
+  for (int part = 1; part < count; ++part)
+    for (int j = 0; j < cols; j += lanes<T>) store<T>(acc + j, load(acc + j) + load(acc + size_t(part) * cols + j));
 }
 
-// The largest exponent that a pair with mass can have; a pair without may have more, and 0 * e^bound is 0.
-template <class T> constexpr T bound = sizeof(T) == 4 ? 60 : 600;
+// acc = K' w, in the first `cols` of parts.count x cols. Sweeps that follow each other go `up` and down in turn: a matrix a
+// little larger than the cache is then found there for the most part, not missed throughout.
+template <class T, class Weight>
+OTLOSS_INLINE void sweep(const Team& team, const Cost<T>& cost, const T* K, bool up, const T* v, T* acc, Weight weight) {
+  const Parts parts = cost.parts;
+  const int cols = cost.cols, ld = cost.ld;
+  team.each(parts.count, [=](int step) {
+    const int part = up ? parts.count - 1 - step : step;
+    T* share = acc + size_t(part) * cols;
+    std::memset(share, 0, sizeof(T) * cols);
+    sweep_rows(K, parts.begin(part), parts.end(part), cols, ld, up, v, share, weight);
+  });
+  add_parts(acc, parts.count, cols);
+}
 
-template <class T> void log_rows(const Cost<T>& cost, const T* g, const T* log_b, T* f) {
-  const T ie = 1 / cost.p.eps;
-  for (int i = 0; i < cost.n; ++i) {
-    const T* c = cost.row(i);
-    vec<T> top = splat<T>(-std::numeric_limits<T>::infinity()), total{};
-    for (int j = 0; j < cost.cols; j += lanes<T>) top = max(exponent(c, g, j, T(0), ie) + load(log_b + j), top);
-    const T peak = max_of<T>(top);
-    for (int j = 0; j < cost.cols; j += lanes<T>) total += exp<T>(exponent(c, g, j, T(0), ie) + load(log_b + j) - peak);
-    f[i] = -cost.p.eps * (peak + std::log(sum<T>(total)));
-  }
+template <class T> OTLOSS_INLINE vec<T> exponent(const T* c, const T* g, int j, T f, T scale) {
+  return ((f + load(g + j)) - load(c + j)) * scale;
+}
+
+// exp(x / eps) = exp2(x * scale)
+template <class T> T exponent_scale(T eps) { return T(1.4426950408889634074 / double(eps)); }
+
+// The largest exponent (of 2) that a pair with mass can have; a pair without may have more, and 0 * 2^bound is 0.
+template <class T> constexpr T bound = sizeof(T) == 4 ? 86 : 860;
+
+template <class T> void log_rows(const Team& team, const Cost<T>& cost, const T* g, const T* log_b, T* f) {
+  const T scale = exponent_scale(cost.p.eps), back = T(0.69314718055994530942) * cost.p.eps;
+  team.each(cost.parts.count, [&](int part) {
+    for (int i = cost.parts.begin(part); i < std::min(cost.n, cost.parts.end(part)); ++i) {
+      const T* c = cost.row(i);
+      vec<T> top = splat<T>(-std::numeric_limits<T>::infinity()), total{};
+      for (int j = 0; j < cost.cols; j += lanes<T>) top = max(exponent(c, g, j, T(0), scale) + load(log_b + j), top);
+      const T peak = max_of<T>(top);
+      for (int j = 0; j < cost.cols; j += lanes<T>) total += exp2<T>(exponent(c, g, j, T(0), scale) + load(log_b + j) - peak);
+      f[i] = -back * (peak + std::log2(sum<T>(total)));
+    }
+  });
 }
 
 // peak and total are scratch of `cols`.
-template <class T> void log_cols(const Cost<T>& cost, const T* f, const T* log_a, T* g, T* peak, T* total) {
-  const T ie = 1 / cost.p.eps, none = -std::numeric_limits<T>::infinity();
-  for (int j = 0; j < cost.cols; ++j) peak[j] = none, total[j] = 0;
-  for (int pass = 0; pass < 2; ++pass)
-    for (int i = 0; i < cost.n; ++i) {
-      if (log_a[i] == none) continue;
-      const T* c = cost.row(i);
-      for (int j = 0; j < cost.cols; j += lanes<T>) {
-        const vec<T> z = (f[i] - load(c + j)) * ie + log_a[i], top = load(peak + j);
-        if (pass == 0) store<T>(peak + j, max(z, top));
-        else store<T>(total + j, load(total + j) + exp<T>(z - top));
+template <class T> void log_cols(const Team& team, const Cost<T>& cost, const T* f, const T* log_a, T* g, T* peak, T* total) {
+  constexpr int width = 512;
+  const T scale = exponent_scale(cost.p.eps), back = T(0.69314718055994530942) * cost.p.eps, none = -std::numeric_limits<T>::infinity();
+  team.each((cost.cols + width - 1) / width, [&](int strip) {
+    const int begin = strip * width, end = std::min(cost.cols, begin + width);
+    for (int j = begin; j < end; ++j) peak[j] = none, total[j] = 0;
+    for (int pass = 0; pass < 2; ++pass)
+      for (int i = 0; i < cost.n; ++i) {
+        if (log_a[i] == none) continue;
+        const T* c = cost.row(i);
+        for (int j = begin; j < end; j += lanes<T>) {
+          const vec<T> z = (f[i] - load(c + j)) * scale + log_a[i], top = load(peak + j);
+          if (pass == 0) store<T>(peak + j, max(z, top));
+          else store<T>(total + j, load(total + j) + exp2<T>(z - top));
+        }
       }
-    }
-  for (int j = 0; j < cost.m; ++j) g[j] = -cost.p.eps * (peak[j] + std::log(total[j]));
-  for (int j = cost.m; j < cost.cols; ++j) g[j] = 0;
+    for (int j = begin; j < end; ++j) g[j] = j < cost.m ? -back * (peak[j] + std::log2(total[j])) : T(0);
+  });
 }
 
-// log of a mass, -inf where there is none or in the padding. Returns whether a real entry is dead.
+// log2 of a mass, -inf where there is none or in the padding. Returns whether a real entry is dead.
 template <class T> bool log_masses(const T* mass, int count, int padded, T* out) {
   bool dead = false;
   for (int i = 0; i < padded; ++i) {
     const bool none = i >= count || mass[i] < dead_mass<T>;
-    out[i] = none ? -std::numeric_limits<T>::infinity() : std::log(mass[i]);
+    out[i] = none ? -std::numeric_limits<T>::infinity() : std::log2(mass[i]);
     dead |= none && i < count;
   }
   return dead;

@@ -17,6 +17,14 @@ namespace {
 
 using Task = std::function<void(int64_t, Arena&)>;
 
+void relax() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
 Arena& scratch() {
   thread_local Arena arena;
   return arena;
@@ -38,6 +46,7 @@ class Pool {
     }
     start_.notify_all();
     work();
+    watch([&] { return busy_ == 0; });
     std::unique_lock<std::mutex> lock(mutex_);
     done_.wait(lock, [&] { return busy_ == 0; });
     if (error_) std::rethrow_exception(error_);
@@ -48,15 +57,21 @@ class Pool {
   int grow(int helpers) {
     try {
       while (static_cast<int>(threads_.size()) < helpers)
-        threads_.emplace_back(&Pool::serve, this, static_cast<int>(threads_.size()), round_);
+        threads_.emplace_back(&Pool::serve, this, static_cast<int>(threads_.size()), round_.load());
     } catch (const std::system_error&) {
       helpers = static_cast<int>(threads_.size());
     }
     return helpers;
   }
 
+  // The parts of one problem follow each other within microseconds, sooner than a sleeping thread wakes.
+  template <class Condition> static void watch(Condition done) {
+    for (int spin = 0; spin < 4000 && !done(); ++spin) relax();
+  }
+
   void serve(int self, uint64_t seen) {
     for (;;) {
+      watch([&] { return round_ != seen; });
       {
         std::unique_lock<std::mutex> lock(mutex_);
         start_.wait(lock, [&] { return round_ != seen; });
@@ -86,8 +101,9 @@ class Pool {
   int64_t count_ = 0;
   std::atomic<int64_t> next_{0};
   std::exception_ptr error_;
-  uint64_t round_ = 0;
-  int wanted_ = 0, busy_ = 0;
+  std::atomic<uint64_t> round_{0};
+  int wanted_ = 0;
+  std::atomic<int> busy_{0};
 };
 
 // Never destroyed: at exit its threads may still wait on it, and in a forked child they no longer exist.
@@ -111,6 +127,10 @@ void parallel(int64_t count, int threads, const Task& task) {
   if (threads > count) threads = static_cast<int>(count);
   if (threads > 1) return pool().run(count, threads, task);
   for (int64_t i = 0; i < count; ++i) task(i, scratch());
+}
+
+void Team::spread(int count, void (*call)(const void*, int), const void* context) const {
+  parallel(count, threads_, [=](int64_t i, Arena&) { call(context, static_cast<int>(i)); });
 }
 
 }  // namespace otloss

@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 #include <limits>
 #include <new>
 #include <type_traits>
@@ -74,10 +75,12 @@ class Arena {
   size_t size_ = 0, used_ = 0;
 };
 
+class Team;
+
 // The kernels of one level for one precision.
 template <class T> struct Kernels {
-  void (*solve)(const Problem<T>&, Arena&, int64_t max_iter, T tol, const Solution<T>&);
-  void (*implicit)(const Problem<T>&, Arena&, const T* f, const T* g, const Upstream<T>&, bool adjoint, const Gradient<T>&);
+  void (*solve)(const Problem<T>&, Arena&, const Team&, int64_t max_iter, T tol, const Solution<T>&);
+  void (*implicit)(const Problem<T>&, Arena&, const Team&, const T* f, const T* g, const Upstream<T>&, bool adjoint, const Gradient<T>&);
   void (*unrolled)(const Problem<T>&, Arena&, int64_t n_iter, const Upstream<T>&, const Gradient<T>&);
 };
 

@@ -17,18 +17,22 @@ template <class T> struct Solver {
 
   const Problem<T>& p;
   const Cost<T>& cost;
-  T *K, *F, *G, *phi, *psi, *next_phi, *next_psi, *v, *log_a, *log_b, *a, *b, *peak, *total;
+  const Team& team;
+  const T scale;
+  T *K, *F, *G, *phi, *psi, *next_phi, *next_psi, *v, *log_a, *log_b, *a, *b, *miss, *sharp, *peak, *total;
   bool dead_rows, dead_cols, up = false;
 
   static size_t bytes(const Problem<T>& p) {
     const size_t n = round_up<T>(p.n), m = round_up<T>(p.m);
-    return Arena::bytes<T>(n * leading<T>(p.m)) + 5 * Arena::bytes<T>(n) + 8 * Arena::bytes<T>(m);
+    return Arena::bytes<T>(n * leading<T>(p.m)) + 7 * Arena::bytes<T>(n) + 7 * Arena::bytes<T>(m) +
+           2 * Arena::bytes<T>(m * Parts(int(n), int(m)).count);
   }
 
-  Solver(const Cost<T>& cost, Arena& arena) : p(cost.p), cost(cost) {
+  Solver(const Cost<T>& cost, Arena& arena, const Team& team) : p(cost.p), cost(cost), team(team), scale(exponent_scale(p.eps)) {
     K = arena.take<T>(size_t(cost.rows) * cost.ld);
-    for (T** x : {&F, &phi, &next_phi, &log_a, &a}) *x = arena.take<T>(cost.rows);
-    for (T** x : {&G, &psi, &next_psi, &v, &log_b, &b, &peak, &total}) *x = arena.take<T>(cost.cols);
+    for (T** x : {&F, &phi, &next_phi, &log_a, &a, &miss, &sharp}) *x = arena.take<T>(cost.rows);
+    for (T** x : {&G, &v, &log_b, &b, &peak, &total}) *x = arena.take<T>(cost.cols);
+    for (T** x : {&psi, &next_psi}) *x = arena.take<T>(size_t(cost.cols) * cost.parts.count);  // a sweep adds up into them
     dead_rows = log_masses(p.a, cost.n, cost.rows, log_a);
     dead_cols = log_masses(p.b, cost.m, cost.cols, log_b);
     for (int i = 0; i < cost.rows; ++i) a[i] = live_row(i) ? p.a[i] : T(0), F[i] = none, phi[i] = 1;
@@ -41,8 +45,7 @@ template <class T> struct Solver {
     if (max_iter == 0)
       for (int i = 0; i < cost.n; ++i) F[i] = 0;
     for (k = 0; k < max_iter; ++k) {
-      error = 0;
-      bool good = iterate(error);
+      const bool good = iterate(error);
       if (k > 0 && error < tol) return true;
       if (good) {
         std::swap(phi, next_phi);
@@ -63,19 +66,25 @@ template <class T> struct Solver {
     for (int j = 0; j < cost.m; ++j) g[j] = live_col(j) ? G[j] + p.eps * std::log(psi[j]) : T(0);
   }
 
+  // task(first row) for every block of rows, part by part.
+  template <class Row> void each_block(Row task) {
+    team.each(cost.parts.count, [&](int part) {
+      for (int i0 = cost.parts.begin(part); i0 < cost.parts.end(part); i0 += block) task(i0);
+    });
+  }
+
  private:
   static constexpr T none = -std::numeric_limits<T>::infinity();
   bool live_row(int i) const { return log_a[i] != none; }
   bool live_col(int j) const { return log_b[j] != none; }
 
   void build_row(int i) {
-    const T ie = 1 / p.eps;
     T* k = K + size_t(i) * cost.ld;
-    for (int j = 0; j < cost.cols; j += lanes<T>) store<T>(k + j, exp<T>(exponent(cost.row(i), G, j, F[i], ie)));
+    for (int j = 0; j < cost.cols; j += lanes<T>) store<T>(k + j, exp2<T>(exponent(cost.row(i), G, j, F[i], scale)));
   }
 
   void first_rows() {
-    for (int i0 = 0; i0 < cost.rows; i0 += block) {
+    each_block([&](int i0) {
       cost.fill(i0);
       for (int i = i0; i < i0 + block; ++i) {
         if (live_row(i)) {  // -inf in G keeps dead columns and the padding out of the minimum
@@ -85,24 +94,22 @@ template <class T> struct Solver {
         }
         build_row(i);
       }
-    }
+    });
   }
 
   bool iterate(T& error) {
-    for (int j = 0; j < cost.cols; ++j) v[j] = b[j] * psi[j], next_psi[j] = 0;
-    T missed[block] = {};
+    for (int j = 0; j < cost.cols; ++j) v[j] = b[j] * psi[j];
     up = !up;  // the first goes up: the last rows of K were written last
-    sweep(K, cost.rows, cost.cols, cost.ld, up, v, next_psi, [&](int i0, const T* s, T* w) __attribute__((always_inline)) {
-      const T *mass = a + i0, *old = phi + i0;
-      T* scaling = next_phi + i0;
-      for (int r = 0; r < block; ++r) {
-        const T miss = old[r] * s[r] - 1;
-        missed[r] += mass[r] * (miss < 0 ? -miss : miss);
-        scaling[r] = mass[r] != 0 ? 1 / s[r] : T(1);
-        w[r] = mass[r] * scaling[r];
-      }
+    sweep(team, cost, K, up, v, next_psi, [this](int i0, const T* s, T* w) __attribute__((always_inline)) {
+      const band<T> sums = load_band(s), mass = load_band(a + i0), off = load_band(phi + i0) * sums - 1;
+      const band<T> scaling = mass != 0 ? 1 / sums : 1 - band<T>{};
+      store_band(miss + i0, mass * (off < 0 ? -off : off));
+      store_band(next_phi + i0, scaling);
+      store_band(w, mass * scaling);
     });
-    for (int r = 0; r < block; ++r) error += missed[r];
+    vec<T> missed{};
+    for (int i = 0; i < cost.rows; i += lanes<T>) missed += load(miss + i);
+    error = sum<T>(missed);
     for (int j = 0; j < cost.cols; ++j) next_psi[j] = b[j] != 0 ? 1 / next_psi[j] : T(1);
     return spread(next_phi, cost.rows) <= wide && spread(next_psi, cost.cols) <= wide;
   }
@@ -131,13 +138,15 @@ template <class T> struct Solver {
   void rebuild() {
     for (int i = 0; i < cost.rows; ++i) phi[i] = 1;
     for (int j = 0; j < cost.cols; ++j) psi[j] = 1;
-    for (int i = 0; i < cost.rows; ++i) build_row(i);
+    each_block([&](int i0) {
+      for (int i = i0; i < i0 + block; ++i) build_row(i);
+    });
   }
 
   bool log_iterate() {
     for (int j = 0; j < cost.m; ++j) G[j] = live_col(j) ? G[j] + p.eps * std::log(psi[j]) : T(0);
-    log_rows(cost, G, log_b, F);
-    log_cols(cost, F, log_a, G, peak, total);
+    log_rows(team, cost, G, log_b, F);
+    log_cols(team, cost, F, log_a, G, peak, total);
     T check = 0;
     for (int i = 0; i < cost.rows; ++i) {
       if (!live_row(i)) F[i] = none;
@@ -152,10 +161,11 @@ template <class T> struct Solver {
   }
 };
 
-template <class T> void solve(const Problem<T>& p, Arena& arena, int64_t max_iter, T tol, const Solution<T>& out) {
+template <class T>
+void solve(const Problem<T>& p, Arena& arena, const Team& team, int64_t max_iter, T tol, const Solution<T>& out) {
   arena.reset(Cost<T>::bytes(p, false) + Solver<T>::bytes(p));
   const Cost<T> cost(p, arena, false);
-  Solver<T> s(cost, arena);
+  Solver<T> s(cost, arena, team);
   T error = 0;
   const bool stopped = s.run(max_iter, tol, *out.n_iter, error, [](int64_t) {});
 
@@ -163,8 +173,8 @@ template <class T> void solve(const Problem<T>& p, Arena& arena, int64_t max_ite
   s.potentials(f, g);
   for (int j = cost.m; j < cost.cols; ++j) g[j] = 0;
   T *f_all = s.next_phi, *g_all = s.next_psi;
-  if (s.dead_rows) log_rows(cost, g, s.log_b, f_all);
-  if (s.dead_cols) log_cols(cost, f, s.log_a, g_all, s.peak, s.total);
+  if (s.dead_rows) log_rows(team, cost, g, s.log_b, f_all);
+  if (s.dead_cols) log_cols(team, cost, f, s.log_a, g_all, s.peak, s.total);
   double shift = 0;
   for (int i = 0; i < cost.n; ++i) {
     if (s.a[i] == 0) f[i] = f_all[i];
@@ -177,21 +187,31 @@ template <class T> void solve(const Problem<T>& p, Arena& arena, int64_t max_ite
   for (int i = 0; i < cost.n; ++i) out.f[i] = f[i] += T(shift);
   for (int j = 0; j < cost.m; ++j) out.g[j] = g[j] -= T(shift);
 
-  // <T, C>;  <T, C> + eps KL(T|ab') = <T1, f> + <T'1, g> - eps (sum T - 1);  |T1 - a|.
-  const T ie = 1 / p.eps;
+  // <T, C>;  <T, C> + eps KL(T|ab') = <T1, f> + <T'1, g> - eps (sum T - 1);  |T1 - a|. By rows: sums of b k, b k C, b k g.
+  T *mass_of = s.phi, *sharp_of = s.sharp, *potential_of = s.miss;
+  s.each_block([&](int i0) {
+    vec<T> t[block] = {}, tc[block] = {}, tg[block] = {};
+    for (int j = 0; j < cost.cols; j += lanes<T>) {
+      const vec<T> b = load(s.b + j), gj = load(g + j);
+      repeat<block>(OTLOSS_EACH(r) {
+        const vec<T> c = load(cost.row(i0 + r) + j), k = exp2<T>(((f[i0 + r] + gj) - c) * s.scale) * b;
+        t[r] += k;
+        tc[r] += k * c;
+        tg[r] += k * gj;
+      });
+    }
+    T all[unit<T>];
+    const auto keep = [&](vec<T>* part, T* to) {
+      sums<T, block>(part, all);
+      std::memcpy(to + i0, all, sizeof(T) * block);
+    };
+    keep(t, mass_of), keep(tc, sharp_of), keep(tg, potential_of);
+  });
   double sharp = 0, potential = 0, mass = 0, missed = 0;
   for (int i = 0; i < cost.n; ++i) {
-    const T* c = cost.row(i);
-    vec<T> t{}, tc{}, tg{};
-    for (int j = 0; j < cost.cols; j += lanes<T>) {
-      const vec<T> k = exp<T>(exponent(c, g, j, f[i], ie)) * load(s.b + j);
-      t += k;
-      tc += k * load(c + j);
-      tg += k * load(g + j);
-    }
-    const double row = sum<T>(t), a = s.a[i];
-    sharp += a * sum<T>(tc);
-    potential += a * (f[i] * row + sum<T>(tg));
+    const double a = s.a[i], row = mass_of[i];
+    sharp += a * sharp_of[i];
+    potential += a * (f[i] * row + potential_of[i]);
     mass += a * row;
     missed += a * std::fabs(row - 1);
   }

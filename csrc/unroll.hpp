@@ -18,7 +18,8 @@ void unrolled_gradient(const Problem<T>& p, Arena& arena, int64_t n_iter, const 
   arena.reset(Cost<T>::bytes(p, out.left) + Solver<T>::bytes(p) + Arena::bytes<T>((n_iter + 1) * rows) +
               Arena::bytes<T>((n_iter + 1) * cols) + 2 * Arena::bytes<T>(rows) + 3 * Arena::bytes<T>(cols));
   const Cost<T> cost(p, arena, out.left);
-  Solver<T> s(cost, arena);
+  const Team alone;
+  Solver<T> s(cost, arena, alone);
   T *f = arena.take<T>((n_iter + 1) * rows), *g = arena.take<T>((n_iter + 1) * cols);
   T *lambda = arena.take<T>(rows), *da = arena.take<T>(rows);
   T *kappa = arena.take<T>(cols), *next = arena.take<T>(cols), *db = arena.take<T>(cols);
@@ -28,8 +29,8 @@ void unrolled_gradient(const Problem<T>& p, Arena& arena, int64_t n_iter, const 
   if (s.dead_rows || s.dead_cols || n_iter == 0) {
     for (int i0 = 0; i0 < cost.rows; i0 += block) cost.fill(i0);
     for (int64_t k = 1; k <= n_iter; ++k) {
-      log_rows(cost, g + (k - 1) * cols, s.log_b, f + k * rows);
-      log_cols(cost, f + k * rows, s.log_a, g + k * cols, s.peak, s.total);
+      log_rows(alone, cost, g + (k - 1) * cols, s.log_b, f + k * rows);
+      log_cols(alone, cost, f + k * rows, s.log_a, g + k * cols, s.peak, s.total);
     }
   } else {
     int64_t ran;
@@ -38,7 +39,7 @@ void unrolled_gradient(const Problem<T>& p, Arena& arena, int64_t n_iter, const 
     if (ran < n_iter) s.potentials(f + n_iter * rows, g + n_iter * cols);  // not finite: let it show
   }
 
-  const T ie = 1 / p.eps, w = up.cost, v = up.value;
+  const T ie = 1 / p.eps, scale = s.scale, w = up.cost, v = up.value;
   T* D = s.K;  // the gradient of the cost takes the place of the kernel
   for (size_t j = 0; j < cols; ++j) kappa[j] = 0, db[j] = v * p.eps;
   const T *fk = f + n_iter * rows, *gk = g + n_iter * cols;
@@ -46,7 +47,7 @@ void unrolled_gradient(const Problem<T>& p, Arena& arena, int64_t n_iter, const 
     const T* c = cost.row(i);
     vec<T> lift{}, share{};
     for (int j = 0; j < cost.cols; j += lanes<T>) {
-      const vec<T> k = exp<T>(min(splat(bound<T>), exponent(c, gk, j, fk[i], ie))), kb = k * load(s.b + j), ka = k * s.a[i];
+      const vec<T> k = exp2<T>(min(splat(bound<T>), exponent(c, gk, j, fk[i], scale))), kb = k * load(s.b + j), ka = k * s.a[i];
       const vec<T> d = w * load(c + j) + v * (fk[i] + load(gk + j)), t = ka * load(s.b + j);
       lift += kb * d;
       share += kb;
@@ -65,7 +66,7 @@ void unrolled_gradient(const Problem<T>& p, Arena& arena, int64_t n_iter, const 
       T* d = D + size_t(i) * cost.ld;
       vec<T> back{};
       for (int j = 0; j < cost.cols; j += lanes<T>) {
-        const vec<T> t = exp<T>(min(splat(bound<T>), exponent(c, gk, j, fk[i], ie))) * load(kappa + j);
+        const vec<T> t = exp2<T>(min(splat(bound<T>), exponent(c, gk, j, fk[i], scale))) * load(kappa + j);
         back += t;
         store<T>(d + j, load(d + j) + a * t);
       }
@@ -73,7 +74,7 @@ void unrolled_gradient(const Problem<T>& p, Arena& arena, int64_t n_iter, const 
       lambda[i] = 0;
       da[i] -= p.eps * total;
       for (int j = 0; j < cost.cols; j += lanes<T>) {
-        const vec<T> t = exp<T>(min(splat(bound<T>), exponent(c, g0, j, fk[i], ie))) * l;
+        const vec<T> t = exp2<T>(min(splat(bound<T>), exponent(c, g0, j, fk[i], scale))) * l;
         store<T>(d + j, load(d + j) + t * load(s.b + j));
         store<T>(next + j, load(next + j) + t);
       }
@@ -87,8 +88,10 @@ void unrolled_gradient(const Problem<T>& p, Arena& arena, int64_t n_iter, const 
   for (int i = 0; i < p.n; ++i) out.a[i] = da[i];
   for (int j = 0; j < p.m; ++j) out.b[j] = db[j];
   if (!out.left) return;
-  for (int i0 = 0; i0 < cost.rows; i0 += tile_rows)
-    cost.pull(D + size_t(i0) * cost.ld, i0, std::min(tile_rows, cost.rows - i0), out);
+  for (int i0 = 0; i0 < cost.n; i0 += tile_rows) {
+    cost.pull_left(D + size_t(i0) * cost.ld, i0, tile_rows, out);
+    cost.pull_right(D + size_t(i0) * cost.ld, i0, tile_rows, 0, cost.m);
+  }
   cost.finish(out);
 }
 
