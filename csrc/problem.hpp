@@ -15,6 +15,10 @@
 #include <type_traits>
 #include <utility>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 namespace otloss {
 
 template <class T> struct Problem {
@@ -51,8 +55,11 @@ class Arena {
   void reset(size_t bytes) {
     if (bytes > size_ || size_ > keep) {
       release();
-      data_ = static_cast<char*>(::operator new(bytes, std::align_val_t(64)));
-      size_ = bytes;
+      size_ = (bytes + page - 1) / page * page;
+      data_ = static_cast<char*>(::operator new(size_, std::align_val_t(page)));
+#ifdef MADV_HUGEPAGE
+      madvise(data_, size_, MADV_HUGEPAGE);  // small pages scattered over memory collide in the second-level cache
+#endif
     }
     used_ = 0;
   }
@@ -65,9 +72,10 @@ class Arena {
   template <class T> static constexpr size_t bytes(size_t count) { return (count * sizeof(T) + 63) / 64 * 64; }
 
  private:
+  static constexpr size_t page = size_t(2) << 20;
   static constexpr size_t keep = size_t(256) << 20;  // more than this is given back by the next problem
   void release() {
-    if (data_) ::operator delete(data_, std::align_val_t(64));
+    if (data_) ::operator delete(data_, std::align_val_t(page));
     data_ = nullptr;
     size_ = 0;
   }
