@@ -10,45 +10,36 @@
 
 namespace otloss::OTLOSS_LEVEL {
 
-// Rows begin .. end - 1 of a sweep: weight(i0, s, w) turns the `block` row sums s into row weights w, and acc += K' w. While the
-// shares of one block are added from the first-level cache, the sums of the next are taken as it comes in.
+// Rows begin .. end - 1 of a sweep: weight(i0, s, w) turns the `block` row sums s into row weights w, and acc += K' w. Where two
+// blocks fit in the first-level cache the next one is fetched while the shares of this one are added.
 template <class T, class Weight>
 OTLOSS_INLINE void sweep_rows(const T* K, int begin, int end, int cols, int ld, bool up, const T* v, T* acc, Weight weight) {
-  const std::ptrdiff_t turn = up ? -block : block;
-  int i0 = up ? end - block : begin;
-  const T* now = K + i0 * std::ptrdiff_t(ld);
-  vec<T> part[block] = {};
-  for (int j = 0; j < cols; j += lanes<T>) {
-    const vec<T> x = load(v + j);
-    repeat<block>(OTLOSS_EACH(r) { part[r] += load(now + r * size_t(ld) + j) * x; });
-  }
-  for (int left = (end - begin) / block; left > 0; --left) {
+  const bool ahead = 2 * block * ld * sizeof(T) <= 40 << 10;
+  for (int step = 0; step < end - begin; step += block) {
+    const int i0 = up ? end - block - step : begin + step;
+    const T* k = K + i0 * std::ptrdiff_t(ld);
+    vec<T> part[block] = {}, u[block];
+    for (int j = 0; j < cols; j += lanes<T>) {
+      const vec<T> x = load(v + j);
+      repeat<block>(OTLOSS_EACH(r) { part[r] += load(k + r * size_t(ld) + j) * x; });
+    }
     T s[unit<T>], w[block];
     sums<T, block>(part, s);
     weight(i0, s, w);
-    vec<T> u[block];
     repeat<block>(OTLOSS_EACH(r) { u[r] = splat<T>(w[r]); });
-    const T* next = now + turn * ld;
-    if (left > 1) {
-      repeat<block>(OTLOSS_EACH(r) { part[r] = vec<T>{}; });
+    const T* next = k + (up ? -block : block) * std::ptrdiff_t(ld);
+    const auto add = [=](int j) __attribute__((always_inline)) {
+      vec<T> total[2] = {load(acc + j), {}};  // two chains
+      repeat<block>(OTLOSS_EACH(r) { total[r % 2] += load(k + r * size_t(ld) + j) * u[r]; });
+      store<T>(acc + j, total[0] + total[1]);
+    };
+    if (ahead)
       for (int j = 0; j < cols; j += lanes<T>) {
-        const vec<T> x = load(v + j);
-        vec<T> total[2] = {load(acc + j), {}};  // two chains
-        repeat<block>(OTLOSS_EACH(r) {
-          part[r] += load(next + r * size_t(ld) + j) * x;
-          total[r % 2] += load(now + r * size_t(ld) + j) * u[r];
-        });
-        store<T>(acc + j, total[0] + total[1]);
+        repeat<block>(OTLOSS_EACH(r) { __builtin_prefetch(next + r * size_t(ld) + j); });  // past the end it does nothing
+        add(j);
       }
-    } else {
-      for (int j = 0; j < cols; j += lanes<T>) {
-        vec<T> total[2] = {load(acc + j), {}};
-        repeat<block>(OTLOSS_EACH(r) { total[r % 2] += load(now + r * size_t(ld) + j) * u[r]; });
-        store<T>(acc + j, total[0] + total[1]);
-      }
-    }
-    now = next;
-    i0 += int(turn);
+    else
+      for (int j = 0; j < cols; j += lanes<T>) add(j);
   }
 }
 
