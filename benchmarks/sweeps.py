@@ -1,0 +1,88 @@
+"""The curves behind the plots: time against n, time against the batch, error against time."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import replace
+from typing import Any
+
+from benchmarks import timing
+from benchmarks.check import difference, reference
+from benchmarks.peers import OURS, Peer, by_name
+from benchmarks.workloads import Workload
+
+PEERS = (
+    "POT log_sinkhorn, autodiff",
+    "POT sinkhorn, envelope",
+    "OTT-JAX kernel, implicit",
+    "OTT-JAX lse, implicit",
+    "PyTorch, log-domain",
+    "geomloss solve_batch",
+)
+EXACT = (
+    "POT log_sinkhorn, autodiff",
+    "POT sinkhorn, autodiff",
+    "OTT-JAX kernel, implicit",
+    "OTT-JAX lse, implicit",
+    "PyTorch, log-domain",
+)
+SLOW = 3.0
+"""A curve ends with its first point above so many seconds."""
+
+BY_N = [Workload("by n", batch=16, n=n, m=n, d=64) for n in (8, 16, 32, 64, 128, 256, 512, 1024)]
+BY_BATCH = [Workload("by batch", batch=batch, n=64, m=64, d=64) for batch in (1, 4, 16, 64, 256, 1024, 4096)]
+ACCURACY = Workload("accuracy", batch=16, n=196, m=196, d=64, eps=0.02)
+ITERATIONS = (5, 10, 20, 50, 100, 200)
+
+
+def _time(peer: Peer, workload: Workload) -> float:
+    entrant = timing.Entrant(peer, workload, workload.batch)
+    entrant.prepare()
+    entrant.warm_up(dear=SLOW)
+    while len(entrant.seconds) < 5 and sum(entrant.seconds) < SLOW:
+        entrant.seconds.append(entrant.run()[0])
+    return statistics.median(entrant.seconds)
+
+
+def _usable(names: tuple[str, ...], workload: Workload) -> list[Peer]:
+    return [OURS, *(peer for peer in map(by_name, names) if not peer.skip(workload))]
+
+
+def _over(workloads: list[Workload], axis: str) -> list[dict[str, Any]]:
+    curve, slow = [], set()
+    for w in workloads:
+        for peer in _usable(PEERS, w):
+            if peer.name in slow:
+                continue
+            seconds = _time(peer, w)
+            if seconds > SLOW:
+                slow.add(peer.name)
+            curve.append({"name": peer.name, "library": peer.library, axis: getattr(w, axis), "seconds": seconds})
+            print(f"  {axis} {getattr(w, axis):5d}  {peer.name:30s} {seconds:9.5f} s", flush=True)
+    return curve
+
+
+def by_n() -> list[dict[str, Any]]:
+    return _over(BY_N, "n")
+
+
+def by_batch() -> list[dict[str, Any]]:
+    return _over(BY_BATCH, "batch")
+
+
+def accuracy() -> list[dict[str, Any]]:
+    """Largest relative error of the gradients against the float64 solution, over numbers of iterations."""
+    _, grads = reference(ACCURACY)
+    curve = []
+    for iterations in ITERATIONS:
+        w = replace(ACCURACY, iterations=iterations)
+        for peer in _usable(EXACT, w):
+            _, got = peer.build(w)(peer.native(w, w.leaves()))
+            error = max(difference(one, other) for one, other in zip(got, grads, strict=True))
+            point = {"name": peer.name, "library": peer.library, "iterations": iterations, "error": error}
+            curve.append(point | {"seconds": _time(peer, w)})
+            print(f"  {iterations:4d} iterations  {peer.name:30s} {curve[-1]['seconds']:9.5f} s  error {error:.1e}")
+    return curve
+
+
+SWEEPS = {"n": by_n, "batch": by_batch, "accuracy": accuracy}
