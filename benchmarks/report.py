@@ -25,12 +25,11 @@ def seconds(value: float) -> str:
 
 
 def verdict(v: Verdict, sign: str = "×") -> str:
-    """``12.3× (≥ 8, met)``."""
+    """``12.3× (≥ 8×, met)``."""
     if v.met is None:
         return "not measured"
     relation = "≥" if v.least else "≤"
-    word = "met" if v.met else "**missed**"
-    return f"{v.found:.3g}{sign} ({relation} {v.wanted:g}{sign.strip() if sign == ' %' else ''}, {word})"
+    return f"{v.found:.3g}{sign} ({relation} {v.wanted:g}{sign}, {'met' if v.met else '**missed**'})"
 
 
 def _percent(v: Verdict) -> str:

@@ -38,8 +38,8 @@ ITERATIONS = (5, 10, 20, 50, 100, 200)
 def _time(peer: Peer, workload: Workload) -> float:
     entrant = timing.Entrant(peer, workload, workload.batch)
     entrant.prepare()
-    entrant.warm_up(dear=SLOW)
-    while len(entrant.seconds) < 5 and sum(entrant.seconds) < SLOW:
+    entrant.warm_up()
+    while not entrant.seconds or (len(entrant.seconds) < 5 and sum(entrant.seconds) < SLOW):
         entrant.seconds.append(entrant.run()[0])
     return statistics.median(entrant.seconds)
 

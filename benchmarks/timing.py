@@ -43,8 +43,8 @@ class Entrant:
             numbers.append(number)
         return time.perf_counter() - start, numbers
 
-    def warm_up(self, dear: float) -> None:
-        """One run that does not count, or counts as the only one when it takes longer than ``dear`` seconds.
+    def warm_up(self) -> None:
+        """One run that does not count, or counts as the only one when it takes longer than `DEAR` seconds.
 
         A peer that compiles makes one call first, so that compiling never counts.
         """
@@ -53,11 +53,13 @@ class Entrant:
             for leaves in self.calls[:1] + self.calls[-1:]:
                 self.step(leaves)
         seconds, _ = self.run()
-        self.seconds = [seconds] if seconds > dear else []
+        self.seconds = [seconds] if seconds > DEAR else []
 
     def release(self) -> None:
         self.calls, self.step = [], None
 
+
+DEAR = 12.0
 
 Rival = tuple[Peer, int, int]
 """Who, of how many problems, how many a call."""
@@ -80,14 +82,13 @@ def alternate(rival: Entrant, ours: Entrant, rounds: int, budget: float) -> None
     """Rounds in which each of the two runs once, as many as fit into ``budget`` seconds, at least one."""
     rival.prepare()
     ours.prepare()
-    rival.warm_up(dear=budget / 2)
-    ours.warm_up(dear=float("inf"))
-    start = time.perf_counter()
+    rival.warm_up()
+    ours.warm_up()
+    start, dear = time.perf_counter(), bool(rival.seconds)
     for _ in range(rounds):
         ours.seconds.append(ours.run()[0])
-        if len(rival.seconds) == 1 and rival.seconds[0] > budget / 2:
-            continue  # its dear run counts already; ours still has its rounds beside it
-        rival.seconds.append(rival.run()[0])
+        if not dear:
+            rival.seconds.append(rival.run()[0])
         if time.perf_counter() - start > budget:
             break
 
@@ -126,7 +127,7 @@ def measure(
     if not all_ours:
         ours = Entrant(OURS, workload, workload.batch)
         ours.prepare()
-        ours.warm_up(dear=float("inf"))
+        ours.warm_up()
         all_ours = [ours.run()[0] for _ in range(rounds)]
     first = {**_row(OURS, workload.batch, workload.batch, all_ours), "ratio": 1.0}
     say(line(first, workload.batch))
