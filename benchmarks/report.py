@@ -72,7 +72,10 @@ def speedups(results: dict[str, Any]) -> list[str]:
             continue
         pot, ott, fastest = targets.speedups(name, entry)
         ours = seconds(entry["times"][0]["median_s"])
-        cells = [verdict(pot) + _chunked(entry), *(f"{verdict(v)}, {v.who}" for v in (ott, fastest))]
+        cells = [
+            verdict(pot) + _chunked(entry),
+            *(f"{verdict(v)}{', ' if v.who else ''}{v.who}" for v in (ott, fastest)),
+        ]
         lines.append(f"| {name}: {_sizes(entry['workload'])} | {ours} | {' | '.join(cells)} |")
     return lines
 

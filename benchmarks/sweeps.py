@@ -35,12 +35,17 @@ ACCURACY = Workload("accuracy", batch=16, n=196, m=196, d=64, eps=0.02)
 ITERATIONS = (5, 10, 20, 50, 100, 200)
 
 
-def _time(peer: Peer, workload: Workload) -> float:
+def _time(peer: Peer, workload: Workload) -> float | None:
+    """Median seconds of a step; None, with a message, where the peer fails."""
     entrant = timing.Entrant(peer, workload, workload.batch)
-    entrant.prepare()
-    entrant.warm_up()
-    while not entrant.seconds or (len(entrant.seconds) < 5 and sum(entrant.seconds) < SLOW):
-        entrant.seconds.append(entrant.run()[0])
+    try:
+        entrant.prepare()
+        entrant.warm_up()
+        while not entrant.seconds or (len(entrant.seconds) < 5 and sum(entrant.seconds) < SLOW):
+            entrant.seconds.append(entrant.run()[0])
+    except Exception as error:
+        print(f"  {peer.name}: {type(error).__name__}: {str(error).splitlines()[0][:200]}", flush=True)
+        return None
     return statistics.median(entrant.seconds)
 
 
@@ -49,14 +54,13 @@ def _usable(names: tuple[str, ...], workload: Workload) -> list[Peer]:
 
 
 def _over(workloads: list[Workload], axis: str) -> list[dict[str, Any]]:
-    curve, slow = [], set()
+    curve, done = [], set()
     for w in workloads:
         for peer in _usable(PEERS, w):
-            if peer.name in slow:
+            if peer.name in done or (seconds := _time(peer, w)) is None:
                 continue
-            seconds = _time(peer, w)
             if seconds > SLOW:
-                slow.add(peer.name)
+                done.add(peer.name)
             curve.append({"name": peer.name, "library": peer.library, axis: getattr(w, axis), "seconds": seconds})
             print(f"  {axis} {getattr(w, axis):5d}  {peer.name:30s} {seconds:9.5f} s", flush=True)
     return curve
@@ -77,11 +81,13 @@ def accuracy() -> list[dict[str, Any]]:
     for iterations in ITERATIONS:
         w = replace(ACCURACY, iterations=iterations)
         for peer in _usable(EXACT, w):
+            if (seconds := _time(peer, w)) is None:
+                continue
             _, got = peer.build(w)(peer.native(w, w.leaves()))
             error = max(difference(one, other) for one, other in zip(got, grads, strict=True))
             point = {"name": peer.name, "library": peer.library, "iterations": iterations, "error": error}
-            curve.append(point | {"seconds": _time(peer, w)})
-            print(f"  {iterations:4d} iterations  {peer.name:30s} {curve[-1]['seconds']:9.5f} s  error {error:.1e}")
+            curve.append(point | {"seconds": seconds})
+            print(f"  {iterations:4d} iterations  {peer.name:30s} {seconds:9.5f} s  error {error:.1e}", flush=True)
     return curve
 
 
