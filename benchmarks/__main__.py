@@ -83,7 +83,7 @@ def show() -> None:
 
 def dispatch(args: argparse.Namespace) -> None:
     plan = plan_of(args)
-    chosen = [WORKLOADS[name] for name in args.names]
+    chosen = [WORKLOADS[name] for name in args.names if name in WORKLOADS]
     if args.command == "list":
         show()
     elif args.command == "quick":

@@ -99,7 +99,7 @@ def _time_batch(axes: Any, results: dict[str, Any]) -> bool:
 def _accuracy(axes: Any, results: dict[str, Any]) -> bool:
     if curve := _curve(results, "accuracy"):
         _lines(axes, curve, "seconds", "error")
-        title = "16 problems of 196 × 196, eps 0.02: 5 to 200 iterations"
+        title = "16 problems of 196 × 196, eps 0.02: 10 to 200 iterations"
         axes.set(title=title, xlabel=SECONDS, ylabel="gradient's relative error against float64")
     return bool(curve)
 

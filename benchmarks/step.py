@@ -75,6 +75,6 @@ def _ot_part(criterion: otloss.OPTiMLLoss, maps: list[Tensor]) -> Callable[[], A
 
     def run() -> None:
         x, y, log_a, log_b = leaves
-        torch.autograd.grad(criterion.transport(x, y, log_a=log_a, log_b=log_b), leaves)
+        torch.autograd.grad(criterion.transport(x, y, log_a=log_a, log_b=log_b).mean(), leaves)
 
     return run

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import report, results, suite, targets, timing
-from benchmarks.__main__ import NAMES, parse, plan_of
+from benchmarks.__main__ import NAMES, dispatch, parse, plan_of
 from benchmarks.check import check, difference, reference
 from benchmarks.peers import OURS, PEERS, by_name
 from benchmarks.workloads import MAIN, WORKLOADS, Workload, split
@@ -161,6 +161,16 @@ def test_a_whole_workload_is_measured_checked_and_reported(tmp_path: Path, capsy
     assert "commit" in entry["environment"]
     assert "## small" in report.full(results.load(plan.path))
     assert PLAIN.name in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("command", "name"), [("sweeps", "accuracy"), ("limits", "call"), ("run", "tiny")])
+def test_each_command_gets_its_names(command: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[Any] = []
+    monkeypatch.setattr(suite, "run_workloads", lambda chosen, plan: called.extend(w.name for w in chosen))
+    for part in ("run_limits", "run_sweeps"):
+        monkeypatch.setattr(suite, part, lambda plan, names: called.extend(names))
+    dispatch(parse([command, name]))
+    assert called == [name]
 
 
 def test_the_command_line_names_what_is_unknown(capsys: pytest.CaptureFixture[str]) -> None:
