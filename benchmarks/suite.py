@@ -24,7 +24,7 @@ class Plan:
 
     path: Path
     rounds: int = 7
-    budget: float = 4.0
+    budget: float = 2.5
     quick: bool = False
     with_memory: bool = True
     resume: bool = False
@@ -78,9 +78,12 @@ def _not_the_same(found: dict[str, Any]) -> str:
 
 
 def _memory(w: Workload, rivals: list[timing.Rival], entry: dict[str, Any]) -> list[timing.Rival]:
-    """Peak memory of ours and of every rival; who exhausts the machine does not run again."""
+    """Peak memory of ours and of every rival on the whole batch; who exhausts the machine does not run again."""
     entry["memory"], left = [], []
     for peer, problems, per_call in [(timing.OURS, w.batch, w.batch), *rivals]:
+        if per_call < w.batch:
+            left.append((peer, problems, per_call))
+            continue
         found: dict[str, Any] = {"name": peer.name, "library": peer.library, "problems_per_call": per_call}
         try:
             found["gib"] = memory.measure(peer, w, problems, per_call)

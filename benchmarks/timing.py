@@ -168,7 +168,7 @@ def line(row: dict[str, Any], batch: int) -> str:
 
 
 def entrants(workload: Workload, peers: tuple[Peer, ...] = PEERS, quick: bool = False) -> list[Rival]:
-    """Who runs what: each peer on the whole batch, and in chunks where the workload names a size.
+    """Who runs what: in chunks where the workload names a size; a main workload also whole.
 
     The quick suite takes few peers, and those that unroll the slowest workload only on one chunk of the batch.
     """
@@ -183,6 +183,6 @@ def entrants(workload: Workload, peers: tuple[Peer, ...] = PEERS, quick: bool = 
             found.append((peer, chunk, chunk))
             continue
         found.append((peer, whole, chunk))
-        if chunk != whole:
+        if chunk != whole and workload.main:
             found.append((peer, whole, whole))
     return found

@@ -16,7 +16,7 @@ from benchmarks.check import check, difference, reference
 from benchmarks.peers import OURS, PEERS, by_name
 from benchmarks.workloads import MAIN, WORKLOADS, Workload, split
 
-SMALL = Workload("small", batch=4, n=9, m=7, d=5, chunk=2)
+SMALL = Workload("small", batch=4, n=9, m=7, d=5, chunk=2, main=True)
 PLAIN = by_name("PyTorch, log-domain")
 
 

@@ -42,6 +42,7 @@ class Peer:
         native: turns torch tensors into the peer's arrays.
         unfit: why it cannot take a workload, or None.
         quick: whether it also runs in the quick suite.
+        main_only: whether it sits out all but the main workloads, to keep the suite short.
         warm_in_full: whether the first call compiles for the exact shape.
     """
 
@@ -56,6 +57,7 @@ class Peer:
     native: Callable[[Workload, Leaves], Any] = _as_it_is
     unfit: Callable[[Workload], str | None] = _fits
     quick: bool = False
+    main_only: bool = False
     warm_in_full: bool = False
 
     def missing(self) -> str | None:
@@ -68,7 +70,9 @@ class Peer:
         return None
 
     def applies(self, workload: Workload) -> bool:
-        """Whether the mode is meant for the workload's passes."""
+        """Whether the mode is meant for such a workload."""
+        if self.main_only and not workload.main:
+            return False
         return self.passes == "both" or (self.passes == "backward") == workload.backward
 
     def skip(self, workload: Workload) -> str | None:

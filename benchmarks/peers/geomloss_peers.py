@@ -61,6 +61,7 @@ PEERS = (
         number="value",
         needs=("geomloss",),
         unfit=only_features,
+        main_only=True,
     ),
     Peer(
         f"geomloss SamplesLoss on KeOps, scaling {SCALING}",
@@ -69,6 +70,7 @@ PEERS = (
         number="value",
         needs=("pykeops", "geomloss"),
         unfit=_keops_fits,
+        main_only=True,
         warm_in_full=True,
     ),
     Peer(
@@ -78,5 +80,6 @@ PEERS = (
         number="value",
         needs=("flash_sinkhorn",),
         unfit=_flash_fits,
+        main_only=True,
     ),
 )

@@ -104,8 +104,8 @@ def _peer(mode: str, differentiation: str, **options: Any) -> Peer:
 PEERS = (
     _peer("lse", "implicit"),
     _peer("kernel", "implicit", quick=True),
-    _peer("kernel", "unrolled"),
-    _peer("kernel", "danskin"),
+    _peer("kernel", "unrolled", main_only=True),
+    _peer("kernel", "danskin", main_only=True),
     _peer("lse", "none"),
     _peer("kernel", "none"),
 )

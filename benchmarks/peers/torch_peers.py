@@ -91,9 +91,9 @@ def _pot_peer(method: str, grad: str, **options: Any) -> Peer:
 PEERS = (
     _pot_peer("log_sinkhorn", "autodiff", exact=True, quick=True),
     _pot_peer("sinkhorn", "autodiff", exact=True),
-    _pot_peer("log_sinkhorn", "last_step"),
-    _pot_peer("sinkhorn", "last_step"),
-    _pot_peer("log_sinkhorn", "envelope", number="entropy"),
+    _pot_peer("log_sinkhorn", "last_step", main_only=True),
+    _pot_peer("sinkhorn", "last_step", main_only=True),
+    _pot_peer("log_sinkhorn", "envelope", number="entropy", main_only=True),
     _pot_peer("sinkhorn", "envelope", number="entropy", quick=True),
     _pot_peer("log_sinkhorn", "detach", passes="forward"),
     _pot_peer("sinkhorn", "detach", passes="forward"),
@@ -108,5 +108,5 @@ PEERS = (
         unfit=lambda w: None if w.inputs == "samples" else "is for POT's own example",
     ),
     Peer("PyTorch, log-domain", "PyTorch", torch_build(_plain(_half_steps, _sharp_cost)), exact=True),
-    Peer("PyTorch, log-domain, compiled", "PyTorch", _compiled, exact=True, warm_in_full=True),
+    Peer("PyTorch, log-domain, compiled", "PyTorch", _compiled, exact=True, warm_in_full=True, main_only=True),
 )
