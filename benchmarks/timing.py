@@ -24,6 +24,7 @@ class Entrant:
     calls: list[Any] = field(default_factory=list)
     step: Step | None = None
     seconds: list[float] = field(default_factory=list)
+    repeats: int = 1
 
     def prepare(self) -> None:
         """Everything that is not timed. Ends at a state in which the first call may still compile."""
@@ -33,15 +34,16 @@ class Entrant:
         self.step = self.peer.build(self.workload)
 
     def run(self) -> tuple[float, list[Any]]:
-        """Seconds for the whole batch, and the numbers returned."""
+        """Seconds for the whole batch, the mean of ``repeats`` in a row, and the numbers returned."""
         assert self.step is not None
-        numbers = []
         gc.collect()
         start = time.perf_counter()
-        for leaves in self.calls:
-            number, _ = self.step(leaves)
-            numbers.append(number)
-        return time.perf_counter() - start, numbers
+        for _ in range(self.repeats):
+            numbers = []
+            for leaves in self.calls:
+                number, _gradients = self.step(leaves)
+                numbers.append(number)
+        return (time.perf_counter() - start) / self.repeats, numbers
 
     def warm_up(self) -> None:
         """One run that does not count, or counts as the only one when it takes longer than `DEAR` seconds.
@@ -53,13 +55,15 @@ class Entrant:
             for leaves in self.calls[:1] + self.calls[-1:]:
                 self.step(leaves)
         seconds, _ = self.run()
+        self.repeats = max(1, min(50, int(SHORT / seconds)))
         self.seconds = [seconds] if seconds > DEAR else []
 
     def release(self) -> None:
         self.calls, self.step = [], None
 
 
-DEAR = 12.0
+DEAR, SHORT = 12.0, 0.02
+"""Seconds above which a first run counts, and below which a run is repeated."""
 
 Rival = tuple[Peer, int, int]
 """Who, of how many problems, how many a call."""
