@@ -117,6 +117,7 @@ def _memory(axes: Any, results: dict[str, Any]) -> bool:
         ]
         axes.bar([i + k * width for i in range(len(groups))], least, width, color=COLOURS[library], label=library)
     axes.set_yscale("log")
+    axes.set_ylim(bottom=5e-4)
     axes.set_xticks([i + 0.4 - width / 2 for i in range(len(groups))], list(groups))
     axes.set(title="Whole batch in one call, the least of each library's modes", ylabel="peak memory of one step, GiB")
     axes.grid(alpha=0.3, axis="y")
