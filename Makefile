@@ -7,10 +7,10 @@ PY      := $(VENV)/bin/python
 SOURCES := pyproject.toml $(wildcard setup.py MANIFEST.in csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help example test bench lint clean
+.PHONY: help example test bench bench-quick lint clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # PyTorch first and pinned: these are the versions that the tests run with.
 $(VENV)/.torch:
@@ -38,8 +38,11 @@ example: $(VENV)/.examples  ## pretrain with OPTiML on generated images and scor
 test: $(VENV)/.dev  ## run every test and every docstring's example
 	$(PY) -m pytest -q $(PYTEST_ARGS)
 
-bench: $(VENV)/.bench  ## time otloss against POT and geomloss
-	$(PY) -m benchmarks $(BENCH_ARGS)
+bench: $(VENV)/.bench  ## time otloss and its peers, draw the plots, write the README's table (about 30 minutes)
+	$(PY) -m benchmarks all $(BENCH_ARGS)
+
+bench-quick: $(VENV)/.bench  ## the main rows of that with few peers (3 minutes)
+	$(PY) -m benchmarks quick $(BENCH_ARGS)
 
 lint: $(VENV)/.dev  ## ruff and mypy
 	$(PY) -m ruff check .

@@ -1,75 +1,123 @@
-"""``python -m benchmarks``: time ours beside the peers, write ``benchmarks/results`` and the README's table."""
+"""``python -m benchmarks``: time ours beside the peers, measure the machine's limits, draw the plots, write the README.
+
+  all       everything, in order, into results/cpu.json, then plots and README (make bench)
+  quick     the main workloads, few peers and rounds: three minutes, into results/cpu-quick.json (make bench-quick)
+  run       some workloads          limits    floors and shares of the machine's rates
+  sweeps    curves of the plots     step      share of an OPTiML training step
+  plots     draw them               readme    write the tables from results/cpu.json
+  list      workloads and peers     table     print the table of a results file
+
+What is not measured again keeps its figures. A stopped run continues with --resume.
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
-from typing import Any
+import sys
+import warnings
+from dataclasses import replace
 
-from benchmarks import runner
+from benchmarks import plots, report, results, suite
+from benchmarks.limits import CALL
+from benchmarks.peers import PEERS
 from benchmarks.readme import write_section
-from benchmarks.workloads import WORKLOADS
+from benchmarks.sweeps import SWEEPS
+from benchmarks.workloads import MAIN, WORKLOADS
 
-RESULTS = Path(__file__).parent / "results"
+COMMANDS = ("all", "quick", "run", "limits", "sweeps", "step", "plots", "readme", "list", "table")
+NAMES = {"run": list(WORKLOADS), "limits": [*MAIN, CALL.name], "sweeps": list(SWEEPS), "quick": list(MAIN)}
 
 
-def table(results: dict[str, Any]) -> str:
-    """The README's section, from a results file."""
-    lines = ["Medians, forward + backward from features and logits."]
-    for name, entry in results["workloads"].items():
-        w, where = entry["workload"], entry["environment"]
-        lines += [
-            "",
-            f"**{name}**: {w['batch']} problems, n = {w['n']}, m = {w['m']}, d = {w['d']}, eps {w['eps']}, "
-            f"{w['iterations']} iterations. {where['cpu']}, {where['threads']} threads, "
-            f"torch {where['versions']['torch']}, commit {where['commit']}, {where['date']}.",
-            "",
-            "| | exact sharp gradient | seconds | times ours |",
-            "|---|---|---|---|",
-        ]
-        for row in entry["times"]:
-            calls = "" if row["problems_per_call"] == w["batch"] else f", {row['problems_per_call']} problems a call"
-            exact = "yes" if row["exact"] else "no"
-            lines.append(f"| {row['name']}{calls} | {exact} | {row['median_s']:.3g} | {row['ratio']:.3g} |")
-        error = entry["errors"]["otloss"]
-        lines += [
-            "",
-            f"Against float64: relative error of cost {error['cost']:.1e}, of gradients {error['gradient']:.1e}.",
-        ]
-        if "memory_growth_gib" in entry:
-            lines.append(f"Peak memory for 1024 such problems grows by {entry['memory_growth_gib']:.2f} GiB.")
-    return "\n".join(lines)
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("command", choices=COMMANDS)
+    parser.add_argument("names", nargs="*", help="which workloads, limits or curves (all)")
+    parser.add_argument("--rounds", type=int, help="rounds beside each peer, at most")
+    parser.add_argument("--budget", type=float, help="seconds beside each peer, about")
+    parser.add_argument("--peers", help="only peers whose name contains this")
+    parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
+    parser.add_argument("--resume", action="store_true", help="keep what was measured at this very commit")
+    args = parser.parse_args(arguments)
+    unknown = sorted(set(args.names) - set(NAMES.get(args.command, [])))
+    if unknown:
+        possible = ", ".join(NAMES.get(args.command, [])) or "none"
+        parser.error(f"{args.command} does not know {', '.join(unknown)}; possible names: {possible}")
+    if args.peers and not any(args.peers in peer.name for peer in PEERS):
+        parser.error(f"no peer's name contains {args.peers!r}; see `python -m benchmarks list`")
+    return args
+
+
+def plan_of(args: argparse.Namespace) -> suite.Plan:
+    plan = suite.QUICK if args.command == "quick" else suite.Plan(results.FULL)
+    chosen = {
+        "rounds": args.rounds,
+        "budget": args.budget,
+        "peers": tuple(peer for peer in PEERS if args.peers in peer.name) if args.peers else None,
+        "with_memory": False if args.no_memory else None,
+        "resume": args.resume or None,
+    }
+    return replace(plan, **{name: value for name, value in chosen.items() if value is not None})
+
+
+def draw_and_write() -> None:
+    """Plots, all rows, and the README's section, from the full results."""
+    known = results.load(results.FULL)
+    if not known.get("workloads"):
+        raise SystemExit(f"{results.FULL} has no workloads yet; run `python -m benchmarks all`")
+    drawn = plots.draw(known, results.FOLDER)
+    (results.FOLDER / "cpu.md").write_text(report.full(known))
+    write_section("bench", report.section(known, drawn))
+    print(report.section(known, drawn))
+
+
+def show() -> None:
+    """Workloads, and which peers can run here."""
+    for w in WORKLOADS.values():
+        print(f"{w.name + ('*' if w.main else ''):18s} {w.describe()}")
+    print("* has targets\n")
+    for peer in PEERS:
+        print(f"{peer.name:48s} {peer.missing() or 'installed'}")
+
+
+def dispatch(args: argparse.Namespace) -> None:
+    plan = plan_of(args)
+    chosen = [WORKLOADS[name] for name in args.names if name in WORKLOADS]
+    if args.command == "list":
+        show()
+    elif args.command == "quick":
+        suite.run_workloads(chosen or list(MAIN.values()), plan)
+        suite.run_limits(plan, [CALL.name])
+        print("\n".join(report.speedups(results.load(plan.path))))
+    elif args.command == "run":
+        suite.run_workloads(chosen or list(WORKLOADS.values()), plan)
+    elif args.command == "limits":
+        suite.run_limits(plan, args.names)
+    elif args.command == "sweeps":
+        suite.run_sweeps(plan, args.names)
+    elif args.command == "step":
+        suite.run_step(plan)
+    elif args.command == "all":
+        suite.run_workloads(list(MAIN.values()), plan)
+        suite.run_limits(plan)
+        suite.run_step(plan)
+        suite.run_sweeps(plan)
+        suite.run_workloads([w for w in WORKLOADS.values() if not w.main], plan)
+    elif args.command == "table":
+        known = results.load(results.FULL)
+        print("\n".join([*report.speedups(known), "", *report.limits(known)]))
+    if args.command in ("all", "plots", "readme"):
+        draw_and_write()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("workloads", nargs="*", default=list(WORKLOADS), help=f"of: {', '.join(WORKLOADS)} (all)")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds of ours beside each peer")
-    parser.add_argument("--no-readme", action="store_true", help="leave README.md alone")
-    args = parser.parse_args()
-    unknown = sorted(set(args.workloads) - set(WORKLOADS))
-    if unknown:
-        parser.error(f"unknown workload {', '.join(unknown)}; there are {', '.join(WORKLOADS)}")
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / "cpu.json"
-    results: dict[str, Any] = {"environment": runner.environment(), "workloads": {}}
-    if path.exists():  # workloads that are not timed now keep their figures
-        known = json.loads(path.read_text())["workloads"]
-        results["workloads"] = {name: known[name] for name in WORKLOADS if name in known}
-    for name in args.workloads:
-        workload = WORKLOADS[name]
-        print(name, flush=True)
-        entry: dict[str, Any] = {"workload": vars(workload), "environment": results["environment"]}
-        entry["errors"] = runner.check(workload)
-        entry["times"] = runner.measure(workload, args.rounds)
-        if name == "channels":
-            entry["memory_growth_gib"] = runner.memory_growth(workload, 1024)
-            print(f"  peak memory for 1024 problems grows by {entry['memory_growth_gib']:.2f} GiB")
-        results["workloads"][name] = entry
-        path.write_text(json.dumps(results, indent=1) + "\n")
-    if not args.no_readme:
-        write_section("bench", table(results))
+    warnings.filterwarnings("ignore", message=".*did not converge.*")
+    warnings.filterwarnings("ignore", module="geomloss|ot|jax|torch")
+    try:
+        dispatch(parse())
+    except KeyboardInterrupt:
+        sys.exit("\nstopped; what was finished is kept, and --resume continues")
 
 
 if __name__ == "__main__":

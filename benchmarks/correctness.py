@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 import otloss
+from benchmarks.machine import environment
 from benchmarks.readme import write_section
-from benchmarks.runner import environment
 
 RESULTS = Path(__file__).parent / "results" / "correctness.json"
 EPS = 0.2
