@@ -20,7 +20,7 @@ import triton.language as tl
 from otloss.backends.gpu.tiles import vector
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts", "count", "m", "cap"])
 def descend(
     share, parts, scale, root, work, z, res, direction, best, alpha, state, running, count, m, cap, J: tl.constexpr
 ):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 # The largest n and m of each regime; beyond them problems are streamed. Tests lower them.
-LIMITS = {"small": 128, "medium": 1024}
+LIMITS = {"small": 128, "medium": 1024}  # of float32; float64 takes two registers a number
 MIN_SIDE = 16  # the least side of a product's tile
 
 
@@ -29,23 +29,23 @@ def power(size: int, least: int = MIN_SIDE) -> int:
     return max(least, 1 << max(size - 1, 0).bit_length())
 
 
-def regime(n: int, m: int) -> str:
+def regime(n: int, m: int, double: bool) -> str:
     """ "small", "medium" or "large"."""
-    size = max(n, m)
+    size = max(n, m) * (2 if double else 1)
     return next((name for name, limit in LIMITS.items() if size <= limit), "large")
 
 
 def small(n: int, m: int, d: int, double: bool) -> Tile:
     """The whole problem in one tile."""
     rows, cols = power(n), power(m)
-    entries = rows * cols * (2 if double else 1)
-    return Tile(rows, cols, min(power(d), 32), 16 if entries > 8192 else 8 if entries > 2048 else 4, 1)
+    return Tile(rows, cols, 16, 8 if rows * cols * (2 if double else 1) > 2048 else 4, 1)
 
 
 def medium(m: int, d: int, double: bool) -> Tile:
     """Blocks of whole rows."""
     cols = power(m)
-    return Tile(16, cols, min(power(d), 16 if cols > 512 else 32), 8 if cols * (2 if double else 1) <= 512 else 16, 1)
+    size = cols * (2 if double else 1)
+    return Tile(16, cols, 8 if cols > 512 else 16, 16 if size > 256 else 8, 1)
 
 
 def stream(n: int, m: int, d: int, double: bool) -> Tile:

@@ -80,7 +80,7 @@ def gradient_tile(
     return tl.where((i < n)[:, None] & (j < m)[None, :], grad, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def contract_dense(
     left, out, f, g, a, b, u, v, q_i, q_j, w, w_value, n_iter, count, n, m, eps: tl.float64,
     I: tl.constexpr, J: tl.constexpr,
@@ -98,7 +98,7 @@ def contract_dense(
     tl.store(out + at, grad.to(out.dtype.element_ty), mask=(i < n)[:, None] & (j < m)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def contract_features(
     left, right, out, f, g, a, b, u, v, q_i, q_j, w, w_value, n_iter, count, n, m, d, eps: tl.float64,
     SWAPPED: tl.constexpr, I: tl.constexpr, J: tl.constexpr, K: tl.constexpr, D: tl.constexpr, DOT: tl.constexpr,

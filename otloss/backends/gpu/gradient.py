@@ -47,12 +47,12 @@ def _small_multipliers(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """U, V, p/rho, q/sigma and the residual, in one launch."""
     u, v, by_p, by_q = (torch.empty_like(like) for like in (f, g, f, g))
-    residual = torch.empty_like(w)
+    h, residual = torch.empty_like(g), torch.empty_like(w)
     view, tile = problem.rows, config.small(problem.n, problem.m, problem.d, problem.double)
     launch(
         small.adjoint_small, (problem.count,), view.left, view.right, problem.a, problem.b, f, g, w, p, q,
-        u, v, by_p, by_q, residual, problem.n, problem.m, problem.d, problem.eps,
-        N=tile.rows, M=tile.cols, K=tile.depth, DOT=problem.dot, num_warps=tile.warps, num_stages=tile.stages,
+        u, v, by_p, by_q, h, residual, problem.n, problem.m, problem.d, problem.eps,
+        N=tile.rows, M=tile.cols, K=tile.depth, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return u, v, by_p, by_q, residual
 

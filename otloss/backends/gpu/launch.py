@@ -41,7 +41,7 @@ class Problem:
         self.m, self.d = (last, 0) if right is None else (right.shape[1], last)
         self.dtype, self.double = a.dtype, a.dtype == torch.float64
         self.dot = "ieee" if self.double else "tf32x3"
-        self.regime = config.regime(self.n, self.m)
+        self.regime = config.regime(self.n, self.m, self.double)
         if self.right is None:
             self.rows = View(self.left, None, self.n, self.m, 0, self.m, 1)
             self.columns = View(self.left, None, self.m, self.n, 0, 1, self.m)

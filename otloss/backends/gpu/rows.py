@@ -26,13 +26,12 @@ from otloss.backends.gpu.tiles import (
     kernel_tile,
     log2_mass,
     row_error,
-    row_step,
     stream_step,
     vector,
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "max_iter"])
 def step_rows(
     left, right, a, b, f, g, f_next, share, missed, running, n_iter, count, n, m, d, eps: tl.float64, max_iter,
     I: tl.constexpr, M: tl.constexpr, K: tl.constexpr, DOT: tl.constexpr,
@@ -54,21 +53,24 @@ def step_rows(
     i = block * I + tl.arange(0, I)
     j = tl.arange(0, M)
     inv = base2(eps, DTYPE)
-    cost = cost_tile(left, right, i, j, n, m, d, m, 1, I, M, K, DOT, DTYPE)
-    lb = log2_mass(vector(b + p * m, j, m, DTYPE))
-    new, e, s = row_step(cost, vector(g + p * m, j, m, DTYPE), lb, inv)
+    cost = cost_tile(left, right, i, j, n, m, d, m, 1, I, M, K, DOT, DTYPE) * inv
+    exponent = (vector(g + p * m, j, m, DTYPE) * inv + log2_mass(vector(b + p * m, j, m, DTYPE)))[None, :] - cost
+    top = tl.max(exponent, 1)
+    e = tl.exp2(exponent - top[:, None])
+    s = tl.sum(e, 1)
+    new = -(top + tl.log2(s)) / inv
     mass = vector(a + p * n, i, n, DTYPE)
     mass = tl.where(is_live(mass), mass, 0.0)
     tl.store(f_next + p * n + i, new, mask=i < n)
     at = (block.to(tl.int64) * count + p) * m
     tl.store(share + at + j, tl.sum(e * (mass / s)[:, None], 0), mask=j < m)
-    error = tl.sum(row_error(mass, vector(f + p * n, i, n, DTYPE), new, inv), 0)
+    error = tl.sum(row_error(mass, (vector(f + p * n, i, n, DTYPE) - new) * inv), 0)
     done = tl.load(n_iter + p)
     error = tl.where(done == 0, float("inf"), tl.where(done >= max_iter, -float("inf"), error))
     tl.store(missed + p * tl.num_programs(1) + block, error)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "blocks"])
 def finish_columns(
     left, right, a, b, f, g, f_next, share, missed, running, n_iter, count, blocks, n, m, d,
     eps: tl.float64, tol: tl.float64, J: tl.constexpr, I: tl.constexpr, K: tl.constexpr, DOT: tl.constexpr,
@@ -115,7 +117,7 @@ def finish_columns(
         tl.store(running + p, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def normal_rows(
     left, right, f, g, alpha, scale, share, running, count, n, m, d, eps: tl.float64,
     I: tl.constexpr, M: tl.constexpr, K: tl.constexpr, DOT: tl.constexpr,

@@ -18,7 +18,7 @@ import triton.language as tl
 from otloss.backends.gpu.tiles import base2, cost_tile, is_live, kernel_tile, row_error, stream_step, vector
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["least", "count", "splits"])
 def half_step(
     left, right, g, b, out, gate, least, count, n, m, d, si, sj, eps: tl.float64, splits,
     I: tl.constexpr, J: tl.constexpr, K: tl.constexpr, DOT: tl.constexpr,
@@ -62,7 +62,7 @@ def add_splits(part, p, i, n, count, splits, inv):
     return lowest
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "n", "max_iter", "splits"])
 def commit_rows(
     part, f, a, running, n_iter, count, n, eps: tl.float64, tol: tl.float64, max_iter, splits, I: tl.constexpr
 ):
@@ -76,7 +76,7 @@ def commit_rows(
     for start in range(0, n, I):
         i = start + tl.arange(0, I)
         f_next = add_splits(part, p, i, n, count, splits, inv)
-        missed += row_error(vector(a + p * n, i, n, DTYPE), vector(f + p * n, i, n, DTYPE), f_next, inv)
+        missed += row_error(vector(a + p * n, i, n, DTYPE), (vector(f + p * n, i, n, DTYPE) - f_next) * inv)
     error = tl.sum(missed, 0)
     done = tl.load(n_iter + p)
     if ((done == 0) | (error >= tol)) & (done < max_iter):  # NaN stops
@@ -88,7 +88,7 @@ def commit_rows(
         tl.store(running + p, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "n", "splits"])
 def commit(part, f, gate, count, n, eps: tl.float64, splits, I: tl.constexpr):
     """f from the parts of each split; grid: problems x blocks of I rows."""
     p = tl.program_id(0).to(tl.int64)
@@ -100,7 +100,7 @@ def commit(part, f, gate, count, n, eps: tl.float64, splits, I: tl.constexpr):
     tl.store(f + p * n + i, total, mask=i < n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["alpha_parts", "count", "splits"])
 def sums(
     left, right, f, g, alpha, alpha_scale, alpha_parts, beta, gamma, out, gate, count, n, m, d, si, sj, eps: tl.float64,
     splits, REDUCED: tl.constexpr, I: tl.constexpr, J: tl.constexpr, K: tl.constexpr, DOT: tl.constexpr,
@@ -155,7 +155,7 @@ def sums(
         tl.store(out + (CHANNELS - 1) * tl.cast(count, tl.int64) * n + i, by_gamma, mask=i < n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["step"])
 def unroll_step(
     left, right, f, g, a, multiplier, out, grad, n_iter, step, n, m, d, si, sj, eps: tl.float64,
     I: tl.constexpr, J: tl.constexpr, K: tl.constexpr, DOT: tl.constexpr,
