@@ -33,12 +33,13 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARCHITECTURES = {80: (108, 163, 164), 90: (132, 227, 228), 100: (148, 227, 228)}
 # Batch, n, m, d (0: a dense cost), dtype: one shape or more for every entry of otloss/backends/gpu/config.py.
 SHAPES: list[tuple[int, int, int, int, torch.dtype]] = [
-    *((64, size, size, d, torch.float32) for size in (16, 32, 49, 128) for d in (0, 24, 384)),
-    *((64, n, m, d, torch.float32) for n, m in ((512, 128), (196, 196), (512, 512), (1024, 1024)) for d in (0, 49)),
-    *((1, 4096, 4096, d, torch.float32) for d in (0, 64)),
+    *((64, size, size, d, torch.float32) for size, d in ((16, 24), (32, 0), (49, 384), (64, 0), (128, 0), (128, 384))),
+    *((64, n, m, 49, torch.float32) for n, m in ((512, 100), (196, 196), (512, 512), (1024, 1024))),
+    *((64, size, size, 0, torch.float32) for size in (256, 1024)),
+    (1, 4096, 4096, 0, torch.float32),
     (64, 2048, 2048, 64, torch.float32),
-    *((64, size, size, d, torch.float64) for size in (49, 128, 512, 1024) for d in (0, 49)),
-    *((1, 4096, 4096, d, torch.float64) for d in (0, 64)),
+    *((64, size, size, d, torch.float64) for size, d in ((49, 384), (64, 0), (512, 49), (512, 0))),
+    (1, 4096, 4096, 64, torch.float64),
 ]
 
 
