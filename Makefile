@@ -7,10 +7,10 @@ PY      := $(VENV)/bin/python
 SOURCES := pyproject.toml $(wildcard setup.py MANIFEST.in csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help example test bench lint clean
+.PHONY: help example test bench bench-gpu lint clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # PyTorch first and pinned: these are the versions that the tests run with.
 $(VENV)/.torch:
@@ -40,6 +40,11 @@ test: $(VENV)/.dev  ## run every test and every docstring's example
 
 bench: $(VENV)/.bench  ## time otloss against POT and geomloss
 	$(PY) -m benchmarks $(BENCH_ARGS)
+
+bench-gpu: $(VENV)/.dev  ## time otloss on a CUDA device; says so and stops where there is none
+	@$(PY) -m pip install --quiet flash-sinkhorn || echo "make: flash-sinkhorn is not available here"
+	$(PY) -m pytest -q tests/gpu
+	$(PY) -m benchmarks.gpu $(BENCH_ARGS)
 
 lint: $(VENV)/.dev  ## ruff and mypy
 	$(PY) -m ruff check .

@@ -1,9 +1,10 @@
 """``python -m benchmarks.gpu_static``: compile every default configuration of the GPU kernels, without a GPU.
 
-The backend's own launches are recorded on shapes that reach every entry of its tables (tensors on the meta device, so
-nothing is computed), then compiled for sm_80, sm_90 and sm_100. From the machine code come registers, bytes spilled,
-shared memory, how many warps fit a multiprocessor, and the exponentials and tensor-core instructions of the innermost
-loop that has most of them (of the whole kernel where it has no loop). The table is in ``benchmarks/results/gpu_static.md``.
+The backend's own launches are recorded on shapes that reach every entry of its tables (tensors on the meta device,
+so nothing is computed), then compiled for sm_80, sm_90 and sm_100. From the machine code come registers, bytes
+spilled, shared memory, how many warps fit a multiprocessor, and the exponentials and tensor-core instructions of
+the innermost loop that has most of them (of the whole kernel where it has no loop). The table is in
+``benchmarks/results/gpu_static.md``.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ ARCHITECTURES = {80: (108, 163, 164), 90: (132, 227, 228), 100: (148, 227, 228)}
 # Batch, n, m, d (0: a dense cost), dtype: one shape or more for every entry of otloss/backends/gpu/config.py.
 SHAPES: list[tuple[int, int, int, int, torch.dtype]] = [
     *((64, size, size, d, torch.float32) for size, d in ((16, 24), (32, 0), (49, 384), (64, 0), (128, 0), (128, 384))),
+    *((64, n, m, 49, torch.float32) for n, m in ((16, 128), (128, 64), (64, 128))),
     *((64, n, m, 49, torch.float32) for n, m in ((512, 100), (196, 196), (512, 512), (1024, 1024))),
     *((64, size, size, 0, torch.float32) for size in (256, 1024)),
     (1, 4096, 4096, 0, torch.float32),
@@ -161,9 +163,9 @@ def _innermost(code: str) -> list[str]:
     loops = []
     for at, line in enumerate(lines):
         match = re.search(r"\bBRA\b.*(\.L_x_\d+)", line)
-        # The self-loop that ends every kernel is no loop.
-        if match and labels.get(match[1], at) < at and any("BRA" not in x and ";" in x for x in lines[labels[match[1]] : at]):
-            loops.append((labels[match[1]], at))
+        start = labels.get(match[1], at) if match else at
+        if any("BRA" not in x and ";" in x for x in lines[start:at]):  # else it is the self-loop that ends every kernel
+            loops.append((start, at))
     inner = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
     return ["\n".join(lines[start : end + 1]) for start, end in inner] or [code]
 
@@ -182,7 +184,9 @@ def compile_variant(variant: Variant, arch: int) -> Report:
         dict(variant.constants),
         {(names.index(name),): [["tt.divisibility", 16]] for name in variant.divisible},
     )
-    options = {"num_warps": variant.warps, "num_stages": variant.stages}
+    from otloss.backends.gpu.launch import register_bound
+
+    options = {"num_warps": variant.warps, "num_stages": variant.stages, "maxnreg": register_bound(variant.warps)}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     usage, code = _disassemble(compiled.asm["cubin"])
     registers, stack = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK"))  # type: ignore[index]
@@ -202,8 +206,8 @@ def compile_variant(variant: Variant, arch: int) -> Report:
     tile = ", ".join(f"{name} {value}" for name, value in constants.items() if name in {"I", "J", "N", "M", "K", "D"})
     types = dict(variant.signature).values()
     return Report(
-        variant.kernel, arch, tile + (", float64" if "*fp64" in types else ""), variant.warps, registers, spilled, shared,
-        programs * variant.warps, ex2, mma, round(ex2 * 32 * variant.warps / entries, 2) if entries else None,
+        variant.kernel, arch, tile + (", float64" if "*fp64" in types else ""), variant.warps, registers, spilled,
+        shared, programs * variant.warps, ex2, mma, round(ex2 * 32 * variant.warps / entries, 2) if entries else None,
     )  # fmt: skip
 
 

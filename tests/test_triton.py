@@ -62,7 +62,8 @@ def test_is_used_on_the_cpu_only_when_asked_for() -> None:
 @pytest.mark.slow
 def test_kernels_in_the_interpreter() -> None:
     """In a process of their own: Triton reads TRITON_INTERPRET when it is imported."""
-    done = run("-m", "pytest", "-q", "-x", "--durations=5", str(HERE / "triton_kernels.py"), TRITON_INTERPRET="1")
+    options = ("-o", "addopts=", "-q", "-x", "-W", "ignore::RuntimeWarning", "--durations=5")
+    done = run("-m", "pytest", *options, str(HERE / "triton_kernels.py"), TRITON_INTERPRET="1")
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
 

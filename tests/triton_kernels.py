@@ -1,13 +1,16 @@
 """The Triton kernels in Triton's interpreter, against the reference in float64; run by ``test_triton.py``.
 
-Every regime is proven on shapes that are no multiple of a tile, with rows and columns without mass: ``LIMITS`` is lowered
-so that small shapes reach the kernels of large ones, and one case of each has the size that reaches it by itself.
+Every regime is proven on shapes that are no multiple of a tile, with rows and columns without mass: ``LIMITS`` is
+lowered so that small shapes reach the kernels of large ones, and one case of each has the size that reaches it by
+itself.
 
-Tolerances as in ``test_cpu.py``: an entry of the plan is known to about ``u c / eps``, u = 2^-24 (2^-53), c the cost; a
-gradient of the plan to 1/eps times that, and through the adjoint system to its condition times that.
+Tolerances as in ``test_cpu.py``: an entry of the plan is known to about ``u c / eps``, u = 2^-24 (2^-53), c the
+cost; a gradient of the plan to 1/eps times that, and through the adjoint system to its condition times that.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -20,13 +23,18 @@ from otloss.backends import reference, triton
 if not triton.interpreted():
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
 
-from otloss.backends.gpu import config
+from otloss.backends.gpu import config, launch
 
 EPS = 0.1
 DTYPES = (torch.float32, torch.float64)
+Given = tuple[Tensor, Tensor | None, Tensor, Tensor]
 KINDS = ("dense", "features")
 SIZES = [(1, 7), (9, 1), (21, 38)]
-REGIMES = {"small": {"small": 128, "medium": 1024}, "medium": {"small": 0, "medium": 1024}, "large": {"small": 0, "medium": 0}}
+REGIMES = {
+    "small": {"small": 128, "medium": 1024},
+    "medium": {"small": 0, "medium": 1024},
+    "large": {"small": 0, "medium": 0},
+}
 
 
 @pytest.fixture(params=list(REGIMES))
@@ -48,12 +56,10 @@ def close(got: Tensor, want: Tensor, tolerance: float) -> None:
     assert difference <= tolerance * size, (difference / size, tolerance)
 
 
-def problem(
-    kind: str, n: int, m: int, dtype: torch.dtype, batch: int = 2, d: int = 5, masked: bool = True
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+def problem(kind: str, n: int, m: int, dtype: torch.dtype, batch: int = 2, d: int = 5, masked: bool = True) -> Given:
     """Features or their cost, and masses, of which every fifth is none where there are enough."""
     x, y = torch.randn(batch, n, d, dtype=torch.float64), torch.randn(batch, m, d, dtype=torch.float64)
-    a, b = torch.randn(batch, n, dtype=torch.float64).softmax(-1), torch.randn(batch, m, dtype=torch.float64).softmax(-1)
+    a, b = (torch.randn(batch, k, dtype=torch.float64).softmax(-1) for k in (n, m))
     if masked:
         a, b = (mass * (torch.arange(mass.shape[1]) % 5 != 3) for mass in (a, b))
         a, b = (mass / mass.sum(-1, keepdim=True) for mass in (a, b))
@@ -70,7 +76,7 @@ def upstream(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return w, v, p, q + b * (p.sum(-1) - q.sum(-1)).unsqueeze(-1)
 
 
-def check_solve(given: tuple[Tensor, Tensor | None, Tensor, Tensor], eps: float, iterations: int, room: float = 16.0) -> None:
+def check_solve(given: Given, eps: float, iterations: int, room: float = 16.0) -> None:
     dtype = given[2].dtype
     got = triton.solve(*given, eps, iterations, 0.0)
     want = reference.solve(*wide(*given), eps, iterations, 0.0)
@@ -80,7 +86,7 @@ def check_solve(given: tuple[Tensor, Tensor | None, Tensor, Tensor], eps: float,
     assert torch.allclose(got[5].double(), want[5], rtol=1e-2, atol=slack(dtype, eps, room))
 
 
-def check_implicit(given: tuple[Tensor, Tensor | None, Tensor, Tensor], adjoint: bool = True) -> None:
+def check_implicit(given: Given, adjoint: bool = True) -> None:
     left, right, a, b = given
     f, g = reference.solve(*wide(*given), EPS, 300, 1e-12)[:2]
     arguments = (*given, f.to(a.dtype), g.to(a.dtype), *upstream(a, b))
@@ -94,7 +100,7 @@ def check_implicit(given: tuple[Tensor, Tensor | None, Tensor, Tensor], adjoint:
     assert got[0].dtype == left.dtype and (right is None or got[1].dtype == right.dtype)
 
 
-def check_unrolled(given: tuple[Tensor, Tensor | None, Tensor, Tensor], counts: list[int]) -> None:
+def check_unrolled(given: Given, counts: list[int]) -> None:
     w, v, *_ = upstream(given[2], given[3])
     n_iter = torch.tensor(counts)
     got = triton.unrolled_gradient(*given, n_iter, w, v, EPS, True, max(counts))
@@ -195,7 +201,8 @@ def test_zero_features_have_no_cosine_and_no_gradient(dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("scale", [1e-18, 1e18])
 def test_the_length_of_a_feature_does_not_matter(scale: float) -> None:
     x, y, a, b = problem("features", 6, 5, torch.float32)
-    for one, other in zip(triton.solve(x * scale, y, a, b, EPS, 9, 0.0), triton.solve(x, y, a, b, EPS, 9, 0.0), strict=True):
+    scaled, plain = (triton.solve(z, y, a, b, EPS, 9, 0.0) for z in (x * scale, x))
+    for one, other in zip(scaled, plain, strict=True):
         close(one, other.double(), slack(torch.float32))
 
 
@@ -234,6 +241,23 @@ def test_columns_split_over_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     check_implicit(given)
 
 
+def test_tuning_takes_the_fastest_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiles: list[config.Tile] = []
+
+    def timer(run: Callable[[], None]) -> float:
+        run()
+        tiles.append(config.TUNED[key])
+        return {32: 1.0, 64: 2.0, 128: 3.0}[tiles[-1].cols]
+
+    key = config.bucket(70, 90, 5, False)
+    monkeypatch.setattr(config, "TUNED", {})
+    monkeypatch.setattr(config, "LIMITS", REGIMES["large"])
+    monkeypatch.setattr(launch, "timed", timer)
+    monkeypatch.setenv("OTLOSS_TRITON_AUTOTUNE", "1")
+    check_solve(problem("features", 70, 90, torch.float32), EPS, 2)
+    assert config.TUNED[key].cols == 32 and len(config.TUNED) == 1 and len(tiles) == len(set(tiles)) > 2
+
+
 @pytest.mark.parametrize(("n", "m"), [(128, 100), (150, 300), (1040, 33)])
 def test_sizes_that_reach_each_regime(n: int, m: int) -> None:
     given = problem("features", n, m, torch.float32, batch=1, d=20)
@@ -246,11 +270,12 @@ def test_sizes_that_reach_each_regime(n: int, m: int) -> None:
 def test_the_verb(regime: str, gradient: str) -> None:
     """Through operators and autograd: every output that a mode differentiates."""
     x, y = torch.randn(2, 7, 3, dtype=torch.float64), torch.randn(2, 5, 3, dtype=torch.float64)
-    leaves = [t.requires_grad_() for t in (x, y, torch.randn(2, 7, dtype=torch.float64), torch.randn(2, 5, dtype=torch.float64))]
+    za, zb = torch.randn(2, 7, dtype=torch.float64), torch.randn(2, 5, dtype=torch.float64)
+    leaves = [t.requires_grad_() for t in (x, y, za, zb)]
 
     def loss(backend: str) -> Tensor:
         options = {"eps": 0.2, "max_iter": 15, "tol": 0.0, "gradient": gradient, "backend": backend}
-        out = otloss.cosine_sinkhorn(x, y, log_a=leaves[2].log_softmax(-1), log_b=leaves[3].log_softmax(-1), **options)
+        out = otloss.cosine_sinkhorn(x, y, log_a=za.log_softmax(-1), log_b=zb.log_softmax(-1), **options)
         total = out.transport_cost.sum()
         if gradient != "none":
             total = total + 2 * out.value.sum()

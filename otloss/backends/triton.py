@@ -106,7 +106,7 @@ def unrolled_gradient(
     need_cost: bool,
     max_iter: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``grad_left, grad_right, grad_a, grad_b`` through the ``n_iter`` iterations that were run, at most ``max_iter``."""
+    """``grad_left, grad_right, grad_a, grad_b`` through the ``n_iter`` iterations run, at most ``max_iter``."""
     with _on(left):
         problem = _problem(left, right, a, b, eps)
         from otloss.backends.gpu import gradient

@@ -12,7 +12,8 @@
 ``launch``     a problem's views and how kernels are launched; ``solve`` and ``gradient`` order the launches
 =============  ======================================================================================================
 
-Each module states its equations and its roofline: operations per unit at the sustained rates of one H100 (A100): 495 (156)
-TFLOP/s of dense TF32, 132 (108) SMs at 1.7 (1.4) GHz with 128 float32 operations, 64 fused twos, and 16 exponentials per
-clock, 3.35 (1.55) TB/s of memory. These are predictions: nothing here has run on a GPU yet (README).
+Each module states its equations and its roofline: operations per unit at the sustained rates of one H100 (A100):
+495 (156) TFLOP/s of dense TF32, 132 (108) SMs at 1.7 (1.4) GHz with 128 float32 operations, 64 fused twos, and 16
+exponentials per clock, 3.35 (1.55) TB/s of memory. These are predictions: nothing here has run on a GPU yet
+(README).
 """

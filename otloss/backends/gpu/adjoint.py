@@ -1,16 +1,16 @@
 r"""Conjugate gradients for the adjoint of problems that do not fit one program.
 
-With R = C - f - g, k = exp(-R/eps), rho = k b, sigma = k' a, c_j = b_j (1 where b_j = 0), A = a rho, S = c sigma and an
-upstream w (transport cost), p (f), q (g):
+With R = C - f - g, k = exp(-R/eps), rho = k b, sigma = k' a, c_j = b_j (1 where b_j = 0), A = a rho, S = c sigma
+and an upstream w (transport cost), p (f), q (g):
 
 .. math:: y = (w\, (k \circ R) b - \varepsilon\, k q) / \rho, \qquad
           h = c \circ \big(w\, (k \circ R)^\top a - k^\top (a \circ y + \varepsilon p)\big), \qquad
           (S - M^\top A M) V = h, \quad M = k D_c / \rho,
 
-solved as (I - L'L) z = S^-1/2 h, L = A^1/2 M S^-1/2, in the complement of the null vector S^1/2; then U = y - M V and, in
-a column without mass, V_j = (h + M' A M V)_j / S_j. Nothing is divided by a mass. The product k' (a/rho) k (c v) is one
-pass of ``rows.normal_rows`` or two of ``stream.sums``; ``descend`` is the rest of a step, by one program per problem:
-five reads and four writes of m numbers, microseconds.
+solved as (I - L'L) z = S^-1/2 h, L = A^1/2 M S^-1/2, in the complement of the null vector S^1/2; then U = y - M V
+and, in a column without mass, V_j = (h + M' A M V)_j / S_j. Nothing is divided by a mass. The product k' (a/rho) k
+(c v) is one pass of ``rows.normal_rows`` or two of ``stream.sums``; ``descend`` is the rest of a step, by one
+program per problem: five reads and four writes of m numbers, microseconds.
 """
 
 # mypy: ignore-errors
@@ -26,11 +26,11 @@ def descend(
 ):
     """One step, given the parts of k' (a/rho) k alpha with alpha = scale direction; grid: problems.
 
-    ``scale`` is c / sqrt(S) (0 without mass) and ``state`` (count, 5) holds |res|^2, its least value, its first, the step
-    and the step of the least.
+    ``scale`` is c / sqrt(S) (0 without mass) and ``state`` (count, 5) holds |res|^2, its least value, its first, the
+    step and the step of the least.
     """
     DTYPE: tl.constexpr = z.dtype.element_ty
-    TARGET: tl.constexpr = 1e-24 if DTYPE == tl.float64 else 2.5e-13  # of squares
+    TARGET: tl.constexpr = 1e-24 if tl.float64 == DTYPE else 2.5e-13  # of squares
     p = tl.program_id(0).to(tl.int64)
     if tl.load(running + p) == 0:
         return
@@ -49,7 +49,7 @@ def descend(
     for start in range(0, m, J):
         j = start + tl.arange(0, J)
         total = tl.zeros([J], DTYPE)
-        for s in range(0, parts):
+        for s in range(parts):
             total += vector(share + (tl.cast(s, tl.int64) * count + p) * m, j, m, DTYPE)
         ahead = vector(direction, j, m, DTYPE)
         product = ahead - vector(scale, j, m, DTYPE) * total

@@ -1,7 +1,9 @@
 """Which kernel serves which size, and the default tile of each; ``benchmarks/gpu_static.py`` compiles every one.
 
-Sizes are bucketed by powers of two, so that a handful of variants serves all shapes and the first call of a size compiles
-them in seconds. With ``OTLOSS_TRITON_AUTOTUNE=1`` the streaming kernels time a few tiles instead, once per bucket.
+Sizes are bucketed by powers of two, so that a handful of variants serves all shapes and the first call of a size
+compiles them in seconds. The defaults were chosen without a GPU, so that no register spills (products 16 features
+deep: the three TF32 products hold both operands in registers twice). With ``OTLOSS_TRITON_AUTOTUNE=1`` the
+streaming passes time ``STREAM_CANDIDATES`` instead, once per bucket and process.
 """
 
 from __future__ import annotations
@@ -38,26 +40,45 @@ def regime(n: int, m: int, double: bool) -> str:
 def small(n: int, m: int, d: int, double: bool) -> Tile:
     """The whole problem in one tile."""
     rows, cols = power(n), power(m)
-    return Tile(rows, cols, 16, 8 if rows * cols * (2 if double else 1) > 2048 else 4, 1)
+    entries = rows * cols * (2 if double else 1)
+    return Tile(rows, cols, 16 if entries > 8192 else 8, 8 if entries > 4096 else 4, 1)
 
 
 def medium(m: int, d: int, double: bool) -> Tile:
     """Blocks of whole rows."""
     cols = power(m)
-    size = cols * (2 if double else 1)
-    return Tile(16, cols, 8 if cols > 512 else 16, 16 if size > 256 else 8, 1)
+    return Tile(16, cols, 8 if cols > 512 else 16, 16 if cols > 256 and not double else 8, 1)
 
 
 def stream(n: int, m: int, d: int, double: bool) -> Tile:
-    """Tiles of a streaming pass."""
+    """Tiles of a streaming pass: what was timed for the bucket, else the default."""
     side = 32 if double else 64
-    return Tile(min(power(n), side), min(power(m), side), min(power(d), 32), 4, 2)
+    return TUNED.get(bucket(n, m, d, double), Tile(min(power(n), side), min(power(m), side), 16, 4, 2))
+
+
+def bucket(n: int, m: int, d: int, double: bool) -> tuple[int, int, int, bool]:
+    """What a timing is remembered by."""
+    return power(n), power(m), power(d) if d else 0, double
+
+
+# Tiles found by timing, by bucket, and what is timed (a side that is longer than the problem's is left out).
+TUNED: dict[tuple[int, int, int, bool], Tile] = {}
+STREAM_CANDIDATES = [
+    Tile(rows, cols, depth, warps, 2)
+    for rows, cols, depth, warps in (
+        (64, 64, 16, 4),
+        (64, 32, 16, 4),
+        (32, 64, 16, 4),
+        (128, 32, 16, 8),
+        (32, 128, 16, 4),
+    )
+]
 
 
 def contract(n: int, m: int, d: int, double: bool) -> tuple[Tile, int]:
     """Tiles of the gradient's contraction, and how many features a program holds."""
     side = 32 if double else 64
-    return Tile(min(power(n), side), min(power(m), 32), min(power(d), 32), 4, 1), min(power(d), 64)
+    return Tile(min(power(n), side), min(power(m), 32), 16, 4, 1), min(power(d), 64)
 
 
 # Rows per program where no cost is touched: normalising features, adding up splits, conjugate gradients.

@@ -1,16 +1,16 @@
 r"""The gradient of the cost, contracted at once to that of the features; no (n, m) gradient of features is stored.
 
-.. math:: \partial C_{ij} = k_{ij} \big[ a_i \big(b_j ((U_i + V_j - w R_ij)/\varepsilon + w + w_V) + Q_j\big) + P_i b_j \big],
-          \qquad P = p / \rho, \quad Q = q / \sigma, \qquad \partial \hat x = -\partial C\, \hat y.
+.. math:: \partial C_{ij} = k_{ij} \big[ a_i \big(b_j ((U_i + V_j - w R_{ij})/\varepsilon + w + w_V) + Q_j\big)
+          + P_i b_j \big], \qquad P = p / \rho, \quad Q = q / \sigma, \qquad \partial \hat x = -\partial C\, \hat y.
 
 Unrolled, with the potentials f^t, g^t of iteration t and the multipliers of the reverse sweep, D = w C + w_V (f + g):
 
 .. math:: \partial C = T (w + w_V - D/\varepsilon) + \sum_t a_i \kappa^t_j\, e^{(f^t_i + g^t_j - C_{ij})/\varepsilon}
           + b_j \lambda^t_i\, e^{(f^t_i + g^{t-1}_j - C_{ij})/\varepsilon}.
 
-The same kernel gives the gradient of y from the exchanged view. Roofline: two products of 2 d operations per entry and
-view (three TF32 products each), one exponential (unrolled: two per iteration); for n = m = 512, d = 49, B = 64: 4 x 1.7e7 x
-294 = 2e10 tensor operations, 40 us on H100, 0.13 ms on A100.
+The same kernel gives the gradient of y from the exchanged view. Roofline: two products of 2 d operations per entry
+and view (three TF32 products each), one exponential (unrolled: two per iteration); for n = m = 512, d = 49, B = 64:
+4 x 1.7e7 x 294 = 2e10 tensor operations, 40 us on H100, 0.13 ms on A100.
 """
 
 # mypy: ignore-errors
@@ -24,7 +24,7 @@ from otloss.backends.gpu.tiles import base2, cost_tile, kernel_tile, vector
 def unrolled_tile(
     cost, i, j, f, g, a, b, u, v, n_iter, stride_i, stride_j, n, m, w, w_value, eps, inv, SWAPPED: tl.constexpr
 ):  # fmt: skip
-    """dC of a tile by the reverse sweep. ``f, g, u, v`` point at iteration 0; SWAPPED: rows are the second half-step."""
+    """dC of a tile by the reverse sweep; ``f, g, u, v`` point at iteration 0. SWAPPED: rows are stepped second."""
     DTYPE: tl.constexpr = cost.dtype
     fi = vector(f + n_iter * stride_i, i, n, DTYPE)
     gj = vector(g + n_iter * stride_j, j, m, DTYPE)
@@ -63,8 +63,8 @@ def gradient_tile(
     sharp, value = tl.load(w + p), tl.load(w_value + p)
     if n_iter is not None:
         grad = unrolled_tile(
-            cost, i, j, f + at_i, g + at_j, ai, bj, u + at_i, v + at_j, tl.load(n_iter + p), tl.cast(count, tl.int64) * n,
-            tl.cast(count, tl.int64) * m, n, m, sharp, value, eps, inv, SWAPPED,
+            cost, i, j, f + at_i, g + at_j, ai, bj, u + at_i, v + at_j, tl.load(n_iter + p),
+            tl.cast(count, tl.int64) * n, tl.cast(count, tl.int64) * m, n, m, sharp, value, eps, inv, SWAPPED,
         )  # fmt: skip
     else:
         fi, gj = vector(f + at_i, i, n, DTYPE), vector(g + at_j, j, m, DTYPE)

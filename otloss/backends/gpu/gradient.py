@@ -27,7 +27,8 @@ def implicit_gradient(
     """Gradients of left, right, a, b, and the relative residual of the adjoint system."""
     w, w_value = problem.scalars(grad_cost), problem.scalars(grad_value)
     f, g = f.contiguous(), g.contiguous()
-    row, column = (f, problem.a, None, None), (g, problem.b, None, None)
+    row: Side = (f, problem.a, None, None)
+    column: Side = (g, problem.b, None, None)
     direct, residual = w_value.unsqueeze(-1), problem.zeros(problem.count)
     grad_a, grad_b = direct * f, direct * g
     if use_adjoint:
@@ -38,7 +39,9 @@ def implicit_gradient(
         row, column = (f, problem.a, u, by_p), (g, problem.b, v, by_q)
         sharp = w.unsqueeze(-1)
         grad_a, grad_b = grad_a + u + sharp * f, grad_b + v + sharp * g
-    left, right = _contract(problem, row, column, w, w_value, None) if need_cost else (problem.empty(0), problem.empty(0))
+    left, right = problem.empty(0), problem.empty(0)
+    if need_cost:
+        left, right = _contract(problem, row, column, w, w_value, None)
     return left, right, grad_a, grad_b, residual
 
 
@@ -77,7 +80,8 @@ def _multipliers(
     root = torch.where(live_b, s.sqrt(), 0.0)
     unroot = torch.where(root > 0, 1 / root, 0.0)
 
-    v, start, solved = _conjugate_gradients(problem, f, g, a / rho, scale * unroot, root, h * unroot, (a * rho * y * y).sum(-1))
+    terms = (a * rho * y * y).sum(-1)
+    v, start, solved = _conjugate_gradients(problem, f, g, a / rho, scale * unroot, root, h * unroot, terms)
     v = unroot * v
     product = problem.sums(problem.rows, f, g, scale * v)[0] / rho
     back = h + scale * problem.sums(problem.columns, g, f, a * product)[0]
@@ -89,7 +93,14 @@ def _multipliers(
 
 
 def _conjugate_gradients(
-    problem: Problem, f: Tensor, g: Tensor, weight: Tensor, scale: Tensor, root: Tensor, right_side: Tensor, terms: Tensor
+    problem: Problem,
+    f: Tensor,
+    g: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    root: Tensor,
+    right_side: Tensor,
+    terms: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """z of (I - L'L) z = right_side, its squared size, and where that is the rounding of terms that cancel."""
     count, n, m, d = problem.count, problem.n, problem.m, problem.d
@@ -123,7 +134,7 @@ def _conjugate_gradients(
             problem.launch_sums(problem.columns, g, f, product, weight, over_m, None, None, share, running, parts)
         launch(
             adjoint.descend, (count,), share, parts, scale, root, work, z, res, direction, best, alpha, state, running,
-            count, m, cap, J=min(config.power(m), config.VECTOR), num_warps=4,
+            count, m, cap, J=min(config.power(m), config.VECTOR), num_warps=8,
         )  # fmt: skip
 
     if count:
@@ -157,14 +168,23 @@ def _sides(row: Side, column: Side) -> list[Tensor | None]:
 
 
 def _contract_features(
-    problem: Problem, view: View, row: Side, column: Side, w: Tensor, w_value: Tensor, n_iter: Tensor | None, *, swapped: bool
+    problem: Problem,
+    view: View,
+    row: Side,
+    column: Side,
+    w: Tensor,
+    w_value: Tensor,
+    n_iter: Tensor | None,
+    *,
+    swapped: bool,
 ) -> Tensor:
     out = problem.empty(problem.count, view.n, view.d)
     tile, held = config.contract(view.n, view.m, view.d, problem.double)
     launch(
-        contract.contract_features, (problem.count, -(-view.n // tile.rows), -(-view.d // held)), view.left, view.right, out,
-        *_sides(row, column), w, w_value, n_iter, problem.count, view.n, view.m, view.d, problem.eps, SWAPPED=swapped,
-        I=tile.rows, J=tile.cols, K=tile.depth, D=held, DOT=problem.dot, num_warps=tile.warps, num_stages=tile.stages,
+        contract.contract_features, (problem.count, -(-view.n // tile.rows), -(-view.d // held)),
+        view.left, view.right, out, *_sides(row, column), w, w_value, n_iter, problem.count, view.n, view.m, view.d,
+        problem.eps, SWAPPED=swapped, I=tile.rows, J=tile.cols, K=tile.depth, D=held, DOT=problem.dot,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out
 
@@ -220,7 +240,8 @@ def _reverse(
 ) -> None:  # fmt: skip
     tile = config.stream(view.n, view.m, view.d, problem.double)
     launch(
-        stream.unroll_step, (problem.count, -(-view.n // tile.rows)), view.left, view.right, f, g, mass, multiplier, out,
-        grad, n_iter, step, *view[2:], problem.eps, I=tile.rows, J=tile.cols, K=tile.depth, DOT=problem.dot,
+        stream.unroll_step, (problem.count, -(-view.n // tile.rows)),
+        view.left, view.right, f, g, mass, multiplier, out, grad, n_iter, step, *view[2:], problem.eps,
+        I=tile.rows, J=tile.cols, K=tile.depth, DOT=problem.dot,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

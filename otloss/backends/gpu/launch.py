@@ -11,6 +11,7 @@ from torch import Tensor
 
 from otloss.backends.gpu import config, features, stream
 
+
 class View(NamedTuple):
     """A problem from the side of its rows or of its columns; see ``tiles.py``."""
 
@@ -24,9 +25,17 @@ class View(NamedTuple):
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """Launch a kernel on a grid; an empty grid does nothing."""
+    """Launch a kernel on a grid; an empty grid does nothing.
+
+    The bound on registers is the hardware's own. Said aloud, it keeps the assembler from spilling for more occupancy.
+    """
     if min(grid) > 0:
-        kernel[grid](*args, **options)
+        kernel[grid](*args, **options, maxnreg=register_bound(options["num_warps"]))
+
+
+def register_bound(warps: int) -> int:
+    """How many registers a thread may have."""
+    return min(255, 65536 // (32 * warps))
 
 
 class Problem:
@@ -34,7 +43,9 @@ class Problem:
 
     def __init__(self, left: Tensor, right: Tensor | None, a: Tensor, b: Tensor, eps: float) -> None:
         if a.dtype not in (torch.float32, torch.float64) or b.dtype != a.dtype:
-            raise TypeError(f"the triton backend takes float32 or float64 masses of one dtype, not {a.dtype}, {b.dtype}")
+            raise TypeError(
+                f"the triton backend takes float32 or float64 masses of one dtype, not {a.dtype}, {b.dtype}"
+            )
         self.left, self.a, self.b, self.eps = left.contiguous(), a.contiguous(), b.contiguous(), eps
         self.right = None if right is None else right.contiguous()
         self.count, self.n, last = left.shape
@@ -50,6 +61,27 @@ class Problem:
             self.y, self.y_inverse = self._unit_rows(self.right)
             self.rows = View(self.x, self.y, self.n, self.m, self.d, 0, 0)
             self.columns = View(self.y, self.x, self.m, self.n, self.d, 0, 0)
+        if os.environ.get("OTLOSS_TRITON_AUTOTUNE") == "1" and self.count:
+            for view in (self.rows, self.columns):
+                self._tune(view, timed)
+
+    def _tune(self, view: View, timer: Callable[[Callable[[], None]], float]) -> None:
+        """Remember the fastest tile of a half-step, unless its bucket is known or the caller captures a graph."""
+        key = config.bucket(view.n, view.m, view.d, self.double)
+        on_gpu = self.a.device.type == "cuda"
+        if key in config.TUNED or (on_gpu and torch.cuda.is_current_stream_capturing()):
+            return
+        g, mass, out = (
+            self.zeros(self.count, view.m),
+            self.zeros(self.count, view.m) + 1,
+            self.empty(self.count, view.n),
+        )
+        times: dict[config.Tile, float] = {}
+        for tile in config.STREAM_CANDIDATES:
+            if (tile.rows <= key[0] and tile.cols <= key[1]) or not times:
+                config.TUNED[key] = tile
+                times[tile] = timer(lambda: self.half_step(view, g, mass, out, None, 0, 1))
+        config.TUNED[key] = min(times, key=times.__getitem__)
 
     def _unit_rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
         unit, inverse = x.new_empty(x.shape, dtype=self.dtype), x.new_empty(x.shape[:2], dtype=self.dtype)
@@ -120,10 +152,17 @@ class Problem:
         tile = config.stream(view.n, view.m, view.d, self.double)
         launch(
             stream.sums, (self.count, -(-view.n // tile.rows), splits),
-            view.left, view.right, f, g, alpha, scale, parts, beta, gamma, out, gate, self.count, *view[2:], self.eps, splits,
-            REDUCED=reduced, I=tile.rows, J=tile.cols, K=tile.depth, DOT=self.dot,
+            view.left, view.right, f, g, alpha, scale, parts, beta, gamma, out, gate, self.count, *view[2:], self.eps,
+            splits, REDUCED=reduced, I=tile.rows, J=tile.cols, K=tile.depth, DOT=self.dot,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
+
+
+def timed(run: Callable[[], None]) -> float:
+    """Milliseconds of a launch, warm."""
+    import triton.testing
+
+    return float(triton.testing.do_bench(run))
 
 
 def processors(device: torch.device) -> int:

@@ -6,8 +6,9 @@ columns too: E_ij/s_i = b_j exp((f_i + g_j - C_ij)/eps), so the program at once 
     t_j = sum_i a_i E_ij / s_i,        g_j <- g_j - eps log(t_j / b_j),
 
 which ``finish_columns`` adds over the blocks in a fixed order. One exponential per entry and iteration; where t_j
-underflows, its columns take their half-step in the log-domain instead. A step of conjugate gradients, T' T x, is the same
-single pass (``normal_rows``). The order between the two launches is the stream's: no barrier across programs.
+underflows, its columns take their half-step in the log-domain instead. A step of conjugate gradients, T' T x, is
+the same single pass (``normal_rows``). The order between the two launches is the stream's: no barrier across
+programs.
 
 Roofline, n = m = 512, d = 49, B = 64, features: 1.7e7 entries per iteration, each 6 d = 294 tensor operations
 (10 us on H100, 32 us on A100), one exponential (5 us, 6 us), about 12 others (6 us, 21 us); shares of I = 16 rows:
@@ -38,7 +39,8 @@ def step_rows(
 ):  # fmt: skip
     """The half-step of I rows, their share of the columns' sums and of the error; grid: problems x blocks of rows.
 
-    ``missed`` (count, blocks) tells ``finish_columns`` what to do: inf is "the first iteration", -inf "the last is done".
+    ``missed`` (count, blocks) tells ``finish_columns`` what to do: inf is "this is the first iteration", -inf "the last
+    is done".
     """
     DTYPE: tl.constexpr = a.dtype.element_ty
     p = tl.program_id(0).to(tl.int64)
@@ -80,12 +82,12 @@ def finish_columns(
     Each program decides alike from ``missed``; what it changes of ``running`` and ``n_iter`` no other program needs.
     """
     DTYPE: tl.constexpr = a.dtype.element_ty
-    TINY: tl.constexpr = 1e-200 if DTYPE == tl.float64 else 1e-25
+    TINY: tl.constexpr = 1e-200 if tl.float64 == DTYPE else 1e-25
     p = tl.program_id(0).to(tl.int64)
     if tl.load(running + p) == 0:
         return
     error = tl.zeros([], DTYPE)
-    for block in range(0, blocks):
+    for block in range(blocks):
         error += tl.load(missed + p * blocks + block)
     if error >= tol:  # NaN stops
         j = tl.program_id(1) * J + tl.arange(0, J)
@@ -93,7 +95,7 @@ def finish_columns(
         mass = vector(b + p * m, j, m, DTYPE)
         live = is_live(mass)
         t = tl.zeros([J], DTYPE)
-        for block in range(0, blocks):
+        for block in range(blocks):
             t += vector(share + (tl.cast(block, tl.int64) * count + p) * m, j, m, DTYPE)
         inv = base2(eps, DTYPE)
         new = vector(g + p * m, j, m, DTYPE)
@@ -102,11 +104,12 @@ def finish_columns(
                 left += p * n * m
                 new = stream_step(
                     left, None, j, f_next + p * n, a + p * n, m, n, d, 1, m, 0, n, inv, J, I, K, DOT
-                )
+                )  # fmt: skip
             else:
                 new = stream_step(
-                    right + p * m * d, left + p * n * d, j, f_next + p * n, a + p * n, m, n, d, 1, m, 0, n, inv, J, I, K, DOT
-                )
+                    right + p * m * d, left + p * n * d, j, f_next + p * n, a + p * n, m, n, d, 1, m, 0, n, inv,
+                    J, I, K, DOT,
+                )  # fmt: skip
         else:
             ratio = tl.log2(tl.where(live, t, 1.0)) - tl.where(live, log2_mass(mass), 0.0)
             new -= tl.where(live, ratio, 0.0) / inv

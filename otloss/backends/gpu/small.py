@@ -1,22 +1,26 @@
 r"""Small problems (n, m up to 128): one program per problem, the cost in registers, every iteration in one launch.
 
-Solve. With the cost C in registers, an iteration is one half-step of the rows, whose exponentials
-E_ij/s_i = b_j exp((f_i + g_j - C_ij)/eps) give the columns as well,
+Solve. The kernel k_ij = exp((f_i + g_j - C_ij)/eps) of absorbed potentials stays in registers, and an iteration
+scales it,
 
-    t_j = sum_i a_i E_ij / s_i,        g_j <- g_j - eps log(t_j / b_j),
+    phi_i = 1 / sum_j k_ij b_j psi_j,        psi_j = 1 / sum_i a_i phi_i k_ij,
 
-so there is one exponential per entry and iteration, rows are exact at every eps (their maximum is taken out), and
-nothing is ever absorbed or rebuilt. Where some t_j underflows (small eps, early iterations) the columns take their
-half-step in the log-domain, from the same registers. The next row half-step shows the error of the state before it;
-each program stops by itself.
+with no exponential. The row sums also show the error of the state before, sum_i a_i |phi_i (k b psi)_i - 1|. When a
+scaling leaves [1/SAFE, SAFE], the iteration is done again from the state before it in the log-domain, the scalings
+are absorbed and k is rebuilt; so begins the first iteration. Potentials wait in memory meanwhile: registers hold
+one tile and four vectors.
 
-Adjoint. The row-normalised kernel is kept in registers and conjugate gradients (``adjoint.py`` has the equations) take
-one product with it and one with its transpose per step, no exponential.
+Adjoint. The row-normalised kernel is kept in registers and conjugate gradients (``adjoint.py`` has the equations)
+take one product with it and one with its transpose per step, no exponential.
 
-Roofline, padded to N x M = 64 x 64 (49 tokens): per iteration 4096 exponentials at 16 per clock and SM, 256 clocks, and
-about 10 operations per entry at 128 per clock, 320 clocks; 50 iterations are 29k clocks, 17 us at 1.7 GHz (H100), 21 us at
-1.4 GHz (A100), for as many problems as fit the SMs at once (two to four per SM). At 128 x 128 four times that. Bytes: the
-inputs once. Launches: one, and one per side to normalise features.
+The tile that stays is multiplied out by FMA units ("ieee"), whose layout spreads its columns over threads; the
+narrow tiles of the log-domain use the tensor cores.
+
+Roofline, padded to N x M = 64 x 64 (49 tokens): an iteration is two operations per entry at 128 per clock and SM,
+64 clocks, and two reductions, about 200 clocks of latency: 50 iterations are 13k clocks, 8 us at 1.7 GHz (H100), 10
+us at 1.4 GHz (A100), for as many problems as fit the SMs at once (two or three per SM). At 128 x 128: 256 + 250
+clocks, 15 us (18 us). Each rebuild of features with d = 384 adds 64 x 64 x 384 FMAs, 12k clocks. Bytes: the inputs
+once. Launches: one, and one per side to normalise.
 """
 
 # mypy: ignore-errors
@@ -34,7 +38,7 @@ def solve_small(
 ):  # fmt: skip
     """All iterations and all outputs of one problem; grid: problems."""
     DTYPE: tl.constexpr = a.dtype.element_ty
-    SAFE: tl.constexpr = 1e40 if DTYPE == tl.float64 else 1e8
+    SAFE: tl.constexpr = 1e40 if tl.float64 == DTYPE else 1e8
     p = tl.program_id(0).to(tl.int64)
     if right is None:
         left += p * n * m
@@ -138,13 +142,13 @@ def without(x, root, size):
 
 @triton.jit
 def adjoint_small(
-    left, right, a, b, f, g, w, p_grad, q_grad, u_out, v_out, p_out, q_out, h_out, residual_out, n, m, d, eps: tl.float64,
-    N: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
+    left, right, a, b, f, g, w, p_grad, q_grad, u_out, v_out, p_out, q_out, h_out, residual_out, n, m, d,
+    eps: tl.float64, N: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """Multipliers U, V and the weights p/rho, q/sigma of one problem; grid: problems."""
     DTYPE: tl.constexpr = a.dtype.element_ty
-    TARGET: tl.constexpr = 1e-24 if DTYPE == tl.float64 else 2.5e-13  # of squares
-    NOISE: tl.constexpr = 1.8e-15 if DTYPE == tl.float64 else 9.6e-7  # eight roundings
+    TARGET: tl.constexpr = 1e-24 if tl.float64 == DTYPE else 2.5e-13  # of squares
+    NOISE: tl.constexpr = 1.8e-15 if tl.float64 == DTYPE else 9.6e-7  # eight roundings
     prob = tl.program_id(0).to(tl.int64)
     if right is None:
         left += prob * n * m

@@ -84,7 +84,7 @@ def _large(problem: Problem, f: Tensor, g: Tensor, n_iter: Tensor, max_iter: int
 
 
 def _finish(problem: Problem, f: Tensor, g: Tensor, n_iter: Tensor) -> Solution:
-    """Potentials of what has no mass, the gauge <a, f> = <b, g>, cost, value and error, as the reference defines them."""
+    """Potentials where there is no mass, the gauge <a, f> = <b, g>, cost, value and error, as in the reference."""
     a, b, eps = problem.a, problem.b, problem.eps
     f_next = problem.potential(problem.rows, g, b)
     drift = torch.where(live(a), (f - f_next) / eps, 0.0)

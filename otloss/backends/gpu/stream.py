@@ -1,14 +1,14 @@
 r"""Streaming passes of O((n + m) d) memory: the large problems, and what every size needs once per call.
 
-``half_step`` is one half-iteration in the log-domain and ``sums`` are weighted row sums of k, tile by tile; columns are
-the rows of the exchanged view. With few rows the columns are split over programs too, and whoever reads the parts adds
-them in a fixed order (no atomics: results are the same in every run).
+``half_step`` is one half-iteration in the log-domain and ``sums`` are weighted row sums of k, tile by tile; columns
+are the rows of the exchanged view. With few rows the columns are split over programs too, and whoever reads the
+parts adds them in a fixed order (no atomics: results are the same in every run).
 
-Roofline, features, per entry of the cost: 2 d operations of the product (three TF32 products: 6 d on the tensor cores),
-one exponential, about 8 others. An iteration is two passes, so for n = m = 4096, d = 64: 2 x 1.7e7 entries x 384 =
-1.3e10 tensor operations (26 us at 495 TFLOP/s of H100, 82 us at 156 of A100), 3.4e7 exponentials (10 us at 3.6e12/s;
-12 us on A100), 2.7e8 others (8 us; 28 us). Dense: two reads of 67 MB (40 us at 3.35 TB/s, 86 us at 1.55). Four launches
-per iteration, three without a split.
+Roofline, features, per entry of the cost: 2 d operations of the product (three TF32 products: 6 d on the tensor
+cores), one exponential, about 8 others. An iteration is two passes, so for n = m = 4096, d = 64: 2 x 1.7e7 entries
+x 384 = 1.3e10 tensor operations (26 us at 495 TFLOP/s of H100, 82 us at 156 of A100), 3.4e7 exponentials (10 us at
+3.6e12/s; 12 us on A100), 2.7e8 others (8 us; 28 us). Dense: two reads of 67 MB (40 us at 3.35 TB/s, 86 us at 1.55).
+Four launches per iteration, three without a split.
 """
 
 # mypy: ignore-errors
@@ -28,7 +28,7 @@ def half_step(
     Grid: problems x blocks of I rows x splits.
     """
     p = tl.program_id(0).to(tl.int64)
-    if gate is not None:
+    if gate is not None:  # noqa: SIM102 (known when compiling)
         if tl.load(gate + p) < least:
             return
     if right is None:
@@ -55,7 +55,7 @@ def add_splits(part, p, i, n, count, splits, inv):
         for s in range(1, splits):
             lowest = tl.minimum(lowest, tl.load(part + (s * count + p) * n + i, mask=i < n, other=0.0))
         total = tl.zeros_like(lowest)
-        for s in range(0, splits):
+        for s in range(splits):
             # A split without mass is at +inf and adds nothing.
             total += tl.exp2((lowest - tl.load(part + (s * count + p) * n + i, mask=i < n, other=0.0)) * inv)
         lowest -= tl.log2(total) / inv
@@ -92,7 +92,7 @@ def commit_rows(
 def commit(part, f, gate, count, n, eps: tl.float64, splits, I: tl.constexpr):
     """f from the parts of each split; grid: problems x blocks of I rows."""
     p = tl.program_id(0).to(tl.int64)
-    if gate is not None:
+    if gate is not None:  # noqa: SIM102 (known when compiling)
         if tl.load(gate + p) == 0:
             return
     i = tl.program_id(1) * I + tl.arange(0, I)
@@ -112,7 +112,7 @@ def sums(
     """
     DTYPE: tl.constexpr = f.dtype.element_ty
     p = tl.program_id(0).to(tl.int64)
-    if gate is not None:
+    if gate is not None:  # noqa: SIM102 (known when compiling)
         if tl.load(gate + p) == 0:
             return
     if right is None:

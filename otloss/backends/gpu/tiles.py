@@ -54,8 +54,10 @@ def cost_tile(
         cosine = tl.zeros([I, J], DTYPE)
         for start in range(0, d, K):
             k = start + tl.arange(0, K)
-            x = tl.load(left + i.to(tl.int64)[:, None] * d + k[None, :], mask=(i < n)[:, None] & (k < d)[None, :], other=0.0)
-            y = tl.load(right + j.to(tl.int64)[None, :] * d + k[:, None], mask=(j < m)[None, :] & (k < d)[:, None], other=0.0)
+            at = i.to(tl.int64)[:, None] * d + k[None, :]
+            x = tl.load(left + at, mask=(i < n)[:, None] & (k < d)[None, :], other=0.0)
+            at = j.to(tl.int64)[None, :] * d + k[:, None]
+            y = tl.load(right + at, mask=(j < m)[None, :] & (k < d)[:, None], other=0.0)
             cosine = tl.dot(x, y, cosine, input_precision=DOT)
         return 1.0 - cosine
 
