@@ -7,7 +7,7 @@ PY      := $(VENV)/bin/python
 SOURCES := pyproject.toml $(wildcard setup.py MANIFEST.in csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help example test bench bench-quick lint clean
+.PHONY: help example test bench bench-quick bench-gpu lint clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,6 +43,11 @@ bench: $(VENV)/.bench  ## time otloss and its peers, draw the plots, write the R
 
 bench-quick: $(VENV)/.bench  ## the main rows of that with few peers (3 minutes)
 	$(PY) -m benchmarks quick $(BENCH_ARGS)
+
+bench-gpu: $(VENV)/.dev  ## time otloss on a CUDA device; says so and stops where there is none
+	@$(PY) -m pip install --quiet flash-sinkhorn || echo "make: flash-sinkhorn is not available here"
+	$(PY) -m pytest -q tests/gpu
+	$(PY) -m benchmarks.gpu $(BENCH_ARGS)
 
 lint: $(VENV)/.dev  ## ruff and mypy
 	$(PY) -m ruff check .

@@ -252,7 +252,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--update", action="store_true", help="raise bounds that are exceeded, instead of failing")
     args = parser.parse_args()
-    from benchmarks.runner import environment
+    from benchmarks.machine import environment
 
     by_level = {level: measure_at(level) for level in LEVELS}
     for level, measured in by_level.items():

@@ -24,13 +24,14 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from types import ModuleType
 
-from otloss.backends import cpu, reference
+from otloss.backends import cpu, reference, triton
 
 __all__ = ["BackendStatus", "backends", "check_backend", "choose_backend", "get_backend", "use_backend"]
 
 # In order of preference for the devices named.
 _REGISTRY: dict[str, tuple[ModuleType, tuple[str, ...] | None]] = {
     "cpu": (cpu, ("cpu",)),
+    "triton": (triton, ("cuda",)),
     "reference": (reference, None),  # None: every device
 }
 _forced: ContextVar[str | None] = ContextVar("otloss_forced_backend", default=None)
@@ -74,6 +75,8 @@ def check_backend(name: str, device: str | None = None) -> str:
     reason = module.status()
     if reason is not None:
         raise ValueError(f"backend {name!r} is off: {reason}")
+    if devices is not None and name == "triton" and triton.interpreted():
+        devices = (*devices, "cpu")  # when asked for; never chosen
     if device is not None and devices is not None and device not in devices:
         raise ValueError(f"backend {name!r} works on {', '.join(devices)} tensors, got a tensor on {device}")
     return name

@@ -1,0 +1,97 @@
+"""Which kernel serves which size, and the default tile of each; ``benchmarks/gpu_static.py`` compiles every one.
+
+Sizes are bucketed by powers of two, so that a handful of variants serves all shapes and the first call of a size
+compiles them in seconds. The defaults were chosen without a GPU, so that no register spills (products 16 features
+deep: the three TF32 products hold both operands in registers twice). With ``OTLOSS_TRITON_AUTOTUNE=1`` the
+streaming passes time ``STREAM_CANDIDATES`` instead, once per bucket and process.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# The largest n and m of each regime; beyond them problems are streamed. Tests lower them.
+LIMITS = {"small": 128, "medium": 1024}  # of float32; float64 takes two registers a number
+MIN_SIDE = 16  # the least side of a product's tile
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows, columns and depth (features per product) of a tile, and how many warps and pipeline stages serve it."""
+
+    rows: int
+    cols: int
+    depth: int
+    warps: int
+    stages: int = 2
+
+
+def power(size: int, least: int = MIN_SIDE) -> int:
+    """The least power of two that is not below ``size`` (nor ``least``)."""
+    return max(least, 1 << max(size - 1, 0).bit_length())
+
+
+def regime(n: int, m: int, double: bool) -> str:
+    """ "small", "medium" or "large"."""
+    size = max(n, m) * (2 if double else 1)
+    return next((name for name, limit in LIMITS.items() if size <= limit), "large")
+
+
+def small(n: int, m: int, d: int, double: bool) -> Tile:
+    """The whole problem in one tile."""
+    rows, cols = power(n), power(m)
+    entries = rows * cols * (2 if double else 1)
+    return Tile(rows, cols, 16 if entries > 8192 else 8, 8 if entries > 4096 else 4, 1)
+
+
+def medium(m: int, d: int, double: bool) -> Tile:
+    """Blocks of whole rows."""
+    cols = power(m)
+    return Tile(16, cols, 8 if cols > 512 else 16, 16 if cols > 256 and not double else 8, 1)
+
+
+def stream(n: int, m: int, d: int, double: bool) -> Tile:
+    """Tiles of a streaming pass: what was timed for the bucket, else the default."""
+    side = 32 if double else 64
+    return TUNED.get(bucket(n, m, d, double), Tile(min(power(n), side), min(power(m), side), 16, 4, 2))
+
+
+def bucket(n: int, m: int, d: int, double: bool) -> tuple[int, int, int, bool]:
+    """What a timing is remembered by."""
+    return power(n), power(m), power(d) if d else 0, double
+
+
+# Tiles found by timing, by bucket, and what is timed (a side that is longer than the problem's is left out).
+TUNED: dict[tuple[int, int, int, bool], Tile] = {}
+STREAM_CANDIDATES = [
+    Tile(rows, cols, depth, warps, 2)
+    for rows, cols, depth, warps in (
+        (64, 64, 16, 4),
+        (64, 32, 16, 4),
+        (32, 64, 16, 4),
+        (128, 32, 16, 8),
+        (32, 128, 16, 4),
+    )
+]
+
+
+def contract(n: int, m: int, d: int, double: bool) -> tuple[Tile, int]:
+    """Tiles of the gradient's contraction, and how many features a program holds."""
+    side = 32 if double else 64
+    return Tile(min(power(n), side), min(power(m), 32), 16, 4, 1), min(power(d), 64)
+
+
+# Rows per program where no cost is touched: normalising features, adding up splits, conjugate gradients.
+FEATURE_ROWS = 16
+VECTOR = 1024
+COLUMNS = 64  # of ``rows.finish_columns``
+
+
+def feature_depth(d: int) -> int:
+    """How many entries of each row ``features.py`` reads at once."""
+    return min(power(d), 256)
+
+
+def splits(programs: int, tiles: int, processors: int) -> int:
+    """How many programs share a row of ``tiles`` tiles, so that about two programs wait on each processor."""
+    return max(1, min(tiles // 4, 2 * processors // max(programs, 1), 16))

@@ -1,0 +1,124 @@
+r"""The gradient of the cost, contracted at once to that of the features; no (n, m) gradient of features is stored.
+
+.. math:: \partial C_{ij} = k_{ij} \big[ a_i \big(b_j ((U_i + V_j - w R_{ij})/\varepsilon + w + w_V) + Q_j\big)
+          + P_i b_j \big], \qquad P = p / \rho, \quad Q = q / \sigma, \qquad \partial \hat x = -\partial C\, \hat y.
+
+Unrolled, with the potentials f^t, g^t of iteration t and the multipliers of the reverse sweep, D = w C + w_V (f + g):
+
+.. math:: \partial C = T (w + w_V - D/\varepsilon) + \sum_t a_i \kappa^t_j\, e^{(f^t_i + g^t_j - C_{ij})/\varepsilon}
+          + b_j \lambda^t_i\, e^{(f^t_i + g^{t-1}_j - C_{ij})/\varepsilon}.
+
+The same kernel gives the gradient of y from the exchanged view. Roofline: two products of 2 d operations per entry
+and view (three TF32 products each), one exponential (unrolled: two per iteration); for n = m = 512, d = 49, B = 64:
+4 x 1.7e7 x 294 = 2e10 tensor operations, 40 us on H100, 0.13 ms on A100.
+"""
+
+# mypy: ignore-errors
+import triton
+import triton.language as tl
+
+from otloss.backends.gpu.tiles import base2, cost_tile, kernel_tile, vector
+
+
+@triton.jit
+def unrolled_tile(
+    cost, i, j, f, g, a, b, u, v, n_iter, stride_i, stride_j, n, m, w, w_value, eps, inv, SWAPPED: tl.constexpr
+):  # fmt: skip
+    """dC of a tile by the reverse sweep; ``f, g, u, v`` point at iteration 0. SWAPPED: rows are stepped second."""
+    DTYPE: tl.constexpr = cost.dtype
+    fi = vector(f + n_iter * stride_i, i, n, DTYPE)
+    gj = vector(g + n_iter * stride_j, j, m, DTYPE)
+    weighted = w * cost + w_value * (fi[:, None] + gj[None, :])
+    grad = a[:, None] * b[None, :] * kernel_tile(cost, fi, gj, inv) * (w + w_value - weighted / eps)
+    for t in range(1, n_iter + 1):
+        fi = vector(f + t * stride_i, i, n, DTYPE)
+        gj = vector(g + t * stride_j, j, m, DTYPE)
+        ui = vector(u + t * stride_i, i, n, DTYPE)
+        vj = vector(v + t * stride_j, j, m, DTYPE)
+        if SWAPPED:
+            grad += kernel_tile(cost, fi, gj, inv) * ui[:, None] * b[None, :]
+            fi = vector(f + (t - 1) * stride_i, i, n, DTYPE)
+            grad += kernel_tile(cost, fi, gj, inv) * a[:, None] * vj[None, :]
+        else:
+            grad += kernel_tile(cost, fi, gj, inv) * a[:, None] * vj[None, :]
+            gj = vector(g + (t - 1) * stride_j, j, m, DTYPE)
+            grad += kernel_tile(cost, fi, gj, inv) * ui[:, None] * b[None, :]
+    return grad
+
+
+@triton.jit
+def gradient_tile(
+    left, right, i, j, f, g, a, b, u, v, q_i, q_j, w, w_value, n_iter, p, count, n, m, d, si, sj, eps,
+    SWAPPED: tl.constexpr, I: tl.constexpr, J: tl.constexpr, K: tl.constexpr, DOT: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """dC of rows ``i`` and columns ``j`` of problem ``p``; 0 in the padding.
+
+    ``n_iter`` is None unless the iterations are unrolled, ``u`` is None where the plan is a constant.
+    """
+    inv = base2(eps, DTYPE)
+    eps = tl.full([], eps, DTYPE)
+    cost = cost_tile(left, right, i, j, n, m, d, si, sj, I, J, K, DOT, DTYPE)
+    at_i, at_j = p * n, p * m
+    ai, bj = vector(a + at_i, i, n, DTYPE), vector(b + at_j, j, m, DTYPE)
+    sharp, value = tl.load(w + p), tl.load(w_value + p)
+    if n_iter is not None:
+        grad = unrolled_tile(
+            cost, i, j, f + at_i, g + at_j, ai, bj, u + at_i, v + at_j, tl.load(n_iter + p),
+            tl.cast(count, tl.int64) * n, tl.cast(count, tl.int64) * m, n, m, sharp, value, eps, inv, SWAPPED,
+        )  # fmt: skip
+    else:
+        fi, gj = vector(f + at_i, i, n, DTYPE), vector(g + at_j, j, m, DTYPE)
+        weight = bj[None, :] * (sharp + value)
+        if u is not None:
+            bracket = vector(u + at_i, i, n, DTYPE)[:, None] + vector(v + at_j, j, m, DTYPE)[None, :]
+            bracket -= sharp * (cost - fi[:, None] - gj[None, :])
+            weight += bj[None, :] * bracket / eps + vector(q_j + at_j, j, m, DTYPE)[None, :]
+        weight *= ai[:, None]
+        if u is not None:
+            weight += vector(q_i + at_i, i, n, DTYPE)[:, None] * bj[None, :]
+        grad = kernel_tile(cost, fi, gj, inv) * weight
+    return tl.where((i < n)[:, None] & (j < m)[None, :], grad, 0.0)
+
+
+@triton.jit(do_not_specialize=["count"])
+def contract_dense(
+    left, out, f, g, a, b, u, v, q_i, q_j, w, w_value, n_iter, count, n, m, eps: tl.float64,
+    I: tl.constexpr, J: tl.constexpr,
+):  # fmt: skip
+    """out = dC of a dense cost; grid: problems x blocks of I rows x blocks of J columns."""
+    DTYPE: tl.constexpr = f.dtype.element_ty
+    p = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * I + tl.arange(0, I)
+    j = tl.program_id(2) * J + tl.arange(0, J)
+    grad = gradient_tile(
+        left + p * n * m, None, i, j, f, g, a, b, u, v, q_i, q_j, w, w_value, n_iter, p, count, n, m, 0, m, 1, eps,
+        False, I, J, 16, "ieee", DTYPE,
+    )  # fmt: skip
+    at = p * n * m + i.to(tl.int64)[:, None] * m + j[None, :]
+    tl.store(out + at, grad.to(out.dtype.element_ty), mask=(i < n)[:, None] & (j < m)[None, :])
+
+
+@triton.jit(do_not_specialize=["count"])
+def contract_features(
+    left, right, out, f, g, a, b, u, v, q_i, q_j, w, w_value, n_iter, count, n, m, d, eps: tl.float64,
+    SWAPPED: tl.constexpr, I: tl.constexpr, J: tl.constexpr, K: tl.constexpr, D: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """out = -dC right, the gradient of the unit rows; grid: problems x blocks of I rows x blocks of D features."""
+    DTYPE: tl.constexpr = f.dtype.element_ty
+    p = tl.program_id(0).to(tl.int64)
+    left += p * n * d
+    right += p * m * d
+    i = tl.program_id(1) * I + tl.arange(0, I)
+    k = tl.program_id(2) * D + tl.arange(0, D)
+    total = tl.zeros([I, D], DTYPE)
+    for start in range(0, m, J):
+        j = start + tl.arange(0, J)
+        grad = gradient_tile(
+            left, right, i, j, f, g, a, b, u, v, q_i, q_j, w, w_value, n_iter, p, count, n, m, d, 0, 0, eps,
+            SWAPPED, I, J, K, DOT, DTYPE,
+        )  # fmt: skip
+        at = j.to(tl.int64)[:, None] * d + k[None, :]
+        y = tl.load(right + at, mask=(j < m)[:, None] & (k < d)[None, :], other=0.0)
+        total = tl.dot(grad, y, total, input_precision=DOT)
+    at = p * n * d + i.to(tl.int64)[:, None] * d + k[None, :]
+    tl.store(out + at, -total, mask=(i < n)[:, None] & (k < d)[None, :])

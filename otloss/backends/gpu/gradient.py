@@ -1,0 +1,247 @@
+"""Gradients: multipliers of the adjoint system or the reverse sweep, then one contraction for every size."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from otloss.backends.gpu import adjoint, config, contract, rows, small, stream
+from otloss.backends.gpu.launch import Problem, View, iterate, launch
+from otloss.backends.reference import live
+
+# Potentials, masses, multipliers and weights of the rows and columns that ``contract.py`` takes.
+Side = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+
+
+def implicit_gradient(
+    problem: Problem,
+    f: Tensor,
+    g: Tensor,
+    grad_cost: Tensor | None,
+    grad_value: Tensor | None,
+    grad_f: Tensor | None,
+    grad_g: Tensor | None,
+    use_adjoint: bool,
+    need_cost: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of left, right, a, b, and the relative residual of the adjoint system."""
+    w, w_value = problem.scalars(grad_cost), problem.scalars(grad_value)
+    f, g = f.contiguous(), g.contiguous()
+    row: Side = (f, problem.a, None, None)
+    column: Side = (g, problem.b, None, None)
+    direct, residual = w_value.unsqueeze(-1), problem.zeros(problem.count)
+    grad_a, grad_b = direct * f, direct * g
+    if use_adjoint:
+        p = torch.zeros_like(f) if grad_f is None else grad_f.contiguous()
+        q = torch.zeros_like(g) if grad_g is None else grad_g.contiguous()
+        solver = _small_multipliers if problem.regime == "small" else _multipliers
+        u, v, by_p, by_q, residual = solver(problem, f, g, w, p, q)
+        row, column = (f, problem.a, u, by_p), (g, problem.b, v, by_q)
+        sharp = w.unsqueeze(-1)
+        grad_a, grad_b = grad_a + u + sharp * f, grad_b + v + sharp * g
+    left, right = problem.empty(0), problem.empty(0)
+    if need_cost:
+        left, right = _contract(problem, row, column, w, w_value, None)
+    return left, right, grad_a, grad_b, residual
+
+
+def _small_multipliers(
+    problem: Problem, f: Tensor, g: Tensor, w: Tensor, p: Tensor, q: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """U, V, p/rho, q/sigma and the residual, in one launch."""
+    u, v, by_p, by_q = (torch.empty_like(like) for like in (f, g, f, g))
+    h, residual = torch.empty_like(g), torch.empty_like(w)
+    view, tile = problem.rows, config.small(problem.n, problem.m, problem.d, problem.double)
+    launch(
+        small.adjoint_small, (problem.count,), view.left, view.right, problem.a, problem.b, f, g, w, p, q,
+        u, v, by_p, by_q, h, residual, problem.n, problem.m, problem.d, problem.eps,
+        N=tile.rows, M=tile.cols, K=tile.depth, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return u, v, by_p, by_q, residual
+
+
+def _without(x: Tensor, root: Tensor) -> Tensor:
+    """``x`` less its component along ``root``."""
+    return x - (x * root).sum(-1, keepdim=True) / root.square().sum(-1, keepdim=True) * root
+
+
+def _multipliers(
+    problem: Problem, f: Tensor, g: Tensor, w: Tensor, p: Tensor, q: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """U, V, p/rho, q/sigma and the residual by conjugate gradients; ``adjoint.py`` has the equations."""
+    eps, sharp = problem.eps, w.unsqueeze(-1)
+    live_b = live(problem.b)
+    a, b = torch.where(live(problem.a), problem.a, 0.0), torch.where(live_b, problem.b, 0.0)
+    rho, cost_row, q_row = problem.sums(problem.rows, f, g, b, b, q, reduced=True)
+    y = (sharp * cost_row - eps * q_row) / rho
+    sigma, cost_column, p_column = problem.sums(problem.columns, g, f, a, a, a * y + eps * p, reduced=True)
+    scale = torch.where(live_b, b, 1.0)
+    h, s = scale * (sharp * cost_column - p_column), sigma * scale
+    root = torch.where(live_b, s.sqrt(), 0.0)
+    unroot = torch.where(root > 0, 1 / root, 0.0)
+
+    terms = (a * rho * y * y).sum(-1)
+    v, start, solved = _conjugate_gradients(problem, f, g, a / rho, scale * unroot, root, h * unroot, terms)
+    v = unroot * v
+    product = problem.sums(problem.rows, f, g, scale * v)[0] / rho
+    back = h + scale * problem.sums(problem.columns, g, f, a * product)[0]
+    left_over = _without((back - s * v) * unroot, root)
+    v = torch.where(live_b, v, torch.where(s > 0, back / s, 0.0))
+    size = torch.where(start > 0, start, 1.0).sqrt()
+    residual = torch.where(solved, 0.0, torch.linalg.vector_norm(left_over, dim=-1) / size)
+    return y - product, v, p / rho, q / sigma, residual
+
+
+def _conjugate_gradients(
+    problem: Problem,
+    f: Tensor,
+    g: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    root: Tensor,
+    right_side: Tensor,
+    terms: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """z of (I - L'L) z = right_side, its squared size, and where that is the rounding of terms that cancel."""
+    count, n, m, d = problem.count, problem.n, problem.m, problem.d
+    res = _without(right_side, root).contiguous()
+    start = res.square().sum(-1)
+    solved = start <= (8 * torch.finfo(res.dtype).eps) ** 2 * terms
+    running = ((start > 0) & ~solved).to(torch.int32)
+    nothing = torch.zeros_like(start)
+    state = torch.stack((start, start, start, nothing, nothing), -1).contiguous()
+    z, best, work = torch.zeros_like(res), torch.zeros_like(res), torch.empty_like(res)
+    direction, alpha = res.clone(), scale * res
+    cap = min(10 * (n + m), 2000)
+    stream_tile = config.stream(n, m, d, problem.double)
+    if problem.regime == "medium":
+        tile = config.medium(m, d, problem.double)
+        parts = -(-n // tile.rows)
+    else:
+        over_m, parts = problem.split(problem.rows, stream_tile), problem.split(problem.columns, stream_tile)
+        product = problem.empty(over_m, count, n)
+    share = problem.empty(parts, count, m)
+
+    def step() -> None:
+        if problem.regime == "medium":
+            launch(
+                rows.normal_rows, (count, parts), problem.rows.left, problem.rows.right, f, g, alpha, weight, share,
+                running, count, n, m, d, problem.eps, I=tile.rows, M=tile.cols, K=tile.depth, DOT=problem.dot,
+                num_warps=tile.warps, num_stages=tile.stages,
+            )  # fmt: skip
+        else:
+            problem.launch_sums(problem.rows, f, g, alpha, None, 1, None, None, product, running, over_m)
+            problem.launch_sums(problem.columns, g, f, product, weight, over_m, None, None, share, running, parts)
+        launch(
+            adjoint.descend, (count,), share, parts, scale, root, work, z, res, direction, best, alpha, state, running,
+            count, m, cap, J=min(config.power(m), config.VECTOR), num_warps=8,
+        )  # fmt: skip
+
+    if count:
+        iterate(step, cap, running)
+    return best, start, solved
+
+
+def _contract(
+    problem: Problem, row: Side, column: Side, w: Tensor, w_value: Tensor, n_iter: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the cost, or of both feature sets."""
+    if problem.right is None:
+        out = torch.empty_like(problem.left)
+        tile, _ = config.contract(problem.n, problem.m, 0, problem.double)
+        grid = (problem.count, -(-problem.n // tile.rows), -(-problem.m // tile.cols))
+        launch(
+            contract.contract_dense, grid, problem.left, out, *_sides(row, column), w, w_value, n_iter, problem.count,
+            problem.n, problem.m, problem.eps, I=tile.rows, J=tile.cols, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+        return out, problem.empty(0)
+    grad_x = _contract_features(problem, problem.rows, row, column, w, w_value, n_iter, swapped=False)
+    grad_y = _contract_features(problem, problem.columns, column, row, w, w_value, n_iter, swapped=True)
+    return (
+        problem.unit_rows_back(problem.left, problem.x, problem.x_inverse, grad_x),
+        problem.unit_rows_back(problem.right, problem.y, problem.y_inverse, grad_y),
+    )
+
+
+def _sides(row: Side, column: Side) -> list[Tensor | None]:
+    return [part for pair in zip(row, column, strict=True) for part in pair]
+
+
+def _contract_features(
+    problem: Problem,
+    view: View,
+    row: Side,
+    column: Side,
+    w: Tensor,
+    w_value: Tensor,
+    n_iter: Tensor | None,
+    *,
+    swapped: bool,
+) -> Tensor:
+    out = problem.empty(problem.count, view.n, view.d)
+    tile, held = config.contract(view.n, view.m, view.d, problem.double)
+    launch(
+        contract.contract_features, (problem.count, -(-view.n // tile.rows), -(-view.d // held)),
+        view.left, view.right, out, *_sides(row, column), w, w_value, n_iter, problem.count, view.n, view.m, view.d,
+        problem.eps, SWAPPED=swapped, I=tile.rows, J=tile.cols, K=tile.depth, D=held, DOT=problem.dot,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return out
+
+
+def unrolled_gradient(
+    problem: Problem, n_iter: Tensor, grad_cost: Tensor | None, grad_value: Tensor | None, need_cost: bool, longest: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of left, right, a, b through the iterations that were run, of which no problem took over ``longest``.
+
+    The iterations are run again and their potentials kept; the reverse sweep keeps its multipliers:
+    O(iterations (n + m)) memory. With t = K .. 1 and lambda, kappa from the outputs at t = K:
+    lambda -= a k(f^t, g^t) kappa, da -= eps k kappa;  then kappa = -b k(f^t, g^(t-1))' lambda, db -= eps k' lambda.
+    """
+    count, n, m, eps = problem.count, problem.n, problem.m, problem.eps
+    w, w_value, n_iter = problem.scalars(grad_cost), problem.scalars(grad_value), n_iter.contiguous()
+    a, b = torch.where(live(problem.a), problem.a, 0.0), torch.where(live(problem.b), problem.b, 0.0)
+    f, u = problem.zeros(longest + 1, count, n), problem.zeros(longest + 1, count, n)
+    g, v = problem.zeros(longest + 1, count, m), problem.zeros(longest + 1, count, m)
+    for t in range(1, longest + 1):
+        problem.half_step(problem.rows, g[t - 1], problem.b, f[t], n_iter, t, 1)
+        problem.half_step(problem.columns, f[t], problem.a, g[t], n_iter, t, 1)
+
+    sharp, value = w.unsqueeze(-1), w_value.unsqueeze(-1)
+    last = n_iter.reshape(1, count, 1)
+    at_f, at_g = last.expand(1, count, n), last.expand(1, count, m)
+    f_last, g_last = f.gather(0, at_f)[0], g.gather(0, at_g)[0]
+    lift, share = _outer(problem, problem.rows, f_last, g_last, b, sharp, value)
+    grad_a = lift - eps * value * (share - 1)
+    u.scatter_(0, at_f, (a * lift / eps).unsqueeze(0))
+    lift, share = _outer(problem, problem.columns, g_last, f_last, a, sharp, value)
+    grad_b = lift - eps * value * (share - 1)
+    v.scatter_(0, at_g, (b * lift / eps).unsqueeze(0))
+    for t in range(longest, 0, -1):
+        _reverse(problem, problem.rows, f[t], g[t], a, v[t], u[t], grad_a, n_iter, t)
+        _reverse(problem, problem.columns, g[t - 1], f[t], b, u[t], v[t - 1], grad_b, n_iter, t)
+    if not need_cost:
+        return problem.empty(0), problem.empty(0), grad_a, grad_b
+    left, right = _contract(problem, (f, a, u, None), (g, b, v, None), w, w_value, n_iter)
+    return left, right, grad_a, grad_b
+
+
+def _outer(
+    problem: Problem, view: View, f: Tensor, g: Tensor, mass: Tensor, sharp: Tensor, value: Tensor
+) -> tuple[Tensor, Tensor]:
+    """sum_j k_ij mass_j (w C_ij + w_V (f_i + g_j)) and sum_j k_ij mass_j."""
+    share, by_cost, by_g = problem.sums(view, f, g, mass, mass, mass * g)
+    return sharp * by_cost + value * (f * share + by_g), share
+
+
+def _reverse(
+    problem: Problem, view: View, f: Tensor, g: Tensor, mass: Tensor, multiplier: Tensor, out: Tensor, grad: Tensor,
+    n_iter: Tensor, step: int,
+) -> None:  # fmt: skip
+    tile = config.stream(view.n, view.m, view.d, problem.double)
+    launch(
+        stream.unroll_step, (problem.count, -(-view.n // tile.rows)),
+        view.left, view.right, f, g, mass, multiplier, out, grad, n_iter, step, *view[2:], problem.eps,
+        I=tile.rows, J=tile.cols, K=tile.depth, DOT=problem.dot,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip

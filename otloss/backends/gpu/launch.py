@@ -1,0 +1,208 @@
+"""A problem as the kernels see it, and how they are launched."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from otloss.backends.gpu import config, features, stream
+
+
+class View(NamedTuple):
+    """A problem from the side of its rows or of its columns; see ``tiles.py``."""
+
+    left: Tensor
+    right: Tensor | None
+    n: int
+    m: int
+    d: int
+    si: int
+    sj: int
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """Launch a kernel on a grid; an empty grid does nothing.
+
+    The bound on registers is the hardware's own. Said aloud, it keeps the assembler from spilling for more occupancy.
+    """
+    if min(grid) > 0:
+        kernel[grid](*args, **options, maxnreg=register_bound(options["num_warps"]))
+
+
+def register_bound(warps: int) -> int:
+    """How many registers a thread may have."""
+    return min(255, 65536 // (32 * warps))
+
+
+class Problem:
+    """Inputs made contiguous, features normalised, both views; half-precision cost or features are read as they are."""
+
+    def __init__(self, left: Tensor, right: Tensor | None, a: Tensor, b: Tensor, eps: float) -> None:
+        if a.dtype not in (torch.float32, torch.float64) or b.dtype != a.dtype:
+            raise TypeError(
+                f"the triton backend takes float32 or float64 masses of one dtype, not {a.dtype}, {b.dtype}"
+            )
+        self.left, self.a, self.b, self.eps = left.contiguous(), a.contiguous(), b.contiguous(), eps
+        self.right = None if right is None else right.contiguous()
+        self.count, self.n, last = left.shape
+        self.m, self.d = (last, 0) if right is None else (right.shape[1], last)
+        self.dtype, self.double = a.dtype, a.dtype == torch.float64
+        self.dot = "ieee" if self.double else "tf32x3"
+        self.regime = config.regime(self.n, self.m, self.double)
+        if self.right is None:
+            self.rows = View(self.left, None, self.n, self.m, 0, self.m, 1)
+            self.columns = View(self.left, None, self.m, self.n, 0, 1, self.m)
+        else:
+            self.x, self.x_inverse = self._unit_rows(self.left)
+            self.y, self.y_inverse = self._unit_rows(self.right)
+            self.rows = View(self.x, self.y, self.n, self.m, self.d, 0, 0)
+            self.columns = View(self.y, self.x, self.m, self.n, self.d, 0, 0)
+        if os.environ.get("OTLOSS_TRITON_AUTOTUNE") == "1" and self.count:
+            for view in (self.rows, self.columns):
+                self._tune(view, timed)
+
+    def _tune(self, view: View, timer: Callable[[Callable[[], None]], float]) -> None:
+        """Remember the fastest tile of a half-step, unless its bucket is known or the caller captures a graph."""
+        key = config.bucket(view.n, view.m, view.d, self.double)
+        on_gpu = self.a.device.type == "cuda"
+        if key in config.TUNED or (on_gpu and torch.cuda.is_current_stream_capturing()):
+            return
+        g, mass, out = (
+            self.zeros(self.count, view.m),
+            self.zeros(self.count, view.m) + 1,
+            self.empty(self.count, view.n),
+        )
+        times: dict[config.Tile, float] = {}
+        for tile in config.STREAM_CANDIDATES:
+            if (tile.rows <= key[0] and tile.cols <= key[1]) or not times:
+                config.TUNED[key] = tile
+                times[tile] = timer(lambda: self.half_step(view, g, mass, out, None, 0, 1))
+        config.TUNED[key] = min(times, key=times.__getitem__)
+
+    def _unit_rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        unit, inverse = x.new_empty(x.shape, dtype=self.dtype), x.new_empty(x.shape[:2], dtype=self.dtype)
+        block, count = config.FEATURE_ROWS, inverse.numel()
+        launch(
+            features.unit_rows, (-(-count // block),), x, unit, inverse, count, self.d,
+            I=block, K=config.feature_depth(self.d), num_warps=4,
+        )  # fmt: skip
+        return unit, inverse
+
+    def unit_rows_back(self, x: Tensor, unit: Tensor, inverse: Tensor, grad: Tensor) -> Tensor:
+        """The gradient of ``x`` from that of its unit rows."""
+        out, block, count = torch.empty_like(x), config.FEATURE_ROWS, inverse.numel()
+        launch(
+            features.unit_rows_back, (-(-count // block),), unit, inverse, grad, out, count, self.d,
+            I=block, K=config.feature_depth(self.d), num_warps=4,
+        )  # fmt: skip
+        return out
+
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return self.a.new_empty(shape, dtype=dtype or self.dtype)
+
+    def zeros(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return self.a.new_zeros(shape, dtype=dtype or self.dtype)
+
+    def scalars(self, weight: Tensor | None) -> Tensor:
+        """A weight per problem; None is zero."""
+        return self.zeros(self.count) if weight is None else weight.contiguous()
+
+    def split(self, view: View, tile: config.Tile) -> int:
+        """How many programs share the columns of a view."""
+        programs = self.count * -(-view.n // tile.rows)
+        return config.splits(programs, -(-view.m // tile.cols), processors(self.a.device))
+
+    def half_step(
+        self, view: View, g: Tensor, mass: Tensor, out: Tensor, gate: Tensor | None, least: int, splits: int
+    ) -> None:
+        """``stream.half_step`` of a view; ``out`` holds ``splits`` parts."""
+        tile = config.stream(view.n, view.m, view.d, self.double)
+        launch(
+            stream.half_step, (self.count, -(-view.n // tile.rows), splits),
+            view.left, view.right, g, mass, out, gate, least, self.count, *view[2:], self.eps, splits,
+            I=tile.rows, J=tile.cols, K=tile.depth, DOT=self.dot, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+
+    def potential(self, view: View, g: Tensor, mass: Tensor) -> Tensor:
+        """One half-step in the log-domain of every row of a view, dead or not."""
+        splits = self.split(view, config.stream(view.n, view.m, view.d, self.double))
+        part = self.empty(splits, self.count, view.n)
+        self.half_step(view, g, mass, part, None, 0, splits)
+        return part[0] if splits == 1 else -self.eps * torch.logsumexp(part / -self.eps, 0)
+
+    def sums(
+        self, view: View, f: Tensor, g: Tensor, alpha: Tensor, beta: Tensor | None = None, gamma: Tensor | None = None,
+        *, reduced: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """``stream.sums`` of a view: one row per channel."""
+        tile = config.stream(view.n, view.m, view.d, self.double)
+        splits = self.split(view, tile)
+        out = self.empty(splits, 1 + (beta is not None) + (gamma is not None), self.count, view.n)
+        self.launch_sums(view, f, g, alpha, None, 1, beta, gamma, out, None, splits, reduced)
+        return out.sum(0)
+
+    def launch_sums(
+        self, view: View, f: Tensor, g: Tensor, alpha: Tensor, scale: Tensor | None, parts: int, beta: Tensor | None,
+        gamma: Tensor | None, out: Tensor, gate: Tensor | None, splits: int, reduced: bool = False,
+    ) -> None:  # fmt: skip
+        tile = config.stream(view.n, view.m, view.d, self.double)
+        launch(
+            stream.sums, (self.count, -(-view.n // tile.rows), splits),
+            view.left, view.right, f, g, alpha, scale, parts, beta, gamma, out, gate, self.count, *view[2:], self.eps,
+            splits, REDUCED=reduced, I=tile.rows, J=tile.cols, K=tile.depth, DOT=self.dot,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+
+
+def timed(run: Callable[[], None]) -> float:
+    """Milliseconds of a launch, warm."""
+    import triton.testing
+
+    return float(triton.testing.do_bench(run))
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a device; off a GPU a number that makes splits appear on small problems."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+
+
+def iterate(step: Callable[[], None], most: int, running: Tensor) -> None:
+    """Run ``step`` until no problem is running, at most ``most`` times.
+
+    The steps decide on the device; the host looks after 8, 16, 32, ... of them, and not at all while a caller captures
+    a CUDA graph. From the second look on, eight steps at a time are replayed as a graph of their own, whose launches
+    cost a tenth of Python's. ``OTLOSS_TRITON_GRAPHS=0`` turns that off.
+    """
+    on_gpu = running.device.type == "cuda"
+    if on_gpu and torch.cuda.is_current_stream_capturing():
+        for _ in range(most):
+            step()
+        return
+    done, burst, graph = 0, 8, None
+    while done < most:
+        if graph is None and done > 0 and on_gpu and os.environ.get("OTLOSS_TRITON_GRAPHS") != "0":
+            graph = _capture(step, 8, running.device)
+        for _ in range(0, min(burst, most - done), 8 if graph is not None else 1):
+            graph.replay() if graph is not None else step()  # steps beyond the last change nothing
+        done += burst
+        burst = min(2 * burst, 128)
+        if done < most and not bool(running.any()):
+            return
+
+
+def _capture(step: Callable[[], None], times: int, device: torch.device) -> torch.cuda.CUDAGraph:
+    """``times`` steps as a CUDA graph; they allocate nothing and have run before, so nothing is compiled meanwhile."""
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            for _ in range(times):
+                step()
+        finally:
+            graph.capture_end()
+    return graph

@@ -1,0 +1,98 @@
+"""Solving: the launches of each regime, then what every output needs once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from otloss.backends.gpu import config, rows, small, stream
+from otloss.backends.gpu.launch import Problem, iterate, launch
+from otloss.backends.reference import live
+
+Solution = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def solve(problem: Problem, max_iter: int, tol: float) -> Solution:
+    """f, g, transport cost, value, iterations, error."""
+    if problem.regime == "small":
+        return _small(problem, max_iter, tol)
+    f, g = problem.zeros(problem.count, problem.n), problem.zeros(problem.count, problem.m)
+    n_iter = problem.zeros(problem.count, dtype=torch.int64)
+    if problem.count:
+        (_medium if problem.regime == "medium" else _large)(problem, f, g, n_iter, max_iter, tol)
+    return _finish(problem, f, g, n_iter)
+
+
+def _small(problem: Problem, max_iter: int, tol: float) -> Solution:
+    count, n, m = problem.count, problem.n, problem.m
+    f, g = problem.empty(count, n), problem.empty(count, m)
+    cost, value, error = (problem.empty(count) for _ in range(3))
+    n_iter = problem.empty(count, dtype=torch.int64)
+    view, tile = problem.rows, config.small(n, m, problem.d, problem.double)
+    launch(
+        small.solve_small, (count,), view.left, view.right, problem.a, problem.b, f, g, cost, value, n_iter, error,
+        n, m, problem.d, problem.eps, tol, max_iter, N=tile.rows, M=tile.cols, J=32, K=tile.depth, DOT=problem.dot,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return f, g, cost, value, n_iter, error
+
+
+def _medium(problem: Problem, f: Tensor, g: Tensor, n_iter: Tensor, max_iter: int, tol: float) -> None:
+    count, n, m, d = problem.count, problem.n, problem.m, problem.d
+    view, tile = problem.rows, config.medium(m, d, problem.double)
+    blocks = -(-n // tile.rows)
+    running = torch.ones_like(n_iter, dtype=torch.int32)
+    f_next, share = torch.empty_like(f), problem.empty(blocks, count, m)
+    missed = problem.empty(count, blocks)
+
+    def step() -> None:
+        launch(
+            rows.step_rows, (count, blocks), view.left, view.right, problem.a, problem.b, f, g, f_next, share, missed,
+            running, n_iter, count, n, m, d, problem.eps, max_iter, I=tile.rows, M=tile.cols, K=tile.depth,
+            DOT=problem.dot, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+        launch(
+            rows.finish_columns, (count, -(-max(n, m) // config.COLUMNS)), view.left, view.right, problem.a, problem.b,
+            f, g, f_next, share, missed, running, n_iter, count, blocks, n, m, d, problem.eps, tol,
+            J=config.COLUMNS, I=32, K=16, DOT=problem.dot, num_warps=4, num_stages=1,
+        )  # fmt: skip
+
+    iterate(step, max_iter + 1, running)  # the last only sees that they are done
+
+
+def _large(problem: Problem, f: Tensor, g: Tensor, n_iter: Tensor, max_iter: int, tol: float) -> None:
+    count, n, m, eps = problem.count, problem.n, problem.m, problem.eps
+    running = torch.ones_like(n_iter, dtype=torch.int32)
+    over_m = problem.split(problem.rows, config.stream(n, m, problem.d, problem.double))
+    over_n = problem.split(problem.columns, config.stream(m, n, problem.d, problem.double))
+    f_part, g_part = problem.empty(over_m, count, n), g if over_n == 1 else problem.empty(over_n, count, m)
+    block = config.VECTOR
+
+    def step() -> None:
+        problem.half_step(problem.rows, g, problem.b, f_part, running, 1, over_m)
+        launch(
+            stream.commit_rows, (count,), f_part, f, problem.a, running, n_iter, count, n, eps, tol, max_iter, over_m,
+            I=block, num_warps=8,
+        )  # fmt: skip
+        problem.half_step(problem.columns, f, problem.a, g_part, running, 1, over_n)
+        if over_n > 1:
+            launch(
+                stream.commit, (count, -(-m // block)), g_part, g, running, count, m, eps, over_n, I=block, num_warps=8
+            )
+
+    iterate(step, max_iter + 1, running)
+
+
+def _finish(problem: Problem, f: Tensor, g: Tensor, n_iter: Tensor) -> Solution:
+    """Potentials where there is no mass, the gauge <a, f> = <b, g>, cost, value and error, as in the reference."""
+    a, b, eps = problem.a, problem.b, problem.eps
+    f_next = problem.potential(problem.rows, g, b)
+    drift = torch.where(live(a), (f - f_next) / eps, 0.0)
+    error = (a * (drift.exp() - 1).abs()).sum(-1)
+    f = torch.where(live(a), f, f_next)
+    g = torch.where(live(b), g, problem.potential(problem.columns, f, a))
+    shift = ((b * g).sum(-1) - (a * f).sum(-1)).unsqueeze(-1) / 2
+    f, g = f + shift, g - shift
+    row, by_cost, by_g = problem.sums(problem.rows, f, g, b, b, b * g)
+    value = (a * (f * row + by_g)).sum(-1) - eps * ((a * row).sum(-1) - 1)
+    return f, g, (a * by_cost).sum(-1), value, n_iter, error

@@ -1,0 +1,188 @@
+r"""Streaming passes of O((n + m) d) memory: the large problems, and what every size needs once per call.
+
+``half_step`` is one half-iteration in the log-domain and ``sums`` are weighted row sums of k, tile by tile; columns
+are the rows of the exchanged view. With few rows the columns are split over programs too, and whoever reads the
+parts adds them in a fixed order (no atomics: results are the same in every run).
+
+Roofline, features, per entry of the cost: 2 d operations of the product (three TF32 products: 6 d on the tensor
+cores), one exponential, about 8 others. An iteration is two passes, so for n = m = 4096, d = 64: 2 x 1.7e7 entries
+x 384 = 1.3e10 tensor operations (26 us at 495 TFLOP/s of H100, 82 us at 156 of A100), 3.4e7 exponentials (10 us at
+3.6e12/s; 12 us on A100), 2.7e8 others (8 us; 28 us). Dense: two reads of 67 MB (40 us at 3.35 TB/s, 86 us at 1.55).
+Four launches per iteration, three without a split.
+"""
+
+# mypy: ignore-errors
+import triton
+import triton.language as tl
+
+from otloss.backends.gpu.tiles import base2, cost_tile, is_live, kernel_tile, row_error, stream_step, vector
+
+
+@triton.jit(do_not_specialize=["least", "count", "splits"])
+def half_step(
+    left, right, g, b, out, gate, least, count, n, m, d, si, sj, eps: tl.float64, splits,
+    I: tl.constexpr, J: tl.constexpr, K: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """out[s, p, i] = -eps log sum_j b_j exp((g_j - C_ij)/eps) over split s of the columns, where gate[p] >= least.
+
+    Grid: problems x blocks of I rows x splits.
+    """
+    p = tl.program_id(0).to(tl.int64)
+    if gate is not None:  # noqa: SIM102 (known when compiling)
+        if tl.load(gate + p) < least:
+            return
+    if right is None:
+        left += p * n * m
+    else:
+        left += p * n * d
+        right += p * m * d
+    i = tl.program_id(1) * I + tl.arange(0, I)
+    split = tl.program_id(2)
+    width = tl.cdiv(tl.cdiv(m, J), splits) * J
+    begin = split * width
+    inv = base2(eps, g.dtype.element_ty)
+    f = stream_step(
+        left, right, i, g + p * m, b + p * m, n, m, d, si, sj, begin, tl.minimum(begin + width, m), inv, I, J, K, DOT
+    )
+    tl.store(out + (split.to(tl.int64) * count + p) * n + i, f, mask=i < n)
+
+
+@triton.jit
+def add_splits(part, p, i, n, count, splits, inv):
+    """The potential of all columns from those of each split."""
+    lowest = tl.load(part + p * n + i, mask=i < n, other=0.0)
+    if splits > 1:
+        for s in range(1, splits):
+            lowest = tl.minimum(lowest, tl.load(part + (s * count + p) * n + i, mask=i < n, other=0.0))
+        total = tl.zeros_like(lowest)
+        for s in range(splits):
+            # A split without mass is at +inf and adds nothing.
+            total += tl.exp2((lowest - tl.load(part + (s * count + p) * n + i, mask=i < n, other=0.0)) * inv)
+        lowest -= tl.log2(total) / inv
+    return lowest
+
+
+@triton.jit(do_not_specialize=["count", "n", "max_iter", "splits"])
+def commit_rows(
+    part, f, a, running, n_iter, count, n, eps: tl.float64, tol: tl.float64, max_iter, splits, I: tl.constexpr
+):
+    """Takes the rows' half-step over, unless it shows that the state before it is good enough; grid: problems."""
+    DTYPE: tl.constexpr = a.dtype.element_ty
+    p = tl.program_id(0).to(tl.int64)
+    if tl.load(running + p) == 0:
+        return
+    inv = base2(eps, DTYPE)
+    missed = tl.zeros([I], DTYPE)
+    for start in range(0, n, I):
+        i = start + tl.arange(0, I)
+        f_next = add_splits(part, p, i, n, count, splits, inv)
+        missed += row_error(vector(a + p * n, i, n, DTYPE), (vector(f + p * n, i, n, DTYPE) - f_next) * inv)
+    error = tl.sum(missed, 0)
+    done = tl.load(n_iter + p)
+    if ((done == 0) | (error >= tol)) & (done < max_iter):  # NaN stops
+        for start in range(0, n, I):
+            i = start + tl.arange(0, I)
+            tl.store(f + p * n + i, add_splits(part, p, i, n, count, splits, inv), mask=i < n)
+        tl.store(n_iter + p, done + 1)
+    else:
+        tl.store(running + p, 0)
+
+
+@triton.jit(do_not_specialize=["count", "n", "splits"])
+def commit(part, f, gate, count, n, eps: tl.float64, splits, I: tl.constexpr):
+    """f from the parts of each split; grid: problems x blocks of I rows."""
+    p = tl.program_id(0).to(tl.int64)
+    if gate is not None:  # noqa: SIM102 (known when compiling)
+        if tl.load(gate + p) == 0:
+            return
+    i = tl.program_id(1) * I + tl.arange(0, I)
+    total = add_splits(part, p, i, n, count, splits, base2(eps, f.dtype.element_ty))
+    tl.store(f + p * n + i, total, mask=i < n)
+
+
+@triton.jit(do_not_specialize=["alpha_parts", "count", "splits"])
+def sums(
+    left, right, f, g, alpha, alpha_scale, alpha_parts, beta, gamma, out, gate, count, n, m, d, si, sj, eps: tl.float64,
+    splits, REDUCED: tl.constexpr, I: tl.constexpr, J: tl.constexpr, K: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """sum_j k_ij alpha_j, sum_j k_ij C_ij beta_j (C - f - g if REDUCED) and sum_j k_ij gamma_j, of each split.
+
+    ``alpha`` may come in ``alpha_parts`` parts, to be added and multiplied by ``alpha_scale``; ``beta`` and ``gamma``
+    may be None. ``out`` is (splits, channels, count, n). Grid: problems x blocks of I rows x splits.
+    """
+    DTYPE: tl.constexpr = f.dtype.element_ty
+    p = tl.program_id(0).to(tl.int64)
+    if gate is not None:  # noqa: SIM102 (known when compiling)
+        if tl.load(gate + p) == 0:
+            return
+    if right is None:
+        left += p * n * m
+    else:
+        left += p * n * d
+        right += p * m * d
+    i = tl.program_id(1) * I + tl.arange(0, I)
+    split = tl.program_id(2)
+    width = tl.cdiv(tl.cdiv(m, J), splits) * J
+    end = tl.minimum(split * width + width, m)
+    inv = base2(eps, DTYPE)
+    fi = vector(f + p * n, i, n, DTYPE)
+    by_alpha = tl.zeros([I], DTYPE)
+    by_beta = tl.zeros([I], DTYPE)
+    by_gamma = tl.zeros([I], DTYPE)
+    for start in range(split * width, end, J):
+        j = start + tl.arange(0, J)
+        cost = cost_tile(left, right, i, j, n, m, d, si, sj, I, J, K, DOT, DTYPE)
+        gj = vector(g + p * m, j, m, DTYPE)
+        k = kernel_tile(cost, fi, gj, inv)
+        weight = vector(alpha + p * m, j, end, DTYPE)
+        for s in range(1, alpha_parts):
+            weight += vector(alpha + (s * count + p) * m, j, end, DTYPE)
+        if alpha_scale is not None:
+            weight *= vector(alpha_scale + p * m, j, end, DTYPE)
+        by_alpha += tl.sum(k * weight[None, :], 1)
+        if beta is not None:
+            if REDUCED:
+                cost = cost - fi[:, None] - gj[None, :]
+            by_beta += tl.sum(k * cost * vector(beta + p * m, j, end, DTYPE)[None, :], 1)
+        if gamma is not None:
+            by_gamma += tl.sum(k * vector(gamma + p * m, j, end, DTYPE)[None, :], 1)
+    CHANNELS: tl.constexpr = 1 + (beta is not None) + (gamma is not None)
+    out += split.to(tl.int64) * CHANNELS * count * n + p * n
+    tl.store(out + i, by_alpha, mask=i < n)
+    if beta is not None:
+        tl.store(out + tl.cast(count, tl.int64) * n + i, by_beta, mask=i < n)
+    if gamma is not None:
+        tl.store(out + (CHANNELS - 1) * tl.cast(count, tl.int64) * n + i, by_gamma, mask=i < n)
+
+
+@triton.jit(do_not_specialize=["step"])
+def unroll_step(
+    left, right, f, g, a, multiplier, out, grad, n_iter, step, n, m, d, si, sj, eps: tl.float64,
+    I: tl.constexpr, J: tl.constexpr, K: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """One half-iteration in reverse: with t_i = sum_j k_ij multiplier_j, out_i -= a_i t_i and grad_i -= eps t_i.
+
+    Only where n_iter[p] >= step. Grid: problems x blocks of I rows.
+    """
+    DTYPE: tl.constexpr = f.dtype.element_ty
+    p = tl.program_id(0).to(tl.int64)
+    if tl.load(n_iter + p) < step:
+        return
+    if right is None:
+        left += p * n * m
+    else:
+        left += p * n * d
+        right += p * m * d
+    i = tl.program_id(1) * I + tl.arange(0, I)
+    fi = vector(f + p * n, i, n, DTYPE)
+    inv = base2(eps, DTYPE)
+    total = tl.zeros([I], DTYPE)
+    for start in range(0, m, J):
+        j = start + tl.arange(0, J)
+        cost = cost_tile(left, right, i, j, n, m, d, si, sj, I, J, K, DOT, DTYPE)
+        k = kernel_tile(cost, fi, vector(g + p * m, j, m, DTYPE), inv)
+        total += tl.sum(k * vector(multiplier + p * m, j, m, DTYPE)[None, :], 1)
+    mass = vector(a + p * n, i, n, DTYPE)
+    mass = tl.where(is_live(mass), mass, 0.0)
+    tl.store(out + p * n + i, vector(out + p * n, i, n, DTYPE) - mass * total, mask=i < n)
+    tl.store(grad + p * n + i, vector(grad + p * n, i, n, DTYPE) - tl.full([], eps, DTYPE) * total, mask=i < n)

@@ -1,0 +1,97 @@
+r"""What every kernel is made of: a tile of the cost, the scaled kernel on it, and a half-step in the log-domain.
+
+A *view* of a problem is (left, right, n, m, d, si, sj). For a dense cost, C_ij = left[i si + j sj] and ``right`` is
+None; for features, C_ij = 1 - <left_i, right_j> of unit rows (``features.py``). Seen from the columns it is the same
+view with left and right, n and m, si and sj exchanged, so that each kernel is written for rows alone.
+
+Exponents are kept in base 2: with inv = log2(e)/eps, exp((f_i + g_j - C_ij)/eps) = 2^((f_i + g_j - C_ij) inv), one
+``ex2`` instruction. A mass that does not exceed 1e-30 (1e-290 in float64) is no mass; padding has mass 0 too.
+
+Annotations here are read by Triton, so this file and its siblings do not postpone their evaluation.
+"""
+
+# mypy: ignore-errors
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def base2(eps, DTYPE: tl.constexpr):
+    """log2(e)/eps, computed in float64."""
+    return tl.full([], 1.4426950408889634 / eps, DTYPE)
+
+
+@triton.jit
+def is_live(mass):
+    """Where there is mass."""
+    DEAD: tl.constexpr = 1e-290 if mass.dtype == tl.float64 else 1e-30
+    return mass > DEAD
+
+
+@triton.jit
+def log2_mass(mass):
+    """log2 of a mass, -inf where there is none."""
+    live = is_live(mass)
+    return tl.where(live, tl.log2(tl.where(live, mass, 1.0)), -float("inf"))
+
+
+@triton.jit
+def vector(pointer, i, n, DTYPE: tl.constexpr):
+    """Entries ``i`` of a vector of length ``n``, 0 beyond it."""
+    return tl.load(pointer + i, mask=i < n, other=0.0).to(DTYPE)
+
+
+@triton.jit
+def cost_tile(
+    left, right, i, j, n, m, d, si, sj, I: tl.constexpr, J: tl.constexpr, K: tl.constexpr, DOT: tl.constexpr,
+    DTYPE: tl.constexpr,
+):  # fmt: skip
+    """C of rows ``i`` and columns ``j``; padding is finite and must be masked by its mass."""
+    if right is None:
+        at = (left + i.to(tl.int64) * si)[:, None] + (j.to(tl.int64) * sj)[None, :]
+        return tl.load(at, mask=(i < n)[:, None] & (j < m)[None, :], other=0.0).to(DTYPE)
+    else:
+        cosine = tl.zeros([I, J], DTYPE)
+        for start in range(0, d, K):
+            k = start + tl.arange(0, K)
+            at = i.to(tl.int64)[:, None] * d + k[None, :]
+            x = tl.load(left + at, mask=(i < n)[:, None] & (k < d)[None, :], other=0.0)
+            at = j.to(tl.int64)[None, :] * d + k[:, None]
+            y = tl.load(right + at, mask=(j < m)[None, :] & (k < d)[:, None], other=0.0)
+            cosine = tl.dot(x, y, cosine, input_precision=DOT)
+        return 1.0 - cosine
+
+
+@triton.jit
+def kernel_tile(cost, f, g, inv):
+    """k_ij = exp((f_i + g_j - C_ij)/eps), bounded so that a pair without mass cannot turn 0 * inf into NaN."""
+    BOUND: tl.constexpr = 865.6170245333780 if cost.dtype == tl.float64 else 86.5617024533378  # 600 and 60, base 2
+    exponent = (f[:, None] + g[None, :] - cost) * inv
+    return tl.exp2(tl.minimum(exponent, BOUND, propagate_nan=tl.PropagateNan.ALL))
+
+
+@triton.jit
+def stream_step(
+    left, right, i, g, b, n, m, d, si, sj, begin, end, inv, I: tl.constexpr, J: tl.constexpr, K: tl.constexpr,
+    DOT: tl.constexpr,
+):  # fmt: skip
+    """The half-step of rows ``i`` over the columns begin .. end - 1, tile by tile with a running maximum."""
+    DTYPE: tl.constexpr = g.dtype.element_ty
+    top = tl.full([I], -float("inf"), DTYPE)
+    total = tl.zeros([I], DTYPE)
+    for start in range(begin, end, J):
+        j = start + tl.arange(0, J)
+        cost = cost_tile(left, right, i, j, n, m, d, si, sj, I, J, K, DOT, DTYPE)
+        lb = tl.where(j < end, log2_mass(vector(b, j, m, DTYPE)), -float("inf"))
+        exponent = (vector(g, j, m, DTYPE)[None, :] - cost) * inv + lb[None, :]
+        peak = tl.maximum(top, tl.max(exponent, 1))
+        finite = tl.where(peak == -float("inf"), 0.0, peak)  # no mass so far
+        total = total * tl.exp2(top - finite) + tl.sum(tl.exp2(exponent - finite[:, None]), 1)
+        top = peak
+    return -(top + tl.log2(total)) / inv
+
+
+@triton.jit
+def row_error(a, drift):
+    """a_i |(T1)_i / a_i - 1|: the next half-step knows the row sums, T1 = a 2^drift, drift = (f - f_next) inv."""
+    return tl.where(is_live(a), a * tl.abs(tl.exp2(drift) - 1.0), 0.0)

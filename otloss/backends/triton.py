@@ -1,0 +1,114 @@
+"""Triton kernels for NVIDIA GPUs (``gpu/``), chosen for CUDA tensors.
+
+Float32 or float64 masses set the precision of everything; cost or features may be float16, bfloat16 or the same. Where
+there is no GPU, ``TRITON_INTERPRET=1`` in the environment before the first import runs the kernels on CPU tensors by
+Triton's interpreter: slow, for tests. Results are the same in every run: no atomics, fixed orders of summation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TWICE_DIFFERENTIABLE = False
+
+# Read once, as Triton itself does at its import.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_INSTALLED = importlib.util.find_spec("triton") is not None
+_HOW_TO_TEST = "to try its kernels on the CPU, set TRITON_INTERPRET=1 before the first import (slow: for tests)"
+
+
+def status() -> str | None:
+    """``None`` when the kernels can be used, else why not."""
+    if not _INSTALLED:
+        return "the package triton is not installed; PyTorch's CUDA builds for Linux bring it"
+    if _INTERPRETED:
+        return None
+    if torch.version.hip is not None:
+        return "its kernels are for NVIDIA GPUs"
+    if not torch.cuda.is_available():
+        return f"PyTorch sees no CUDA device; {_HOW_TO_TEST}"
+    return None
+
+
+def interpreted() -> bool:
+    """Whether the kernels run in Triton's interpreter, which takes CPU tensors."""
+    return _INTERPRETED
+
+
+def _problem(left: Tensor, right: Tensor | None, a: Tensor, b: Tensor, eps: float) -> Any:
+    reason = status()
+    if reason is not None:
+        raise RuntimeError(f"the triton backend cannot be used: {reason}")
+    from otloss.backends.gpu.launch import Problem  # imports triton
+
+    return Problem(left, right, a, b, eps)
+
+
+def _on(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device: make it the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def solve(
+    left: Tensor, right: Tensor | None, a: Tensor, b: Tensor, eps: float, max_iter: int, tol: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``f, g, transport_cost, value, n_iter, error``, after ``max_iter`` iterations or at an L1 error below ``tol``."""
+    with _on(left):
+        problem = _problem(left, right, a, b, eps)
+        from otloss.backends.gpu import solve as solving
+
+        return solving.solve(problem, max_iter, tol)
+
+
+def implicit_gradient(
+    left: Tensor,
+    right: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    f: Tensor,
+    g: Tensor,
+    grad_cost: Tensor | None,
+    grad_value: Tensor | None,
+    grad_f: Tensor | None,
+    grad_g: Tensor | None,
+    eps: float,
+    adjoint: bool,
+    need_cost: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``grad_left, grad_right, grad_a, grad_b, residual`` of the converged problem.
+
+    ``grad_f`` and ``grad_g`` have equal totals. Without ``adjoint`` the plan is a constant. The gradients of the masses
+    are not projected. ``grad_right`` is empty for a dense cost, both are without ``need_cost``.
+    """
+    with _on(left):
+        problem = _problem(left, right, a, b, eps)
+        from otloss.backends.gpu import gradient
+
+        upstream = (grad_cost, grad_value, grad_f, grad_g)
+        return gradient.implicit_gradient(problem, f, g, *upstream, adjoint, need_cost)
+
+
+def unrolled_gradient(
+    left: Tensor,
+    right: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    n_iter: Tensor,
+    grad_cost: Tensor | None,
+    grad_value: Tensor | None,
+    eps: float,
+    need_cost: bool,
+    max_iter: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``grad_left, grad_right, grad_a, grad_b`` through the ``n_iter`` iterations run, at most ``max_iter``."""
+    with _on(left):
+        problem = _problem(left, right, a, b, eps)
+        from otloss.backends.gpu import gradient
+
+        return gradient.unrolled_gradient(problem, n_iter, grad_cost, grad_value, need_cost, max_iter)

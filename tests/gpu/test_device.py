@@ -1,0 +1,171 @@
+"""On a CUDA device: parity, gradients, memory, determinism, graphs, streams, devices, compilation; else skipped."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import otloss
+from otloss.backends import reference, triton
+
+if triton.status() is not None or triton.interpreted():
+    pytest.skip(f"needs a GPU: {triton.status() or 'the interpreter is on'}", allow_module_level=True)
+
+pytestmark = pytest.mark.gpu
+
+EPS = 0.1
+# One or more of every regime: small, medium, large, and few rows with split columns.
+SIZES = [(1, 1), (17, 31), (49, 49), (128, 128), (130, 257), (512, 500), (1024, 1000), (1500, 2100), (3, 5000)]
+
+
+def problem(
+    n: int, m: int, dtype: torch.dtype, batch: int = 3, d: int = 20, device: str = "cuda"
+) -> tuple[Tensor, ...]:
+    x, y = (torch.randn(batch, k, d, device=device, dtype=dtype) for k in (n, m))
+    a, b = (torch.randn(batch, k, device=device, dtype=dtype).softmax(-1) for k in (n, m))
+    a[:, n // 2 + 1 :: 7] = 0
+    return x, y, a / a.sum(-1, keepdim=True), b
+
+
+def slack(dtype: torch.dtype, eps: float = EPS, room: float = 16.0) -> float:
+    return room * torch.finfo(dtype).eps / 2 * max(1.0, 2.0 / eps)
+
+
+def close(got: Tensor, want: Tensor, tolerance: float) -> None:
+    assert got.isfinite().all()
+    assert float((got.double() - want).abs().max()) <= tolerance * max(float(want.abs().max()), 0.1)
+
+
+def wide(given: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+    return [None if t is None else t.double() for t in given]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dense", [True, False])
+@pytest.mark.parametrize(("n", "m"), SIZES)
+def test_everything_is_that_of_the_reference(n: int, m: int, dense: bool, dtype: torch.dtype) -> None:
+    x, y, a, b = problem(n, m, dtype)
+    given = (reference.dense_cost(x, y), None, a, b) if dense else (x, y, a, b)
+    got, want = triton.solve(*given, EPS, 20, 0.0), reference.solve(*wide(given), EPS, 20, 0.0)
+    for one, other in zip(got[:4], want[:4], strict=True):
+        close(one, other, slack(dtype))
+    f, g = want[0].to(dtype), want[1].to(dtype)
+    w, v, p, q = torch.randn_like(a[:, 0]), torch.randn_like(a[:, 0]), torch.randn_like(a) * a, torch.randn_like(b) * b
+    q = q + b * (p.sum(-1) - q.sum(-1)).unsqueeze(-1)
+    arguments = (*given, f, g, w, v, p, q)
+    got = triton.implicit_gradient(*arguments, EPS, True, True)
+    want = reference.implicit_gradient(*wide(arguments), EPS, True, True)
+    for k, (one, other) in enumerate(zip(got[:4], want[:4], strict=True)):
+        if one.numel():
+            if k in (2, 3):
+                one, other = one - one.mean(-1, keepdim=True), other - other.mean(-1, keepdim=True)
+            close(one, other, slack(dtype, room=300.0))
+    n_iter = torch.tensor([0, 2, 5], device="cuda")
+    got = triton.unrolled_gradient(*given, n_iter, w, v, EPS, True, 5)
+    want = reference.unrolled_gradient(*wide(given), n_iter, w.double(), v.double(), EPS, True, 5)
+    for one, other in zip(got, want, strict=True):
+        if one.numel():
+            close(one, other, slack(dtype, room=100.0))
+
+
+@pytest.mark.parametrize(("n", "m"), [(100, 90), (300, 400), (1200, 1100)])
+def test_small_eps(n: int, m: int) -> None:
+    cost, a, b = 2 * torch.rand(2, n, m, device="cuda"), *(torch.full((2, k), 1 / k, device="cuda") for k in (n, m))
+    for iterations in (1, 3, 100):
+        got = triton.solve(cost, None, a, b, 1e-3, iterations, 0.0)
+        want = reference.solve(*wide((cost, None, a, b)), 1e-3, iterations, 0.0)
+        for one, other in zip(got[:2], want[:2], strict=True):
+            close(one, other, 2 * torch.finfo(torch.float32).eps * (4 + iterations))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype: torch.dtype) -> None:
+    x, y, *_ = problem(196, 196, torch.float32)
+    x, y = (t.to(dtype).requires_grad_() for t in (x, y))
+    out = otloss.cosine_sinkhorn(x, y, eps=EPS)
+    out.transport_cost.sum().backward()
+    with otloss.use_backend("reference"):
+        want = otloss.cosine_sinkhorn(x.double().detach(), y.double().detach(), eps=EPS).transport_cost
+    close(out.transport_cost, want, slack(torch.float32))
+    assert x.grad is not None and x.grad.dtype == dtype
+
+
+def loss(x: Tensor, y: Tensor, za: Tensor) -> Tensor:
+    out = otloss.cosine_sinkhorn(x, y, log_a=za.log_softmax(-1), eps=EPS, max_iter=20, tol=0.0)
+    return out.transport_cost.sum() + out.value.sum()
+
+
+def gradients(*leaves: Tensor) -> tuple[Tensor, ...]:
+    leaves = tuple(leaf.detach().requires_grad_() for leaf in leaves)
+    return torch.autograd.grad(loss(*leaves), leaves)
+
+
+@pytest.mark.parametrize("n", [49, 300, 1500])
+def test_the_same_bit_for_bit_in_every_run_and_on_every_stream(n: int) -> None:
+    x, y, a, _ = problem(n, n, torch.float32)
+    first = gradients(x, y, a)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        second = gradients(x, y, a)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert all(map(torch.equal, first, second))
+
+
+@pytest.mark.parametrize("n", [49, 300, 1500])
+def test_captured_in_a_cuda_graph(n: int) -> None:
+    x, y, a, b = problem(n, n, torch.float32)
+
+    def both() -> tuple[Tensor, ...]:
+        solution = triton.solve(x, y, a, b, EPS, 20, 0.0)
+        f, g, w, *_ = solution
+        return (*solution, *triton.implicit_gradient(x, y, a, b, f, g, w, None, None, None, EPS, True, True))
+
+    want = both()  # compiles what the capture launches
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = both()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(map(torch.equal, got, want))
+
+
+def test_replayed_iterations_are_the_launched_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = problem(300, 300, torch.float32)
+    replayed = triton.solve(*given, EPS, 60, 1e-6)
+    monkeypatch.setenv("OTLOSS_TRITON_GRAPHS", "0")
+    assert all(map(torch.equal, replayed, triton.solve(*given, EPS, 60, 1e-6)))
+
+
+def test_features_never_become_a_cost_matrix() -> None:
+    x, y, a, _ = problem(4096, 4096, torch.float32, batch=4)
+    gradients(x, y, a)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    gradients(x, y, a)
+    assert torch.cuda.max_memory_allocated() - before < 4 * 4096 * 4096  # bytes; the cost would take 16 times as many
+
+
+@pytest.mark.parametrize("n", [49, 300])
+def test_compiled(n: int) -> None:
+    x, y, a, _ = problem(n, n, torch.float32)
+    compiled = torch.compile(loss, fullgraph=True)
+    assert torch.allclose(compiled(x, y, a), loss(x, y, a))
+
+
+def test_every_device() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one device only")
+    x, y, a, _ = problem(200, 200, torch.float32)
+    one = gradients(x, y, a)
+    other = gradients(*(t.to("cuda:1") for t in (x, y, a)))
+    assert all(torch.allclose(p, q.to(p.device), atol=1e-6) for p, q in zip(one, other, strict=True))
+
+
+def test_many_problems() -> None:
+    x, y, a, b = problem(5, 4, torch.float32, batch=70_000)
+    got = triton.solve(x, y, a, b, EPS, 5, 0.0)
+    want = reference.solve(*(t[-3:].double() for t in (x, y, a, b)), EPS, 5, 0.0)
+    close(got[2][-3:], want[2], slack(torch.float32))

@@ -1,0 +1,86 @@
+"""The Triton backend where there is no GPU: why it is off, its kernels in the interpreter, and its machine code."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+import otloss
+from otloss.backends import triton
+
+HERE = Path(__file__).parent
+installed = pytest.mark.skipif(find_spec("triton") is None, reason="the package triton is not installed")
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        cwd=HERE.parent,
+    )
+
+
+def test_says_why_it_is_off() -> None:
+    if otloss.backends()["triton"]:
+        pytest.skip("it is on")
+    reason = str(otloss.backends()["triton"])
+    assert "TRITON_INTERPRET=1" in reason or "not installed" in reason or "NVIDIA" in reason
+    with pytest.raises(ValueError, match="backend 'triton' is off"), otloss.use_backend("triton"):
+        pass
+
+
+def test_the_package_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "_INSTALLED", False)
+    assert "not installed" in str(otloss.backends()["triton"])
+
+
+def test_import_does_not_load_it() -> None:
+    done = run("-c", "import sys, otloss; otloss.backends(); sys.exit('triton' in sys.modules)")
+    assert done.returncode == 0, done.stderr
+
+
+@installed
+def test_is_used_on_the_cpu_only_when_asked_for() -> None:
+    code = (
+        "from otloss.backends import choose_backend\n"
+        "assert choose_backend('triton', 'cpu') == 'triton'\n"
+        "assert choose_backend(None, 'cpu') != 'triton'\n"
+    )
+    done = run("-c", code, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr
+
+
+@installed
+@pytest.mark.slow
+def test_kernels_in_the_interpreter() -> None:
+    """In a process of their own: Triton reads TRITON_INTERPRET when it is imported."""
+    options = ("-o", "addopts=", "-q", "-x", "-W", "ignore::RuntimeWarning", "--durations=5")
+    done = run("-m", "pytest", *options, str(HERE / "triton_kernels.py"), TRITON_INTERPRET="1")
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@installed
+@pytest.mark.slow
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_default_configurations_do_not_spill(arch: int) -> None:
+    """A few shapes of each regime; ``python -m benchmarks.gpu_static`` compiles every one."""
+    torch = pytest.importorskip("torch")
+    from benchmarks import gpu_static
+
+    shapes = {
+        80: [(64, 49, 49, 384, torch.float32)],
+        90: [(64, 512, 512, 49, torch.float32)],
+        100: [(1, 4096, 4096, 0, torch.float32)],
+    }
+    reports = gpu_static.measure([arch], shapes[arch])
+    assert reports and not [gpu_static.row(report) for report in reports if report.spilled]

@@ -1,0 +1,287 @@
+"""The Triton kernels in Triton's interpreter, against the reference in float64; run by ``test_triton.py``.
+
+Every regime is proven on shapes that are no multiple of a tile, with rows and columns without mass: ``LIMITS`` is
+lowered so that small shapes reach the kernels of large ones, and one case of each has the size that reaches it by
+itself.
+
+Tolerances as in ``test_cpu.py``: an entry of the plan is known to about ``u c / eps``, u = 2^-24 (2^-53), c the
+cost; a gradient of the plan to 1/eps times that, and through the adjoint system to its condition times that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import relative
+from torch import Tensor
+
+import otloss
+from otloss.backends import reference, triton
+
+if not triton.interpreted():
+    pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
+
+from otloss.backends.gpu import config, launch
+
+EPS = 0.1
+DTYPES = (torch.float32, torch.float64)
+Given = tuple[Tensor, Tensor | None, Tensor, Tensor]
+KINDS = ("dense", "features")
+SIZES = [(1, 7), (9, 1), (21, 38)]
+REGIMES = {
+    "small": {"small": 128, "medium": 1024},
+    "medium": {"small": 0, "medium": 1024},
+    "large": {"small": 0, "medium": 0},
+}
+
+
+@pytest.fixture(params=list(REGIMES))
+def regime(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each regime in turn, whatever the size."""
+    monkeypatch.setattr(config, "LIMITS", REGIMES[request.param])
+    return str(request.param)
+
+
+def slack(dtype: torch.dtype, eps: float = EPS, room: float = 16.0) -> float:
+    return room * torch.finfo(dtype).eps / 2 * max(1.0, 2.0 / eps)
+
+
+def close(got: Tensor, want: Tensor, tolerance: float) -> None:
+    """Largest difference, relative to the largest entry wanted; what vanishes is what is left of terms above 0.1."""
+    assert got.shape == want.shape and got.isfinite().all()
+    size = max(float(want.abs().max()), 0.1) if want.numel() else 0.1
+    difference = float((got.double() - want).abs().max()) if want.numel() else 0.0
+    assert difference <= tolerance * size, (difference / size, tolerance)
+
+
+def problem(kind: str, n: int, m: int, dtype: torch.dtype, batch: int = 2, d: int = 5, masked: bool = True) -> Given:
+    """Features or their cost, and masses, of which every fifth is none where there are enough."""
+    x, y = torch.randn(batch, n, d, dtype=torch.float64), torch.randn(batch, m, d, dtype=torch.float64)
+    a, b = (torch.randn(batch, k, dtype=torch.float64).softmax(-1) for k in (n, m))
+    if masked:
+        a, b = (mass * (torch.arange(mass.shape[1]) % 5 != 3) for mass in (a, b))
+        a, b = (mass / mass.sum(-1, keepdim=True) for mass in (a, b))
+    left, right = (x, y) if kind == "features" else (reference.dense_cost(x, y), None)
+    return left.to(dtype), None if right is None else right.to(dtype), a.to(dtype), b.to(dtype)
+
+
+def wide(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.double() for t in tensors]
+
+
+def upstream(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    w, v, p, q = torch.randn_like(a[:, 0]), torch.randn_like(a[:, 0]), torch.randn_like(a) * a, torch.randn_like(b) * b
+    return w, v, p, q + b * (p.sum(-1) - q.sum(-1)).unsqueeze(-1)
+
+
+def check_solve(given: Given, eps: float, iterations: int, room: float = 16.0) -> None:
+    dtype = given[2].dtype
+    got = triton.solve(*given, eps, iterations, 0.0)
+    want = reference.solve(*wide(*given), eps, iterations, 0.0)
+    for one, other in zip(got[:4], want[:4], strict=True):
+        close(one, other, slack(dtype, eps, room))
+    assert got[4].tolist() == [iterations] * len(given[0])
+    assert torch.allclose(got[5].double(), want[5], rtol=1e-2, atol=slack(dtype, eps, room))
+
+
+def check_implicit(given: Given, adjoint: bool = True) -> None:
+    left, right, a, b = given
+    f, g = reference.solve(*wide(*given), EPS, 300, 1e-12)[:2]
+    arguments = (*given, f.to(a.dtype), g.to(a.dtype), *upstream(a, b))
+    got = triton.implicit_gradient(*arguments, EPS, adjoint, True)
+    want = reference.implicit_gradient(*wide(*arguments), EPS, adjoint, True)
+    for k, (one, other) in enumerate(zip(got[:4], want[:4], strict=True)):
+        if k in (2, 3):  # up to a constant: the gauge of U and V is free
+            one, other = one - one.mean(-1, keepdim=True), other - other.mean(-1, keepdim=True)
+        close(one, other, slack(a.dtype, room=300.0))
+    assert (got[4] < (1e-5 if a.dtype == torch.float32 else 1e-10)).all()
+    assert got[0].dtype == left.dtype and (right is None or got[1].dtype == right.dtype)
+
+
+def check_unrolled(given: Given, counts: list[int]) -> None:
+    w, v, *_ = upstream(given[2], given[3])
+    n_iter = torch.tensor(counts)
+    got = triton.unrolled_gradient(*given, n_iter, w, v, EPS, True, max(counts))
+    want = reference.unrolled_gradient(*wide(*given), n_iter, w.double(), v.double(), EPS, True, max(counts))
+    for one, other in zip(got, want, strict=True):
+        close(one, other, slack(given[2].dtype, room=100.0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("n", "m"), SIZES)
+def test_solve(regime: str, kind: str, n: int, m: int, dtype: torch.dtype) -> None:
+    check_solve(problem(kind, n, m, dtype), EPS, 4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("n", "m"), SIZES)
+def test_implicit_gradient(regime: str, kind: str, n: int, m: int, dtype: torch.dtype) -> None:
+    check_implicit(problem(kind, n, m, dtype))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_plan_as_a_constant(kind: str) -> None:
+    check_implicit(problem(kind, 21, 38, torch.float32), adjoint=False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_the_masses_alone(regime: str, kind: str) -> None:
+    given = problem(kind, 12, 9, torch.float64)
+    f, g = triton.solve(*given, EPS, 20, 0.0)[:2]
+    up = upstream(given[2], given[3])
+    whole, part = (triton.implicit_gradient(*given, f, g, *up, EPS, True, need) for need in (True, False))
+    assert part[0].numel() == part[1].numel() == 0
+    assert torch.equal(whole[2], part[2]) and torch.equal(whole[3], part[3])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("n", "m"), SIZES)
+def test_unrolled_gradient(kind: str, n: int, m: int, dtype: torch.dtype) -> None:
+    check_unrolled(problem(kind, n, m, dtype), [2, 4])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("iterations", [1, 3, 30])
+def test_small_eps(regime: str, iterations: int, dtype: torch.dtype) -> None:
+    cost, a, b = 2 * torch.rand(2, 20, 23), torch.randn(2, 20).softmax(-1), torch.randn(2, 23).softmax(-1)
+    a[:, 4] = 0
+    a = a / a.sum(-1, keepdim=True)
+    check_solve((cost.to(dtype), None, a.to(dtype), b.to(dtype)), 1e-3, iterations)
+
+
+@pytest.mark.parametrize("kind", ["wide", "one-hot", "far columns"])
+def test_hard_problems(regime: str, kind: str) -> None:
+    cost, a, b = torch.rand(1, 12, 18), torch.randn(1, 12), torch.randn(1, 18)
+    if kind == "wide":
+        cost = 200 * cost - 100
+    elif kind == "one-hot":
+        a, b = 15 * a, 15 * b
+    else:
+        cost[..., ::3] += 100
+    size = float(cost.abs().max())
+    check_solve((cost, None, a.softmax(-1), b.softmax(-1)), EPS, 10, room=16.0 * max(1.0, size / 2))
+
+
+def test_stops_as_the_reference_does(regime: str) -> None:
+    left, right, a, b = problem("features", 21, 14, torch.float64, batch=3, masked=False)
+    a = (a.log() * torch.tensor([[0.1], [1.0], [3.0]], dtype=torch.float64)).softmax(-1)
+    got, want = (backend.solve(left, right, a, b, EPS, 25, 1e-3) for backend in (triton, reference))
+    assert got[4].tolist() == want[4].tolist() and len(set(got[4].tolist())) > 1
+    assert relative(got[5], want[5]) < 1e-6
+    for one, other in zip(got[:4], want[:4], strict=True):
+        close(one, other, 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_precision_is_read_as_it_is(kind: str, dtype: torch.dtype) -> None:
+    left, right, a, b = problem(kind, 21, 14, torch.float32)
+    left, right = left.to(dtype), None if right is None else right.to(dtype)
+    check_solve((left, right, a, b), EPS, 4)
+    f, g, *_ = triton.solve(left, right, a, b, EPS, 20, 0.0)
+    got = triton.implicit_gradient(left, right, a, b, f, g, *upstream(a, b)[:1], None, None, None, EPS, True, True)
+    assert got[0].dtype == dtype and got[0].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_zero_features_have_no_cosine_and_no_gradient(dtype: torch.dtype) -> None:
+    x, y, a, b = problem("features", 6, 5, dtype, masked=False)
+    x[:, 2], y[0, 1] = 0, 0
+    f, g, *_ = triton.solve(x, y, a, b, EPS, 20, 0.0)
+    gx, gy, *_ = triton.implicit_gradient(x, y, a, b, f, g, torch.ones_like(a[:, 0]), None, None, None, EPS, True, True)
+    assert gx.isfinite().all() and gy.isfinite().all()
+    assert not gx[:, 2].any() and not gy[0, 1].any() and gx[:, 1].any() and gy[1, 1].any()
+
+
+@pytest.mark.parametrize("scale", [1e-18, 1e18])
+def test_the_length_of_a_feature_does_not_matter(scale: float) -> None:
+    x, y, a, b = problem("features", 6, 5, torch.float32)
+    scaled, plain = (triton.solve(z, y, a, b, EPS, 9, 0.0) for z in (x * scale, x))
+    for one, other in zip(scaled, plain, strict=True):
+        close(one, other.double(), slack(torch.float32))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_not_finite_shows(regime: str, kind: str, bad: float) -> None:
+    left, right, a, b = problem(kind, 9, 10, torch.float32, masked=False)
+    left[1, 3, 4] = bad
+    f, g, sharp, *_ = triton.solve(left, right, a, b, EPS, 6, 0.0)
+    assert sharp[0].isfinite() and f[0].isfinite().all() and g[0].isfinite().all()
+    assert f[1].isnan().any() or g[1].isnan().any() or sharp[1].isnan()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_problems(regime: str, kind: str) -> None:
+    given = tuple(None if t is None else t[:0] for t in problem(kind, 3, 4, torch.float32))
+    f, g, sharp, _, n_iter, _ = triton.solve(*given, EPS, 5, 0.0)
+    assert f.shape == (0, 3) and g.shape == (0, 4) and n_iter.dtype == torch.int64
+    grads = triton.implicit_gradient(*given, f, g, sharp, None, None, None, EPS, True, True)
+    assert grads[0].shape == given[0].shape
+    assert triton.unrolled_gradient(*given, n_iter, sharp, None, EPS, True, 0)[0].shape == given[0].shape
+
+
+def test_the_same_twice(regime: str) -> None:
+    given = problem("features", 40, 33, torch.float32)
+    one, other = (triton.solve(*given, EPS, 5, 0.0) for _ in range(2))
+    assert all(map(torch.equal, one, other))
+
+
+def test_columns_split_over_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "LIMITS", REGIMES["large"])
+    given = problem("features", 3, 600, torch.float32, batch=1)
+    assert config.splits(1, -(-600 // 64), 8) > 1
+    check_solve(given, EPS, 3)
+    check_solve(tuple(given[k] for k in (1, 0, 3, 2)), EPS, 3)
+    check_implicit(given)
+
+
+def test_tuning_takes_the_fastest_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiles: list[config.Tile] = []
+
+    def timer(run: Callable[[], None]) -> float:
+        run()
+        tiles.append(config.TUNED[key])
+        return {32: 1.0, 64: 2.0, 128: 3.0}[tiles[-1].cols]
+
+    key = config.bucket(70, 90, 5, False)
+    monkeypatch.setattr(config, "TUNED", {})
+    monkeypatch.setattr(config, "LIMITS", REGIMES["large"])
+    monkeypatch.setattr(launch, "timed", timer)
+    monkeypatch.setenv("OTLOSS_TRITON_AUTOTUNE", "1")
+    check_solve(problem("features", 70, 90, torch.float32), EPS, 2)
+    assert config.TUNED[key].cols == 32 and len(config.TUNED) == 1 and len(tiles) == len(set(tiles)) > 2
+
+
+@pytest.mark.parametrize(("n", "m"), [(128, 100), (150, 300), (1040, 33)])
+def test_sizes_that_reach_each_regime(n: int, m: int) -> None:
+    given = problem("features", n, m, torch.float32, batch=1, d=20)
+    check_solve(given, EPS, 2)
+    check_implicit(given)
+    check_unrolled(problem("dense", n, m, torch.float32, batch=1, d=20), [1])
+
+
+@pytest.mark.parametrize("gradient", ["implicit", "unroll", "none"])
+def test_the_verb(regime: str, gradient: str) -> None:
+    """Through operators and autograd: every output that a mode differentiates."""
+    x, y = torch.randn(2, 7, 3, dtype=torch.float64), torch.randn(2, 5, 3, dtype=torch.float64)
+    za, zb = torch.randn(2, 7, dtype=torch.float64), torch.randn(2, 5, dtype=torch.float64)
+    leaves = [t.requires_grad_() for t in (x, y, za, zb)]
+
+    def loss(backend: str) -> Tensor:
+        options = {"eps": 0.2, "max_iter": 15, "tol": 0.0, "gradient": gradient, "backend": backend}
+        out = otloss.cosine_sinkhorn(x, y, log_a=za.log_softmax(-1), log_b=zb.log_softmax(-1), **options)
+        total = out.transport_cost.sum()
+        if gradient != "none":
+            total = total + 2 * out.value.sum()
+        return total + (out.plan.square().sum() + out.f[:, 0].sum() if gradient == "implicit" else 0)
+
+    one, other = (torch.autograd.grad(loss(backend), leaves, allow_unused=True) for backend in ("triton", "reference"))
+    for got, want in zip(one, other, strict=True):
+        assert (got is None) == (want is None)
+        assert got is None or torch.allclose(got, want, atol=1e-9)
