@@ -82,6 +82,16 @@ void unrolled(const Inputs& in, Address n_iter, Address up_cost, Address up_valu
   });
 }
 
+template <class T> double probe_read(int64_t bytes) {
+  Arena scratch;
+  return kernels_of<T>(level()).probe_read(scratch, bytes);
+}
+template <class T> double probe_fma() { return kernels_of<T>(level()).probe_fma(); }
+template <class T> double probe_products(int n, int m, int d) {
+  Arena scratch;
+  return kernels_of<T>(level()).probe_products(scratch, n, m, d);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -98,4 +108,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("implicit_float64", &implicit<double>, free);
   m.def("unrolled_float32", &unrolled<float>, free);
   m.def("unrolled_float64", &unrolled<double>, free);
+  // Rates of one core in GB/s and GFLOP/s, for the benchmarks.
+  m.def("probe_read_float32", &probe_read<float>, free);
+  m.def("probe_read_float64", &probe_read<double>, free);
+  m.def("probe_fma_float32", &probe_fma<float>, free);
+  m.def("probe_fma_float64", &probe_fma<double>, free);
+  m.def("probe_products_float32", &probe_products<float>, free);
+  m.def("probe_products_float64", &probe_products<double>, free);
 }

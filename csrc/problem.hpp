@@ -5,6 +5,7 @@
 //   T_ij = a_i b_j exp((f_i + g_j - C_ij) / eps).
 #pragma once
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -90,6 +91,9 @@ template <class T> struct Kernels {
   void (*solve)(const Problem<T>&, Arena&, const Team&, int64_t max_iter, T tol, const Solution<T>&);
   void (*implicit)(const Problem<T>&, Arena&, const Team&, const T* f, const T* g, const Upstream<T>&, bool adjoint, const Gradient<T>&);
   void (*unrolled)(const Problem<T>&, Arena&, int64_t n_iter, const Upstream<T>&, const Gradient<T>&);
+  double (*probe_read)(Arena&, int64_t bytes);
+  double (*probe_fma)();
+  double (*probe_products)(Arena&, int n, int m, int d);
 };
 
 struct Level {
