@@ -38,12 +38,15 @@ template <class T> double probe_read(Arena& arena, int64_t bytes) {
 template <class T> double probe_fma() {
   constexpr int chains = OTLOSS_VECTOR_BYTES == 64 ? 16 : 8, steps = 200000;
   volatile T factor = T(0.5), addend = T(1);
-  const vec<T> x = splat<T>(factor), y = splat<T>(addend);
   T sink = 0;
   const double took = fastest([&] {
-    vec<T> total[chains] = {};
+    const vec<T> x = splat<T>(factor), y = splat<T>(addend);
+    vec<T> total[chains];  // different from each other, else the compiler computes one chain for all
+    repeat<chains>(OTLOSS_EACH(c) { total[c] = splat<T>(T(c)); });
     for (int k = 0; k < steps; ++k) repeat<chains>(OTLOSS_EACH(c) { total[c] = total[c] * x + y; });
-    repeat<chains>(OTLOSS_EACH(c) { sink += sum<T>(total[c]); });
+    vec<T> all{};
+    repeat<chains>(OTLOSS_EACH(c) { all += total[c]; });
+    sink += sum<T>(all);
   });
   return sink > 0 ? 2. * steps * chains * lanes<T> / took * 1e-9 : 0;
 }
