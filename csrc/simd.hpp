@@ -112,10 +112,12 @@ template <class T, int W = lanes<T> / 2> OTLOSS_INLINE void transpose(vec<T>* v)
   if constexpr (W > 1) transpose<T, W / 2>(v);
 }
 
-template <class T> OTLOSS_INLINE T max_of(vec<T> v) {
-  T x = v[0];
-  for (int i = 1; i < lanes<T>; ++i) x = x > v[i] ? x : v[i];
-  return x;
+template <class T, int W, size_t... L> OTLOSS_INLINE vec<T> rotate(vec<T> v, std::index_sequence<L...>) {
+  return __builtin_shufflevector(v, v, (L + W) % lanes<T>...);
+}
+template <class T, int W = lanes<T> / 2> OTLOSS_INLINE T max_of(vec<T> v) {
+  if constexpr (W == 0) return v[0];
+  else return max_of<T, W / 2>(max(rotate<T, W>(v, std::make_index_sequence<lanes<T>>{}), v));
 }
 template <class T> OTLOSS_INLINE T min_of(vec<T> v) { return -max_of<T>(-v); }
 

@@ -45,12 +45,12 @@ template <class T> struct Solver {
     if (max_iter == 0)
       for (int i = 0; i < cost.n; ++i) F[i] = 0;
     for (k = 0; k < max_iter; ++k) {
-      const bool good = iterate(error);
+      const T reach = iterate(error);
       if (k > 0 && error < tol) return true;
-      if (good) {
+      if (reach <= wide) {  // not so for NaN
         std::swap(phi, next_phi);
         std::swap(psi, next_psi);
-        if (!(spread(phi, cost.rows) <= safe && spread(psi, cost.cols) <= safe)) absorb();
+        if (reach > safe) absorb();
       } else if (!log_iterate()) {
         ++k;
         return false;  // not finite: the outputs say so
@@ -97,7 +97,8 @@ template <class T> struct Solver {
     });
   }
 
-  bool iterate(T& error) {
+  // One iteration into next_phi, next_psi; the error of the state before it, and how far the new scalings spread.
+  T iterate(T& error) {
     for (int j = 0; j < cost.cols; ++j) v[j] = b[j] * psi[j];
     up = !up;  // the first goes up: the last rows of K were written last
     sweep(team, cost, K, up, v, next_psi, [this](int i0, const T* s, T* w) __attribute__((always_inline)) {
@@ -111,7 +112,8 @@ template <class T> struct Solver {
     for (int i = 0; i < cost.rows; i += lanes<T>) missed += load(miss + i);
     error = sum<T>(missed);
     for (int j = 0; j < cost.cols; ++j) next_psi[j] = b[j] != 0 ? 1 / next_psi[j] : T(1);
-    return spread(next_phi, cost.rows) <= wide && spread(next_psi, cost.cols) <= wide;
+    const T rows = spread(next_phi, cost.rows), cols = spread(next_psi, cost.cols);
+    return rows > cols ? rows : cols + (rows - rows);  // NaN if either is
   }
 
   // The largest factor by which a scaling differs from 1 (it is 1 where there is no mass); NaN if one is.
