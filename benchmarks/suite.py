@@ -31,7 +31,7 @@ class Plan:
     peers: tuple[Peer, ...] = PEERS
 
 
-QUICK = Plan(results.QUICK, rounds=5, budget=3.0, quick=True, with_memory=False)
+QUICK = Plan(results.QUICK, rounds=5, budget=1.5, quick=True, with_memory=False)
 
 
 def known(plan: Plan, section: str, name: str) -> bool:

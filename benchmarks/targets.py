@@ -41,12 +41,11 @@ class Verdict:
 def speedups(name: str, entry: dict[str, Any]) -> list[Verdict]:
     """The three speed-ups of a main workload from its rows.
 
-    POT counts as it is called, on the whole batch, where that was run; OTT-JAX and "any" count with their fastest row,
-    chunked or not.
+    POT counts as it is called, on the whole batch; OTT-JAX and "any" count with their fastest row, chunked or not.
     """
     rows = [row for row in entry["times"] if row["library"] != "otloss"]
     pot = [row for row in rows if row["name"] == POT]
-    whole = [row for row in pot if row["problems_per_call"] == entry["workload"]["batch"]] or pot
+    whole = [row for row in pot if row["problems_per_call"] == entry["workload"]["batch"]]
     groups = {POT: whole, OTT: [row for row in rows if row["library"] == OTT], ANY: rows}
     verdicts = []
     for group, wanted in SPEEDUPS[name].items():

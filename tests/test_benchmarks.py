@@ -138,6 +138,8 @@ def test_targets_are_judged_from_the_rows() -> None:
     assert (pot.found, pot.met) == (pytest.approx(400), True)
     assert (ott.found, ott.met) == (pytest.approx(14), False)
     assert (fastest.who, fastest.met) == ("POT sinkhorn, envelope", True)
+    rows = [row for row in _results()["workloads"]["channels"]["times"] if row["ratio"] != 400]
+    assert targets.speedups("channels", {**_results()["workloads"]["channels"], "times": rows})[0].met is None
     call, _ = targets.others({"limits": {"call": {"extra_us": 151.0}}})
     assert call.met is False
 
