@@ -11,6 +11,8 @@ import pytest
 import torch
 from cpu_problems import DTYPES, ODD_SIZES, everything, features, needs_cpu, unsteady
 
+from otloss.backends import cpu
+
 pytestmark = needs_cpu
 
 
@@ -18,6 +20,33 @@ pytestmark = needs_cpu
 @pytest.mark.parametrize(("n", "m", "d"), ODD_SIZES)
 def test_bit_for_bit_whatever_the_batch_and_the_threads(n: int, m: int, d: int, dtype: torch.dtype) -> None:
     assert unsteady(n, m, d, dtype) == []
+
+
+@needs_cpu
+def test_a_large_problem_is_split_the_same_way_by_any_threads() -> None:
+    """Alone it is spread over the threads, in a batch it stays on one: the same bits."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    x, y, a, b = normal(2, 1030, 5), normal(2, 1100, 5), normal(2, 1030).softmax(-1), normal(2, 1100).softmax(-1)
+
+    def run(count: int, threads: int) -> tuple[torch.Tensor, ...]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            problem = (x[:count], y[:count], a[:count], b[:count])
+            solved = cpu.solve(*problem, 0.05, 10, 0.0)
+            upstream = (torch.ones(count), None, None, None)
+            return solved + cpu.implicit_gradient(*problem, *solved[:2], *upstream, 0.05, True, True)
+        finally:
+            torch.set_num_threads(before)
+
+    alone = run(2, 1)
+    for count, threads in ((2, 2), (2, 5), (1, 1), (1, 3)):
+        for got, want in zip(run(count, threads), alone, strict=True):
+            assert torch.equal(got, want[:count])
 
 
 def test_called_from_several_threads() -> None:
