@@ -33,7 +33,7 @@ template <class T> constexpr int leading(int m) {
 struct Parts {
   int rows, size, count;
   Parts(int rows, int cols) : rows(rows) {
-    const int64_t wanted = std::min<int64_t>(int64_t(rows) * cols >> 18, rows / 64);
+    const int64_t wanted = std::min<int64_t>(int64_t(rows) * cols / part_entries, rows / 64);
     size = wanted <= 1 ? rows : int((rows / wanted + tile_rows - 1) / tile_rows * tile_rows);
     count = (rows + size - 1) / size;
   }

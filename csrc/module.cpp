@@ -42,13 +42,12 @@ const Level& level() {
 // Waking a thread costs about as much as passing a few hundred thousand times over an entry.
 int useful(int threads, double entries) { return entries < 2e5 ? 1 : threads; }
 
-// Many problems: one a thread. Few large ones: one after another, each by all threads. What is computed is the same.
+// One problem a thread; where large ones are fewer than the threads, one after another, each by all threads. What is computed
+// is the same.
 template <class Task> void each_problem(const Inputs& in, int threads, double passes, Task task) {
   threads = useful(threads, double(in.count) * in.n * in.m * passes);
-  if (in.count >= threads)
-    parallel(in.count, threads, [&](int64_t i, Arena& scratch) { task(i, scratch, Team()); });
-  else
-    parallel(in.count, 1, [&](int64_t i, Arena& scratch) { task(i, scratch, Team(threads)); });
+  const bool together = in.count < threads && in.n * in.m >= 2 * part_entries;
+  parallel(in.count, together ? 1 : threads, [&](int64_t i, Arena& scratch) { task(i, scratch, Team(together ? threads : 1)); });
 }
 
 template <class T>
@@ -76,7 +75,7 @@ template <class T>
 void unrolled(const Inputs& in, Address n_iter, Address up_cost, Address up_value, Address left, Address right, Address a,
               Address b, int threads) {
   const auto& kernel = kernels_of<T>(level());
-  each_problem(in, threads, 100, [&](int64_t i, Arena& scratch, const Team&) {
+  parallel(in.count, useful(threads, double(in.count) * in.n * in.m * 100), [&](int64_t i, Arena& scratch) {
     kernel.unrolled(in.problem<T>(i), scratch, *at<int64_t>(n_iter, i), in.upstream<T>(i, up_cost, up_value, 0, 0),
                     in.gradient<T>(i, left, right, a, b, 0));
   });

@@ -69,13 +69,13 @@ template <class T> OTLOSS_INLINE vec<T> exponent(const T* c, const T* g, int j, 
 }
 
 // exp(x / eps) = exp2(x * scale)
-template <class T> T exponent_scale(T eps) { return T(1.4426950408889634074 / double(eps)); }
+template <class T> T exponent_scale(T eps) { return T(log2e / double(eps)); }
 
 // The largest exponent (of 2) that a pair with mass can have; a pair without may have more, and 0 * 2^bound is 0.
 template <class T> constexpr T bound = sizeof(T) == 4 ? 86 : 860;
 
 template <class T> void log_rows(const Team& team, const Cost<T>& cost, const T* g, const T* log_b, T* f) {
-  const T scale = exponent_scale(cost.p.eps), back = T(0.69314718055994530942) * cost.p.eps;
+  const T scale = exponent_scale(cost.p.eps), back = T(ln2) * cost.p.eps;
   team.each(cost.parts.count, [&](int part) {
     for (int i = cost.parts.begin(part); i < std::min(cost.n, cost.parts.end(part)); ++i) {
       const T* c = cost.row(i);
@@ -91,7 +91,7 @@ template <class T> void log_rows(const Team& team, const Cost<T>& cost, const T*
 // peak and total are scratch of `cols`.
 template <class T> void log_cols(const Team& team, const Cost<T>& cost, const T* f, const T* log_a, T* g, T* peak, T* total) {
   constexpr int width = 512;
-  const T scale = exponent_scale(cost.p.eps), back = T(0.69314718055994530942) * cost.p.eps, none = -std::numeric_limits<T>::infinity();
+  const T scale = exponent_scale(cost.p.eps), back = T(ln2) * cost.p.eps, none = -std::numeric_limits<T>::infinity();
   team.each((cost.cols + width - 1) / width, [&](int strip) {
     const int begin = strip * width, end = std::min(cost.cols, begin + width);
     for (int j = begin; j < end; ++j) peak[j] = none, total[j] = 0;

@@ -86,6 +86,9 @@ class Arena {
 
 class Team;
 
+// About how many entries of a matrix one part of a large problem has; up to twice as many are not split.
+constexpr int64_t part_entries = int64_t(1) << 18;
+
 // The kernels of one level for one precision.
 template <class T> struct Kernels {
   void (*solve)(const Problem<T>&, Arena&, const Team&, int64_t max_iter, T tol, const Solution<T>&);

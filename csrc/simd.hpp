@@ -30,7 +30,7 @@ template <> struct Simd<double> {
                                  0.001333355814641693531,  0.00015403530441736050155, 0.000015252733829836118394, 1.3215442587921689653e-6,
                                  1.0178062445845773521e-7, 7.0725859492692236999e-9,  4.4549605981865183938e-10};
 };
-template <class T> constexpr T log2e = T(1.4426950408889634074);
+constexpr double log2e = 1.4426950408889634074, ln2 = 0.69314718055994530942;
 
 template <class T> struct vec_of {
   typedef T type __attribute__((vector_size(OTLOSS_VECTOR_BYTES)));
@@ -132,7 +132,6 @@ template <class T> OTLOSS_INLINE vec<T> exp2(vec<T> x) {
   const I scale = ((I)t + S::bias) << S::mantissa;  // the magic number's own bits are shifted out
   return (horner<T, 0>(r) * r + T(1)) * (vec<T>)scale;
 }
-template <class T> OTLOSS_INLINE vec<T> exp(vec<T> x) { return exp2<T>(x * log2e<T>); }
 
 template <class T> OTLOSS_INLINE T dot(const T* x, const T* y, int n) {  // n is a multiple of the lanes
   vec<T> s0{}, s1{};
