@@ -21,6 +21,8 @@
 namespace otloss::OTLOSS_LEVEL {
 
 template <class T> struct Adjoint {
+  static constexpr T least = sizeof(T) == 4 ? T(1e-10) : T(1e-100);  // a row's sum that is trusted, or its reciprocal
+
   const Problem<T>& p;
   const Cost<T>& cost;
   const Team& team;
@@ -149,11 +151,14 @@ template <class T> struct Adjoint {
     for (int j = 0; j < cost.cols; ++j) x[j] -= along * root[j];
   }
 
+  static constexpr T cg_target = sizeof(T) == 4 ? T(5e-7) : T(1e-12), cg_noise = 8 * std::numeric_limits<T>::epsilon();
+  static constexpr int cg_patience = 60;
+  static constexpr int cg_cap(int n, int m) { return 10 * (n + m) < 2000 ? 10 * (n + m) : 2000; }
+
   // Conjugate gradients from 0; keeps the best iterate and gives up when it stops improving. Returns the squared size
   // of the right-hand side, 0 if there is nothing to solve.
   T conjugate_gradients() {
-    const T target = sizeof(T) == 4 ? T(5e-7) : T(1e-12);
-    const int m = cost.cols, patience = 60, size = 10 * (cost.n + cost.m), cap = size < 2000 ? size : 2000;
+    const int m = cost.cols, cap = cg_cap(cost.n, cost.m);
     for (int j = 0; j < m; ++j) {
       root[j] = std::sqrt(S[j]) * live[j];
       unroot[j] = root[j] > 0 ? 1 / root[j] : T(0);
@@ -163,10 +168,9 @@ template <class T> struct Adjoint {
     const T start = dot(res, res, m);
     T norm = start, least = start, terms = 0;
     for (int i = 0; i < cost.n; ++i) terms += A[i] * y[i] * y[i];
-    const T noise = 8 * std::numeric_limits<T>::epsilon();
-    if (start <= noise * noise * terms) return 0;  // h is the rounding of terms that cancel: V = 0 solves it
+    if (start <= cg_noise * cg_noise * terms) return 0;  // h is the rounding of terms that cancel: V = 0 solves it
     for (int j = 0; j < m; ++j) dir[j] = res[j];
-    for (int k = 0, last = 0; k < cap && norm > target * target * start && k - last < patience; ++k) {
+    for (int k = 0, last = 0; k < cap && norm > cg_target * cg_target * start && k - last < cg_patience; ++k) {
       for (int j = 0; j < m; ++j) v[j] = unroot[j] * dir[j];
       normal(v, work);
       for (int j = 0; j < m; ++j) work[j] = dir[j] - unroot[j] * work[j];
@@ -215,8 +219,8 @@ template <class T> struct Adjoint {
         const int count = std::min(tile_rows, cost.rows - i0);
         for (int i = i0; i < i0 + count; ++i) solve && (up.f || up.g) ? gradient_row<true>(i) : gradient_row<false>(i);
         if (i0 >= cost.n) break;
-        cost.pull_left(M + size_t(i0) * cost.ld, i0, count, out);
-        if (whole) cost.pull_right(M + size_t(i0) * cost.ld, i0, count, 0, cost.m);
+        const T* G = M + size_t(i0) * cost.ld;
+        whole ? cost.pull(G, i0, count, out) : cost.pull_left(G, i0, count, out);
       }
     });
     constexpr int width = 256;
@@ -243,7 +247,6 @@ template <class T> struct Adjoint {
 
  private:
   static constexpr T none = -std::numeric_limits<T>::infinity();
-  static constexpr T least = sizeof(T) == 4 ? T(1e-10) : T(1e-100);
   bool up_ = false;
 };
 
@@ -251,7 +254,7 @@ template <class T>
 void implicit_gradient(const Problem<T>& p, Arena& arena, const Team& team, const T* f, const T* g, const Upstream<T>& up,
                        bool adjoint, const Gradient<T>& out) {
   arena.reset(Cost<T>::bytes(p, out.left) + Adjoint<T>::bytes(p));
-  const Cost<T> cost(p, arena, out.left);
+  const Cost<T> cost(p, arena, adjoint || out.left, out.left);
   Adjoint<T> s(cost, arena, team, f, g, up, adjoint);
   const T w = (adjoint ? up.cost : T(0)) + up.value;
   *out.residual = 0;

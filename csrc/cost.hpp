@@ -43,54 +43,64 @@ struct Parts {
 
 template <class T> struct Cost {
   const Problem<T>& p;
-  const int n, m, rows, cols, ld, depth;  // rows, cols: padded n, m
+  const int n, m, rows, cols, ld, depth, side;  // rows, cols, depth: padded n, m, d; ld, side: from row to row of C and of the features
   const Parts parts;
   T* C;  // rows x ld
 
+  // Room for everything a constructor may take.
   static size_t bytes(const Problem<T>& p, bool gradient) {
-    const size_t n = round_up<T>(p.n), m = round_up<T>(p.m), k = round_up<T>(p.d);
+    const size_t n = round_up<T>(p.n), m = round_up<T>(p.m), k = round_up<T>(p.d), side = leading<T>(p.d);
     size_t need = Arena::bytes<T>(n * leading<T>(p.m));
     if (!p.right) return need;
-    const size_t sides = Arena::bytes<T>(n * k) + Arena::bytes<T>(m * k);
+    const size_t sides = Arena::bytes<T>(n * side) + Arena::bytes<T>(m * side);
     need += sides + Arena::bytes<T>(k * (m + lanes<T>)) + Arena::bytes<T>(n) + Arena::bytes<T>(m);
     return gradient ? need + sides : need;
   }
 
-  Cost(const Problem<T>& p, Arena& arena, bool gradient)
+  // product: `fill` will be called; gradient: `pull` and `finish`. The rows stand at `place` if it is given.
+  Cost(const Problem<T>& p, Arena& arena, bool product, bool gradient, T* place = nullptr)
       : p(p), n(p.n), m(p.m), rows(round_up<T>(p.n)), cols(round_up<T>(p.m)), ld(leading<T>(p.m)), depth(round_up<T>(p.d)),
-        parts(rows, cols) {
-    C = arena.take<T>(size_t(rows) * ld);
-    if (!p.right) return;
-    xh_ = arena.take<T>(size_t(rows) * depth);
-    yh_ = arena.take<T>(size_t(cols) * depth);
-    panels_ = arena.take<T>(size_t(depth) * (cols + lanes<T>));
+        side(leading<T>(p.d)), parts(rows, cols) {
+    C = place ? place : arena.take<T>(size_t(rows) * ld);
+    product = product && !p.kept;
+    if (!p.right || !(product || gradient)) return;
+    xh_ = arena.take<T>(size_t(rows) * side);
+    yh_ = arena.take<T>(size_t(cols) * side);
     x_inverse_ = arena.take<T>(rows);
     y_inverse_ = arena.take<T>(cols);
     normalise(p.left, n, rows, xh_, x_inverse_);
     normalise(p.right, m, cols, yh_, y_inverse_);
-    pack();
+    if (product) {
+      panels_ = arena.take<T>(size_t(depth) * (cols + lanes<T>));
+      pack();
+    }
     if (!gradient) return;
-    gx_ = arena.take<T>(size_t(rows) * depth);
-    gy_ = arena.take<T>(size_t(cols) * depth);
-    std::memset(gy_, 0, sizeof(T) * cols * depth);
+    gx_ = arena.take<T>(size_t(rows) * side);
+    gy_ = arena.take<T>(size_t(cols) * side);
+    std::memset(gy_, 0, sizeof(T) * cols * side);
   }
 
   T* row(int i) const { return C + size_t(i) * ld; }
 
   // Fills rows i0 .. i0 + block - 1.
   void fill(int i0) const {
-    if (p.right) {
+    if (p.right && !p.kept) {
       const T *panels = panels_;
       const int k = depth;
-      strip<block, false>(cols, p.d, xh_ + size_t(i0) * depth, depth, 1, [=](int j) { return panels + size_t(j) * k; }, panel_ld,
+      strip<block, false>(cols, p.d, xh_ + size_t(i0) * side, side, 1, [=](int j) { return panels + size_t(j) * k; }, panel_ld,
                           row(i0), ld, T(-1), T(1));
       return;
     }
     for (int i = i0; i < i0 + block; ++i) {
       const int have = i < n ? m : 0;
-      if (have) std::memcpy(row(i), p.left + size_t(i) * m, sizeof(T) * m);
+      if (have) std::memcpy(row(i), (p.right ? p.kept : p.left) + size_t(i) * m, sizeof(T) * m);
       for (int j = have; j < cols; ++j) row(i)[j] = 0;
     }
+  }
+
+  // A copy without padding, for the gradient to come.
+  void keep(T* to) const {
+    for (int i = 0; to && i < n; ++i) std::memcpy(to + size_t(i) * m, row(i), sizeof(T) * m);
   }
 
   // Takes the gradient of rows i0 .. i0 + count - 1 (leading dimension ld, 0 in the padding) to the left input's,
@@ -101,15 +111,20 @@ template <class T> struct Cost {
       return;
     }
     const T* yh = yh_;
-    gemm<false>(count, depth, m, G, ld, 1, [=](int k) { return yh + k; }, depth, gx_ + size_t(i0) * depth, depth, T(-1), T(0));
+    gemm<false>(count, depth, m, G, ld, 1, [=](int k) { return yh + k; }, side, gx_ + size_t(i0) * side, side, T(-1), T(0));
   }
 
   // and of columns j0 .. j0 + width - 1 of those rows to the right input's.
   void pull_right(const T* G, int i0, int count, int j0, int width) const {
     if (!p.right) return;
-    const T* xh = xh_ + size_t(i0) * depth;
-    gemm<true>(std::min(width, m - j0), depth, std::min(count, n - i0), G + j0, 1, ld, [=](int k) { return xh + k; }, depth,
-               gy_ + size_t(j0) * depth, depth, T(-1), T(0));
+    const T* xh = xh_ + size_t(i0) * side;
+    gemm<true>(std::min(width, m - j0), depth, std::min(count, n - i0), G + j0, 1, ld, [=](int k) { return xh + k; }, side,
+               gy_ + size_t(j0) * side, side, T(-1), T(0));
+  }
+
+  void pull(const T* G, int i0, int count, const Gradient<T>& out) const {
+    pull_left(G, i0, count, out);
+    pull_right(G, i0, count, 0, m);
   }
 
   void finish(const Gradient<T>& out) const {
@@ -124,7 +139,7 @@ template <class T> struct Cost {
   void normalise(const T* x, int count, int padded, T* xh, T* inverse) const {
     constexpr T small = sizeof(T) == 4 ? T(1e-20) : T(1e-200), large = 1 / small;
     const int whole = p.d / lanes<T> * lanes<T>;
-    for (int i = 0; i < count; ++i, x += p.d, xh += depth) {
+    for (int i = 0; i < count; ++i, x += p.d, xh += side) {
       vec<T> squares{}, more{};
       std::memset(xh + whole, 0, sizeof(T) * (depth - whole));
       std::memcpy(xh + whole, x + whole, sizeof(T) * (p.d - whole));
@@ -146,7 +161,7 @@ template <class T> struct Cost {
         inverse[i] = rescale(xh);
       }
     }
-    std::memset(xh, 0, sizeof(T) * (padded - count) * depth);
+    std::memset(xh, 0, sizeof(T) * (padded - count) * side);
     for (int i = count; i < padded; ++i) inverse[i] = 0;
   }
 
@@ -175,7 +190,7 @@ template <class T> struct Cost {
       T* panel = panels_ + size_t(j - within) * depth + within;
       for (int k = 0; k < depth; k += lanes<T>) {
         vec<T> square[lanes<T>];
-        repeat<lanes<T>>(OTLOSS_EACH(r) { square[r] = load(yh_ + size_t(j + r) * depth + k); });
+        repeat<lanes<T>>(OTLOSS_EACH(r) { square[r] = load(yh_ + size_t(j + r) * side + k); });
         transpose<T>(square);
         repeat<lanes<T>>(OTLOSS_EACH(r) { store<T>(panel + size_t(k + r) * panel_ld, square[r]); });
       }
@@ -183,7 +198,7 @@ template <class T> struct Cost {
   }
 
   void denormalise(int count, const T* xh, const T* inverse, const T* gh, T* out) const {
-    for (int i = 0; i < count; ++i, xh += depth, gh += depth, out += p.d) {
+    for (int i = 0; i < count; ++i, xh += side, gh += side, out += p.d) {
       const T along = dot(xh, gh, depth);
       int k = 0;
       for (; k + lanes<T> <= p.d; k += lanes<T>) store<T>(out + k, (load(gh + k) - load(xh + k) * along) * inverse[i]);

@@ -19,10 +19,13 @@ struct Inputs {
   Address left, right, a, b;
   int64_t count, n, m, d;
   double eps;
+  Address kept;  // where solve leaves the cost of features for the gradient, or 0
 
+  bool short_rows() const { return n <= otloss::short_rows && m <= otloss::short_rows; }
   template <class T> Problem<T> problem(int64_t i) const {
     const int64_t size = right ? n * d : n * m;
-    return {at<T>(left, i * size), at<T>(right, i * m * d), at<T>(a, i * n), at<T>(b, i * m), int(n), int(m), int(d), T(eps)};
+    return {at<T>(left, i * size), at<T>(right, i * m * d), at<T>(a, i * n), at<T>(b, i * m), int(n), int(m), int(d), T(eps),
+            at<T>(kept, i * n * m)};
   }
   template <class T> Upstream<T> upstream(int64_t i, Address cost, Address value, Address f, Address g) const {
     return {cost ? *at<T>(cost, i) : T(0), value ? *at<T>(value, i) : T(0), at<T>(f, i * n), at<T>(g, i * m)};
@@ -50,14 +53,38 @@ template <class Task> void each_problem(const Inputs& in, int threads, double pa
   parallel(in.count, together ? 1 : threads, [&](int64_t i, Arena& scratch) { task(i, scratch, Team(together ? threads : 1)); });
 }
 
+// Problems with short rows in groups that fill a vector.
+template <class Task> void each_group(const Inputs& in, int lanes, int threads, double passes, Task task) {
+  threads = useful(threads, double(in.count) * in.n * in.m * passes);
+  parallel((in.count + lanes - 1) / lanes, threads, [&](int64_t group, Arena& scratch) {
+    const int64_t first = group * lanes;
+    task(first, int(std::min<int64_t>(lanes, in.count - first)), scratch);
+  });
+}
+constexpr int most_lanes = 16;
+
 template <class T>
 void solve(const Inputs& in, int64_t max_iter, double tol, Address f, Address g, Address cost, Address value, Address n_iter,
            Address error, int threads) {
   const auto& kernel = kernels_of<T>(level());
+  const auto solution = [&](int64_t i) -> Solution<T> {
+    return {at<T>(f, i * in.n), at<T>(g, i * in.m), at<T>(cost, i), at<T>(value, i), at<T>(error, i), at<int64_t>(n_iter, i),
+            at<T>(in.kept, i * in.n * in.m)};
+  };
+  const auto problem = [&](int64_t i) {
+    Problem<T> p = in.problem<T>(i);
+    p.kept = nullptr;  // still to be written
+    return p;
+  };
+  if (in.short_rows())
+    return each_group(in, kernel.lanes, threads, double(max_iter + 10), [&](int64_t first, int count, Arena& scratch) {
+      Problem<T> problems[most_lanes];
+      Solution<T> solutions[most_lanes];
+      for (int k = 0; k < count; ++k) problems[k] = problem(first + k), solutions[k] = solution(first + k);
+      kernel.solve_lanes(problems, count, scratch, max_iter, T(tol), solutions);
+    });
   each_problem(in, threads, double(max_iter + 10), [&](int64_t i, Arena& scratch, const Team& team) {
-    kernel.solve(in.problem<T>(i), scratch, team, max_iter, T(tol),
-                 {at<T>(f, i * in.n), at<T>(g, i * in.m), at<T>(cost, i), at<T>(value, i), at<T>(error, i),
-                  at<int64_t>(n_iter, i)});
+    kernel.solve(problem(i), scratch, team, max_iter, T(tol), solution(i));
   });
 }
 
@@ -65,6 +92,23 @@ template <class T>
 void implicit(const Inputs& in, Address f, Address g, Address up_cost, Address up_value, Address up_f, Address up_g, bool adjoint,
               Address left, Address right, Address a, Address b, Address residual, int threads) {
   const auto& kernel = kernels_of<T>(level());
+  for (const auto& [to, size] : {std::pair(left, in.right ? in.n * in.d : in.n * in.m), std::pair(right, in.m * in.d)})
+    if (to) want_large_pages(at<T>(to, 0), sizeof(T) * in.count * size);  // usually fresh memory, written once
+  if (in.short_rows() && !up_f && !up_g)
+    return each_group(in, kernel.lanes, threads, 30, [&](int64_t first, int count, Arena& scratch) {
+      Problem<T> problems[most_lanes];
+      const T *fs[most_lanes], *gs[most_lanes];
+      Upstream<T> upstream[most_lanes];
+      Gradient<T> gradient[most_lanes];
+      for (int k = 0; k < count; ++k) {
+        const int64_t i = first + k;
+        problems[k] = in.problem<T>(i);
+        fs[k] = at<T>(f, i * in.n), gs[k] = at<T>(g, i * in.m);
+        upstream[k] = in.upstream<T>(i, up_cost, up_value, 0, 0);
+        gradient[k] = in.gradient<T>(i, left, right, a, b, residual);
+      }
+      kernel.implicit_lanes(problems, count, scratch, fs, gs, upstream, adjoint, gradient);
+    });
   each_problem(in, threads, 30, [&](int64_t i, Arena& scratch, const Team& team) {
     kernel.implicit(in.problem<T>(i), scratch, team, at<T>(f, i * in.n), at<T>(g, i * in.m),
                     in.upstream<T>(i, up_cost, up_value, up_f, up_g), adjoint, in.gradient<T>(i, left, right, a, b, residual));
@@ -97,7 +141,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of otloss; use otloss.backends.cpu.";
   py::class_<Inputs>(m, "Inputs")
       .def(py::init([](Address left, Address right, Address a, Address b, int64_t count, int64_t n, int64_t m, int64_t d,
-                       double eps) { return Inputs{left, right, a, b, count, n, m, d, eps}; }));
+                       double eps, Address kept) { return Inputs{left, right, a, b, count, n, m, d, eps, kept}; }));
   m.def("level", [] { return active_level() ? active_level()->name : ""; });
   m.def("problem", [] { return std::string(level_problem()); });
   const py::call_guard<py::gil_scoped_release> free;

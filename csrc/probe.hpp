@@ -54,7 +54,7 @@ template <class T> double probe_fma() {
 // GFLOP/s of the three products of one problem with features: the cost and the two contractions of its gradient.
 template <class T> double probe_products(Arena& arena, int n, int m, int d) {
   const size_t inputs = Arena::bytes<T>(size_t(n) * d) + Arena::bytes<T>(size_t(m) * d);
-  Problem<T> p{nullptr, nullptr, nullptr, nullptr, n, m, d, T(1)};
+  Problem<T> p{nullptr, nullptr, nullptr, nullptr, n, m, d, T(1), nullptr};
   Arena features;
   features.reset(inputs);
   T *x = features.take<T>(size_t(n) * d), *y = features.take<T>(size_t(m) * d);
@@ -62,13 +62,12 @@ template <class T> double probe_products(Arena& arena, int n, int m, int d) {
   for (size_t i = 0; i < size_t(m) * d; ++i) y[i] = 1;
   p.left = x, p.right = y;
   arena.reset(Cost<T>::bytes(p, true));
-  const Cost<T> cost(p, arena, true);
+  const Cost<T> cost(p, arena, true, true);
   const Gradient<T> out{};
   const double took = fastest([&] {
     for (int i0 = 0; i0 < cost.n; i0 += tile_rows) {
       for (int i = i0; i < std::min(i0 + tile_rows, cost.rows); i += block) cost.fill(i);
-      cost.pull_left(cost.row(i0), i0, tile_rows, out);
-      cost.pull_right(cost.row(i0), i0, tile_rows, 0, cost.m);
+      cost.pull(cost.row(i0), i0, tile_rows, out);
     }
   });
   return 6. * n * m * d / took * 1e-9;

@@ -3,6 +3,7 @@
 // A problem is a dense cost (right == nullptr, left = C of n x m) or a pair of feature sets (left = x of n x d,
 // right = y of m x d, C_ij = 1 - cos(x_i, y_j)), with masses a, b that sum to 1. In the KL gauge its plan is
 //   T_ij = a_i b_j exp((f_i + g_j - C_ij) / eps).
+// A solve may keep the cost of features for the gradient, which then spares a product.
 #pragma once
 #include <algorithm>
 #include <chrono>
@@ -26,11 +27,13 @@ template <class T> struct Problem {
   const T *left, *right, *a, *b;
   int n, m, d;
   T eps;
+  const T* kept;  // the cost n x m of the features, or null
 };
 
 template <class T> struct Solution {
   T *f, *g, *cost, *value, *error;
   int64_t* n_iter;
+  T* kept;  // n x m, or null
 };
 
 // What the loss says about each output; a null vector is zero.
@@ -47,6 +50,19 @@ template <class T> struct Gradient {
 // A mass below this is no mass: its reciprocal must stay representable with room to spare.
 template <class T> constexpr T dead_mass = sizeof(T) == 4 ? T(1e-30) : T(1e-290);
 
+// Asks for large pages in what lies whole within a range: first touches are then few, and small pages scattered over memory
+// do not collide in the second-level cache. Values are not touched.
+constexpr size_t large_page = size_t(2) << 20;
+inline void want_large_pages(void* data, size_t bytes) {
+#ifdef MADV_HUGEPAGE
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + large_page - 1) / large_page * large_page;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / large_page * large_page;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)data, (void)bytes;
+#endif
+}
+
 // Scratch of one thread: a bump allocator that grows to the largest problem seen. Call reset() with the whole need first.
 class Arena {
  public:
@@ -56,14 +72,14 @@ class Arena {
   void reset(size_t bytes) {
     if (bytes > size_ || size_ > keep) {
       release();
-      size_ = (bytes + page - 1) / page * page;
-      data_ = static_cast<char*>(::operator new(size_, std::align_val_t(page)));
-#ifdef MADV_HUGEPAGE
-      madvise(data_, size_, MADV_HUGEPAGE);  // small pages scattered over memory collide in the second-level cache
-#endif
+      size_ = (bytes + large_page - 1) / large_page * large_page;
+      data_ = static_cast<char*>(::operator new(size_, std::align_val_t(large_page)));
+      want_large_pages(data_, size_);
     }
     used_ = 0;
   }
+  size_t used() const { return used_; }
+  void rewind(size_t used) { used_ = used; }  // gives back what was taken since
   template <class T> T* take(size_t count) {
     T* p = reinterpret_cast<T*>(data_ + used_);
     used_ += bytes<T>(count);
@@ -73,10 +89,9 @@ class Arena {
   template <class T> static constexpr size_t bytes(size_t count) { return (count * sizeof(T) + 63) / 64 * 64; }
 
  private:
-  static constexpr size_t page = size_t(2) << 20;
   static constexpr size_t keep = size_t(256) << 20;  // more than this is given back by the next problem
   void release() {
-    if (data_) ::operator delete(data_, std::align_val_t(page));
+    if (data_) ::operator delete(data_, std::align_val_t(large_page));
     data_ = nullptr;
     size_ = 0;
   }
@@ -89,10 +104,17 @@ class Team;
 // About how many entries of a matrix one part of a large problem has; up to twice as many are not split.
 constexpr int64_t part_entries = int64_t(1) << 18;
 
+constexpr int short_rows = 64;
+
 // The kernels of one level for one precision.
 template <class T> struct Kernels {
   void (*solve)(const Problem<T>&, Arena&, const Team&, int64_t max_iter, T tol, const Solution<T>&);
   void (*implicit)(const Problem<T>&, Arena&, const Team&, const T* f, const T* g, const Upstream<T>&, bool adjoint, const Gradient<T>&);
+  // Up to `lanes` problems of one shape, n and m at most short_rows; no loss on f or g.
+  void (*solve_lanes)(const Problem<T>*, int count, Arena&, int64_t max_iter, T tol, const Solution<T>*);
+  void (*implicit_lanes)(const Problem<T>*, int count, Arena&, const T* const* f, const T* const* g, const Upstream<T>*, bool adjoint,
+                         const Gradient<T>*);
+  int lanes;
   void (*unrolled)(const Problem<T>&, Arena&, int64_t n_iter, const Upstream<T>&, const Gradient<T>&);
   double (*probe_read)(Arena&, int64_t bytes);
   double (*probe_fma)();

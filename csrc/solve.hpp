@@ -166,10 +166,11 @@ template <class T> struct Solver {
 template <class T>
 void solve(const Problem<T>& p, Arena& arena, const Team& team, int64_t max_iter, T tol, const Solution<T>& out) {
   arena.reset(Cost<T>::bytes(p, false) + Solver<T>::bytes(p));
-  const Cost<T> cost(p, arena, false);
+  const Cost<T> cost(p, arena, true, false);
   Solver<T> s(cost, arena, team);
   T error = 0;
   const bool stopped = s.run(max_iter, tol, *out.n_iter, error, [](int64_t) {});
+  cost.keep(out.kept);
 
   T *f = s.F, *g = s.G;  // dead entries: one half-step from the live ones
   s.potentials(f, g);

@@ -17,7 +17,7 @@ void unrolled_gradient(const Problem<T>& p, Arena& arena, int64_t n_iter, const 
   const size_t rows = round_up<T>(p.n), cols = round_up<T>(p.m);
   arena.reset(Cost<T>::bytes(p, out.left) + Solver<T>::bytes(p) + Arena::bytes<T>((n_iter + 1) * rows) +
               Arena::bytes<T>((n_iter + 1) * cols) + 2 * Arena::bytes<T>(rows) + 3 * Arena::bytes<T>(cols));
-  const Cost<T> cost(p, arena, out.left);
+  const Cost<T> cost(p, arena, true, out.left);
   const Team alone;
   Solver<T> s(cost, arena, alone);
   T *f = arena.take<T>((n_iter + 1) * rows), *g = arena.take<T>((n_iter + 1) * cols);
@@ -89,8 +89,7 @@ void unrolled_gradient(const Problem<T>& p, Arena& arena, int64_t n_iter, const 
   for (int j = 0; j < p.m; ++j) out.b[j] = db[j];
   if (!out.left) return;
   for (int i0 = 0; i0 < cost.n; i0 += tile_rows) {
-    cost.pull_left(D + size_t(i0) * cost.ld, i0, tile_rows, out);
-    cost.pull_right(D + size_t(i0) * cost.ld, i0, tile_rows, 0, cost.m);
+    cost.pull(D + size_t(i0) * cost.ld, i0, tile_rows, out);
   }
   cost.finish(out);
 }

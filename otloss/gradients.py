@@ -38,12 +38,12 @@ from otloss.backends import get_backend
 from otloss.checks import no_autocast
 
 MODES = ("implicit", "unroll", "none")
-# Outputs of ``Sinkhorn`` by position: f, g, transport cost, value, iterations, error.
-_CONSTANT = {"implicit": (4, 5), "unroll": (0, 1, 4, 5), "none": (0, 1, 3, 4, 5)}
+# Outputs of ``Sinkhorn`` by position: f, g, transport cost, value, iterations, error, kept.
+_CONSTANT = {"implicit": (4, 5, 6), "unroll": (0, 1, 4, 5, 6), "none": (0, 1, 3, 4, 5, 6)}
 
 
 class Sinkhorn(torch.autograd.Function):
-    """(left, right, a, b) -> f, g, transport cost, value, iterations, error."""
+    """(left, right, a, b) -> f, g, transport cost, value, iterations, error, kept."""
 
     generate_vmap_rule = True
 
@@ -60,14 +60,14 @@ class Sinkhorn(torch.autograd.Function):
         tol: float,
         mode: str,
         backend: str,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         return operators.solve(left, right, a, b, log_totals, mass_tol, eps, max_iter, tol, backend)  # type: ignore[no-any-return]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         left, right, a, b, _, _, eps, max_iter, _, mode, backend = inputs
-        f, g, _, _, n_iter, _ = output
-        ctx.save_for_backward(left, right, a, b, f, g, n_iter)
+        f, g, _, _, n_iter, _, kept = output
+        ctx.save_for_backward(left, right, a, b, f, g, n_iter, kept)
         ctx.eps, ctx.max_iter, ctx.mode, ctx.backend = eps, max_iter, mode, backend
         ctx.mark_non_differentiable(*(output[i] for i in _CONSTANT[mode]))
         ctx.set_materialize_grads(False)
@@ -75,7 +75,7 @@ class Sinkhorn(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         p, q, w, w_value = grads[:4]
-        left, right, a, b, f, g, n_iter = ctx.saved_tensors
+        left, right, a, b, f, g, n_iter, kept = ctx.saved_tensors
         need_left, need_right, need_a, need_b = ctx.needs_input_grad[:4]
         need_cost = need_left or need_right
         if p is None and q is None and w is None and w_value is None:
@@ -89,7 +89,7 @@ class Sinkhorn(torch.autograd.Function):
                 p, q, slope = _project(p, q, a, b, f, g)
             adjoint = ctx.mode == "implicit" and (w is not None or p is not None)
             upstream = (w, w_value, p, q, ctx.eps, adjoint, need_cost)
-            grad = _call("implicit_gradient", ctx.backend, ctx.mode, left, right, a, b, f, g, *upstream)
+            grad = _call("implicit_gradient", ctx.backend, ctx.mode, left, right, a, b, f, g, kept, *upstream)
             if slope is not None:
                 grad = (*grad[:2], grad[2] - slope * f / 2, grad[3] + slope * g / 2)
         return (
@@ -119,6 +119,8 @@ def _call(name: str, backend: str, mode: str, *args: Any) -> tuple[Tensor, ...]:
     if mode == "none" or not module.TWICE_DIFFERENTIABLE:
         return OnceDifferentiable.apply(name, backend, mode, *args)  # type: ignore[no-any-return]
     with no_autocast(args[0]):
+        if name == "implicit_gradient":  # what is differentiated again is made again
+            args = (*args[:6], *args[7:])
         return getattr(module, name)(*args)[:4]  # type: ignore[no-any-return]
 
 

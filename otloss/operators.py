@@ -60,6 +60,18 @@ def _explain_nonfinite(left: Tensor, right: Tensor | None, eps: float) -> str:
     return f"the cost is too large for {left.dtype} at eps {eps:g}, results are not finite; rescale both"
 
 
+def _room_to_keep(left: Tensor, right: Tensor | None, backend: str) -> Tensor:
+    """Where the cost of features stays for the gradient, which then spares a product; only where it is small to them."""
+    if right is None or not get_backend(backend).KEEPS_COST:
+        return left.new_empty(0)
+    (count, n, d), m = left.shape, right.shape[1]
+    return left.new_empty(count, n, m) if 2 * n * m <= (n + m) * d else left.new_empty(0)
+
+
+def _if_kept(kept: Tensor) -> dict[str, Tensor]:
+    return {"kept": kept} if kept.numel() else {}
+
+
 @torch.library.custom_op("otloss::solve", mutates_args=())
 def solve(
     left: Tensor,
@@ -72,13 +84,19 @@ def solve(
     max_iter: int,
     tol: float,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """f, g, transport cost, value, iterations, error; ``log_totals (B, 2)`` are of the masses before normalising."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """f, g, transport cost, value, iterations, error, and what is kept for the gradient (empty where nothing is).
+
+    ``log_totals (B, 2)`` are of the masses before normalising.
+    """
     checked = _checks_on(left)
     if checked:
         _check_marginals(a, b, log_totals, mass_tol)
+    kept = _room_to_keep(left, right, backend)
     with no_autocast(left):
-        f, g, cost, value, n_iter, error = get_backend(backend).solve(left, right, a, b, eps, max_iter, tol)
+        f, g, cost, value, n_iter, error = get_backend(backend).solve(
+            left, right, a, b, eps, max_iter, tol, **_if_kept(kept)
+        )
     if checked:
         if not (torch.isfinite(cost).all() and torch.isfinite(f).all() and torch.isfinite(g).all()):
             raise ValueError(_explain_nonfinite(left, right, eps))
@@ -88,7 +106,7 @@ def solve(
                 f"problems did not reach tol={tol:g} in max_iter={max_iter} iterations at eps={eps:g} "
                 "(see converged and marginal_error); raise max_iter, tol or eps"
             )
-    return _contiguous(f, g, cost, value, n_iter, error)
+    return _contiguous(f, g, cost, value, n_iter, error, kept)
 
 
 @solve.register_fake
@@ -101,6 +119,7 @@ def _(left, right, a, b, log_totals, mass_tol, eps, max_iter, tol, backend):  # 
         torch.empty_like(scalar),
         torch.empty_like(scalar, dtype=torch.int64),
         torch.empty_like(scalar),
+        _room_to_keep(left, right, backend),
     )
 
 
@@ -112,6 +131,7 @@ def implicit_gradient(
     b: Tensor,
     f: Tensor,
     g: Tensor,
+    kept: Tensor,
     grad_cost: Tensor | None,
     grad_value: Tensor | None,
     grad_f: Tensor | None,
@@ -124,7 +144,7 @@ def implicit_gradient(
     """Gradients of left, right, a and b by the implicit function theorem."""
     with no_autocast(left):
         *grads, residual = get_backend(backend).implicit_gradient(
-            left, right, a, b, f, g, grad_cost, grad_value, grad_f, grad_g, eps, adjoint, need_cost
+            left, right, a, b, f, g, grad_cost, grad_value, grad_f, grad_g, eps, adjoint, need_cost, **_if_kept(kept)
         )
     if _checks_on(left) and residual.numel() and float(residual.max()) > 1e-2:
         _warn(
@@ -148,7 +168,7 @@ def _fake_gradients(
 
 
 @implicit_gradient.register_fake
-def _(left, right, a, b, f, g, gc, gv, gf, gg, eps, adjoint, need_cost, backend):  # type: ignore[no-untyped-def]
+def _(left, right, a, b, f, g, kept, gc, gv, gf, gg, eps, adjoint, need_cost, backend):  # type: ignore[no-untyped-def]
     return _fake_gradients(left, right, a, b, need_cost)
 
 

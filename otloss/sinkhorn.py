@@ -49,7 +49,7 @@ class SinkhornOutput:
         self._plan: Tensor | None = None
         self.f = solution[0].reshape(*shape, solution[0].shape[-1])
         self.g = solution[1].reshape(*shape, solution[1].shape[-1])
-        self.transport_cost, self.value, self.n_iter, self.marginal_error = (out.reshape(shape) for out in solution[2:])
+        self.transport_cost, self.value, self.n_iter, self.marginal_error = (out.reshape(shape) for out in solution[2:6])
         self.converged = self.marginal_error < tol
 
     @property

@@ -134,11 +134,11 @@ def test_opcheck(backend: str, features: bool, permuted: bool) -> None:
     left, right = (torch.randn(2, 4, 3), torch.randn(2, 5, 3)) if features else (cost, None)
     totals = torch.zeros(2, 2)
     opcheck(operators.solve, (left, right, a, b, totals, 1e-6, 0.1, 50, 0.0, backend))
-    f, g, _, _, n_iter, _ = operators.solve(left, right, a, b, totals, 1e-6, 0.1, 50, 0.0, backend)
+    f, g, _, _, n_iter, _, kept = operators.solve(left, right, a, b, totals, 1e-6, 0.1, 50, 0.0, backend)
     w, p, q = torch.rand(2), torch.rand(2, 4), torch.rand(2, 5)
     q = q * p.sum(-1, keepdim=True) / q.sum(-1, keepdim=True)
     for need_cost in (True, False):
-        opcheck(operators.implicit_gradient, (left, right, a, b, f, g, w, None, p, q, 0.1, True, need_cost, backend))
+        opcheck(operators.implicit_gradient, (left, right, a, b, f, g, kept, w, None, p, q, 0.1, True, need_cost, backend))
         opcheck(operators.unrolled_gradient, (left, right, a, b, n_iter, w, w, 0.1, need_cost, 50, backend))
 
 

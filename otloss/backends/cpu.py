@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 TWICE_DIFFERENTIABLE = False
+KEEPS_COST = True
 
 # Read once, so that torch.compile sees plain strings.
 _C: ModuleType | None
@@ -42,7 +43,7 @@ def level() -> str:
 class _Problem:
     """The inputs made contiguous and kept alive, with the shapes read off once."""
 
-    def __init__(self, left: Tensor, right: Tensor | None, a: Tensor, b: Tensor, eps: float) -> None:
+    def __init__(self, left: Tensor, right: Tensor | None, a: Tensor, b: Tensor, eps: float, kept: Tensor | None = None) -> None:
         reason = status()
         if _C is None or reason is not None:
             raise RuntimeError(f"the cpu backend cannot be used: {reason}")
@@ -64,6 +65,7 @@ class _Problem:
             self.m,
             d,
             eps,
+            _address(kept),
         )
 
     def empty(self, *shape: int) -> Tensor:
@@ -88,10 +90,20 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def solve(
-    left: Tensor, right: Tensor | None, a: Tensor, b: Tensor, eps: float, max_iter: int, tol: float
+    left: Tensor,
+    right: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    eps: float,
+    max_iter: int,
+    tol: float,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``f, g, transport_cost, value, n_iter, error``, after ``max_iter`` iterations or at an L1 error below ``tol``."""
-    problem = _Problem(left, right, a, b, eps)
+    """``f, g, transport_cost, value, n_iter, error``, after ``max_iter`` iterations or at an L1 error below ``tol``.
+
+    The cost of features is written to ``kept (B, n, m)``.
+    """
+    problem = _Problem(left, right, a, b, eps, kept)
     f, g, cost, value, error = (problem.empty(*shape) for shape in ((problem.n,), (problem.m,), (), (), ()))
     n_iter = torch.empty(problem.count, dtype=torch.int64)
     out = (f, g, cost, value, n_iter, error)
@@ -113,13 +125,16 @@ def implicit_gradient(
     eps: float,
     adjoint: bool,
     need_cost: bool,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``grad_left, grad_right, grad_a, grad_b, residual`` of the converged problem (csrc/adjoint.hpp).
 
     ``grad_f`` and ``grad_g`` have equal totals. Without ``adjoint`` the plan is a constant. The gradients of the masses
-    are not projected. ``grad_right`` is empty for a dense cost, both are without ``need_cost``.
+    are not projected. ``grad_right`` is empty for a dense cost, both are without ``need_cost``. ``kept`` is
+    what ``solve`` wrote there.
     """
-    problem = _Problem(left, right, a, b, eps)
+    kept = None if kept is None else kept.contiguous()
+    problem = _Problem(left, right, a, b, eps, kept)
     upstream = _contiguous(f, g, grad_cost, grad_value, grad_f, grad_g)
     grad_left, grad_right = problem.gradients(need_cost)
     out = (grad_left, grad_right, problem.empty(problem.n), problem.empty(problem.m), problem.empty())
