@@ -9,6 +9,7 @@ import os
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,8 +70,8 @@ def prepare(config: PrepareConfig, tick: Callable[[int, int], None] = lambda don
     _claim(config.out, identity)
     done = read_progress(config.out)
     todo = still_to_do(records, done, config.out)
-    # From here until the new index is written the folder is unfinished, and reading it says so.
-    (config.out / INDEX_FILE).unlink(missing_ok=True)
+    if todo:  # the folder is unfinished until the new index is written, and reading it says so
+        (config.out / INDEX_FILE).unlink(missing_ok=True)
     tick(len(records) - len(todo), len(records))
     for number, result in enumerate(convert_all(todo, config.out, config.size, config.workers), 1):
         done[result.name] = result
@@ -93,10 +94,10 @@ def prepare(config: PrepareConfig, tick: Callable[[int, int], None] = lambda don
     _write_index(config, kept)
     index = read_index(config.out, val_fraction=0.0)
     summary = {
-        "images": len(index),
-        "skipped": len(skipped),
         "fingerprint": index.fingerprint(),
         "source": str(root),
+        "splits": tally(index),
+        "skipped": len(skipped),
         "notes": listing.notes,
     }
     _write_json(config.out / PREPARED_FILE, {**identity, **summary})
@@ -183,19 +184,31 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     part.replace(path)
 
 
+def tally(index: ChestIndex) -> dict[str, dict[str, Any]]:
+    """Per split: images, patients, and images with each finding."""
+    result = {}
+    for name in ("train", "val", "test"):
+        rows = index.splits == name
+        if rows.any():
+            positives = index.labels[rows].sum(axis=0).tolist()
+            result[name] = {
+                "images": int(rows.sum()),
+                "patients": len(np.unique(index.patients[rows])),
+                "findings": dict(zip(index.classes, positives, strict=True)),
+            }
+    return result
+
+
 def report(prepared: Prepared, config: PrepareConfig, console: Console) -> None:
     """The summary on screen."""
     index = prepared.index
-    splits = [name for name in ("train", "val", "test") if (index.splits == name).any()]
-    table = Table(title=f"{config.dataset} in {config.out}")
-    table.add_column("")
-    for name in splits:
-        table.add_column(name, justify="right")
-    rows = [index.split(name) for name in splits]
-    table.add_row("images", *(str(len(part)) for part in rows))
-    table.add_row("patients", *(str(len(np.unique(part.patients))) for part in rows), end_section=True)
-    for column, label in enumerate(index.classes):
-        table.add_row(label, *(str(int(part.labels[:, column].sum())) for part in rows))
+    counts = tally(index)
+    table = Table("", *counts)
+    for row in ("images", "patients"):
+        table.add_row(row, *(str(part[row]) for part in counts.values()), end_section=row == "patients")
+    for label in index.classes:
+        table.add_row(label, *(str(part["findings"][label]) for part in counts.values()))
+    console.print(f"{config.dataset} in {config.out}", soft_wrap=True)
     console.print(table)
     console.print(f"{prepared.converted} images read now, {len(index) - prepared.converted} were there already.")
     kinds = Counter(reason.split(":")[0] for _, reason in prepared.skipped)
@@ -227,6 +240,6 @@ def main(config: PrepareConfig) -> None:
             prepared = prepare(config, tick)
     except KeyboardInterrupt:
         raise SystemExit("stopped; the same command goes on from here") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, BrokenProcessPool) as error:
         raise SystemExit(f"prepare: {error}") from error
     report(prepared, config, console)

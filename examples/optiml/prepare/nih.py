@@ -39,8 +39,9 @@ def read_nih(config: PrepareConfig) -> Listing:
             source="" if index.sources is None else str(index.sources[row]),
         )
         records.append(record)
+    notes = ["Validation patients are cut from train on reading, by the hash that reading the raw folder uses."]
     tables = [root / name for name in (ENTRY_FILE, TRAIN_FILE, TEST_FILE, BOX_FILE, "labels.csv")]
-    return Listing(index.classes, records, skipped, [table for table in tables if table.is_file()])
+    return Listing(index.classes, records, skipped, [table for table in tables if table.is_file()], notes)
 
 
 def read_phantom(config: PrepareConfig) -> Listing:

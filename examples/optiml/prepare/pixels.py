@@ -23,13 +23,20 @@ RLE_SPACE = 1024
 
 def read_grey(path: Path) -> tuple[Grey, str]:
     """A film's grey values, dark air and bright bone, and the PatientID of a DICOM header (else "")."""
-    if path.suffix.lower() in DICOM_SUFFIXES:
+    if path.suffix.lower() in DICOM_SUFFIXES or _has_dicom_mark(path):
         return _read_dicom(path)
     with Image.open(path) as file:
         if file.mode.startswith(("I", "F")):  # 16 bits and more, which convert("L") would clip
             values = np.asarray(file, dtype=np.float64)
             return _to_bytes(values, values.min(), values.max()), ""
         return np.array(file.convert("L")), ""
+
+
+def _has_dicom_mark(path: Path) -> bool:
+    """Hospitals' own files often have no suffix."""
+    with path.open("rb") as file:
+        file.seek(128)
+        return file.read(4) == b"DICM"
 
 
 def _read_dicom(path: Path) -> tuple[Grey, str]:
