@@ -101,7 +101,7 @@ def prepare(config: PrepareConfig, tick: Callable[[int, int], None] = lambda don
         "notes": listing.notes,
     }
     _write_json(config.out / PREPARED_FILE, {**identity, **summary})
-    return Prepared(index, skipped, listing.notes, len(todo))
+    return Prepared(index, skipped, listing.notes, sum(not done[record.name].error for record in todo))
 
 
 def _check_out(config: PrepareConfig) -> None:
