@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,6 +14,10 @@ from PIL import Image
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import ExplicitVRLittleEndian, JPEGBaseline8Bit, generate_uid
+
+from examples.optiml.data import ChestIndex
+from examples.optiml.prepare.command import Prepared, prepare
+from examples.optiml.prepare.config import PrepareConfig
 
 Pixels = NDArray[Any]
 
@@ -175,3 +180,27 @@ def vinbig_physionet(root: Path) -> Path:
     for seed, name in enumerate(("train/t0", "train/t1", "test/s0")):
         write_dicom(root / f"{name}.dicom", film(seed, 50, 40, 4095), bits=12)
     return root
+
+
+# --- preparing one, and what came of it --------------------------------------------------------------------------------
+
+
+def run(dataset: Any, root: Path, out: Path, **options: Any) -> Prepared:
+    return prepare(PrepareConfig(dataset, out, root, **{"workers": 1, "size": 32, **options}))
+
+
+def findings(index: ChestIndex) -> dict[str, set[str]]:
+    names = [name.removesuffix(".png") for name in index.names.tolist()]
+    return {
+        name: {index.classes[c] for c in np.flatnonzero(row)} for name, row in zip(names, index.labels, strict=True)
+    }
+
+
+def column(index: ChestIndex, field: str) -> dict[str, str]:
+    names = [name.removesuffix(".png") for name in index.names.tolist()]
+    return dict(zip(names, getattr(index, field).tolist(), strict=True))
+
+
+def reasons(out: Path) -> dict[str, str]:
+    with (out / "skipped.csv").open(newline="") as file:
+        return {row["item"]: row["reason"] for row in csv.DictReader(file)}

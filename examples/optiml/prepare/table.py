@@ -40,11 +40,11 @@ def read_table(config: PrepareConfig) -> Listing:
     blank = rows[config.image_column] == ""
     rows = rows[~blank].reset_index(drop=True)
 
-    binary = {column: name for column, name in labels.items() if set(rows[column].str.lower()) <= set(NUMBERS)}
+    binary = {column: name for column, name in labels.items() if _is_binary(rows[column])}
     words = [_words(rows[column]) for column in labels if column not in binary]
     classes = dict.fromkeys(binary.values())
-    for column in words:
-        classes.update(dict.fromkeys(sorted({word for cell in column for word in cell})))
+    for cells in words:
+        classes.update(dict.fromkeys(sorted({word for cell in cells for word in cell})))
     if bad := next((name for name in classes if "|" in name), None):
         raise ValueError(f"the finding {bad!r} holds a |, which separates findings")
 
@@ -52,7 +52,7 @@ def read_table(config: PrepareConfig) -> Listing:
     records, skipped = [], [("", "no image path")] * int(blank.sum())
     for i, row in enumerate(rows.to_dict("records")):
         image = row[config.image_column]
-        found = [word for column in words for word in column[i]]
+        found = [word for cells in words for word in cells[i]]
         reason = ""
         for column, name in binary.items():
             value = NUMBERS[row[column].lower()]
@@ -91,6 +91,15 @@ def _parse(option: str, rows: pd.DataFrame) -> tuple[str, str]:
     """``COLUMN=NAME`` or ``COLUMN``."""
     column, _, name = option.rpartition("=")
     return (column, name) if column and option not in rows else (option, option)
+
+
+def _is_binary(column: pd.Series[str]) -> bool:
+    """Whether these are 0 and 1; an error for a number among them that is neither."""
+    values = set(column.str.lower())
+    strange = sorted(values - set(NUMBERS))
+    if strange and values & {"0", "0.0", "1", "1.0"}:
+        raise ValueError(f"column {column.name!r} holds {strange[0]!r} among 0 and 1")
+    return not strange
 
 
 def _words(column: pd.Series[str]) -> list[list[str]]:

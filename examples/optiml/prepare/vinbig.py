@@ -51,7 +51,7 @@ def _physionet(config: PrepareConfig) -> Listing:
     tables = require(root, *names)
     classes: tuple[str, ...] = VINBIG_CLASSES
     records, skipped = [], []
-    for part, label_table, box_table in (("train", *tables[:2]), ("test", *tables[2:])):
+    for part, label_table, box_table in (("train", tables[0], tables[1]), ("test", tables[2], tables[3])):
         wide = pd.read_csv(label_table, dtype={"image_id": str}, encoding="utf-8-sig").rename(columns=SPELLING)
         findings = [c for c in wide.columns if c not in ("image_id", "rad_id", NO_FINDING)]
         if missing := set(VINBIG_CLASSES) - set(findings):
