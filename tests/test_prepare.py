@@ -15,7 +15,20 @@ pytest.importorskip("pydicom", reason="the example needs otloss[examples]")
 pytest.importorskip("tyro", reason="the example needs otloss[examples]")
 
 from PIL import Image
-from xray_layouts import film, nih, rsna, siim, vinbig_kaggle, vinbig_physionet, write_dicom, write_text
+from xray_layouts import (
+    column,
+    film,
+    findings,
+    nih,
+    reasons,
+    rsna,
+    run,
+    siim,
+    vinbig_kaggle,
+    vinbig_physionet,
+    write_dicom,
+    write_text,
+)
 
 from examples.optiml.data import Box, ImageStore, read_index
 from examples.optiml.layout import PhantomConfig, write_phantoms

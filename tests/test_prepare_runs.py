@@ -16,7 +16,7 @@ pytest.importorskip("lightly", reason="the example needs otloss[examples]")
 pytest.importorskip("tyro", reason="the example needs otloss[examples]")
 
 from PIL import Image
-from xray_layouts import film, nih, rsna, write_dicom, write_png, write_text
+from xray_layouts import column, film, findings, nih, reasons, rsna, run, write_dicom, write_png, write_text
 
 from examples.optiml.__main__ import cli
 from examples.optiml.data import read_index

@@ -182,7 +182,7 @@ def vinbig_physionet(root: Path) -> Path:
     return root
 
 
-# --- preparing one, and what came of it --------------------------------------------------------------------------------
+# --- preparing one, and what came of it ------------------------------------------------------------------------------
 
 
 def run(dataset: Any, root: Path, out: Path, **options: Any) -> Prepared:
