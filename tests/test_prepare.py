@@ -74,6 +74,12 @@ def test_prepared_and_raw_folders_give_the_same_index(tmp_path: Path) -> None:
             assert (masks[0] is None and masks[1] is None) or np.array_equal(*masks)  # type: ignore[arg-type]
 
 
+def test_films_of_any_shape_are_read_square(tmp_path: Path) -> None:
+    Image.fromarray(film(0, 30, 50).astype(np.uint8)).save(tmp_path / "wide.png")
+    for size, side in ((20, 20), (40, 30)):  # reduced, and never enlarged
+        assert ImageStore([tmp_path / "wide.png"], size)[0].size == (side, side)
+
+
 def test_rsna(tmp_path: Path) -> None:
     index = run("rsna", rsna(tmp_path / "rsna"), tmp_path / "out").index
     assert findings(index) == {"aa": {"Pneumonia"}, "bb": set(), "cc": set()}

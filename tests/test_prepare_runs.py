@@ -166,6 +166,8 @@ def test_overlap(tmp_path: Path, form: str) -> None:
 
     kept = run("rsna", root, tmp_path / "keep", **options).index
     assert column(kept, "patients") == {"aa": "7", "bb": "8", "cc": "cc"}
+    notes = json.loads((tmp_path / "keep" / "prepare.json").read_text())["notes"]
+    assert "1 of the 4 images are of patients on the pretraining list." in notes
     split = run("rsna", root, tmp_path / "split", **options, overlap="split").index
     assert column(split, "splits") == {"aa": "train", "bb": "test", "cc": "train"}
     dropped = run("rsna", root, tmp_path / "drop", **options, overlap="drop").index

@@ -107,15 +107,11 @@ def rsna(root: Path) -> Path:
 
 def encode_runs(mask: NDArray[np.bool_]) -> str:
     """SIIM's encoding, by the book: down the columns, each start from the end of the run before."""
-    flat, text, last, position = mask.T.ravel().tolist(), [], 0, 0
-    while position < len(flat):
-        start = position
-        while position < len(flat) and flat[position]:
-            position += 1
-        if position > start:
-            text += [str(start - last), str(position - start)]
-            last = position
-        position += 1
+    edges = np.flatnonzero(np.diff(np.pad(mask.T.ravel().astype(int), 1)))
+    text, last = [], 0
+    for start, end in edges.reshape(-1, 2).tolist():
+        text += [str(start - last), str(end - start)]
+        last = end
     return " ".join(text)
 
 

@@ -45,7 +45,7 @@ def match_to_nih(listing: Listing, config: PrepareConfig) -> Listing:
         return listing
     nih_name = read_match(config.nih_match)
     seen = pretrained_patients(config.pretrain_list) if config.pretrain_list else set()
-    records = []
+    records, overlapping = [], 0
     for record in listing.records:
         stem = Path(record.name).stem
         film = NIH_NAME.fullmatch(nih_name.get(stem, ""))
@@ -55,11 +55,15 @@ def match_to_nih(listing: Listing, config: PrepareConfig) -> Listing:
         patient = str(int(film[1])) if film else record.patient
         # What cannot be matched may have been seen, so it is never tested on.
         overlaps = film is None or patient in seen
+        overlapping += patient in seen
         if overlaps and config.overlap == "drop":
             listing.skipped.append((stem, f"overlap: NIH patient {patient} is on the pretraining list"))
             continue
         split = ("train" if overlaps else "test") if config.overlap == "split" else record.split
         records.append(replace(record, patient=patient, split=split))
+    if config.pretrain_list:
+        total = len(listing.records)
+        listing.notes.append(f"{overlapping} of the {total} images are of patients on the pretraining list.")
     listing.records = records
     listing.tables += [path for path in (config.nih_match, config.pretrain_list) if path and path.is_file()]
     return listing
