@@ -27,6 +27,7 @@ from xray_layouts import (
     vinbig_kaggle,
     vinbig_physionet,
     write_dicom,
+    write_png,
     write_text,
 )
 
@@ -38,7 +39,9 @@ from examples.optiml.prepare.siim import read_runs
 
 
 def test_nih(tmp_path: Path) -> None:
-    result = run("nih", nih(tmp_path / "nih"), tmp_path / "out")
+    root = nih(tmp_path / "nih")
+    write_png(root / "images_002" / "stray.png")
+    result = run("nih", root, tmp_path / "out")
     index = result.index
     assert findings(index) == {
         "00000001_000": {"Cardiomegaly"}, "00000001_001": {"Cardiomegaly", "Emphysema"}, "00000002_000": set(),
@@ -47,7 +50,10 @@ def test_nih(tmp_path: Path) -> None:
     assert index.boxes == {"00000004_000.png": [Box("Infiltration", 0.25, 0.5, 0.125, 0.0625)]}
     assert list(index.patients) == ["1", "1", "2", "3", "4"]
     assert list(index.splits) == ["train"] * 4 + ["test"]
-    assert reasons(tmp_path / "out") == {"00000005_000.png": "no image file under images*/"}
+    assert reasons(tmp_path / "out") == {
+        "00000005_000.png": "no image file under images*/",
+        "stray.png": "an image file that the tables do not list",
+    }
     image = Image.open(index.paths[0])
     assert (image.mode, image.size) == ("L", (32, 32))
     assert index.labels[:, index.classes.index("Fibrosis")].sum() == 0  # a class without a film is no trouble
@@ -148,6 +154,8 @@ def test_phantom(tmp_path: Path) -> None:
     index = run("phantom", None, tmp_path / "out", **options).index  # type: ignore[arg-type]
     assert len(index) == 12 and index.boxes and (tmp_path / "out" / "drawn" / "ORIGIN.txt").is_file()
     again = run("phantom", None, tmp_path / "out", **options)  # type: ignore[arg-type]
+    with pytest.raises(FileExistsError, match="drawn with other options"):
+        run("phantom", None, tmp_path / "out", **options, phantom_seed=1)  # type: ignore[arg-type]
     assert again.converted == 0 and again.index.fingerprint() == index.fingerprint()
 
 

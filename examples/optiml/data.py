@@ -145,6 +145,11 @@ def _read_prepared(root: Path) -> ChestIndex:
     )  # fmt: skip
 
 
+def nih_images(root: Path) -> dict[str, Path]:
+    """Every film in ``images*/``, at any depth, by name."""
+    return {path.name: path for folder in sorted(root.glob("images*")) for path in sorted(folder.rglob("*.png"))}
+
+
 def nih_entries(root: Path) -> pd.DataFrame:
     """The official table's rows by name: findings, patient, split and path; the last two are NaN where unknown."""
     for name in (ENTRY_FILE, TRAIN_FILE, TEST_FILE):
@@ -155,14 +160,13 @@ def nih_entries(root: Path) -> pd.DataFrame:
         root / ENTRY_FILE, header=None, skiprows=1, usecols=[0, 1, 3], names=["name", "findings", "patient"],
         index_col=False, encoding="utf-8-sig",
     )  # fmt: skip
-    found = {path.name: path for folder in sorted(root.glob("images*")) for path in sorted(folder.rglob("*.png"))}
     listed = dict.fromkeys(_read_list(root / TRAIN_FILE), "train")
     test = _read_list(root / TEST_FILE)
     if both := sorted(set(listed) & set(test)):
         raise ValueError(f"{root}: {len(both)} images are on both lists, e.g. {both[0]}")
     listed.update(dict.fromkeys(test, "test"))
     entry = entry.drop_duplicates("name").sort_values("name", ignore_index=True)
-    return entry.assign(split=entry["name"].map(listed), path=entry["name"].map(found))
+    return entry.assign(split=entry["name"].map(listed), path=entry["name"].map(nih_images(root)))
 
 
 def _read_nih(root: Path, quiet: bool) -> ChestIndex:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -120,7 +121,7 @@ def _refusal(record: Record, root: Path) -> str:
         if not real.is_relative_to(root):
             return f"refused: {path} leaves {root}"
         if not real.is_file():
-            return f"no file {path}"
+            return f"no file: {path}"
     return ""
 
 
@@ -213,11 +214,11 @@ def report(prepared: Prepared, config: PrepareConfig, console: Console) -> None:
     console.print(f"{prepared.converted} images read now, {len(index) - prepared.converted} were there already.")
     kinds = Counter(reason.split(":")[0] for _, reason in prepared.skipped)
     for reason, count in kinds.most_common(8):
-        console.print(f"[yellow]skipped {count}[/]: {reason}", highlight=False)
+        console.print(f"[yellow]skipped {count}[/]: {escape(reason)}", highlight=False)
     if kinds:
         console.print(f"Every one of them, with the reason: {config.out / SKIPPED_FILE}", soft_wrap=True)
     for note in prepared.notes:
-        console.print(f"• {note}", soft_wrap=True)
+        console.print(f"• {escape(note)}", soft_wrap=True)
 
 
 def main(config: PrepareConfig) -> None:

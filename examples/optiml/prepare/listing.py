@@ -68,3 +68,8 @@ def require(root: Path, *names: str) -> list[Path]:
         if not (root / name).is_file():
             raise FileNotFoundError(f"{root} has no {name}")
     return [root / name for name in names]
+
+
+def not_in_table(found: Iterable[str], listed: Iterable[str]) -> list[tuple[str, str]]:
+    """Image files that no table speaks of."""
+    return [(name, "an image file that the tables do not list") for name in sorted({*found} - {*listed})]

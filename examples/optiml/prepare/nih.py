@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..data import mask_path, nih_entries, read_index
-from ..layout import BOX_FILE, ENTRY_FILE, TEST_FILE, TRAIN_FILE, PhantomConfig, write_phantoms
+from ..data import mask_path, nih_entries, nih_images, read_index
+from ..layout import BOX_FILE, ENTRY_FILE, ORIGIN_FILE, TEST_FILE, TRAIN_FILE, PhantomConfig, write_phantoms
 from .config import PrepareConfig
-from .listing import Listing, Record
+from .listing import Listing, Record, not_in_table
 
 
 def read_nih(config: PrepareConfig) -> Listing:
@@ -21,6 +21,7 @@ def read_nih(config: PrepareConfig) -> Listing:
     skipped = [(str(name), "no image file under images*/") for name in entries["name"][entries["path"].isna()]]
     unlisted = entries["name"][entries["path"].notna() & entries["split"].isna()]
     skipped += [(str(name), f"on neither {TRAIN_FILE} nor {TEST_FILE}") for name in unlisted]
+    skipped += not_in_table(nih_images(root), entries["name"])
 
     outlined = [folder.name for folder in sorted((root / "masks").glob("*")) if folder.is_dir()]
     records = []
@@ -46,12 +47,13 @@ def read_nih(config: PrepareConfig) -> Listing:
 
 def read_phantom(config: PrepareConfig) -> Listing:
     """Phantoms, drawn first where the root does not hold them yet."""
+    drawing = PhantomConfig(
+        config.folder, config.phantom_train, config.phantom_test, config.phantom_size, config.phantom_seed
+    )
     if not (config.folder / ENTRY_FILE).is_file():
-        write_phantoms(
-            PhantomConfig(
-                config.folder, config.phantom_train, config.phantom_test, config.phantom_size, config.phantom_seed
-            )
-        )
+        write_phantoms(drawing)
+    elif (config.folder / ORIGIN_FILE).read_text() != drawing.origin():
+        raise FileExistsError(f"{config.folder} holds phantoms drawn with other options; choose another folder")
     listing = read_nih(config)
     listing.notes.append("Phantoms are drawings: figures made from them say nothing about patients.")
     return listing

@@ -7,7 +7,7 @@ import pandas as pd
 from ..data import Box
 from ..layout import BOX_SPACE
 from .config import PrepareConfig
-from .listing import DICOM_SUFFIXES, IMAGE_SUFFIXES, Listing, Record, files_by_stem, require
+from .listing import DICOM_SUFFIXES, IMAGE_SUFFIXES, Listing, Record, files_by_stem, not_in_table, require
 
 LABELS_FILE = "stage_2_train_labels.csv"
 IMAGE_FOLDER = "stage_2_train_images"
@@ -19,7 +19,7 @@ def read_rsna(config: PrepareConfig) -> Listing:
     (table,) = require(root, LABELS_FILE)
     rows = pd.read_csv(table, dtype={"patientId": str}, encoding="utf-8-sig")
     found = files_by_stem(root, [IMAGE_FOLDER], DICOM_SUFFIXES + IMAGE_SUFFIXES)
-    records, skipped = [], []
+    records, skipped = [], not_in_table(found, rows["patientId"])
     for name, group in rows.groupby("patientId"):
         if name not in found:
             skipped.append((str(name), f"no image file under {IMAGE_FOLDER}/"))

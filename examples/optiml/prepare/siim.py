@@ -6,7 +6,7 @@ import csv
 from pathlib import Path
 
 from .config import PrepareConfig
-from .listing import DICOM_SUFFIXES, IMAGE_SUFFIXES, Listing, Record, files_by_stem
+from .listing import DICOM_SUFFIXES, IMAGE_SUFFIXES, Listing, Record, files_by_stem, not_in_table
 
 #: Table and folders of each release.
 RELEASES = (
@@ -43,7 +43,7 @@ def read_siim(config: PrepareConfig) -> Listing:
         raise FileNotFoundError(f"{root} has neither {RELEASES[0][0]} nor {RELEASES[1][0]}")
     _, table, runs, found = max(choices, key=lambda choice: choice[0])
 
-    records, skipped = [], []
+    records, skipped = [], not_in_table(found, runs)
     for name, parts in sorted(runs.items()):
         if name in found:
             labels = ("Pneumothorax",) if parts else ()

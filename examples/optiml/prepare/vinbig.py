@@ -8,7 +8,7 @@ import pandas as pd
 
 from ..data import Box
 from .config import PrepareConfig
-from .listing import DICOM_SUFFIXES, Listing, Record, files_by_stem, require
+from .listing import DICOM_SUFFIXES, Listing, Record, files_by_stem, not_in_table, require
 
 #: Kaggle's findings, in the order of their class_id; the fourteen that the paper counts.
 VINBIG_CLASSES = (
@@ -95,7 +95,7 @@ def _records(
         if label in named.get(image, ()):
             x0, y0, x1, y1 = (float(corner) for corner in corners)
             drawn.setdefault(image, []).append(Box(label, x0, y0, x1 - x0, y1 - y0))
-    records, skipped = [], []
+    records, skipped = [], not_in_table(found, readers["image_id"])
     for image in sorted(readers["image_id"].unique()):
         if image not in found:
             skipped.append((image, f"no .dicom file under {split or 'train'}/"))
