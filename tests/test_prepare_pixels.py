@@ -140,6 +140,10 @@ def test_a_reduced_mask_keeps_its_area(tmp_path: Path) -> None:
     small = resize_mask(disc, (100, 100))
     assert abs(small.mean() / disc.mean() - 1) < 0.02
     assert small[55, 37] and not small[10, 10]
+    speck = np.zeros((400, 400), np.bool_)
+    assert not resize_mask(speck, (100, 100)).any()
+    speck[40, 81] = True  # a sixteenth of a pixel is still a finding
+    assert np.argwhere(resize_mask(speck, (100, 100))).tolist() == [[10, 20]]
     for top in (1, 255):  # both ways of writing a mask
         Image.fromarray(disc.astype(np.uint8) * top).save(tmp_path / "mask.png")
         assert np.array_equal(read_mask(tmp_path / "mask.png", 1000, 1000), disc)

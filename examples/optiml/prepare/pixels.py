@@ -88,11 +88,12 @@ def resize(image: Grey, shape: tuple[int, int]) -> Grey:
 
 
 def resize_mask(mask: Mask, shape: tuple[int, int]) -> Mask:
-    """To (width, height): a pixel is on where most of what it covers was."""
+    """To (width, height): a pixel is on where most of what it covers was; a finding never vanishes altogether."""
     if mask.shape[::-1] == shape:
         return mask
     grey = Image.fromarray(mask.astype(np.uint8) * 255)
-    return np.asarray(grey.resize(shape, Image.Resampling.BOX)) >= 128
+    cover = np.asarray(grey.resize(shape, Image.Resampling.BOX))
+    return cover >= np.clip(cover.max(), 1, 128)
 
 
 def decode_runs(runs: Iterable[str], side: int = RLE_SPACE) -> Mask:
