@@ -114,7 +114,7 @@ def test_the_loader_reads_nih_as_users_have_it(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="1 of 6 entries"):
         index = read_index(root, val_fraction=0.0)
     assert list(index.names) == [f"0000000{p}_00{v}.png" for p, v in ((1, 0), (1, 1), (2, 0), (3, 0), (4, 0))]
-    assert list(index.patients) == [1, 1, 2, 3, 4]
+    assert list(index.patients) == ["1", "1", "2", "3", "4"]
     assert list(index.splits) == ["train"] * 4 + ["test"]
     found = [{NIH_CLASSES[c] for c in np.flatnonzero(row)} for row in index.labels]
     assert found == [{"Cardiomegaly"}, {"Cardiomegaly", "Emphysema"}, set(), {"Hernia"}, {"Mass", "Nodule"}]

@@ -10,11 +10,13 @@ from .config import PretrainConfig
 from .evaluate import EvaluateConfig
 from .example import ExampleConfig
 from .layout import PhantomConfig
+from .prepare.config import PrepareConfig
 from .study import StudyConfig
 
 COMMANDS = {
     "example": (ExampleConfig, "example"),
     "phantom": (PhantomConfig, "layout"),
+    "prepare": (PrepareConfig, "prepare.command"),
     "pretrain": (PretrainConfig, "pretrain"),
     "evaluate": (EvaluateConfig, "evaluate"),
     "study": (StudyConfig, "study"),

@@ -1,13 +1,17 @@
 """The one index of a data set: image, patient, split, labels, boxes, mask. And its pixels.
 
-Reads ChestX-ray14's official layout as users have it on disk: images flat in ``images/`` or in
-``images_001/images/`` and so on, partial downloads, Windows line ends, some PNGs in RGBA. Phantoms are
-written in the same layout (``layout.py``), so nothing after this file knows where an image came from.
+Two kinds of folder are read. A *prepared* one (``prepare/``) holds grey PNGs and ``index.csv``, whatever the data
+set was. ChestX-ray14's official layout is also read as users have it on disk: images flat in ``images/`` or in
+``images_001/images/`` and so on, partial downloads, Windows line ends, some PNGs in RGBA. Phantoms are written in
+that layout (``layout.py``), so nothing after this file knows where an image came from.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+import os
+import re
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +27,10 @@ NIH_CLASSES = (
     "Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia",
     "Pneumothorax", "Consolidation", "Edema", "Emphysema", "Fibrosis", "Pleural_Thickening", "Hernia",
 )  # fmt: skip
+
+#: The files of a prepared folder; the index is written last, so that its presence says that the rest is there.
+INDEX_FILE, BOXES_FILE, PREPARED_FILE = "index.csv", "boxes.csv", "prepare.json"
+IMAGE_FOLDER, MASK_FOLDER = "images", "masks"
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,7 @@ class ChestIndex:
     root: Path
     names: NDArray[np.str_]
     paths: list[Path]
-    patients: NDArray[np.int64]
+    patients: NDArray[np.str_]
     splits: NDArray[np.str_]
     labels: NDArray[np.uint8]
     sources: NDArray[np.str_] | None = None
@@ -68,8 +76,11 @@ class ChestIndex:
         return self.take(rows)
 
     def mask(self, row: int, label: str) -> NDArray[np.bool_] | None:
-        """The outline of a finding where the data set has one (phantoms do)."""
-        path = self.root / "masks" / label / str(self.names[row])
+        """The outline of a finding on the file ``paths[row]``, where the data set has one.
+
+        ``None`` where it has none; an image whose label says that the finding is absent has no outline either.
+        """
+        path = mask_path(self.root, label, str(self.names[row]))
         return np.asarray(Image.open(path)) > 0 if path.exists() else None
 
     def fingerprint(self) -> str:
@@ -79,13 +90,68 @@ class ChestIndex:
         return digest.hexdigest()[:16]
 
 
-def read_index(root: Path | str, val_fraction: float = 0.14, split_seed: int = 0) -> ChestIndex:
-    """Read a folder in the official layout.
+def mask_path(root: Path, label: str, name: str) -> Path:
+    """Where a finding's outline on an image is kept."""
+    return root / MASK_FOLDER / re.sub(r"[^\w .+-]|^\.+", "_", label) / name
 
-    Test is the official list. Validation is cut from the train/validation list by a hash of the patient, so
-    that it depends on the seed alone and not on which images happen to be present.
+
+def read_index(root: Path | str, val_fraction: float = 0.14, split_seed: int = 0, *, quiet: bool = False) -> ChestIndex:
+    """Read a prepared folder, or one in NIH's official layout.
+
+    Test is the official list. Where there is no official validation set, it is cut from the training list by a
+    hash of the patient, so that it depends on the seed alone and not on which images happen to be present; a
+    prepared folder whose split was drawn for want of an official one has its validation set in the index, and
+    the two arguments have no effect.
     """
     root = Path(root)
+    if (root / PREPARED_FILE).is_file():
+        index = _read_prepared(root)
+    else:
+        index = _read_nih(root, quiet)
+    patients, splits = index.patients, index.splits
+    if shared := set(patients[splits == "train"]) & set(patients[splits == "test"]):
+        raise ValueError(f"{root}: {len(shared)} patients have images on both lists, e.g. {min(shared)}")
+    if not (splits == "val").any():
+        held_out = {p for p in set(patients[splits == "train"]) if patient_share(f"{split_seed}:{p}") < val_fraction}
+        splits[np.isin(patients, list(held_out)) & (splits == "train")] = "val"
+    return index
+
+
+def patient_share(key: str) -> float:
+    """A number in [0, 1) that belongs to a patient and a purpose."""
+    digest = hashlib.sha256(key.encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def _read_prepared(root: Path) -> ChestIndex:
+    """Read what ``prepare`` wrote."""
+    if not (root / INDEX_FILE).is_file():
+        raise FileNotFoundError(f"{root} was not prepared to the end: run the same prepare command again")
+    classes = tuple(json.loads((root / PREPARED_FILE).read_text())["classes"])
+    table = pd.read_csv(root / INDEX_FILE, dtype=str, keep_default_na=False)
+    present = {entry.name for entry in os.scandir(root / IMAGE_FOLDER)}
+    if missing := [name for name in table["name"] if name not in present]:
+        raise FileNotFoundError(f"{root}: {len(missing)} images are gone, e.g. {missing[0]}; run prepare again")
+    boxes: dict[str, list[Box]] = {}
+    rows = pd.read_csv(root / BOXES_FILE, dtype={"name": str, "label": str}, keep_default_na=False)
+    for name, *box in rows.itertuples(index=False):
+        boxes.setdefault(name, []).append(Box(*box))
+    names = table["name"].to_numpy(str)
+    sources = table["source"].to_numpy(str)
+    return ChestIndex(
+        root, names, [root / IMAGE_FOLDER / name for name in names], table["patient"].to_numpy(str),
+        table["split"].to_numpy("<U5"), _label_matrix(table["labels"], classes),
+        sources if len(set(sources)) > 1 else None, boxes, classes,
+    )  # fmt: skip
+
+
+def nih_images(root: Path) -> dict[str, Path]:
+    """Every film in ``images*/``, at any depth, by name."""
+    return {path.name: path for folder in sorted(root.glob("images*")) for path in sorted(folder.rglob("*.png"))}
+
+
+def nih_entries(root: Path) -> pd.DataFrame:
+    """The official table's rows by name: findings, patient, split and path; the last two are NaN where unknown."""
     for name in (ENTRY_FILE, TRAIN_FILE, TEST_FILE):
         if not (root / name).is_file():
             raise FileNotFoundError(f"{root} is not in NIH's layout: {name} is missing")
@@ -94,42 +160,40 @@ def read_index(root: Path | str, val_fraction: float = 0.14, split_seed: int = 0
         root / ENTRY_FILE, header=None, skiprows=1, usecols=[0, 1, 3], names=["name", "findings", "patient"],
         index_col=False, encoding="utf-8-sig",
     )  # fmt: skip
-    found = {path.name: path for folder in sorted(root.glob("images*")) for path in sorted(folder.rglob("*.png"))}
     listed = dict.fromkeys(_read_list(root / TRAIN_FILE), "train")
     test = _read_list(root / TEST_FILE)
     if both := sorted(set(listed) & set(test)):
         raise ValueError(f"{root}: {len(both)} images are on both lists, e.g. {both[0]}")
     listed.update(dict.fromkeys(test, "test"))
-    usable = entry["name"].isin(found.keys()) & entry["name"].isin(listed.keys())
-    if not usable.all():
+    entry = entry.drop_duplicates("name").sort_values("name", ignore_index=True)
+    return entry.assign(split=entry["name"].map(listed), path=entry["name"].map(nih_images(root)))
+
+
+def _read_nih(root: Path, quiet: bool) -> ChestIndex:
+    entry = nih_entries(root)
+    usable = entry["path"].notna() & entry["split"].notna()
+    if not usable.all() and not quiet:
         missing = int((~usable).sum())
-        warnings.warn(f"{root}: {missing} of {len(entry)} entries have no image file or no split", stacklevel=2)
-    entry = entry[usable].drop_duplicates("name").sort_values("name", ignore_index=True)
+        warnings.warn(f"{root}: {missing} of {len(entry)} entries have no image file or no split", stacklevel=3)
+    entry = entry[usable]
     if entry.empty:
         raise FileNotFoundError(f"{root}: no image of {ENTRY_FILE} was found under images*/")
-
-    patients = entry["patient"].to_numpy(np.int64)
-    splits = np.array([listed[name] for name in entry["name"]], dtype="<U5")
-    if shared := set(patients[splits == "train"]) & set(patients[splits == "test"]):
-        raise ValueError(f"{root}: {len(shared)} patients have images on both lists, e.g. {min(shared)}")
-    held_out = {p for p in set(patients[splits == "train"]) if _share(p, split_seed) < val_fraction}
-    splits[np.isin(patients, list(held_out)) & (splits == "train")] = "val"
-
-    findings = entry["findings"].str.split("|")
-    labels = np.array([[name in row for name in NIH_CLASSES] for row in findings], dtype=np.uint8)
     names = entry["name"].to_numpy(str)
-    paths = [found[name] for name in names]
-    return ChestIndex(root, names, paths, patients, splits, labels, _sources(root, names), _boxes(root))
+    return ChestIndex(
+        root, names, entry["path"].tolist(), entry["patient"].astype(int).to_numpy().astype(str),
+        entry["split"].to_numpy("<U5"), _label_matrix(entry["findings"], NIH_CLASSES), _sources(root, names),
+        _boxes(root),
+    )  # fmt: skip
+
+
+def _label_matrix(findings: pd.Series[str], classes: tuple[str, ...]) -> NDArray[np.uint8]:
+    """Names joined by | -> one row of 0 and 1 per image."""
+    rows = findings.str.split("|")
+    return np.array([[name in row for name in classes] for row in rows], np.uint8).reshape(len(findings), len(classes))
 
 
 def _read_list(path: Path) -> list[str]:
     return path.read_text().split()  # also eats Windows line ends
-
-
-def _share(patient: int, seed: int) -> float:
-    """A number in [0, 1) that belongs to the patient."""
-    digest = hashlib.sha256(f"{seed}:{patient}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def _sources(root: Path, names: NDArray[np.str_]) -> NDArray[np.str_] | None:
@@ -159,7 +223,7 @@ class ImageStore:
     """Grey square images by row, kept decoded in memory when they are small enough, else read each time."""
 
     def __init__(self, paths: list[Path], size: int, limit_mb: int = 2048) -> None:
-        """``size`` caps width and height: larger files are reduced once, smaller ones stay as they are."""
+        """``size`` caps width and height: larger files are reduced once, smaller ones only made square."""
         self.paths, self.size = paths, size
         self._images: list[NDArray[np.uint8]] | None = None
         if len(paths) * size * size <= limit_mb * 2**20:
@@ -174,6 +238,7 @@ class ImageStore:
     def _read(self, path: Path) -> NDArray[np.uint8]:
         with Image.open(path) as file:
             image = file.convert("L")
-        if max(image.size) > self.size:
-            image = image.resize((self.size, self.size), Image.Resampling.BOX)
+        side = min(self.size, *image.size)
+        if image.size != (side, side):
+            image = image.resize((side, side), Image.Resampling.BOX)
         return np.asarray(image)

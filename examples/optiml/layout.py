@@ -8,7 +8,7 @@ The official files: ``Data_Entry_2017_v2020.csv`` (labels; its header holds unqu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
@@ -18,6 +18,8 @@ from .phantom import Phantom, draw
 
 ENTRY_FILE, BOX_FILE = "Data_Entry_2017_v2020.csv", "BBox_List_2017.csv"
 TRAIN_FILE, TEST_FILE = "train_val_list.txt", "test_list.txt"
+#: Our addition: the options that phantoms were drawn with.
+ORIGIN_FILE = "ORIGIN.txt"
 ENTRY_HEADER = (
     "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
     "OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]"
@@ -43,6 +45,10 @@ class PhantomConfig:
     seed: int = 0
     """The same seed gives the same films, pixel for pixel."""
 
+    def origin(self) -> str:
+        """What the films follow from, wherever they lie."""
+        return f"{replace(self, out=Path())}\n"
+
 
 def write_phantoms(config: PhantomConfig, tick: Callable[[int, int], None] = lambda done, total: None) -> Path:
     """Draw ``config.train + config.test`` films, ``VISITS`` per patient, and write them; returns the folder."""
@@ -57,7 +63,7 @@ def write_phantoms(config: PhantomConfig, tick: Callable[[int, int], None] = lam
             yield f"{patient:08d}_{visit:03d}.png", patient, visit, draw(config.seed, patient, visit, config.size)
             tick(index + 1, total)
 
-    return write_layout(config.out, films(), config.train, f"{config}\n".replace(str(config.out), "."))
+    return write_layout(config.out, films(), config.train, config.origin())
 
 
 def write_layout(root: Path, films: Iterable[tuple[str, int, int, Phantom]], train: int, origin: str) -> Path:
@@ -81,7 +87,7 @@ def write_layout(root: Path, films: Iterable[tuple[str, int, int, Phantom]], tra
     (root / BOX_FILE).write_text("\n".join(boxes) + "\n")
     (root / TRAIN_FILE).write_text("\n".join(names[:train]) + "\n")
     (root / TEST_FILE).write_text("\n".join(names[train:]) + "\n")
-    (root / "ORIGIN.txt").write_text(origin)
+    (root / ORIGIN_FILE).write_text(origin)
     # Written last: its presence says that the folder is complete.
     (root / ENTRY_FILE).write_text("\n".join(entries) + "\n")
     return root

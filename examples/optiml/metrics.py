@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
@@ -66,12 +67,12 @@ def macro(aucs: Floats, mask: NDArray[np.bool_] | None = None) -> Floats:
     return np.divide(total, counts, out=np.full(len(kept), np.nan), where=counts > 0)
 
 
-def patient_draws(patients: NDArray[np.int64], draws: int = 1000, seed: int = 0) -> Floats:
+def patient_draws(patients: NDArray[np.str_], draws: int = 1000, seed: int = 0) -> Floats:
     """How often each image occurs when as many patients as there are are drawn with replacement: (draws, n).
 
     The same patients and seed give the same draws, which is what makes differences of two runs *paired*.
     """
-    unique, of_image = np.unique(patients, return_inverse=True)
+    of_image, unique = pd.factorize(patients)
     rng = np.random.default_rng(seed)
     counts = rng.multinomial(len(unique), np.full(len(unique), 1.0 / len(unique)), size=draws)
     return counts[:, of_image].astype(np.float64)
