@@ -28,6 +28,7 @@ Source: Luise et al. 2018 (arXiv 1805.11897) for the sharp cost; Cuturi et al. 2
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -99,6 +100,10 @@ class Sinkhorn(torch.autograd.Function):
             grad[3] if need_b else None,
             *(None,) * 7,
         )
+
+
+# Function.apply looks the signature up at every call; this is where it looks first.
+Sinkhorn.forward.__signature__ = inspect.signature(Sinkhorn.forward)  # type: ignore[attr-defined]
 
 
 def _project(

@@ -47,9 +47,9 @@ class SinkhornOutput:
         shape = problem.batch
         self._problem, self._gradient = problem, gradient
         self._plan: Tensor | None = None
-        self.f = solution[0].reshape(*shape, solution[0].shape[-1])
-        self.g = solution[1].reshape(*shape, solution[1].shape[-1])
-        self.transport_cost, self.value, self.n_iter, self.marginal_error = (out.reshape(shape) for out in solution[2:6])
+        if len(shape) != 1:
+            solution = tuple(out.reshape(*shape, *out.shape[1:]) for out in solution[:6])
+        self.f, self.g, self.transport_cost, self.value, self.n_iter, self.marginal_error = solution[:6]
         self.converged = self.marginal_error < tol
 
     @property
@@ -91,6 +91,11 @@ class _Problem:
         return plan.reshape(*self.batch, *plan.shape[1:])
 
 
+def _one_batch(x: Tensor, dims: int) -> Tensor:
+    """All leading dimensions in one, before the last ``dims``."""
+    return x if x.dim() == dims + 1 else x.reshape(x.shape[:-dims].numel(), *x.shape[-dims:])
+
+
 def _masses(
     name: str, mass: Tensor | None, log_mass: Tensor | None, batch: torch.Size, count: int, like: Tensor
 ) -> tuple[Tensor, Tensor | None]:
@@ -103,8 +108,9 @@ def _masses(
     check_tensor(label, given, 1, f"(B, {count}) or ({count},)")
     if given.shape[-1] != count or given.dim() > len(batch) + 1:
         raise ValueError(f"{label} must have shape {(*batch, count)} or ({count},), got {tuple(given.shape)}")
+    given = given.to(like.dtype)
     try:
-        given = given.to(like.dtype).expand(*batch, count).reshape(batch.numel(), count)
+        given = _one_batch(given if given.shape[:-1] == batch else given.expand(*batch, count), 1)
     except RuntimeError:
         raise ValueError(
             f"{label} must have shape {(*batch, count)} or be broadcastable to it, got {tuple(given.shape)}"
@@ -145,8 +151,8 @@ def _solve(
     batch = left.shape[:-2]
     n, m = (left.shape[-2], left.shape[-1] if right is None else right.shape[-2])
     with no_autocast(left):
-        left = left.to(dtype).reshape(batch.numel(), *left.shape[-2:])
-        right = None if right is None else right.to(dtype).reshape(batch.numel(), *right.shape[-2:])
+        left = _one_batch(left.to(dtype), 2)
+        right = None if right is None else _one_batch(right.to(dtype), 2)
         p, log_total_a = _masses("a", a, log_a, batch, n, left)
         q, log_total_b = _masses("b", b, log_b, batch, m, left)
         if gradient == "none":  # then nothing depends on them
