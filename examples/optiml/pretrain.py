@@ -11,6 +11,7 @@ import errno
 import logging
 import sys
 import warnings
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,6 +54,8 @@ def pretrain(config: PretrainConfig, console: Console | None = None) -> Path | N
     if exported.exists():
         console.print(f"{config.out} is finished: {exported}")
         return exported
+    if last.exists() and not zipfile.is_zipfile(last):
+        raise SystemExit(f"{last} is damaged. Put back a copy, or delete it to start the run anew.")
     with clear_stops(last, console):
         train = index if config.all_images else index.split("train")
         loader = view_loader(train, config, world)
@@ -65,15 +68,15 @@ def pretrain(config: PretrainConfig, console: Console | None = None) -> Path | N
             f"{config.method}: {len(train)} images, {config.epochs} epochs of {len(loader)} steps{several}, "
             f"{config.image_size} px, run folder {config.out}" + (", going on from last.ckpt" if last.exists() else "")
         )
-        # The checkpoint is this program's own; it holds optimiser and loop state, hence not weights alone.
         resume = str(last) if last.exists() else None
+        # The checkpoint is this program's own; it holds optimiser and loop state, hence not weights alone.
         trainer.fit(model, loader, ckpt_path=resume, weights_only=False if resume else None)
         if trainer.current_epoch < config.epochs:
             console.print(f"Stopped after epoch {trainer.current_epoch} of {config.epochs}. {_state(last)}")
             return None
         if world.first:
-            export(model, exported)
             write_model_card(config, index, train, world, config.out / CARD)
+            export(model, exported)
             console.print(f"Backbone: {exported}")
     return exported
 
@@ -139,12 +142,13 @@ def make_trainer(
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")  # its sampler is
+    warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")  # frozen norms are meant
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*deprecated.*")
     warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*")
     # The share of images whose transport converged is in the log of every step.
     warnings.filterwarnings("ignore", category=otloss.ConvergenceWarning)
-    _check_parallel(config, world, console)
+    _check_machine(config, world, console)
     bar = sys.stdout.isatty() and world.first
     callbacks: list[Callback] = []
     if world.first:
@@ -191,8 +195,10 @@ def _monitor(config: PretrainConfig, console: Console, index: ChestIndex, board:
     ]  # fmt: skip
 
 
-def _check_parallel(config: PretrainConfig, world: World, console: Console) -> None:
-    """What several processes cannot do, or do differently."""
+def _check_machine(config: PretrainConfig, world: World, console: Console) -> None:
+    """What this machine or several processes cannot do, or do differently."""
+    if config.precision == "16-mixed" and not _on_gpu(config):
+        raise SystemExit("--precision 16-mixed needs a GPU; take bf16-mixed")
     if world.size > 1 and config.norm == "batch" and not _on_gpu(config):
         raise SystemExit(
             "--norm batch must be synchronised between processes, which PyTorch does on GPUs only; "
@@ -216,8 +222,6 @@ def export(model: Method, path: Path) -> None:
 
 def main(config: PretrainConfig) -> None:
     """The ``pretrain`` command."""
-    try:
-        pretrain(config)
-    finally:
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
+    pretrain(config)
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
