@@ -81,6 +81,11 @@ class MonitorConfig:
     """At most so many training images to look neighbours up in, and so many validation images to classify."""
     neighbours: int = 20
     temperature: float = 0.1
+    """A neighbour counts exp(cosine / temperature)."""
+
+    def __post_init__(self) -> None:
+        if self.every < 0 or self.images < 1 or self.neighbours < 1 or not self.temperature > 0:
+            raise ValueError(f"monitor must have every at least 0 and all else positive, not {self}")
 
 
 if TYPE_CHECKING:
