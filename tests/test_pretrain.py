@@ -6,12 +6,14 @@ import csv
 import dataclasses
 import functools
 import json
+import multiprocessing
 import os
 import random
 import re
 import signal
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -198,6 +200,13 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, action: object) -> 
     monkeypatch.setattr(pretrain_module, "make_trainer", with_interrupt)
 
 
+def interrupt_workers() -> None:
+    """As a terminal does; the trainer hears of it a step later, and must not have lost its workers meanwhile."""
+    for process in multiprocessing.active_children():
+        os.kill(process.pid or 0, signal.SIGINT)
+        time.sleep(0.2)
+
+
 def test_ctrl_c_saves_the_step_and_the_run_ends_the_same(
     phantoms: Path, tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -206,6 +215,7 @@ def test_ctrl_c_saves_the_step_and_the_run_ends_the_same(
         before = signal.getsignal(number)
         with monkeypatch.context() as patch:
             interrupt_at(patch, step, functools.partial(signal.raise_signal, number))
+            interrupt_at(patch, step - 1, interrupt_workers)
             with pytest.raises(SystemExit) as stop:
                 pretrain(small(phantoms, tmp_path / "run", workers=workers))
         assert stop.value.code == 130 and signal.getsignal(number) == before

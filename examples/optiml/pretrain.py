@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import signal
 import sys
 import warnings
 import zipfile
@@ -48,7 +49,10 @@ def pretrain(config: PretrainConfig, console: Console | None = None) -> Path | N
     config, world = config.resolve(), World.of_environment()
     console = (console or Console()) if world.first else Console(quiet=True)
     exported, last = config.out / BACKBONE, config.out / LAST
-    index = read_index(config.data, config.val_fraction, config.split_seed)
+    try:
+        index = read_index(config.data, config.val_fraction, config.split_seed)
+    except (FileNotFoundError, ValueError) as error:
+        raise SystemExit(str(error)) from error
     if world.first:
         claim_run_folder(config, index.fingerprint())
     if exported.exists():
@@ -78,6 +82,7 @@ def pretrain(config: PretrainConfig, console: Console | None = None) -> Path | N
             write_model_card(config, index, train, world, config.out / CARD)
             export(model, exported)
             console.print(f"Backbone: {exported}")
+        trainer.strategy.barrier()  # no process returns before the files are there
     return exported
 
 
@@ -87,11 +92,11 @@ def clear_stops(last: Path, console: Console) -> Iterator[None]:
     try:
         yield
     except Interrupted:
-        console.print(f"Interrupted. {last} holds the last step. The same command goes on from there.")
+        console.print(f"Interrupted. {last} holds the last step. The same command goes on from there.", soft_wrap=True)
         raise SystemExit(INTERRUPTED) from None
     except SystemExit as stop:
         if stop.code == 1:  # how Lightning ends after a Ctrl-C outside training or a second one
-            console.print(f"Interrupted. {_state(last)} The same command goes on from there.")
+            console.print(f"Interrupted. {_state(last)} The same command goes on from there.", soft_wrap=True)
         raise
     except (NonFiniteLoss, UnreadableImage) as error:
         raise SystemExit(f"Stopped: {error} {_state(last)}") from error
@@ -131,8 +136,15 @@ def view_loader(train: ChestIndex, config: PretrainConfig, world: World) -> View
         drop_last=True,
         num_workers=config.workers,
         persistent_workers=config.workers > 0,
+        worker_init_fn=_leave_ctrl_c_to_the_trainer,
         pin_memory=_on_gpu(config),
     )
+
+
+def _leave_ctrl_c_to_the_trainer(worker: int) -> None:
+    """A terminal's Ctrl-C reaches worker processes too; the step in hand still needs them."""
+    del worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def make_trainer(
