@@ -17,6 +17,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -41,7 +42,7 @@ from examples.optiml.data import ImageStore, read_index
 from examples.optiml.distributed import World
 from examples.optiml.layout import PhantomConfig, write_phantoms
 from examples.optiml.methods.base import Method
-from examples.optiml.model import Backbone, load_backbone, set_norm
+from examples.optiml.model import Backbone, imagenet_weights, load_backbone, set_norm
 from examples.optiml.monitor import effective_rank, knn_scores
 from examples.optiml.pretrain import build, pretrain
 
@@ -389,16 +390,12 @@ def test_all_images_and_imagenet_weights(phantoms: Path, tmp_path: Path, monkeyp
 
 
 def test_weights_that_cannot_be_downloaded_say_where_to_put_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    from urllib.error import URLError
-
-    from examples.optiml.model import load_imagenet
-
     def offline(*args: object, **kwargs: object) -> None:
         raise URLError("no route to host")
 
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
     with pytest.raises(SystemExit, match=r"no route to host.*put https://.*resnet18-f37072fd\.pth into .*checkpoints"):
-        load_imagenet(Backbone())
+        imagenet_weights()
 
 
 def test_a_group_norm_backbone_is_read_back(tmp_path: Path) -> None:

@@ -33,16 +33,14 @@ class Backbone(ResNet):
         return maps, torch.flatten(self.avgpool(maps), 1)
 
 
-def load_imagenet(backbone: Backbone) -> None:
-    """Start from torchvision's ImageNet weights, which are downloaded at the first use."""
+def imagenet_weights() -> dict[str, Tensor]:
+    """torchvision's ResNet18 weights without its classifier; downloaded at the first call."""
     try:
-        weights = dict(ResNet18_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True))
+        weights = ResNet18_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True)
     except URLError as error:
         url, folder = ResNet18_Weights.IMAGENET1K_V1.url, Path(torch.hub.get_dir()) / "checkpoints"
         raise SystemExit(f"cannot download ImageNet weights ({error}); put {url} into {folder}") from error
-    for name in ("fc.weight", "fc.bias"):
-        del weights[name]
-    backbone.load_state_dict(weights)
+    return {name: torch.as_tensor(value) for name, value in weights.items() if not name.startswith("fc.")}
 
 
 def load_backbone(path: Path | None, seed: int = 0) -> Backbone:

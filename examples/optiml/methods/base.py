@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..augment import seed_all
 from ..distributed import every_row, whole_batch
-from ..model import Backbone, load_imagenet
+from ..model import Backbone, imagenet_weights
 
 if TYPE_CHECKING:
     from ..config import PretrainConfig
@@ -49,7 +49,7 @@ class Method(pl.LightningModule):
         self.config = config
         self.backbone = Backbone()
         if config.init == "imagenet":
-            load_imagenet(self.backbone)
+            self.backbone.load_state_dict(imagenet_weights())
         self.last_log: dict[str, float] = {}
         self.stop_wanted = False
         """Set by a signal handler, at any time and perhaps in one process only."""
