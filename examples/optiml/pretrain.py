@@ -94,10 +94,12 @@ def clear_stops(last: Path, console: Console) -> Iterator[None]:
     except Interrupted:
         console.print(f"Interrupted. {last} holds the last step. The same command goes on from there.", soft_wrap=True)
         raise SystemExit(INTERRUPTED) from None
-    except SystemExit as stop:
-        if stop.code == 1:  # how Lightning ends after a Ctrl-C outside training or a second one
-            console.print(f"Interrupted. {_state(last)} The same command goes on from there.", soft_wrap=True)
-        raise
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if isinstance(stop, SystemExit) and stop.code != 1:
+            raise
+        # A Ctrl-C outside training, or a second one, which Lightning turns into exit code 1.
+        console.print(f"Interrupted. {_state(last)} The same command goes on from there.", soft_wrap=True)
+        raise SystemExit(INTERRUPTED) from None
     except (NonFiniteLoss, UnreadableImage) as error:
         raise SystemExit(f"Stopped: {error} {_state(last)}") from error
     except OSError as error:
