@@ -125,6 +125,7 @@ def test_a_batch_that_cannot_be_shared_is_refused() -> None:
 def test_torchrun_gives_the_curve_of_one_process(phantoms: Path, tmp_path: Path) -> None:
     """OPTiML in two processes on CPU against one with the same batches: transport, gathered variance, covariance."""
     command = ["-m", "examples.optiml", "pretrain", "--data", str(phantoms), *SMALL, "--norm", "group"]
+    command += ["--optim.lr", "0.01"]  # rounding grows tenfold per step at the usual rate, as under any perturbation
     command += ["--optiml.tokens", "channel", "--monitor.every", "2"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -133,16 +134,16 @@ def test_torchrun_gives_the_curve_of_one_process(phantoms: Path, tmp_path: Path)
     )
     assert several.returncode == 0, several.stdout + several.stderr
     assert "in 2 processes" in several.stdout
-    alone = small(phantoms, tmp_path / "one", "optiml", norm="group", monitor=MonitorConfig(every=2))
+    optim = OptimConfig(lr=0.01)
+    alone = small(phantoms, tmp_path / "one", "optiml", norm="group", optim=optim, monitor=MonitorConfig(every=2))
     assert pretrain(alone)
     one, two = (read_log(tmp_path / name / "metrics.csv") for name in ("one", "two"))
     assert len(one) == len(two) == 6
     for mine, other in zip(one, two, strict=True):
         for name in ("loss", "ot", "variance", "covariance", "std_q", "grad_backbone", "perplexity", "lr"):
-            # Sums in another order: float32 rounding, which six steps of training amplify.
-            assert mine[name] == pytest.approx(other[name], rel=1e-3), (name, mine["step"])
-    assert one[0]["loss"] == pytest.approx(two[0]["loss"], rel=1e-5)
-    assert one[0]["grad_backbone"] == pytest.approx(two[0]["grad_backbone"], rel=1e-4)
+            # Sums in another order: float32 rounding (1e-6), which five more steps of training may amplify.
+            assert mine[name] == pytest.approx(other[name], rel=1e-4), (name, mine["step"])
+        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-5)
     a, b = (torch.load(tmp_path / name / "backbone.pth", weights_only=True) for name in ("one", "two"))
     start = build(alone.resolve()).backbone.state_dict()
     moved = sum((a[name] - start[name]).square().sum() for name in a).sqrt()
