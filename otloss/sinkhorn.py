@@ -48,7 +48,7 @@ class SinkhornOutput:
         self._problem, self._gradient = problem, gradient
         self._plan: Tensor | None = None
         if len(shape) != 1:
-            solution = tuple(out.reshape(*shape, *out.shape[1:]) for out in solution[:6])
+            solution = tuple(out.reshape((*shape, *out.shape[1:])) for out in solution[:6])
         self.f, self.g, self.transport_cost, self.value, self.n_iter, self.marginal_error = solution[:6]
         self.converged = self.marginal_error < tol
 

@@ -138,7 +138,8 @@ def test_opcheck(backend: str, features: bool, permuted: bool) -> None:
     w, p, q = torch.rand(2), torch.rand(2, 4), torch.rand(2, 5)
     q = q * p.sum(-1, keepdim=True) / q.sum(-1, keepdim=True)
     for need_cost in (True, False):
-        opcheck(operators.implicit_gradient, (left, right, a, b, f, g, kept, w, None, p, q, 0.1, True, need_cost, backend))
+        upstream = (w, None, p, q, 0.1, True, need_cost, backend)
+        opcheck(operators.implicit_gradient, (left, right, a, b, f, g, kept, *upstream))
         opcheck(operators.unrolled_gradient, (left, right, a, b, n_iter, w, w, 0.1, need_cost, 50, backend))
 
 

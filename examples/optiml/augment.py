@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from .data import ImageStore
+from .distributed import World
 
 if TYPE_CHECKING:
     from .config import AugmentConfig
@@ -32,7 +33,7 @@ def seeded(*key: int) -> Iterator[None]:
     lightly and torchvision draw from three of them (torch, NumPy, the standard library).
     """
     before = torch.random.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
-    seed = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=4).digest(), "big")
+    seed = _number(key)
     torch.random.default_generator.manual_seed(seed)
     np.random.seed(seed)  # noqa: NPY002
     random.seed(seed)
@@ -42,6 +43,18 @@ def seeded(*key: int) -> Iterator[None]:
         torch.random.set_rng_state(before[0])
         np.random.set_state(before[1])  # noqa: NPY002
         random.setstate(before[2])
+
+
+def seed_all(*key: int) -> None:
+    """From here on all global random generators, those of devices too, follow ``key``."""
+    seed = _number(key)
+    torch.manual_seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    random.seed(seed)
+
+
+def _number(key: tuple[int, ...]) -> int:
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=4).digest(), "big")
 
 
 def two_views(image_size: int, config: AugmentConfig) -> BYOLTransform:
@@ -72,18 +85,33 @@ class ViewDataset(Dataset[tuple[Tensor, Tensor]]):
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
-    """A new order each epoch, given by (seed, epoch); hands the epoch on to the data set."""
+    """A new order each epoch, given by (seed, epoch); hands the epoch on to the data set.
 
-    def __init__(self, count: int, seed: int) -> None:
-        self.count, self.seed, self.epoch = count, seed, 0
+    Of several processes each takes its stretch of every batch, so that together they see the batches that one
+    process would. It starts an epoch in the middle where a run goes on there.
+    """
+
+    def __init__(self, count: int, seed: int, batch_size: int | None = None, world: World | None = None) -> None:
+        """``batch_size`` is that of all processes together; it may be unset for a single process."""
+        self.count, self.seed = count, seed
+        self.batch_size, self.world = batch_size or 1, world or World()
+        self.share = self.world.share(self.batch_size)
+        self.epoch, self.start = 0, (0, 0)
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the Trainer before each epoch, also after a resume."""
         self.epoch = epoch
 
+    def go_to(self, epoch: int, batch: int) -> None:
+        """Go on in this epoch, and there after so many batches."""
+        self.epoch, self.start = epoch, (epoch, batch)
+
     def __len__(self) -> int:
-        return self.count
+        return self.count // self.batch_size * self.share
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.count)
-        return iter([(self.epoch, int(row)) for row in order])
+        batches = order[: self.count // self.batch_size * self.batch_size].reshape(-1, self.batch_size)
+        done = self.start[1] if self.start[0] == self.epoch else 0
+        mine = batches[done:, self.world.rank * self.share : (self.world.rank + 1) * self.share]
+        return iter([(self.epoch, int(row)) for row in mine.ravel()])

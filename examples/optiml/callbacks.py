@@ -11,27 +11,49 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 from rich.console import Console
 
-from .augment import EpochSampler
 from .methods import Method
 
 
-class CsvLog(Callback):
-    """One row per step: every part of the loss and every diagnostic.
+class CsvTable:
+    """A CSV file that grows by a row at a time, each on disk at once, so that no way to stop loses one.
 
-    Lightning's own CSV logger empties its file when a run goes on; this one keeps the rows of finished epochs
-    and drops those of the epoch that is repeated.
+    Lightning's own CSV logger empties its file when a run goes on; this one keeps the rows up to where it goes on.
     """
 
+    def __init__(self, path: Path, key: str) -> None:
+        """``key`` is the column by which rows are dropped that a resumed run will write again."""
+        self.path, self.key = path, key
+
+    def keep(self, last: int) -> None:
+        """Drop rows after ``last``, and a row that was cut off in the middle."""
+        if not self.path.exists():
+            return
+        with self.path.open(newline="") as file:
+            head, *rows = list(csv.reader(file)) or [[]]
+        column = head.index(self.key) if self.key in head else 0
+        kept = [row for row in rows if len(row) == len(head) and int(row[column]) <= last]
+        part = self.path.with_name(self.path.name + ".part")
+        with part.open("w", newline="") as file:
+            csv.writer(file).writerows([head, *kept] if kept else [])
+        part.replace(self.path)
+
+    def append(self, row: dict[str, Any]) -> None:
+        with self.path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, list(row))
+            if not file.tell():
+                writer.writeheader()
+            writer.writerow(row)
+
+
+class CsvLog(Callback):
+    """One row per step: every part of the loss and every diagnostic."""
+
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.rows: list[dict[str, Any]] = []
+        self.table = CsvTable(path, "step")
         self.started = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.path.exists():
-            head, *rows = self.path.read_text().splitlines(keepends=True)
-            kept = [row for row in rows if int(row.split(",", 1)[0]) <= trainer.current_epoch]
-            self.path.write_text("".join([head, *kept]))
+        self.table.keep(trainer.global_step)
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         self.started = time.perf_counter()
@@ -43,21 +65,29 @@ class CsvLog(Callback):
             "step": trainer.global_step,
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
         }
-        self.rows.append({**row, **pl_module.last_log, "seconds": time.perf_counter() - self.started})
+        self.table.append({**row, **pl_module.last_log, "seconds": time.perf_counter() - self.started})
 
-    def on_train_epoch_end(self, *_: Any) -> None:
-        self._append(self.rows)
-        self.rows = []
 
-    def _append(self, rows: list[dict[str, Any]]) -> None:
-        if not rows:
-            return
-        new = not self.path.exists()
-        with self.path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            if new:
-                writer.writeheader()
-            writer.writerows(rows)
+class TensorBoard(Callback):
+    """The same figures as events for TensorBoard, in the run folder's ``tensorboard/``."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.writer = folder, None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(self.folder), purge_step=trainer.global_step + 1)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        assert isinstance(pl_module, Method)
+        self.add("train", pl_module.last_log, trainer.global_step)
+
+    def add(self, group: str, values: dict[str, float], step: int) -> None:
+        if self.writer is not None:
+            for name, value in values.items():
+                self.writer.add_scalar(f"{group}/{name}", value, step)
+            self.writer.flush()
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
@@ -90,22 +120,6 @@ class PlainProgress(Callback):
                 f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs} step {batch}/{trainer.num_training_batches}"
             )
             self.console.print(f"  {where}  {shown}", highlight=False, soft_wrap=True)
-
-
-class ResumeOrder(Callback):
-    """Tell the sampler where a resumed run is before worker processes fetch their first batches.
-
-    Lightning announces the epoch too, but after it has started the workers: they would begin with the order
-    and the views of the first epoch.
-    """
-
-    def __init__(self, sampler: EpochSampler) -> None:
-        self.sampler = sampler
-
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        self.sampler.set_epoch(checkpoint["epoch"] + 1)  # checkpoints are made at the ends of epochs
 
 
 class StopAfter(Callback):

@@ -11,13 +11,28 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from .methods import METHODS
+from .model import Norm
 
-#: Learning rate and weight decay belong together with LARS's trust coefficient, hence presets.
-#: ``recommended``: chosen on the phantoms (see README), the same for every method; 0.3 at batch size 64.
-#: ``paper``: the printed numbers, with the trust coefficient LARS is usually given. Weights hardly move.
-PRESETS: dict[str, dict[str, float]] = {
-    "recommended": {"base_lr": 1.2, "weight_decay": 1e-4, "trust": 0.02},
-    "paper": {"base_lr": 3e-4 * 256 / 64, "weight_decay": 1e-4, "trust": 1e-3},
+#: What fills fields that were not set on the command line, and why (FAITHFULNESS.md has the whole story).
+#: ``paper``: the sentences of the paper taken literally, with the trust coefficient LARS is usually given. Weights
+#: hardly move under it, and the marginals collapse.
+#: ``recommended``: the rates of a working ResNet18 recipe (see README), and marginals that cannot collapse.
+#: Learning rates are for 64 images per batch and scale with it.
+PRESETS: dict[str, dict[str, Any]] = {
+    "recommended": {
+        "optim.lr": 0.3,
+        "optim.weight_decay": 1e-4,
+        "optim.trust": 0.02,
+        "expander.last_act": False,
+        "options.optiml.marginals": "perplexity",
+    },
+    "paper": {
+        "optim.lr": 3e-4,
+        "optim.weight_decay": 1e-4,
+        "optim.trust": 1e-3,
+        "expander.last_act": True,
+        "options.optiml.marginals": "learned",
+    },
 }
 
 
@@ -25,25 +40,15 @@ PRESETS: dict[str, dict[str, float]] = {
 class OptimConfig:
     """LARS with momentum, linear warm-up, then a cosine to a thousandth."""
 
-    preset: Literal["recommended", "paper"] = "recommended"
-    """Values for what is not set below."""
     lr: float | None = None
-    """Learning rate as used; unset: the preset's base rate times batch size / 256."""
+    """Learning rate as used; unset: the preset's, times batch size / 64."""
     weight_decay: float | None = None
-    """Decay of weight matrices; biases and batch-norm parameters have none."""
+    """Decay of weight matrices; biases and batch-norm parameters have none. Unset: the preset's."""
     trust: float | None = None
-    """LARS's trust coefficient."""
+    """LARS's trust coefficient. Unset: the preset's."""
     momentum: float = 0.9
     warmup_epochs: int = 2
     """Epochs of linear warm-up, at most a fifth of all epochs."""
-
-    def resolve(self, batch_size: int) -> OptimConfig:
-        """Fill what is unset from the preset."""
-        preset = PRESETS[self.preset]
-        lr = preset["base_lr"] * batch_size / 256 if self.lr is None else self.lr
-        decay = preset["weight_decay"] if self.weight_decay is None else self.weight_decay
-        trust = preset["trust"] if self.trust is None else self.trust
-        return dataclasses.replace(self, lr=lr, weight_decay=decay, trust=trust)
 
 
 @dataclass(frozen=True)
@@ -52,8 +57,8 @@ class ExpanderConfig:
 
     dim: int = 2048
     layers: int = 3
-    last_act: bool = False
-    """Batch norm and ReLU also after the last layer (the paper's sentence read literally)."""
+    last_act: bool | None = None
+    """Batch norm and ReLU also after the last layer (the paper's sentence read literally). Unset: the preset's."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,23 @@ class AugmentConfig:
     """Smallest share of the image a crop may show. Small crops can miss the lesion."""
     hflip: float = 0.5
     """Probability of a mirror image. It moves the heart to the wrong side; 0 keeps it."""
+
+
+@dataclass(frozen=True)
+class MonitorConfig:
+    """What is measured with labels while training goes on without them. It changes nothing in the training."""
+
+    every: int = 10
+    """Epochs between measurements, which also follow the last epoch; 0: none."""
+    images: int = 2000
+    """At most so many training images to look neighbours up in, and so many validation images to classify."""
+    neighbours: int = 20
+    temperature: float = 0.1
+    """A neighbour counts exp(cosine / temperature)."""
+
+    def __post_init__(self) -> None:
+        if self.every < 0 or self.images < 1 or self.neighbours < 1 or not self.temperature > 0:
+            raise ValueError(f"monitor must have every at least 0 and all else positive, not {self}")
 
 
 if TYPE_CHECKING:
@@ -83,42 +105,74 @@ class PretrainConfig:
     """Pretrain a ResNet18 without labels on the training split; resumes when the run folder exists."""
 
     data: Path
-    """Folder in the layout of NIH ChestX-ray14."""
+    """Folder of images with their index, as ``prepare`` writes it."""
     out: Path
-    """Run folder: config.json, metrics.csv, last.ckpt and finally backbone.pth."""
+    """Run folder: config.json, metrics.csv, monitor.csv, last.ckpt and finally backbone.pth and MODEL_CARD.md."""
     method: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(METHODS) + "}")] = "optiml"
+    preset: Literal["recommended", "paper"] = "recommended"
+    """Values for what is not set: "recommended" trains; "paper" is all as printed (with --all-images: its images)."""
     epochs: int = 300
     batch_size: int = 64
+    """Images per step, of all processes together."""
     image_size: int = 224
     """Width and height of a view in pixels."""
     seed: int = 0
     """Fixes initial weights, order and augmentation."""
+    all_images: bool = False
+    """Pretrain on validation and test images too, as the paper says it did: scores on them are then transductive."""
     val_fraction: float = 0.14
     """Share of patients of the train/validation list held out (never pretrained on)."""
     split_seed: int = 0
     """Fixes which patients those are."""
+    init: Literal["random", "imagenet"] = "random"
+    """First weights of the backbone; "imagenet" downloads torchvision's."""
+    norm: Norm = "batch"
+    """Normalisation; "batch" is synchronised between GPUs. CPUs cannot do that: several need "group" or "frozen"."""
     options: Annotated[MethodOptions, tyro.conf.arg(name="")] = field(default_factory=lambda: MethodOptions())
     optim: OptimConfig = OptimConfig()
     expander: ExpanderConfig = ExpanderConfig()
     augment: AugmentConfig = AugmentConfig()
+    monitor: MonitorConfig = MonitorConfig()
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     accelerator: str = "auto"
     workers: int = 0
-    """Processes that prepare views; 0 prepares them in the training process."""
+    """Processes that prepare views, for each training process; 0 prepares them in that process."""
+    tensorboard: bool = False
+    """Also write events for TensorBoard."""
     stop_after: int | None = None
     """Stop after this epoch as if interrupted (for time limits); the same command goes on."""
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, not {self.method!r}")
+        for name in ("epochs", "batch_size", "image_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+    def resolve(self) -> PretrainConfig:
+        """With every unset field filled from the preset."""
+        filled = self
+        for path, value in PRESETS[self.preset].items():
+            value = value * self.batch_size / 64 if path == "optim.lr" else value
+            filled = _fill(filled, path.split("."), value)
+        return filled
 
     def identity(self) -> dict[str, Any]:
         """What the result depends on. Two runs with equal identity are the same run."""
-        known = dataclasses.asdict(dataclasses.replace(self, optim=self.optim.resolve(self.batch_size)))
-        for name in ("data", "out", "workers", "stop_after", "accelerator"):
+        known = dataclasses.asdict(self.resolve())
+        for name in ("data", "out", "workers", "stop_after", "accelerator", "monitor", "tensorboard"):
             known.pop(name)
         known["options"] = known["options"][self.method]
         return json.loads(json.dumps(known))  # as it will be read back
+
+
+def _fill(node: Any, path: list[str], value: Any) -> Any:
+    """``node`` with the field at ``path`` set, where it was ``None``."""
+    name, *rest = path
+    child = getattr(node, name)
+    if rest or child is None:
+        return dataclasses.replace(node, **{name: _fill(child, rest, value) if rest else value})
+    return node
 
 
 def claim_run_folder(config: PretrainConfig, fingerprint: str) -> None:

@@ -219,6 +219,10 @@ def _boxes(root: Path) -> dict[str, list[Box]]:
     return boxes
 
 
+class UnreadableImage(RuntimeError):
+    """An image file is missing, cut off or damaged; the message names it."""
+
+
 class ImageStore:
     """Grey square images by row, kept decoded in memory when they are small enough, else read each time."""
 
@@ -236,8 +240,11 @@ class ImageStore:
         return Image.fromarray(self._read(self.paths[row]) if self._images is None else self._images[row])
 
     def _read(self, path: Path) -> NDArray[np.uint8]:
-        with Image.open(path) as file:
-            image = file.convert("L")
+        try:
+            with Image.open(path) as file:
+                image = file.convert("L")
+        except (OSError, SyntaxError, ValueError) as error:  # Pillow's ways to refuse a file
+            raise UnreadableImage(f"cannot read image {path} ({error})") from error
         side = min(self.size, *image.size)
         if image.size != (side, side):
             image = image.resize((side, side), Image.Resampling.BOX)

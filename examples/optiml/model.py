@@ -1,18 +1,22 @@
-"""The network: torchvision's ResNet18 as a trunk that also returns its feature maps, and the expander."""
+"""The network: torchvision's ResNet18 as a trunk that also returns its feature maps, the expander, and its norms."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
+from urllib.error import URLError
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.models import ResNet18_Weights
 from torchvision.models.resnet import BasicBlock, ResNet
 
 if TYPE_CHECKING:
     from .config import ExpanderConfig
 
 FEATURE_DIM = 512
+Norm = Literal["batch", "group", "frozen"]
 
 
 class Backbone(ResNet):
@@ -29,14 +33,68 @@ class Backbone(ResNet):
         return maps, torch.flatten(self.avgpool(maps), 1)
 
 
+def imagenet_weights() -> dict[str, Tensor]:
+    """torchvision's ResNet18 weights without its classifier; downloaded at the first call."""
+    try:
+        weights = ResNet18_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True)
+    except URLError as error:
+        url, folder = ResNet18_Weights.IMAGENET1K_V1.url, Path(torch.hub.get_dir()) / "checkpoints"
+        raise SystemExit(f"cannot download ImageNet weights ({error}); put {url} into {folder}") from error
+    return {name: torch.as_tensor(value) for name, value in weights.items() if not name.startswith("fc.")}
+
+
 def load_backbone(path: Path | None, seed: int = 0) -> Backbone:
     """The backbone of a run (its ``backbone.pth``), or, for ``None``, an untrained one that follows ``seed``."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         backbone = Backbone()
     if path is not None:
-        backbone.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+        if "bn1.running_mean" not in weights:
+            set_norm(backbone, "group")
+        backbone.load_state_dict(weights)
     return backbone.eval()
+
+
+class FrozenBatchNorm(nn.Module):
+    """Marks batch norms that neither gather statistics nor use the batch's: a fixed scale and shift per channel."""
+
+    def train(self, mode: bool = True) -> FrozenBatchNorm:
+        del mode
+        return super().train(False)
+
+
+class FrozenBatchNorm1d(FrozenBatchNorm, nn.BatchNorm1d):
+    """Parameters keep their names, so that weights load as those of the usual norm do."""
+
+
+class FrozenBatchNorm2d(FrozenBatchNorm, nn.BatchNorm2d):
+    """As above, for maps."""
+
+
+def set_norm(model: nn.Module, norm: Norm) -> None:
+    """Replace all batch norms below ``model``; drawing no random numbers, whatever the order of calls.
+
+    ``"group"``: group norm of 32 groups for maps and one group (layer norm) for vectors. ``"frozen"``: the statistics
+    and parameters that are there, for good: those of ImageNet under that initialisation, else the identity. Both
+    treat every image by itself, so that a batch may be cut into pieces without a difference.
+    """
+    if norm == "batch":
+        return
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if not isinstance(child, _BatchNorm):
+                continue
+            flat = isinstance(child, nn.BatchNorm1d)
+            if norm == "group":
+                new: nn.Module = nn.GroupNorm(1 if flat else 32, child.num_features, child.eps, child.affine)
+            else:
+                new = (FrozenBatchNorm1d if flat else FrozenBatchNorm2d)(
+                    child.num_features, child.eps, child.momentum, child.affine
+                )
+                new.load_state_dict(child.state_dict())
+                new.requires_grad_(False).eval()
+            setattr(parent, name, new)
 
 
 def expander(config: ExpanderConfig, in_dim: int = FEATURE_DIM) -> nn.Sequential:

@@ -43,7 +43,9 @@ def level() -> str:
 class _Problem:
     """The inputs made contiguous and kept alive, with the shapes read off once."""
 
-    def __init__(self, left: Tensor, right: Tensor | None, a: Tensor, b: Tensor, eps: float, kept: Tensor | None = None) -> None:
+    def __init__(
+        self, left: Tensor, right: Tensor | None, a: Tensor, b: Tensor, eps: float, kept: Tensor | None = None
+    ) -> None:
         reason = status()
         if _C is None or reason is not None:
             raise RuntimeError(f"the cpu backend cannot be used: {reason}")
@@ -53,8 +55,7 @@ class _Problem:
         self.right = None if right is None else right.contiguous()
         self.count, self.n, last = left.shape
         self.m, d = (last, 0) if right is None else (right.shape[1], last)
-        suffix = "float32" if left.dtype == torch.float32 else "float64"
-        self.kernel = {name: getattr(_C, f"{name}_{suffix}") for name in ("solve", "implicit", "unrolled")}
+        self.suffix = "float32" if left.dtype == torch.float32 else "float64"
         self.inputs = _C.Inputs(
             self.left.data_ptr(),
             _address(self.right),
@@ -78,7 +79,7 @@ class _Problem:
         return torch.empty_like(self.left), nothing if self.right is None else torch.empty_like(self.right)
 
     def call(self, kernel: str, *arguments: object) -> None:
-        self.kernel[kernel](self.inputs, *arguments, torch.get_num_threads())
+        getattr(_C, f"{kernel}_{self.suffix}")(self.inputs, *arguments, torch.get_num_threads())
 
 
 def _address(tensor: Tensor | None) -> int:

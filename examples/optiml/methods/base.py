@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
 from lightly.utils.lars import LARS
 from lightly.utils.scheduler import CosineWarmupScheduler
 from torch import Tensor, nn
 
-from ..model import Backbone
+from ..augment import seed_all
+from ..distributed import every_row, whole_batch
+from ..model import Backbone, imagenet_weights
 
 if TYPE_CHECKING:
     from ..config import PretrainConfig
@@ -36,12 +40,21 @@ class Method(pl.LightningModule):
     """
 
     Options: ClassVar[type] = type(None)
+    #: Logged figures of which the largest over processes counts; of all others it is the mean.
+    maxima: ClassVar[frozenset[str]] = frozenset({"marginal_error"})
 
     def __init__(self, config: PretrainConfig) -> None:
+        """``config`` must be resolved."""
         super().__init__()
         self.config = config
         self.backbone = Backbone()
+        if config.init == "imagenet":
+            self.backbone.load_state_dict(imagenet_weights())
         self.last_log: dict[str, float] = {}
+        self.stop_wanted = False
+        """Set by a signal handler, at any time and perhaps in one process only."""
+        self.stopping = False
+        """Some process was told to stop; the same in all processes after each step."""
 
     def step(self, first: Tensor, second: Tensor) -> StepOutput:
         """The loss of two views (B, 3, H, W) of the same images."""
@@ -51,20 +64,32 @@ class Method(pl.LightningModule):
         """Modules whose gradient norm is logged as ``grad_<name>``, to see that they are being trained."""
         return {"backbone": self.backbone}
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """What a method draws in a step follows the step alone, so that a resumed run draws it again."""
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        seed_all(self.config.seed, self.current_epoch, batch_idx, rank)
+
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         out = self.step(*batch)
-        log = {"loss": out.loss, **out.log}
-        self.last_log = {name: float(value.detach()) for name, value in log.items()}
-        if not torch.isfinite(out.loss):
+        self.last_log = self._log_of_all({"loss": out.loss, **out.log})
+        # The loss of all processes, so that all stop if one must.
+        if not math.isfinite(self.last_log["loss"]):
             parts = ", ".join(f"{name} {value:.4g}" for name, value in self.last_log.items())
             where = f"epoch {self.current_epoch + 1}, step {batch_idx + 1}"
             raise NonFiniteLoss(
                 f"the loss is {self.last_log['loss']} in {where} ({parts}). "
-                "A smaller --optim.lr or a longer --optim.warmup-epochs usually helps; last.ckpt holds the last "
-                "good epoch."
+                "A smaller --optim.lr or a longer --optim.warmup-epochs usually helps."
             )
         self.log("loss", out.loss.detach(), prog_bar=True)
         return out.loss
+
+    def _log_of_all(self, values: dict[str, Tensor]) -> dict[str, float]:
+        """The figures of the whole batch, and whether any process is to stop; one exchange, one wait for the device."""
+        scalars = [value.detach().float().reshape(()) for value in values.values()]
+        rows = every_row(torch.stack([*scalars, scalars[0].new_tensor(float(self.stop_wanted))])).cpu()
+        self.stopping = bool(rows[:, -1].any())
+        columns = zip(values, rows.T, strict=False)  # the last column was the wish to stop
+        return {name: float(x.max() if name in self.maxima else x.mean()) for name, x in columns}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         for name, module in self.watched().items():
@@ -72,7 +97,7 @@ class Method(pl.LightningModule):
             self.last_log[f"grad_{name}"] = float(torch.stack([g.norm() for g in grads]).norm()) if grads else 0.0
 
     def configure_optimizers(self) -> Any:
-        optim = self.config.optim.resolve(self.config.batch_size)
+        optim = self.config.optim
         assert optim.lr is not None and optim.weight_decay is not None and optim.trust is not None
         trained = [p for p in self.parameters() if p.requires_grad]
         # lightly's LARS adapts a parameter if and only if its group decays, so biases and norms, which must
@@ -96,7 +121,7 @@ class Method(pl.LightningModule):
 
 def spread(embeddings: Tensor) -> Tensor:
     """Mean over dimensions of the deviation over the batch: near 0 means that all images look alike."""
-    return embeddings.detach().float().std(dim=0).mean()
+    return whole_batch(embeddings.detach()).std(dim=0).mean()
 
 
 __all__ = ["Method", "NonFiniteLoss", "StepOutput", "spread"]

@@ -30,12 +30,18 @@ class OPTiMLOptions:
     """Entropic regularisation of the transport."""
     match: Literal["channel", "position"] = "channel"
     """What is transported: channels (d x d, as printed) or positions (hw x hw)."""
-    marginals: Literal["perplexity", "learned", "detached", "uniform"] = "perplexity"
-    """How CV-SIM sets the marginals; "learned" is as printed and is known to collapse."""
+    marginals: Literal["perplexity", "learned", "detached", "uniform"] | None = None
+    """How CV-SIM sets the marginals; "learned" is as printed and is known to collapse. Unset: the preset's."""
     perplexity: float = 0.5
     """Share of the points that the marginals are spread over, under the policy of that name."""
     tokens: Literal["channel", "batch"] = "channel"
-    """What CV-SIM attends over."""
+    """What CV-SIM attends over; under several processes "batch" is each process's share of the batch."""
+    heads: int = 8
+    """Heads of CV-SIM; the paper gives no number."""
+    shared: bool = True
+    """Whether R_s and R_t are one module."""
+    gradient: Literal["implicit", "unroll", "none"] = "implicit"
+    """How the transport is differentiated; "none" holds the plan fixed, and CV-SIM is then not trained."""
     objective: Literal["transport_cost", "value", "divergence"] = "transport_cost"
     """What L_OT is; "transport_cost" is as printed."""
     max_iter: int = 200
@@ -61,8 +67,12 @@ class OPTiML(Method):
             marginals=o.marginals,
             perplexity=o.perplexity,
             tokens=o.tokens,
+            num_heads=o.heads,
+            shared=o.shared,
+            gradient=o.gradient,
             objective=o.objective,
             max_iter=o.max_iter,
+            gather=True,
         )
 
     def watched(self) -> dict[str, nn.Module | None]:

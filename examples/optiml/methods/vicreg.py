@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from lightly.loss.vicreg_loss import covariance_loss, invariance_loss, variance_loss
 from torch import Tensor
 
+from ..distributed import whole_batch
 from ..model import expander
 from .base import Method, StepOutput, spread
 
@@ -37,10 +39,12 @@ class VICReg(Method):
     def step(self, first: Tensor, second: Tensor) -> StepOutput:
         _, g_s = self.backbone(first)
         _, g_t = self.backbone(second)
-        q_s, q_t = self.expander(g_s).float(), self.expander(g_t).float()
-        invariance = invariance_loss(q_s, q_t)
-        variance = 0.5 * (variance_loss(q_s) + variance_loss(q_t))
-        covariance = covariance_loss(q_s) + covariance_loss(q_t)
+        q_s, q_t = self.expander(g_s), self.expander(g_t)
+        with torch.autocast(q_s.device.type, enabled=False):  # covariances overflow half precision
+            invariance = invariance_loss(q_s.float(), q_t.float())
+            all_s, all_t = whole_batch(q_s), whole_batch(q_t)
+            variance = 0.5 * (variance_loss(all_s) + variance_loss(all_t))
+            covariance = covariance_loss(all_s) + covariance_loss(all_t)
         w = self.weights
         loss = w.invariance * invariance + w.variance * variance + w.covariance * covariance
         parts = {"invariance": invariance, "variance": variance, "covariance": covariance}

@@ -1,0 +1,103 @@
+"""How good the features are while training goes on: neighbours' labels, and how many dimensions are in use."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from numpy.typing import NDArray
+from pytorch_lightning.callbacks import Callback
+from rich.console import Console
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from .callbacks import CsvTable, TensorBoard, epoch_means, read_log
+from .config import MonitorConfig
+from .data import ChestIndex
+from .features import extract
+from .methods import Method
+from .metrics import class_aucs, macro
+
+
+def knn_scores(bank: Tensor, labels: Tensor, queries: Tensor, neighbours: int, temperature: float) -> Tensor:
+    """Of every query (Q, d) the share of each label (N, C) among its nearest rows of ``bank`` (N, d): (Q, C).
+
+    Nearest by cosine; a neighbour counts exp(cosine / temperature). An image may have several labels or none.
+    """
+    cosine = normalize(queries, dim=1) @ normalize(bank, dim=1).T
+    nearest, rows = cosine.topk(min(neighbours, len(bank)), dim=1)
+    weights = (nearest / temperature).softmax(dim=1)
+    return torch.einsum("qk,qkc->qc", weights, labels.to(weights)[rows])
+
+
+def effective_rank(x: Tensor) -> float:
+    """Perplexity of the spectrum: exp of the entropy of the covariance's normalised eigenvalues; from 1 to d."""
+    eigenvalues = torch.linalg.svdvals(x.double() - x.double().mean(0)).square()
+    if not eigenvalues.sum() > 0:
+        return 1.0
+    return float(torch.special.entr(eigenvalues / eigenvalues.sum()).sum().exp())
+
+
+def some(index: ChestIndex, count: int) -> ChestIndex:
+    """At most ``count`` rows, always the same ones."""
+    if len(index) <= count:
+        return index
+    rows: NDArray[np.intp] = np.sort(np.random.default_rng(0).permutation(len(index))[:count])
+    return index.take(rows)
+
+
+class Monitor(Callback):
+    """Writes ``monitor.csv``: a row every so many epochs, and one after the last.
+
+    ``knn_auc`` is the macro AUC of `knn_scores` on validation images over labels of training images,
+    ``knn_auc_within`` the same within each source; ``effective_rank`` and ``std`` are of the pooled features, and
+    ``loss`` and ``perplexity`` (of the marginals, where the method has any) are means over the epoch.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        log: Path,
+        bank: ChestIndex,
+        queries: ChestIndex,
+        image_size: int,
+        config: MonitorConfig,
+        console: Console,
+        board: TensorBoard | None = None,
+    ) -> None:
+        self.table, self.config, self.console, self.board = CsvTable(path, "epoch"), config, console, board
+        self.log_file = log
+        self.bank, self.queries, self.image_size = some(bank, config.images), some(queries, config.images), image_size
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.table.keep(trainer.current_epoch)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, Method)
+        epoch = trainer.current_epoch + 1
+        if epoch % self.config.every and epoch != trainer.max_epochs:
+            return
+        row = self.measure(pl_module)
+        of_epoch = epoch_means(read_log(self.log_file), epoch)
+        row.update({name: of_epoch[name] for name in ("loss", "perplexity") if name in of_epoch})
+        self.table.append({"epoch": epoch, "step": trainer.global_step, **row})
+        if self.board:
+            self.board.add("monitor", row, trainer.global_step)
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in row.items())
+        self.console.print(f"  epoch {epoch}  {shown}", highlight=False, soft_wrap=True)
+
+    def measure(self, model: Method) -> dict[str, float]:
+        """The figures of the model as it is; works on a copy, and so leaves training as it was."""
+        backbone = copy.deepcopy(model.backbone)
+        bank, queries = (extract(backbone, index, self.image_size).x for index in (self.bank, self.queries))
+        labels = torch.from_numpy(self.bank.labels)
+        scores = knn_scores(bank, labels, queries, self.config.neighbours, self.config.temperature)
+        result = {}
+        for name, groups in (("knn_auc", None), ("knn_auc_within", self.queries.sources)):
+            if name == "knn_auc" or groups is not None:
+                aucs = class_aucs(scores.double().numpy(), self.queries.labels, groups)
+                result[name] = float(macro(aucs, self.bank.labels.max(axis=0) > 0)[0])
+        return {**result, "effective_rank": effective_rank(bank), "std": float(bank.std(dim=0).mean())}
