@@ -115,8 +115,7 @@ def _conjugate_gradients(
     cap = min(10 * (n + m), 2000)
     stream_tile = config.stream(n, m, d, problem.double)
     if problem.regime == "medium":
-        tile = config.medium(m, d, problem.double)
-        parts = -(-n // tile.rows)
+        tile, parts, tiles = problem.row_blocks()
     else:
         over_m, parts = problem.split(problem.rows, stream_tile), problem.split(problem.columns, stream_tile)
         product = problem.empty(over_m, count, n)
@@ -126,7 +125,7 @@ def _conjugate_gradients(
         if problem.regime == "medium":
             launch(
                 rows.normal_rows, (count, parts), problem.rows.left, problem.rows.right, f, g, alpha, weight, share,
-                running, count, n, m, d, problem.eps, I=tile.rows, M=tile.cols, K=tile.depth, DOT=problem.dot,
+                running, count, tiles, n, m, d, problem.eps, I=tile.rows, M=tile.cols, K=tile.depth, DOT=problem.dot,
                 num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
         else:
