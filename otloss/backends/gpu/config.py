@@ -48,7 +48,7 @@ def small(n: int, m: int, d: int, double: bool) -> Tile:
 def medium(m: int, d: int, double: bool) -> Tile:
     """Blocks of whole rows."""
     cols = power(m)
-    return Tile(16, cols, 8 if cols > 512 else 16, 16 if cols > 256 and not double else 8, 1)
+    return Tile(16, cols, 8 if cols > 256 else 16, 16 if cols > 256 and not double else 8, 1)
 
 
 def row_blocks(count: int, n: int, rows: int, processors: int) -> tuple[int, int]:

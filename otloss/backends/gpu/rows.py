@@ -125,6 +125,7 @@ def iterate_rows(
         if done >= max_iter:
             tl.store(state, STOPPED)
         else:
+            tl.store(state, LINEAR)
             old = f + (done % 2 * count + p) * n
             new = f + ((done + 1) % 2 * count + p) * n
             off = tl.zeros([], DTYPE)
@@ -140,10 +141,10 @@ def iterate_rows(
                 row = vector(a, i, n, DTYPE)
                 row = tl.where(is_live(row), row, 0.0)
                 tl.store(new + i, fi, mask=i < n)
-                off += tl.sum(row_error(row, (vector(old, i, n, DTYPE) - fi) * inv), 0)
                 accumulate(own, j, tl.sum(e * (row / s)[:, None], 0), m, start > first)
+                drift = (vector(old, i, n, DTYPE) - vector(new, i, n, DTYPE)) * inv
+                off += tl.sum(row_error(vector(a, i, n, DTYPE), drift), 0)
             tl.store(missed + (fresh * count + p) * blocks + block, off)
-            tl.store(state, LINEAR)
 
 
 @triton.jit(do_not_specialize=["count", "tiles"])
