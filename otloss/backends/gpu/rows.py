@@ -144,6 +144,7 @@ def iterate_rows(
                 accumulate(own, j, tl.sum(e * (row / s)[:, None], 0), m, start > first)
                 drift = (vector(old, i, n, DTYPE) - vector(new, i, n, DTYPE)) * inv
                 off += tl.sum(row_error(vector(a, i, n, DTYPE), drift), 0)
+            fresh = (tl.load(state + 1) + 1) % 2  # read again: a register less in the loop
             tl.store(missed + (fresh * count + p) * blocks + block, off)
 
 
