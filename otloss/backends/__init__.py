@@ -11,7 +11,9 @@ of total 1. A backend knows nothing of modules or autograd; it is a module with
   taken as it stands (multipliers 0);
 * ``unrolled_gradient(left, right, a, b, n_iter, grad_cost, grad_value, eps, need_cost, max_iter)`` -> gradients of
   left, right, a, b through the iterations that were run, of which no problem took more than ``max_iter``;
-* ``TWICE_DIFFERENTIABLE``: whether the gradients are made of differentiable PyTorch operations.
+* ``TWICE_DIFFERENTIABLE``: whether the gradients are made of differentiable PyTorch operations;
+* ``READS_HALF``: whether cost or features may be float16 or bfloat16 beside float32 masses; if not, the verb converts
+  them.
 
 ``backends/reference.py`` defines what each must return.
 """

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 TWICE_DIFFERENTIABLE = False
+READS_HALF = False
 
 # Read once, so that torch.compile sees plain strings.
 _C: ModuleType | None

@@ -18,6 +18,7 @@ from otloss.checks import wide
 from otloss.cost import live_rows, negligible, row_norms, unit_rows
 
 TWICE_DIFFERENTIABLE = True
+READS_HALF = False
 
 
 def status() -> str | None:

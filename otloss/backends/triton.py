@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 TWICE_DIFFERENTIABLE = False
+READS_HALF = True
 
 # Read once, as Triton itself does at its import.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -27,7 +27,16 @@ once. Launches: one, and one per side to normalise.
 import triton
 import triton.language as tl
 
-from otloss.backends.gpu.tiles import base2, column_step, cost_tile, is_live, kernel_tile, of_problem, stream_step, vector
+from otloss.backends.gpu.tiles import (
+    base2,
+    column_step,
+    cost_tile,
+    is_live,
+    kernel_tile,
+    of_problem,
+    stream_step,
+    vector,
+)
 
 
 @triton.jit(do_not_specialize=["max_iter"])

@@ -15,7 +15,17 @@ Four launches per iteration, three without a split.
 import triton
 import triton.language as tl
 
-from otloss.backends.gpu.tiles import add_splits, base2, cost_tile, is_live, kernel_tile, of_problem, row_error, stream_step, vector
+from otloss.backends.gpu.tiles import (
+    add_splits,
+    base2,
+    cost_tile,
+    is_live,
+    kernel_tile,
+    of_problem,
+    row_error,
+    stream_step,
+    vector,
+)
 
 
 @triton.jit(do_not_specialize=["least", "count", "splits"])

@@ -57,7 +57,7 @@ def cost_tile(
 ):  # fmt: skip
     """C of rows ``i`` and columns ``j``; padding is finite and must be masked by its mass.
 
-    Offsets have the type of ``i`` and ``j``: 64 bits wherever a problem may have 2^31 entries, since they take registers.
+    Offsets have the type of ``i`` and ``j``: 64 bits, twice the registers, only where a problem may have 2^31 entries.
     """
     if right is None:
         at = left + (i * si)[:, None] + (j * sj)[None, :]
