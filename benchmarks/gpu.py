@@ -35,9 +35,9 @@ def leaves_on(device: str, workload: Workload, dtype: torch.dtype | None = None)
     return tuple(t.detach().to(device).requires_grad_(t.requires_grad) for t in workload.leaves(dtype))
 
 
-def errors(workload: Workload, device: str = "cuda") -> dict[str, float]:
+def errors(workload: Workload, device: str = "cuda", iterations: int = 400) -> dict[str, float]:
     """Largest relative differences of ours from the reference in float64, on a few problems that have converged."""
-    few = replace(workload.part(4), iterations=max(400, workload.iterations), tol=0.0)
+    few = replace(workload.part(4), iterations=max(iterations, workload.iterations), tol=0.0)
     step = OURS.build(few)
     with otloss.use_backend("triton"):
         number, grads = step(leaves_on(device, few))

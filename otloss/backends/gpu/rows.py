@@ -12,12 +12,19 @@ and no atomic. What one launch writes for the next therefore lies in two copies,
 program is its own: all programs of a problem decide alike because they read the same numbers. Where some t_j
 underflows (small eps, far columns) the next launch takes that half-step in the log-domain instead of a row pass.
 
-A step of conjugate gradients, T' T x, is the same single pass (``normal_rows``); its vectors wait for ``descend``.
+A step of conjugate gradients, T' T x, is the same single pass (``normal_rows``). It takes a second launch: the scalars of
+a step are sums over all columns, which ``adjoint.descend`` takes in one program rather than in every one.
 
 Adding the shares costs blocks m reads from the second-level cache for every program: R rows per program make n/R^2
 reads per entry of the cost, so ``config.row_blocks`` gives a program as many rows as keep the processors busy.
 
-ROOFLINE
+Roofline, n = m = 512, d = 49, B = 64, features: 1.7e7 entries per iteration, each 6 d = 294 tensor operations (10 us
+on H100, 32 us on A100), one exponential (5 us, 7 us) and about 12 others (7 us, 21 us). Four blocks per problem: 0.5 MB
+of shares written and 2 MB read in the second-level cache, below 1 us. Registers allow one program of 16 warps per
+processor, so that units overlap badly: 50 iterations between 0.5 ms (longest unit alone) and 1.1 ms (no overlap) on
+H100, 1.6 and 3.0 ms on A100. Dense: 67 MB read per iteration (20 us, 43 us). Launches: one per iteration and one that
+sees that all are done, from the ninth on replayed as a CUDA graph; inside a caller's graph 2 max_iter + 1, for there
+nobody looks, and a launch without work takes about 2 us.
 """
 
 # mypy: ignore-errors

@@ -9,6 +9,12 @@ cores), one exponential, about 8 others. An iteration is two passes, so for n = 
 x 384 = 1.3e10 tensor operations (26 us at 495 TFLOP/s of H100, 82 us at 156 of A100), 3.4e7 exponentials (10 us at
 3.6e12/s; 12 us on A100), 2.7e8 others (8 us; 28 us). Dense: two reads of 67 MB (40 us at 3.35 TB/s, 86 us at 1.55).
 Four launches per iteration, three without a split.
+
+Two exponentials per entry and iteration, one for each side: a row's scaling is known only when its last column has been
+seen, and by then O((n + m) d) memory has kept none of the row's first exponentials for the columns' sums. One would
+need whole rows in a multiprocessor (``rows.py``; 16 rows of 4096 float32 are 256 kB, more than there is) or the kernel
+in memory, which costs more than the second exponential: by the rates above one takes 5 us of an iteration on H100,
+reading the kernel 20 us.
 """
 
 # mypy: ignore-errors
