@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -266,11 +267,14 @@ def test_a_program_takes_several_tiles_of_rows(kind: str, blocks: int, monkeypat
 def test_columns_that_no_row_prefers_take_a_launch_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shares of the second column underflow; it has to be found by half-steps of the row blocks, added."""
     monkeypatch.setattr(config, "LIMITS", REGIMES["medium"])
-    launches = []
+    launches: list[Any] = []
     made = solving.launch
-    monkeypatch.setattr(
-        solving, "launch", lambda kernel, *rest, **more: (launches.append(1), made(kernel, *rest, **more))
-    )
+
+    def counted(kernel: Any, *rest: Any, **more: Any) -> None:
+        launches.append(kernel)
+        made(kernel, *rest, **more)
+
+    monkeypatch.setattr(solving, "launch", counted)
     monkeypatch.setattr(solving, "iterate", lambda step, most, running: [step() for _ in range(most) if running.any()])
     cost = torch.rand(1, 40, 5)
     cost[..., 1] += 100

@@ -92,7 +92,6 @@ def contract(n: int, m: int, d: int, double: bool) -> tuple[Tile, int]:
 # Rows per program where no cost is touched: normalising features, adding up splits, conjugate gradients.
 FEATURE_ROWS = 16
 VECTOR = 1024
-COLUMNS = 64  # of ``rows.finish_columns``
 
 
 def feature_depth(d: int) -> int:

@@ -12,8 +12,8 @@ and no atomic. What one launch writes for the next therefore lies in two copies,
 program is its own: all programs of a problem decide alike because they read the same numbers. Where some t_j
 underflows (small eps, far columns) the next launch takes that half-step in the log-domain instead of a row pass.
 
-A step of conjugate gradients, T' T x, is the same single pass (``normal_rows``). It takes a second launch: the scalars of
-a step are sums over all columns, which ``adjoint.descend`` takes in one program rather than in every one.
+A step of conjugate gradients, T' T x, is the same single pass (``normal_rows``). It takes a second launch: the scalars
+of a step are sums over all columns, which ``adjoint.descend`` takes in one program rather than in every one.
 
 Adding the shares costs blocks m reads from the second-level cache for every program: R rows per program make n/R^2
 reads per entry of the cost, so ``config.row_blocks`` gives a program as many rows as keep the processors busy.
