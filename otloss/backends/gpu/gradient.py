@@ -133,7 +133,7 @@ def _conjugate_gradients(
             problem.launch_sums(problem.columns, g, f, product, weight, over_m, None, None, share, running, parts)
         launch(
             adjoint.descend, (count,), share, parts, scale, root, work, z, res, direction, best, alpha, state, running,
-            count, m, cap, J=min(config.power(m), config.VECTOR), num_warps=8,
+            count, m, cap, J=min(config.power(m, 256), config.VECTOR), num_warps=8,
         )  # fmt: skip
 
     if count:

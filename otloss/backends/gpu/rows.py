@@ -84,10 +84,11 @@ def iterate_rows(
     block = tl.program_id(1)
     state += (p * blocks + block) * 3
     todo = tl.load(state)
-    if todo == STOPPED:
-        return
     launches = tl.load(state + 1)
     done = tl.load(state + 2)
+    tl.debug_barrier()  # every warp has read what the first will write
+    if todo == STOPPED:
+        return
     ready, fresh = (launches + 1) % 2, launches % 2  # copies to read and to write
     every = tl.arange(0, 1024 // I)
     error = tl.sum(tl.load(missed + (ready * count + p) * blocks + every, mask=every < blocks, other=0.0), 0)

@@ -68,6 +68,7 @@ def commit_rows(
     p = tl.program_id(0).to(tl.int64)
     if tl.load(running + p) == 0:
         return
+    done = tl.load(n_iter + p)
     inv = base2(eps, DTYPE)
     missed = tl.zeros([I], DTYPE)
     for start in range(0, n, I):
@@ -75,7 +76,7 @@ def commit_rows(
         f_next = add_splits(part, p, i, n, count, splits, inv)
         missed += row_error(vector(a + p * n, i, n, DTYPE), (vector(f + p * n, i, n, DTYPE) - f_next) * inv)
     error = tl.sum(missed, 0)
-    done = tl.load(n_iter + p)
+    tl.debug_barrier()  # every warp has read what the first will write
     if ((done == 0) | (error >= tol)) & (done < max_iter):  # NaN stops
         for start in range(0, n, I):
             i = start + tl.arange(0, I)
