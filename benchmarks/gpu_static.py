@@ -247,6 +247,14 @@ def row(r: Report) -> str:
     )
 
 
+def write(reports: list[Report]) -> None:
+    """The result files, which name the architectures that they hold."""
+    archs = ", ".join(f"sm_{arch}" for arch in sorted({r.arch for r in reports}))
+    summary = f"{archs}: {len(reports)} compilations, {sum(r.spilled > 0 for r in reports)} spill.\n"
+    (RESULTS / "gpu_static.md").write_text("\n".join([__doc__ or "", summary, HEADER, *map(row, reports), ""]))
+    (RESULTS / "gpu_static.json").write_text(json.dumps([asdict(r) for r in reports], indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_static", description=__doc__)
     parser.add_argument("--arch", type=int, nargs="*", default=list(ARCHITECTURES), choices=list(ARCHITECTURES))
@@ -254,13 +262,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few shapes only; writes nothing")
     args = parser.parse_args()
     print(HEADER)
-    reports = measure(args.arch, SHAPES[::4] if args.quick else SHAPES, args.jobs, verbose=True)
+    reports: list[Report] = []
+    for arch in args.arch:  # written after each: a run that is cut off leaves what it has measured
+        reports += measure([arch], SHAPES[::4] if args.quick else SHAPES, args.jobs, verbose=True)
+        if not args.quick:
+            write(reports)
     spilling = [r for r in reports if r.spilled]
     print(f"{len(reports)} compilations, {len(spilling)} spill")
-    if not args.quick:
-        text = "\n".join([__doc__ or "", HEADER, *map(row, reports), ""])
-        (RESULTS / "gpu_static.md").write_text(text)
-        (RESULTS / "gpu_static.json").write_text(json.dumps([asdict(r) for r in reports], indent=1) + "\n")
     if spilling:
         raise SystemExit("these configurations spill: " + ", ".join(f"{r.kernel} ({r.tile})" for r in spilling))
 

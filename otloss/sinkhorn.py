@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from otloss.backends import choose_backend
+from otloss.backends import choose_backend, get_backend
 from otloss.backends.reference import transport_plan
 from otloss.checks import (
     HALF,
@@ -83,7 +83,8 @@ class _Problem:
             what = "the cost was" if self.right is None else "x or y were"
             raise RuntimeError(f"{what} changed in place after the problem was solved; read out.plan before that")
         with no_autocast(f):
-            cost = self.left if self.right is None else cosine_cost(self.left, self.right)
+            cost = self.left.to(f.dtype)
+            cost = cost if self.right is None else cosine_cost(cost, self.right.to(f.dtype))
             f, g, a, b = f.reshape(self.a.shape), g.reshape(self.b.shape), self.a, self.b
             if constant:
                 cost, a, b, f, g = (operand.detach() for operand in (cost, a, b, f, g))
@@ -151,13 +152,15 @@ def _solve(
     batch = left.shape[:-2]
     n, m = (left.shape[-2], left.shape[-1] if right is None else right.shape[-2])
     with no_autocast(left):
-        left = _one_batch(left.to(dtype), 2)
-        right = None if right is None else _one_batch(right.to(dtype), 2)
-        p, log_total_a = _masses("a", a, log_a, batch, n, left)
-        q, log_total_b = _masses("b", b, log_b, batch, m, left)
+        like = left.new_empty(0, dtype=dtype)
+        if not get_backend(chosen).READS_HALF:
+            left, right = left.to(dtype), None if right is None else right.to(dtype)
+        left, right = _one_batch(left, 2), None if right is None else _one_batch(right, 2)
+        p, log_total_a = _masses("a", a, log_a, batch, n, like)
+        q, log_total_b = _masses("b", b, log_b, batch, m, like)
         if gradient == "none":  # then nothing depends on them
             p, q = p.detach(), q.detach()
-        totals = [total for total in (log_total_a, log_total_b) if total is not None] or [left.new_zeros(len(left), 1)]
+        totals = [total for total in (log_total_a, log_total_b) if total is not None] or [like.new_zeros(len(left), 1)]
         log_totals = torch.cat((totals[0], totals[-1]), dim=-1)
         half = any(named[name] is not None and named[name].dtype in HALF for name in ("a", "b", "log_a", "log_b"))
         mass_tol = 2e-2 if half else 1e-6

@@ -58,6 +58,14 @@ def test_is_used_on_the_cpu_only_when_asked_for() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.skipif(bool(otloss.backends()["triton"]), reason="there is a device, or the interpreter is on")
+def test_the_device_suite_runs_to_a_skip() -> None:
+    done = run("-m", "pytest", "-q", "-o", "addopts=", "-rs", str(HERE / "gpu"))
+    assert done.returncode == 0 and "needs a GPU: " in done.stdout, done.stdout
+    done = run("-m", "benchmarks.gpu")
+    assert done.returncode == 0 and "nothing was measured: " in done.stdout, done.stdout + done.stderr
+
+
 @installed
 @pytest.mark.slow
 def test_kernels_in_the_interpreter() -> None:

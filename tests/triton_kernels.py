@@ -11,6 +11,8 @@ cost; a gradient of the plan to 1/eps times that, and through the adjoint system
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -18,12 +20,14 @@ from conftest import relative
 from torch import Tensor
 
 import otloss
+from benchmarks.workloads import WORKLOADS
 from otloss.backends import reference, triton
 
 if not triton.interpreted():
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
 
 from otloss.backends.gpu import config, launch
+from otloss.backends.gpu import solve as solving
 
 EPS = 0.1
 DTYPES = (torch.float32, torch.float64)
@@ -188,6 +192,23 @@ def test_half_precision_is_read_as_it_is(kind: str, dtype: torch.dtype) -> None:
     assert got[0].dtype == dtype and got[0].isfinite().all()
 
 
+@pytest.mark.parametrize(("kind", "dtype"), [("dense", torch.float16), ("features", torch.bfloat16)])
+def test_half_precision_through_the_verb(regime: str, kind: str, dtype: torch.dtype) -> None:
+    left, right, a, b = problem(kind, 9, 7, torch.float32, masked=False)
+    halves = [t.to(dtype).requires_grad_() for t in (left, right) if t is not None]
+
+    def run(given: list[Tensor]) -> list[Tensor]:
+        verb = otloss.sinkhorn if kind == "dense" else otloss.cosine_sinkhorn
+        out = verb(*given, a, b, eps=0.5, max_iter=8, tol=0.0, backend="triton")
+        return [out.transport_cost.detach(), out.plan.detach(), *torch.autograd.grad(out.transport_cost.sum(), given)]
+
+    got, want = run(halves), run([t.detach().float().requires_grad_() for t in halves])
+    for one, other in zip(got, want, strict=True):
+        rounding = torch.finfo(one.dtype).eps if one.dtype == dtype else slack(torch.float32, 0.5)
+        close(one.float(), other.double(), rounding)
+    assert all(grad.dtype == dtype for grad in got[2:]) and got[0].dtype == torch.float32
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_zero_features_have_no_cosine_and_no_gradient(dtype: torch.dtype) -> None:
     x, y, a, b = problem("features", 6, 5, dtype, masked=False)
@@ -230,6 +251,36 @@ def test_the_same_twice(regime: str) -> None:
     given = problem("features", 40, 33, torch.float32)
     one, other = (triton.solve(*given, EPS, 5, 0.0) for _ in range(2))
     assert all(map(torch.equal, one, other))
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_program_takes_several_tiles_of_rows(kind: str, blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "LIMITS", REGIMES["medium"])
+    monkeypatch.setattr(config, "BLOCKS", blocks)
+    assert config.row_blocks(1, 70, 16, 8) == {1: (1, 5), 3: (3, 2)}[blocks]
+    given = problem(kind, 70, 20, torch.float32, batch=1)
+    check_solve(given, EPS, 4)
+    check_implicit(given)
+
+
+def test_columns_that_no_row_prefers_take_a_launch_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shares of the second column underflow; it has to be found by half-steps of the row blocks, added."""
+    monkeypatch.setattr(config, "LIMITS", REGIMES["medium"])
+    launches: list[Any] = []
+    made = solving.launch
+
+    def counted(kernel: Any, *rest: Any, **more: Any) -> None:
+        launches.append(kernel)
+        made(kernel, *rest, **more)
+
+    monkeypatch.setattr(solving, "launch", counted)
+    monkeypatch.setattr(solving, "iterate", lambda step, most, running: [step() for _ in range(most) if running.any()])
+    cost = torch.rand(1, 40, 5)
+    cost[..., 1] += 100
+    a, b = torch.full((1, 40), 1 / 40), torch.full((1, 5), 0.2)
+    check_solve((cost, None, a, b), EPS, 3, room=16.0 * 50)
+    assert len(launches) == 3 + 1 + 1  # iterations, the columns of the first, and the one that sees that they are done
 
 
 def test_columns_split_over_programs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,8 +326,8 @@ def test_the_verb(regime: str, gradient: str) -> None:
 
     def loss(backend: str) -> Tensor:
         # The implicit gradient is defined by the converged problem, the others by the iterations that are run.
-        iterations = 200 if gradient == "implicit" else 15
-        options = {"eps": 0.2, "max_iter": iterations, "tol": 0.0, "gradient": gradient, "backend": backend}
+        iterations = 25 if gradient == "implicit" else 6
+        options = {"eps": 0.5, "max_iter": iterations, "tol": 0.0, "gradient": gradient, "backend": backend}
         out = otloss.cosine_sinkhorn(x, y, log_a=za.log_softmax(-1), log_b=zb.log_softmax(-1), **options)
         total = out.transport_cost.sum()
         if gradient != "none":
@@ -287,3 +338,16 @@ def test_the_verb(regime: str, gradient: str) -> None:
     for got, want in zip(one, other, strict=True):
         assert (got is None) == (want is None)
         assert got is None or torch.allclose(got, want, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["positions", "channels-dense", "pot-example"])
+def test_the_benchmark_of_a_device(name: str) -> None:
+    """What ``benchmarks/gpu.py`` runs on a device, on the CPU: errors of ours, and a step of each peer that is here."""
+    from benchmarks import gpu
+
+    workload = replace(WORKLOADS[name].part(2, 6), d=3, eps=0.5, iterations=5)
+    assert max(gpu.errors(workload, "cpu", 20).values()) < 1e-3
+    for peer in gpu.ENTRANTS:
+        if peer.applies(workload) and not peer.skip(workload) and not peer.warm_in_full and peer is not gpu.OURS:
+            numbers, _ = peer.build(workload)(gpu.leaves_on("cpu", workload))
+            assert len(numbers) == 2

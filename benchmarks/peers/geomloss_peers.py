@@ -44,7 +44,9 @@ def _flash(w: Workload, leaves: Leaves) -> Tensor:
     from flash_sinkhorn import SamplesLoss
 
     x, y, logits_a, logits_b = leaves
-    solver = SamplesLoss("sinkhorn", blur=w.eps**0.5, debias=False, half_cost=True, n_iters=w.iterations)
+    # The iterations and the precision of the others; by default it anneals, and multiplies in TF32.
+    options = {"backend": "alternating", "use_epsilon_scaling": False, "eps": w.eps, "n_iters": w.iterations}
+    solver = SamplesLoss("sinkhorn", debias=False, half_cost=True, allow_tf32=False, **options)
     return solver(logits_a.softmax(-1), unit(x), logits_b.softmax(-1), unit(y))
 
 

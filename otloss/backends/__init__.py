@@ -13,7 +13,9 @@ of total 1. A backend knows nothing of modules or autograd; it is a module with
   left, right, a, b through the iterations that were run, of which no problem took more than ``max_iter``;
 * ``TWICE_DIFFERENTIABLE``: whether the gradients are made of differentiable PyTorch operations;
 * ``KEEPS_COST``: whether ``solve`` and ``implicit_gradient`` take one more tensor ``kept (B, n, m)``, in which the cost
-  of features goes from the one to the other.
+  of features goes from the one to the other;
+* ``READS_HALF``: whether cost or features may be float16 or bfloat16 beside float32 masses; if not, the verb converts
+  them.
 
 ``backends/reference.py`` defines what each must return.
 """

@@ -15,6 +15,7 @@ from torch import Tensor
 
 TWICE_DIFFERENTIABLE = False
 KEEPS_COST = True
+READS_HALF = False
 
 # Read once, so that torch.compile sees plain strings.
 _C: ModuleType | None

@@ -19,6 +19,7 @@ from otloss.cost import live_rows, negligible, row_norms, unit_rows
 
 TWICE_DIFFERENTIABLE = True
 KEEPS_COST = False
+READS_HALF = False
 
 
 def status() -> str | None:

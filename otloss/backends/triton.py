@@ -1,6 +1,8 @@
 """Triton kernels for NVIDIA GPUs (``gpu/``), chosen for CUDA tensors.
 
-Float32 or float64 masses set the precision of everything; cost or features may be float16, bfloat16 or the same. Where
+Float32 or float64 masses set the precision of everything; cost or features may be float16, bfloat16 or the same, and
+are read as they are: no copy of a half-precision cost, of features only their unit rows in float32. Their gradient is
+rounded once per call; where the plan is differentiated too, autograd adds its part in the inputs' precision. Where
 there is no GPU, ``TRITON_INTERPRET=1`` in the environment before the first import runs the kernels on CPU tensors by
 Triton's interpreter: slow, for tests. Results are the same in every run: no atomics, fixed orders of summation.
 """
@@ -17,6 +19,7 @@ from torch import Tensor
 
 TWICE_DIFFERENTIABLE = False
 KEEPS_COST = False
+READS_HALF = True
 
 # Read once, as Triton itself does at its import.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -27,7 +27,8 @@ def descend(
     """One step, given the parts of k' (a/rho) k alpha with alpha = scale direction; grid: problems.
 
     ``scale`` is c / sqrt(S) (0 without mass) and ``state`` (count, 5) holds |res|^2, its least value, its first, the
-    step and the step of the least.
+    step and the step of the least. J is not below the number of threads: an entry that two threads held could be
+    stored by one before the other has read it.
     """
     DTYPE: tl.constexpr = z.dtype.element_ty
     TARGET: tl.constexpr = 1e-24 if tl.float64 == DTYPE else 2.5e-13  # of squares

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 # The largest n and m of each regime; beyond them problems are streamed. Tests lower them.
 LIMITS = {"small": 128, "medium": 1024}  # of float32; float64 takes two registers a number
+BLOCKS = 32  # of rows in a medium problem: each adds the shares of all
 MIN_SIDE = 16  # the least side of a product's tile
 
 
@@ -47,7 +48,14 @@ def small(n: int, m: int, d: int, double: bool) -> Tile:
 def medium(m: int, d: int, double: bool) -> Tile:
     """Blocks of whole rows."""
     cols = power(m)
-    return Tile(16, cols, 8 if cols > 512 else 16, 16 if cols > 256 and not double else 8, 1)
+    return Tile(16, cols, 8 if cols > 256 else 16, 16 if cols > 256 and not double else 8, 1)
+
+
+def row_blocks(count: int, n: int, rows: int, processors: int) -> tuple[int, int]:
+    """Programs per problem and tiles of rows per program: about two programs for each processor, at most ``BLOCKS``."""
+    tiles = -(-n // rows)
+    each = -(-tiles // max(1, min(2 * processors // max(count, 1), BLOCKS)))
+    return -(-tiles // each), each
 
 
 def stream(n: int, m: int, d: int, double: bool) -> Tile:
@@ -84,7 +92,6 @@ def contract(n: int, m: int, d: int, double: bool) -> tuple[Tile, int]:
 # Rows per program where no cost is touched: normalising features, adding up splits, conjugate gradients.
 FEATURE_ROWS = 16
 VECTOR = 1024
-COLUMNS = 64  # of ``rows.finish_columns``
 
 
 def feature_depth(d: int) -> int:

@@ -88,13 +88,13 @@ def contract_dense(
     """out = dC of a dense cost; grid: problems x blocks of I rows x blocks of J columns."""
     DTYPE: tl.constexpr = f.dtype.element_ty
     p = tl.program_id(0).to(tl.int64)
-    i = tl.program_id(1) * I + tl.arange(0, I)
-    j = tl.program_id(2) * J + tl.arange(0, J)
+    i = tl.program_id(1).to(tl.int64) * I + tl.arange(0, I)
+    j = tl.program_id(2).to(tl.int64) * J + tl.arange(0, J)
     grad = gradient_tile(
         left + p * n * m, None, i, j, f, g, a, b, u, v, q_i, q_j, w, w_value, n_iter, p, count, n, m, 0, m, 1, eps,
         False, I, J, 16, "ieee", DTYPE,
     )  # fmt: skip
-    at = p * n * m + i.to(tl.int64)[:, None] * m + j[None, :]
+    at = p * n * m + i[:, None] * m + j[None, :]
     tl.store(out + at, grad.to(out.dtype.element_ty), mask=(i < n)[:, None] & (j < m)[None, :])
 
 
@@ -108,17 +108,17 @@ def contract_features(
     p = tl.program_id(0).to(tl.int64)
     left += p * n * d
     right += p * m * d
-    i = tl.program_id(1) * I + tl.arange(0, I)
+    i = tl.program_id(1).to(tl.int64) * I + tl.arange(0, I)
     k = tl.program_id(2) * D + tl.arange(0, D)
     total = tl.zeros([I, D], DTYPE)
     for start in range(0, m, J):
-        j = start + tl.arange(0, J)
+        j = start + tl.arange(0, J).to(tl.int64)
         grad = gradient_tile(
             left, right, i, j, f, g, a, b, u, v, q_i, q_j, w, w_value, n_iter, p, count, n, m, d, 0, 0, eps,
             SWAPPED, I, J, K, DOT, DTYPE,
         )  # fmt: skip
-        at = j.to(tl.int64)[:, None] * d + k[None, :]
+        at = j[:, None] * d + k[None, :]
         y = tl.load(right + at, mask=(j < m)[:, None] & (k < d)[None, :], other=0.0)
         total = tl.dot(grad, y, total, input_precision=DOT)
-    at = p * n * d + i.to(tl.int64)[:, None] * d + k[None, :]
+    at = p * n * d + i[:, None] * d + k[None, :]
     tl.store(out + at, -total, mask=(i < n)[:, None] & (k < d)[None, :])

@@ -115,8 +115,7 @@ def _conjugate_gradients(
     cap = min(10 * (n + m), 2000)
     stream_tile = config.stream(n, m, d, problem.double)
     if problem.regime == "medium":
-        tile = config.medium(m, d, problem.double)
-        parts = -(-n // tile.rows)
+        tile, parts, tiles = problem.row_blocks()
     else:
         over_m, parts = problem.split(problem.rows, stream_tile), problem.split(problem.columns, stream_tile)
         product = problem.empty(over_m, count, n)
@@ -126,7 +125,7 @@ def _conjugate_gradients(
         if problem.regime == "medium":
             launch(
                 rows.normal_rows, (count, parts), problem.rows.left, problem.rows.right, f, g, alpha, weight, share,
-                running, count, n, m, d, problem.eps, I=tile.rows, M=tile.cols, K=tile.depth, DOT=problem.dot,
+                running, count, tiles, n, m, d, problem.eps, I=tile.rows, M=tile.cols, K=tile.depth, DOT=problem.dot,
                 num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
         else:
@@ -134,7 +133,7 @@ def _conjugate_gradients(
             problem.launch_sums(problem.columns, g, f, product, weight, over_m, None, None, share, running, parts)
         launch(
             adjoint.descend, (count,), share, parts, scale, root, work, z, res, direction, best, alpha, state, running,
-            count, m, cap, J=min(config.power(m), config.VECTOR), num_warps=8,
+            count, m, cap, J=min(config.power(m, 256), config.VECTOR), num_warps=8,
         )  # fmt: skip
 
     if count:

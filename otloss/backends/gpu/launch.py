@@ -116,6 +116,11 @@ class Problem:
         programs = self.count * -(-view.n // tile.rows)
         return config.splits(programs, -(-view.m // tile.cols), processors(self.a.device))
 
+    def row_blocks(self) -> tuple[config.Tile, int, int]:
+        """The tile of a medium problem, how many programs share its rows, and how many tiles each takes."""
+        tile = config.medium(self.m, self.d, self.double)
+        return tile, *config.row_blocks(self.count, self.n, tile.rows, processors(self.a.device))
+
     def half_step(
         self, view: View, g: Tensor, mass: Tensor, out: Tensor, gate: Tensor | None, least: int, splits: int
     ) -> None:

@@ -1,19 +1,30 @@
-r"""Medium problems (n, m up to 1024): blocks of whole rows in registers, one pass over the cost per iteration.
+r"""Medium problems (n, m up to 1024): blocks of rows, one launch and one pass over the cost per iteration.
 
-A program holds I rows of the cost. Their half-step needs nothing else, and the exponentials it takes are those of the
-columns too: E_ij/s_i = b_j exp((f_i + g_j - C_ij)/eps), so the program at once writes its rows' share of
+A program goes through its rows of the cost, a tile of I whole rows at a time. Their half-step needs nothing else, and
+the exponentials it takes are those of the columns too: E_ij/s_i = b_j exp((f_i + g_j - C_ij)/eps) is in registers, so
+the program at once adds its rows' share of
 
-    t_j = sum_i a_i E_ij / s_i,        g_j <- g_j - eps log(t_j / b_j),
+    t_j = sum_i a_i E_ij / s_i,        g_j <- g_j - eps log(t_j / b_j).
 
-which ``finish_columns`` adds over the blocks in a fixed order. One exponential per entry and iteration; where t_j
-underflows, its columns take their half-step in the log-domain instead. A step of conjugate gradients, T' T x, is
-the same single pass (``normal_rows``). The order between the two launches is the stream's: no barrier across
-programs.
+One exponential per entry and iteration. The next launch begins by adding the shares of all blocks, which every program
+of a problem does for itself and in the same order: nothing crosses programs within a launch, so there is no barrier
+and no atomic. What one launch writes for the next therefore lies in two copies, taken in turn, and what steers a
+program is its own: all programs of a problem decide alike because they read the same numbers. Where some t_j
+underflows (small eps, far columns) the next launch takes that half-step in the log-domain instead of a row pass.
 
-Roofline, n = m = 512, d = 49, B = 64, features: 1.7e7 entries per iteration, each 6 d = 294 tensor operations
-(10 us on H100, 32 us on A100), one exponential (5 us, 6 us), about 12 others (6 us, 21 us); shares of I = 16 rows:
-2 x 8.4 MB in the second-level cache. 50 iterations: 0.6 ms on H100, 1.7 ms on A100. Dense: 67 MB read per iteration
-(20 us, 43 us). Launches: two per iteration, replayed as a CUDA graph.
+A step of conjugate gradients, T' T x, is the same single pass (``normal_rows``). It takes a second launch: the scalars
+of a step are sums over all columns, which ``adjoint.descend`` takes in one program rather than in every one.
+
+Adding the shares costs blocks m reads from the second-level cache for every program: R rows per program make n/R^2
+reads per entry of the cost, so ``config.row_blocks`` gives a program as many rows as keep the processors busy.
+
+Roofline, n = m = 512, d = 49, B = 64, features: 1.7e7 entries per iteration, each 6 d = 294 tensor operations (10 us
+on H100, 32 us on A100), one exponential (5 us, 7 us) and about 12 others (7 us, 21 us). Four blocks per problem: 0.5 MB
+of shares written and 2 MB read in the second-level cache, below 1 us. Registers allow one program of 16 warps per
+processor, so that units overlap badly: 50 iterations between 0.5 ms (longest unit alone) and 1.1 ms (no overlap) on
+H100, 1.6 and 3.0 ms on A100. Dense: 67 MB read per iteration (20 us, 43 us). Launches: one per iteration and one that
+sees that all are done, from the ninth on replayed as a CUDA graph; inside a caller's graph 2 max_iter + 1, for there
+nobody looks, and a launch without work takes about 2 us.
 """
 
 # mypy: ignore-errors
@@ -21,126 +32,149 @@ import triton
 import triton.language as tl
 
 from otloss.backends.gpu.tiles import (
+    add_splits,
     base2,
+    column_step,
     cost_tile,
     is_live,
     kernel_tile,
     log2_mass,
+    of_problem,
     row_error,
-    stream_step,
     vector,
 )
 
+# What a program of a problem is to do next: nothing; the first pass; add shares of t; add half-steps of its rows.
+STOPPED, FIRST, LINEAR, LOG = (tl.constexpr(k) for k in range(4))
+TOGETHER = tl.constexpr(8)  # shares read at a time
 
-@triton.jit(do_not_specialize=["count", "max_iter"])
-def step_rows(
-    left, right, a, b, f, g, f_next, share, missed, running, n_iter, count, n, m, d, eps: tl.float64, max_iter,
-    I: tl.constexpr, M: tl.constexpr, K: tl.constexpr, DOT: tl.constexpr,
+
+@triton.jit
+def add_shares(share, blocks, count, m, j):
+    """t_j from the shares of each block, ``share`` pointing at those of the first."""
+    total = tl.zeros([j.shape[0]], share.dtype.element_ty)
+    for start in range(0, blocks, TOGETHER):
+        block = start + tl.arange(0, TOGETHER)
+        at = share + block.to(tl.int64)[:, None] * count * m + j[None, :]
+        total += tl.sum(tl.load(at, mask=(block < blocks)[:, None] & (j < m)[None, :], other=0.0), 0)
+    return total
+
+
+@triton.jit
+def accumulate(own, j, part, m, more):
+    """Add to the program's own share, which waits in memory for the next tile: registers hold one tile."""
+    tl.debug_barrier()
+    tl.store(own + j, part + tl.load(own + j, mask=(j < m) & more, other=0.0), mask=j < m)
+
+
+@triton.jit(do_not_specialize=["count", "blocks", "tiles", "max_iter"])
+def iterate_rows(
+    left, right, a, b, f, g, share, missed, state, count, blocks, tiles, n, m, d, eps: tl.float64, tol: tl.float64,
+    max_iter, I: tl.constexpr, M: tl.constexpr, K: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """The half-step of I rows, their share of the columns' sums and of the error; grid: problems x blocks of rows.
+    """One iteration; grid: problems x ``blocks`` of ``tiles`` times I rows.
 
-    ``missed`` (count, blocks) tells ``finish_columns`` what to do: inf is "this is the first iteration", -inf "the last
-    is done".
-    """
-    DTYPE: tl.constexpr = a.dtype.element_ty
-    p = tl.program_id(0).to(tl.int64)
-    if tl.load(running + p) == 0:
-        return
-    if right is None:
-        left += p * n * m
-    else:
-        left += p * n * d
-        right += p * m * d
-    block = tl.program_id(1)
-    i = block * I + tl.arange(0, I)
-    j = tl.arange(0, M)
-    inv = base2(eps, DTYPE)
-    cost = cost_tile(left, right, i, j, n, m, d, m, 1, I, M, K, DOT, DTYPE) * inv
-    exponent = (vector(g + p * m, j, m, DTYPE) * inv + log2_mass(vector(b + p * m, j, m, DTYPE)))[None, :] - cost
-    top = tl.max(exponent, 1)
-    e = tl.exp2(exponent - top[:, None])
-    s = tl.sum(e, 1)
-    new = -(top + tl.log2(s)) / inv
-    mass = vector(a + p * n, i, n, DTYPE)
-    mass = tl.where(is_live(mass), mass, 0.0)
-    tl.store(f_next + p * n + i, new, mask=i < n)
-    at = (block.to(tl.int64) * count + p) * m
-    tl.store(share + at + j, tl.sum(e * (mass / s)[:, None], 0), mask=j < m)
-    error = tl.sum(row_error(mass, (vector(f + p * n, i, n, DTYPE) - new) * inv), 0)
-    done = tl.load(n_iter + p)
-    error = tl.where(done == 0, float("inf"), tl.where(done >= max_iter, -float("inf"), error))
-    tl.store(missed + p * tl.num_programs(1) + block, error)
-
-
-@triton.jit(do_not_specialize=["count", "blocks"])
-def finish_columns(
-    left, right, a, b, f, g, f_next, share, missed, running, n_iter, count, blocks, n, m, d,
-    eps: tl.float64, tol: tl.float64, J: tl.constexpr, I: tl.constexpr, K: tl.constexpr, DOT: tl.constexpr,
-):  # fmt: skip
-    """The half-step of J columns from the shares of the row blocks; grid: problems x blocks of max(n, m).
-
-    Each program decides alike from ``missed``; what it changes of ``running`` and ``n_iter`` no other program needs.
+    ``g`` (count, blocks, m) is each program's own, of ``f`` (2, count, n) copy t % 2 is that after t iterations.
+    ``share`` (2, blocks, count, m) and ``missed`` (2, count, blocks), each block's share of t and of the error: launch
+    k writes copy k % 2. ``state`` (count, blocks, 3): what to do, launches made, iterations done.
     """
     DTYPE: tl.constexpr = a.dtype.element_ty
     TINY: tl.constexpr = 1e-200 if tl.float64 == DTYPE else 1e-25
     p = tl.program_id(0).to(tl.int64)
-    if tl.load(running + p) == 0:
+    block = tl.program_id(1)
+    state += (p * blocks + block) * 3
+    todo = tl.load(state)
+    launches = tl.load(state + 1)
+    done = tl.load(state + 2)
+    tl.debug_barrier()  # every warp has read what the first will write
+    if todo == STOPPED:
         return
-    error = tl.zeros([], DTYPE)
-    for block in range(blocks):
-        error += tl.load(missed + p * blocks + block)
-    if error >= tol:  # NaN stops
-        j = tl.program_id(1) * J + tl.arange(0, J)
-        tl.store(f + p * n + j, vector(f_next + p * n, j, n, DTYPE), mask=j < n)
-        mass = vector(b + p * m, j, m, DTYPE)
-        live = is_live(mass)
-        t = tl.zeros([J], DTYPE)
-        for block in range(blocks):
-            t += vector(share + (tl.cast(block, tl.int64) * count + p) * m, j, m, DTYPE)
-        inv = base2(eps, DTYPE)
-        new = vector(g + p * m, j, m, DTYPE)
-        if tl.min(tl.where(live, t, 1.0), 0) < TINY:
-            if right is None:
-                left += p * n * m
-                new = stream_step(
-                    left, None, j, f_next + p * n, a + p * n, m, n, d, 1, m, 0, n, inv, J, I, K, DOT
-                )  # fmt: skip
-            else:
-                new = stream_step(
-                    right + p * m * d, left + p * n * d, j, f_next + p * n, a + p * n, m, n, d, 1, m, 0, n, inv,
-                    J, I, K, DOT,
-                )  # fmt: skip
+    ready, fresh = (launches + 1) % 2, launches % 2  # copies to read and to write
+    every = tl.arange(0, 1024 // I)
+    error = tl.sum(tl.load(missed + (ready * count + p) * blocks + every, mask=every < blocks, other=0.0), 0)
+    if (todo == LINEAR) & (done > 0) & ((error >= tol) == 0):  # NaN stops
+        tl.store(state, STOPPED)
+        return
+
+    left, right = of_problem(left, right, p, n, m, d)
+    a += p * n
+    b += p * m
+    first = block * tiles * I
+    last = tl.minimum(first + tiles * I, n)
+    inv = base2(eps, DTYPE)
+    j = tl.arange(0, M)
+    mass = vector(b, j, m, DTYPE)
+    live = is_live(mass)
+    shares = share + tl.cast(ready, tl.int64) * blocks * count * m
+    own = share + ((tl.cast(fresh, tl.int64) * blocks + block) * count + p) * m
+    g += (p * blocks + block) * m
+    gj = vector(g, j, m, DTYPE)
+    underflow = False
+    if todo == LINEAR:
+        t = add_shares(shares + p * m, blocks, count, m, j)
+        underflow = tl.min(tl.where(live, t, 1.0), 0) < TINY
+        gj -= tl.where(live, tl.log2(tl.where(live, t / mass, 1.0)), 0.0) / inv
+    elif todo == LOG:
+        gj = add_splits(shares, p, j, m, count, blocks, inv)
+    tl.store(state + 1, launches + 1)
+    if underflow:
+        f += ((done + 1) % 2 * count + p) * n
+        for start in range(0, m, 64):
+            c = start + tl.arange(0, 64)
+            part = column_step(left, right, c, f, a, n, m, d, first, last, inv, 64, 32, K, DOT)
+            tl.store(own + c, part, mask=c < m)
+        tl.store(state, LOG)
+    else:
+        if todo != FIRST:
+            done += 1
+            tl.store(state + 2, done)
+            tl.store(g + j, gj, mask=j < m)
+            tl.debug_barrier()
+        if done >= max_iter:
+            tl.store(state, STOPPED)
         else:
-            ratio = tl.log2(tl.where(live, t, 1.0)) - tl.where(live, log2_mass(mass), 0.0)
-            new -= tl.where(live, ratio, 0.0) / inv
-        tl.store(g + p * m + j, new, mask=j < m)
-        if tl.program_id(1) == 0:
-            tl.store(n_iter + p, tl.load(n_iter + p) + 1)
-    elif tl.program_id(1) == 0:
-        tl.store(running + p, 0)
+            tl.store(state, LINEAR)
+            old = f + (done % 2 * count + p) * n
+            new = f + ((done + 1) % 2 * count + p) * n
+            off = tl.zeros([], DTYPE)
+            for start in range(first, last, I):
+                i = start + tl.arange(0, I)
+                cost = cost_tile(left, right, i, j, n, m, d, m, 1, I, M, K, DOT, DTYPE) * inv
+                column = vector(g, j, m, DTYPE) * inv + log2_mass(vector(b, j, m, DTYPE))
+                exponent = column[None, :] - cost
+                top = tl.max(exponent, 1)
+                e = tl.exp2(exponent - top[:, None])
+                s = tl.sum(e, 1)
+                fi = -(top + tl.log2(s)) / inv
+                row = vector(a, i, n, DTYPE)
+                row = tl.where(is_live(row), row, 0.0)
+                tl.store(new + i, fi, mask=i < n)
+                accumulate(own, j, tl.sum(e * (row / s)[:, None], 0), m, start > first)
+                drift = (vector(old, i, n, DTYPE) - vector(new, i, n, DTYPE)) * inv
+                off += tl.sum(row_error(vector(a, i, n, DTYPE), drift), 0)
+            fresh = (tl.load(state + 1) + 1) % 2  # read again: a register less in the loop
+            tl.store(missed + (fresh * count + p) * blocks + block, off)
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count", "tiles"])
 def normal_rows(
-    left, right, f, g, alpha, scale, share, running, count, n, m, d, eps: tl.float64,
+    left, right, f, g, alpha, scale, share, running, count, tiles, n, m, d, eps: tl.float64,
     I: tl.constexpr, M: tl.constexpr, K: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """The share of I rows of sum_i k_ij scale_i (sum_j' k_ij' alpha_j'); grid: problems x blocks of rows."""
+    """The share of a block of rows of sum_i k_ij scale_i (sum_j' k_ij' alpha_j'); grid: problems x blocks."""
     DTYPE: tl.constexpr = f.dtype.element_ty
     p = tl.program_id(0).to(tl.int64)
     if tl.load(running + p) == 0:
         return
-    if right is None:
-        left += p * n * m
-    else:
-        left += p * n * d
-        right += p * m * d
+    left, right = of_problem(left, right, p, n, m, d)
     block = tl.program_id(1)
-    i = block * I + tl.arange(0, I)
+    first = block * tiles * I
     j = tl.arange(0, M)
-    cost = cost_tile(left, right, i, j, n, m, d, m, 1, I, M, K, DOT, DTYPE)
-    fi, gj = vector(f + p * n, i, n, DTYPE), vector(g + p * m, j, m, DTYPE)
-    k = kernel_tile(cost, fi, gj, base2(eps, DTYPE))
-    product = tl.sum(k * vector(alpha + p * m, j, m, DTYPE)[None, :], 1) * vector(scale + p * n, i, n, DTYPE)
-    at = (block.to(tl.int64) * count + p) * m
-    tl.store(share + at + j, tl.sum(k * product[:, None], 0), mask=j < m)
+    own = share + (block.to(tl.int64) * count + p) * m
+    for start in range(first, tl.minimum(first + tiles * I, n), I):
+        i = start + tl.arange(0, I)
+        cost = cost_tile(left, right, i, j, n, m, d, m, 1, I, M, K, DOT, DTYPE)
+        k = kernel_tile(cost, vector(f + p * n, i, n, DTYPE), vector(g + p * m, j, m, DTYPE), base2(eps, DTYPE))
+        x = vector(alpha + p * m, j, m, DTYPE)
+        product = tl.sum(k * x[None, :], 1) * vector(scale + p * n, i, n, DTYPE)
+        accumulate(own, j, tl.sum(k * product[:, None], 0), m, start > first)

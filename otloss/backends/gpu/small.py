@@ -27,7 +27,16 @@ once. Launches: one, and one per side to normalise.
 import triton
 import triton.language as tl
 
-from otloss.backends.gpu.tiles import base2, cost_tile, is_live, kernel_tile, stream_step, vector
+from otloss.backends.gpu.tiles import (
+    base2,
+    column_step,
+    cost_tile,
+    is_live,
+    kernel_tile,
+    of_problem,
+    stream_step,
+    vector,
+)
 
 
 @triton.jit(do_not_specialize=["max_iter"])
@@ -40,11 +49,7 @@ def solve_small(
     DTYPE: tl.constexpr = a.dtype.element_ty
     SAFE: tl.constexpr = 1e40 if tl.float64 == DTYPE else 1e8
     p = tl.program_id(0).to(tl.int64)
-    if right is None:
-        left += p * n * m
-    else:
-        left += p * n * d
-        right += p * m * d
+    left, right = of_problem(left, right, p, n, m, d)
     i = tl.arange(0, N)
     j = tl.arange(0, M)
     inv = base2(eps, DTYPE)
@@ -86,10 +91,7 @@ def solve_small(
                 f = stream_step(left, right, i, g_out, b, n, m, d, m, 1, 0, m, inv, N, J, K, DOT)
                 tl.store(f_out + i, f, mask=i < n)
                 tl.debug_barrier()
-                if right is None:
-                    g = stream_step(left, None, j, f_out, a, m, n, d, 1, m, 0, n, inv, M, J, K, DOT)
-                else:
-                    g = stream_step(right, left, j, f_out, a, m, n, d, 1, m, 0, n, inv, M, J, K, DOT)
+                g = column_step(left, right, j, f_out, a, n, m, d, 0, n, inv, M, J, K, DOT)
                 tl.store(g_out + j, g, mask=j < m)
                 cost = cost_tile(left, right, i, j, n, m, d, m, 1, N, M, K, "ieee", DTYPE)
                 k = kernel_tile(cost, f, g, inv)
@@ -106,11 +108,7 @@ def solve_small(
         tl.store(f_out + i, f, mask=i < n)
         tl.debug_barrier()
     if tl.min(tl.where(j < m, mass_b, 1.0), 0) == 0.0:
-        if right is None:
-            dead = stream_step(left, None, j, f_out, a, m, n, d, 1, m, 0, n, inv, M, J, K, DOT)
-        else:
-            dead = stream_step(right, left, j, f_out, a, m, n, d, 1, m, 0, n, inv, M, J, K, DOT)
-        g = tl.where(mass_b > 0.0, g, dead)
+        g = tl.where(mass_b > 0.0, g, column_step(left, right, j, f_out, a, n, m, d, 0, n, inv, M, J, K, DOT))
     shift = (tl.sum(mass_b * g, 0) - tl.sum(mass_a * f, 0)) * 0.5
     f, g = f + shift, g - shift
     tl.debug_barrier()
@@ -150,11 +148,7 @@ def adjoint_small(
     TARGET: tl.constexpr = 1e-24 if tl.float64 == DTYPE else 2.5e-13  # of squares
     NOISE: tl.constexpr = 1.8e-15 if tl.float64 == DTYPE else 9.6e-7  # eight roundings
     prob = tl.program_id(0).to(tl.int64)
-    if right is None:
-        left += prob * n * m
-    else:
-        left += prob * n * d
-        right += prob * m * d
+    left, right = of_problem(left, right, prob, n, m, d)
     i = tl.arange(0, N)
     j = tl.arange(0, M)
     real_i, real_j = i < n, j < m

@@ -16,11 +16,7 @@ def solve(problem: Problem, max_iter: int, tol: float) -> Solution:
     """f, g, transport cost, value, iterations, error."""
     if problem.regime == "small":
         return _small(problem, max_iter, tol)
-    f, g = problem.zeros(problem.count, problem.n), problem.zeros(problem.count, problem.m)
-    n_iter = problem.zeros(problem.count, dtype=torch.int64)
-    if problem.count:
-        (_medium if problem.regime == "medium" else _large)(problem, f, g, n_iter, max_iter, tol)
-    return _finish(problem, f, g, n_iter)
+    return _finish(problem, *(_medium if problem.regime == "medium" else _large)(problem, max_iter, tol))
 
 
 def _small(problem: Problem, max_iter: int, tol: float) -> Solution:
@@ -37,31 +33,32 @@ def _small(problem: Problem, max_iter: int, tol: float) -> Solution:
     return f, g, cost, value, n_iter, error
 
 
-def _medium(problem: Problem, f: Tensor, g: Tensor, n_iter: Tensor, max_iter: int, tol: float) -> None:
+def _medium(problem: Problem, max_iter: int, tol: float) -> tuple[Tensor, Tensor, Tensor]:
+    """f, g and iterations; ``rows.py`` says what each buffer is for."""
     count, n, m, d = problem.count, problem.n, problem.m, problem.d
-    view, tile = problem.rows, config.medium(m, d, problem.double)
-    blocks = -(-n // tile.rows)
-    running = torch.ones_like(n_iter, dtype=torch.int32)
-    f_next, share = torch.empty_like(f), problem.empty(blocks, count, m)
-    missed = problem.empty(count, blocks)
+    view, tile, blocks, tiles = problem.rows, *problem.row_blocks()
+    f, g = problem.zeros(2, count, n), problem.zeros(count, blocks, m)
+    share, missed = problem.empty(2, blocks, count, m), problem.empty(2, count, blocks)
+    state = problem.zeros(count, blocks, 3, dtype=torch.int32)
+    running = state[..., 0].fill_(rows.FIRST.value)
 
     def step() -> None:
         launch(
-            rows.step_rows, (count, blocks), view.left, view.right, problem.a, problem.b, f, g, f_next, share, missed,
-            running, n_iter, count, n, m, d, problem.eps, max_iter, I=tile.rows, M=tile.cols, K=tile.depth,
+            rows.iterate_rows, (count, blocks), view.left, view.right, problem.a, problem.b, f, g, share, missed, state,
+            count, blocks, tiles, n, m, d, problem.eps, tol, max_iter, I=tile.rows, M=tile.cols, K=tile.depth,
             DOT=problem.dot, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-        launch(
-            rows.finish_columns, (count, -(-max(n, m) // config.COLUMNS)), view.left, view.right, problem.a, problem.b,
-            f, g, f_next, share, missed, running, n_iter, count, blocks, n, m, d, problem.eps, tol,
-            J=config.COLUMNS, I=32, K=16, DOT=problem.dot, num_warps=4, num_stages=1,
-        )  # fmt: skip
 
-    iterate(step, max_iter + 1, running)  # the last only sees that they are done
+    iterate(step, 2 * max_iter + 1, running)  # every half-step of the columns may take a launch of its own
+    n_iter, every = state[:, 0, 2].long(), torch.arange(count, device=f.device)
+    return f[n_iter % 2, every], g[:, 0].contiguous(), n_iter
 
 
-def _large(problem: Problem, f: Tensor, g: Tensor, n_iter: Tensor, max_iter: int, tol: float) -> None:
+def _large(problem: Problem, max_iter: int, tol: float) -> tuple[Tensor, Tensor, Tensor]:
+    """f, g and iterations."""
     count, n, m, eps = problem.count, problem.n, problem.m, problem.eps
+    f, g = problem.zeros(count, n), problem.zeros(count, m)
+    n_iter = problem.zeros(count, dtype=torch.int64)
     running = torch.ones_like(n_iter, dtype=torch.int32)
     over_m = problem.split(problem.rows, config.stream(n, m, problem.d, problem.double))
     over_n = problem.split(problem.columns, config.stream(m, n, problem.d, problem.double))
@@ -80,7 +77,8 @@ def _large(problem: Problem, f: Tensor, g: Tensor, n_iter: Tensor, max_iter: int
                 stream.commit, (count, -(-m // block)), g_part, g, running, count, m, eps, over_n, I=block, num_warps=8
             )
 
-    iterate(step, max_iter + 1, running)
+    iterate(step, max_iter + 1, running)  # the last only sees that they are done
+    return f, g, n_iter
 
 
 def _finish(problem: Problem, f: Tensor, g: Tensor, n_iter: Tensor) -> Solution:

@@ -9,13 +9,29 @@ cores), one exponential, about 8 others. An iteration is two passes, so for n = 
 x 384 = 1.3e10 tensor operations (26 us at 495 TFLOP/s of H100, 82 us at 156 of A100), 3.4e7 exponentials (10 us at
 3.6e12/s; 12 us on A100), 2.7e8 others (8 us; 28 us). Dense: two reads of 67 MB (40 us at 3.35 TB/s, 86 us at 1.55).
 Four launches per iteration, three without a split.
+
+Two exponentials per entry and iteration, one for each side: a row's scaling is known only when its last column has been
+seen, and by then O((n + m) d) memory has kept none of the row's first exponentials for the columns' sums. One would
+need whole rows in a multiprocessor (``rows.py``; 16 rows of 4096 float32 are 256 kB, more than there is) or the kernel
+in memory, which costs more than the second exponential: by the rates above one takes 5 us of an iteration on H100,
+reading the kernel 20 us.
 """
 
 # mypy: ignore-errors
 import triton
 import triton.language as tl
 
-from otloss.backends.gpu.tiles import base2, cost_tile, is_live, kernel_tile, row_error, stream_step, vector
+from otloss.backends.gpu.tiles import (
+    add_splits,
+    base2,
+    cost_tile,
+    is_live,
+    kernel_tile,
+    of_problem,
+    row_error,
+    stream_step,
+    vector,
+)
 
 
 @triton.jit(do_not_specialize=["least", "count", "splits"])
@@ -31,12 +47,8 @@ def half_step(
     if gate is not None:  # noqa: SIM102 (known when compiling)
         if tl.load(gate + p) < least:
             return
-    if right is None:
-        left += p * n * m
-    else:
-        left += p * n * d
-        right += p * m * d
-    i = tl.program_id(1) * I + tl.arange(0, I)
+    left, right = of_problem(left, right, p, n, m, d)
+    i = tl.program_id(1).to(tl.int64) * I + tl.arange(0, I)
     split = tl.program_id(2)
     width = tl.cdiv(tl.cdiv(m, J), splits) * J
     begin = split * width
@@ -45,21 +57,6 @@ def half_step(
         left, right, i, g + p * m, b + p * m, n, m, d, si, sj, begin, tl.minimum(begin + width, m), inv, I, J, K, DOT
     )
     tl.store(out + (split.to(tl.int64) * count + p) * n + i, f, mask=i < n)
-
-
-@triton.jit
-def add_splits(part, p, i, n, count, splits, inv):
-    """The potential of all columns from those of each split."""
-    lowest = tl.load(part + p * n + i, mask=i < n, other=0.0)
-    if splits > 1:
-        for s in range(1, splits):
-            lowest = tl.minimum(lowest, tl.load(part + (s * count + p) * n + i, mask=i < n, other=0.0))
-        total = tl.zeros_like(lowest)
-        for s in range(splits):
-            # A split without mass is at +inf and adds nothing.
-            total += tl.exp2((lowest - tl.load(part + (s * count + p) * n + i, mask=i < n, other=0.0)) * inv)
-        lowest -= tl.log2(total) / inv
-    return lowest
 
 
 @triton.jit(do_not_specialize=["count", "n", "max_iter", "splits"])
@@ -71,6 +68,7 @@ def commit_rows(
     p = tl.program_id(0).to(tl.int64)
     if tl.load(running + p) == 0:
         return
+    done = tl.load(n_iter + p)
     inv = base2(eps, DTYPE)
     missed = tl.zeros([I], DTYPE)
     for start in range(0, n, I):
@@ -78,7 +76,7 @@ def commit_rows(
         f_next = add_splits(part, p, i, n, count, splits, inv)
         missed += row_error(vector(a + p * n, i, n, DTYPE), (vector(f + p * n, i, n, DTYPE) - f_next) * inv)
     error = tl.sum(missed, 0)
-    done = tl.load(n_iter + p)
+    tl.debug_barrier()  # every warp has read what the first will write
     if ((done == 0) | (error >= tol)) & (done < max_iter):  # NaN stops
         for start in range(0, n, I):
             i = start + tl.arange(0, I)
@@ -115,12 +113,8 @@ def sums(
     if gate is not None:  # noqa: SIM102 (known when compiling)
         if tl.load(gate + p) == 0:
             return
-    if right is None:
-        left += p * n * m
-    else:
-        left += p * n * d
-        right += p * m * d
-    i = tl.program_id(1) * I + tl.arange(0, I)
+    left, right = of_problem(left, right, p, n, m, d)
+    i = tl.program_id(1).to(tl.int64) * I + tl.arange(0, I)
     split = tl.program_id(2)
     width = tl.cdiv(tl.cdiv(m, J), splits) * J
     end = tl.minimum(split * width + width, m)
@@ -130,7 +124,7 @@ def sums(
     by_beta = tl.zeros([I], DTYPE)
     by_gamma = tl.zeros([I], DTYPE)
     for start in range(split * width, end, J):
-        j = start + tl.arange(0, J)
+        j = start + tl.arange(0, J).to(tl.int64)
         cost = cost_tile(left, right, i, j, n, m, d, si, sj, I, J, K, DOT, DTYPE)
         gj = vector(g + p * m, j, m, DTYPE)
         k = kernel_tile(cost, fi, gj, inv)
@@ -168,17 +162,13 @@ def unroll_step(
     p = tl.program_id(0).to(tl.int64)
     if tl.load(n_iter + p) < step:
         return
-    if right is None:
-        left += p * n * m
-    else:
-        left += p * n * d
-        right += p * m * d
-    i = tl.program_id(1) * I + tl.arange(0, I)
+    left, right = of_problem(left, right, p, n, m, d)
+    i = tl.program_id(1).to(tl.int64) * I + tl.arange(0, I)
     fi = vector(f + p * n, i, n, DTYPE)
     inv = base2(eps, DTYPE)
     total = tl.zeros([I], DTYPE)
     for start in range(0, m, J):
-        j = start + tl.arange(0, J)
+        j = start + tl.arange(0, J).to(tl.int64)
         cost = cost_tile(left, right, i, j, n, m, d, si, sj, I, J, K, DOT, DTYPE)
         k = kernel_tile(cost, fi, vector(g + p * m, j, m, DTYPE), inv)
         total += tl.sum(k * vector(multiplier + p * m, j, m, DTYPE)[None, :], 1)

@@ -42,21 +42,33 @@ def vector(pointer, i, n, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def of_problem(left, right, p, n, m, d):
+    """Where the cost or the features of problem ``p`` begin."""
+    if right is None:
+        return left + p * n * m, None
+    else:
+        return left + p * n * d, right + p * m * d
+
+
+@triton.jit
 def cost_tile(
     left, right, i, j, n, m, d, si, sj, I: tl.constexpr, J: tl.constexpr, K: tl.constexpr, DOT: tl.constexpr,
     DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """C of rows ``i`` and columns ``j``; padding is finite and must be masked by its mass."""
+    """C of rows ``i`` and columns ``j``; padding is finite and must be masked by its mass.
+
+    Offsets have the type of ``i`` and ``j``: 64 bits, twice the registers, only where a problem may have 2^31 entries.
+    """
     if right is None:
-        at = (left + i.to(tl.int64) * si)[:, None] + (j.to(tl.int64) * sj)[None, :]
+        at = left + (i * si)[:, None] + (j * sj)[None, :]
         return tl.load(at, mask=(i < n)[:, None] & (j < m)[None, :], other=0.0).to(DTYPE)
     else:
         cosine = tl.zeros([I, J], DTYPE)
         for start in range(0, d, K):
             k = start + tl.arange(0, K)
-            at = i.to(tl.int64)[:, None] * d + k[None, :]
+            at = i[:, None] * d + k[None, :]
             x = tl.load(left + at, mask=(i < n)[:, None] & (k < d)[None, :], other=0.0)
-            at = j.to(tl.int64)[None, :] * d + k[:, None]
+            at = j[None, :] * d + k[:, None]
             y = tl.load(right + at, mask=(j < m)[None, :] & (k < d)[:, None], other=0.0)
             cosine = tl.dot(x, y, cosine, input_precision=DOT)
         return 1.0 - cosine
@@ -80,7 +92,7 @@ def stream_step(
     top = tl.full([I], -float("inf"), DTYPE)
     total = tl.zeros([I], DTYPE)
     for start in range(begin, end, J):
-        j = start + tl.arange(0, J)
+        j = start + tl.arange(0, J).to(tl.int64)
         cost = cost_tile(left, right, i, j, n, m, d, si, sj, I, J, K, DOT, DTYPE)
         lb = tl.where(j < end, log2_mass(vector(b, j, m, DTYPE)), -float("inf"))
         exponent = (vector(g, j, m, DTYPE)[None, :] - cost) * inv + lb[None, :]
@@ -89,6 +101,32 @@ def stream_step(
         total = total * tl.exp2(top - finite) + tl.sum(tl.exp2(exponent - finite[:, None]), 1)
         top = peak
     return -(top + tl.log2(total)) / inv
+
+
+@triton.jit
+def column_step(
+    left, right, j, f, a, n, m, d, begin, end, inv, J: tl.constexpr, I: tl.constexpr, K: tl.constexpr, DOT: tl.constexpr
+):  # fmt: skip
+    """The half-step of columns ``j`` over the rows begin .. end - 1, of a problem seen from its rows."""
+    if right is None:
+        return stream_step(left, None, j, f, a, m, n, d, 1, m, begin, end, inv, J, I, K, DOT)
+    else:
+        return stream_step(right, left, j, f, a, m, n, d, 0, 0, begin, end, inv, J, I, K, DOT)
+
+
+@triton.jit
+def add_splits(part, p, i, n, count, splits, inv):
+    """The potential of all columns from those of each split."""
+    lowest = tl.load(part + p * n + i, mask=i < n, other=0.0)
+    if splits > 1:
+        for s in range(1, splits):
+            lowest = tl.minimum(lowest, tl.load(part + (s * count + p) * n + i, mask=i < n, other=0.0))
+        total = tl.zeros_like(lowest)
+        for s in range(splits):
+            # A split without mass is at +inf and adds nothing.
+            total += tl.exp2((lowest - tl.load(part + (s * count + p) * n + i, mask=i < n, other=0.0)) * inv)
+        lowest -= tl.log2(total) / inv
+    return lowest
 
 
 @triton.jit
