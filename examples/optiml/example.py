@@ -13,12 +13,12 @@ from rich.table import Table
 
 from .config import AugmentConfig, PretrainConfig
 from .data import read_index
-from .evaluate import Scored, score_backbone, summarise
+from .evaluate import score_backbone
 from .layout import PhantomConfig, write_phantoms
 from .metrics import Estimate, patient_draws
 from .pretrain import pretrain
 from .provenance import provenance
-from .supervised import train_supervised
+from .scores import Scored, summarise
 
 TRAIN, TEST, PHANTOM_SIZE, IMAGE_SIZE = 2000, 600, 96, 64
 DRAWS = 1000
