@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,7 +37,7 @@ class EvaluateConfig(StartConfig):
     """Shares of the training images whose labels may be used, e.g. 0.01 0.1 1.0."""
     seeds: tuple[int, ...] = (0,)
     """Each draws its own patients; with --untrained also its own weights. Take 5 at 1 % of a small set."""
-    train: TrainConfig = TrainConfig()
+    train: TrainConfig = field(default_factory=TrainConfig)
     """How to fine-tune."""
     keep: tuple[float, ...] = (0.01,)
     """Fractions whose fine-tuned networks are kept for the heatmaps (45 MB each)."""
@@ -80,6 +80,22 @@ def score_metadata(index: ChestIndex) -> Scored | None:
         assert sources is not None
         columns[name] = torch.from_numpy((sources[:, None] == names[None]).astype(np.float64))
     return probe_scores(index, columns)
+
+
+def source_record(index: ChestIndex, dataset: str, out: Path, draws: int) -> Record | None:
+    """What the probe gets from each film's source alone, as a row of the report; None where sources are unknown."""
+    path, identity = out / "source-alone.json", {"data": index.fingerprint(), "draws": draws, "image_size": 0}
+    if known := finished(path, identity):
+        return known
+    scored = score_metadata(index)
+    if scored is None:
+        return None
+    record = {
+        "stage": "evaluate", "arm": "source alone, no pixels", "dataset": dataset, "pretraining": {}, "seed": 0,
+        "protocol": "linear", "fraction": 1.0, "identity": identity, "train_images": len(index.split("train")),
+        **summarise(scored, draws),
+    }  # fmt: skip
+    return write_record(path, record)
 
 
 class Evaluation:

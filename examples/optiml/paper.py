@@ -6,6 +6,8 @@ The signed differences and arrows beside its numbers are left out: many contradi
 
 from __future__ import annotations
 
+from typing import Any
+
 FRACTIONS = (0.01, 0.1, 1.0)
 #: Columns of Tables I and II: the data set's name in a record, and the paper's word for it.
 DATASETS = {"nih": "NIH", "vinbig": "VinBig-CXR", "rsna": "RSNA"}
@@ -65,3 +67,27 @@ TABLE3: dict[tuple[bool, bool], dict[float, str]] = {
 
 #: Dice on SIIM-ACR; the others stand only in the bars of Fig. 3, without numbers.
 FIG3 = {"optiml": "0.586"}
+
+#: Arms of Table III, in its order: (variance and covariance on, CV-SIM on).
+ABLATION = {
+    "optiml-no-varcov": (False, True),
+    "optiml-no-cvsim": (True, False),
+    "optiml-neither": (False, False),
+    "optiml": (True, True),
+}
+
+
+def arm_of(run: dict[str, Any]) -> str:
+    """Row of a pretraining run, from its config.json; OPTiML without one of its parts is a row of Table III."""
+    method = str(run["method"])
+    if method != "optiml":
+        return method
+    options = run.get("options", {})
+    parts = (options.get("beta", 1) > 0 and options.get("eta", 1) > 0, options.get("marginals") != "uniform")
+    return next(arm for arm, on in ABLATION.items() if on == parts)
+
+
+def paper_dataset(dataset: str) -> str | None:
+    """The paper's column beside which a data set stands: ``nih`` and ``nih-cxr-dev`` are NIH, phantoms are none."""
+    name = dataset.partition("-")[0]
+    return name if name in (*DATASETS, "siim") else None

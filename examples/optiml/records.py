@@ -28,7 +28,7 @@ def write_record(path: Path, record: Record) -> Record:
     """Add where and when, then write."""
     record = {**record, **provenance()}
     write_json(path, record)
-    return record
+    return {**record, "file": str(path)}
 
 
 def finished(path: Path, identity: Record) -> Record | None:
@@ -36,15 +36,21 @@ def finished(path: Path, identity: Record) -> Record | None:
     if not path.exists():
         return None
     record: Record = json.loads(path.read_text())
-    return record if record.get("identity") == json.loads(json.dumps(identity)) else None
+    return {**record, "file": str(path)} if record.get("identity") == json.loads(json.dumps(identity)) else None
 
 
 def read_records(folders: Iterable[Path]) -> list[Record]:
-    """Every record below ``folders``, in the order of their paths; ``file`` says where each stands."""
-    records = []
+    """Every record below ``folders``, in the order of their paths, or in a report's ``records.json``.
+
+    ``file`` says where each stands.
+    """
+    records: list[Record] = []
     for folder in folders:
+        if folder.is_file():
+            records += json.loads(folder.read_text())
+            continue
         if not folder.is_dir():
-            raise SystemExit(f"{folder} is no folder")
+            raise SystemExit(f"{folder} is neither a folder nor a file")
         for path in sorted(folder.rglob("*.json")):
             content = json.loads(path.read_text())
             if isinstance(content, dict) and "stage" in content:

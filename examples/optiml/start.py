@@ -14,6 +14,7 @@ from torchvision.models import ResNet18_Weights
 
 from .data import ChestIndex, read_index
 from .model import Backbone, load_backbone
+from .paper import arm_of
 from .pretrain import BACKBONE
 
 #: Size of a view where no run says otherwise.
@@ -34,9 +35,10 @@ class StartConfig:
     imagenet: bool = False
     """Start from torchvision's ImageNet weights instead (downloaded once): the paper's Sup.2."""
     arm: str | None = None
-    """Row of the report; unset: the run's method, or sup1, sup2."""
+    """Row of the report; unset: the run's method (and what OPTiML went without), or sup1, sup2."""
     dataset: str | None = None
-    """Column of the report: nih, vinbig, rsna, siim or a name of your own; unset: the folder's name."""
+    """Column of the report; one that begins with nih, vinbig, rsna or siim (``nih``, ``nih-cxr-dev``) stands beside
+    the paper's. Unset: the folder's name."""
     image_size: int | None = None
     """Unset: the run's; 224 where there is none."""
     val_fraction: float = 0.14
@@ -98,9 +100,11 @@ def resolve(config: StartConfig) -> Start:
         weights = weights / BACKBONE
     if weights is not None and not weights.is_file():
         raise SystemExit(f"{weights} does not exist: has the run finished?")
-    default = SUP1 if config.untrained else SUP2 if config.imagenet else saved.get("method") or (weights and weights.stem)
+    default = SUP1 if config.untrained else SUP2
+    if weights is not None:
+        default = arm_of(saved) if saved else weights.stem
     return Start(
-        arm=config.arm or str(default),
+        arm=config.arm or default,
         dataset=config.dataset or config.data.resolve().name,
         image_size=config.image_size or saved.get("image_size", IMAGE_SIZE),
         val_fraction=saved.get("val_fraction", config.val_fraction),
