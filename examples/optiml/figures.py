@@ -23,7 +23,7 @@ def draw_table(table: Table, path: Path) -> None:
     columns = max(len(s.rows[0].cells) for s in sections)
     heights = [0.9 + 0.27 * len(s.rows) for s in sections]
     figure = Figure(figsize=(2.2 + 2.6 * columns, sum(heights) + 0.6), layout="constrained")
-    grid = figure.subplots(len(sections), columns, squeeze=False, height_ratios=heights)
+    grid = figure.subplots(len(sections), columns, squeeze=False, height_ratios=heights, sharex="row")
     labelled: set[str] = set()
     for line, section in zip(grid, sections, strict=True):
         for column, axes in enumerate(line):
@@ -91,23 +91,24 @@ def draw_dice(table: Table, path: Path) -> None:
         axes.set_ylabel("Dice", fontsize=8)
         axes.tick_params(axis="y", labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=7, frameon=False, loc="upper right", ncols=2)
+    known = {label: handle for axes in line for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    if known:
+        figure.legend(known.values(), known.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     figure.suptitle(table.title, fontsize=11)
     _save(figure, path)
 
 
 def draw_heatmaps(title: str, arms: dict[str, dict[str, Any]], path: Path) -> None:
-    """A row per film, ground-truth boxes in all columns: the film, then each arm's map over it."""
+    """A column per film, ground-truth boxes in all rows: the film, then each arm's map over it."""
     first = next(iter(arms.values()))
     count = len(first["names"])
-    figure = Figure(figsize=(1.75 * (len(arms) + 1), 1.75 * count + 0.5), layout="constrained")
-    grid = figure.subplots(count, len(arms) + 1, squeeze=False)
+    figure = Figure(figsize=(1.75 * count + 0.4, 1.75 * (len(arms) + 1) + 0.6), layout="constrained")
+    grid = figure.subplots(len(arms) + 1, count, squeeze=False)
     size = first["images"].shape[1]
-    for i, line in enumerate(grid):
-        for axes, name in zip(line, ["boxes", *arms], strict=True):
+    for i in range(count):
+        for axes, name in zip(grid[:, i], ["film", *arms], strict=True):
             axes.imshow(first["images"][i], cmap="gray", vmin=0, vmax=255, interpolation="bilinear")
-            if name != "boxes":
+            if name != "film":
                 heat = arms[name]["maps"][i]
                 heat = heat / heat.max() if heat.max() > 0 else heat
                 axes.imshow(heat, cmap="jet", alpha=0.15 + 0.4 * heat, vmin=0, vmax=1, interpolation="bilinear")
@@ -118,8 +119,8 @@ def draw_heatmaps(title: str, arms: dict[str, dict[str, Any]], path: Path) -> No
             axes.set_xticks([])
             axes.set_yticks([])
             if i == 0:
-                axes.set_title(name, fontsize=9)
-        line[0].set_ylabel(str(first["labels"][i]), fontsize=8)
+                axes.set_ylabel(name, fontsize=9)
+        grid[0, i].set_title(str(first["labels"][i]), fontsize=9)
     figure.suptitle(title, fontsize=10)
     _save(figure, path)
 

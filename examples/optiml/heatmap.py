@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from captum.attr import LayerGradCam
 from numpy.typing import NDArray
 from rich.console import Console
 from torch.nn.functional import interpolate
@@ -94,6 +93,8 @@ def grad_cam(
     model: Classifier, images: ImageStore, size: int, rows: NDArray[np.intp], classes: NDArray[np.intp]
 ) -> Floats:
     """Maps (n, size, size), non-negative, of one class per film."""
+    from captum.attr import LayerGradCam  # seconds to import: not at the start of every command
+
     cam = LayerGradCam(model, cam_layer(model, size))
     maps = []
     for part in np.array_split(np.arange(len(rows)), max(1, -(-len(rows) // 32))):
@@ -204,8 +205,10 @@ def _for_figure(found: list[Target], count: int) -> list[Target]:
     for target in found:
         by_label.setdefault(target.label, []).append(target)
     queues = sorted(by_label.values(), key=len, reverse=True)
-    longest = max(map(len, queues))
-    return [queue[turn] for turn in range(longest) for queue in queues if turn < len(queue)][:count]
+    longest, shown = max(map(len, queues)), dict[int, Target]()
+    for target in (queue[turn] for turn in range(longest) for queue in queues if turn < len(queue)):
+        shown.setdefault(target.row, target)  # no film twice
+    return list(shown.values())[:count]
 
 
 def _save_figure_maps(

@@ -7,11 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import segmentation_models_pytorch as smp
 import torch
 from numpy.typing import NDArray
 from rich.console import Console
-from segmentation_models_pytorch.losses import DiceLoss
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
 
@@ -45,6 +43,8 @@ class SegmentConfig(StartConfig):
 
 def unet(backbone: Backbone, seed: int) -> nn.Module:
     """A U-Net with ResNet18 encoder; the decoder's weights follow ``seed``, the encoder's are the backbone's."""
+    import segmentation_models_pytorch as smp  # seconds to import: not at the start of every command
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network: nn.Module = smp.Unet("resnet18", encoder_weights=None, in_channels=3, classes=1)
@@ -65,6 +65,8 @@ def train_unet(
     identity: Record,
 ) -> dict[str, float]:  # fmt: skip
     """Cross-entropy plus soft Dice over the batch; kept: the best Dice of all validation pixels."""
+    from segmentation_models_pytorch.losses import DiceLoss
+
     task, held = MaskTask(train, size), MaskTask(val, size)
     soft_dice = DiceLoss("binary", from_logits=True)
 

@@ -163,7 +163,8 @@ def heatmap_table(records: list[Record]) -> Table:
             counts = [r["scored_findings"] for r in here if r["fraction"] == f]
             span = " to ".join(map(str, sorted({min(counts), max(counts)})))
             note = f"{span} of {here[0]['boxed_findings']} boxed findings, whose class was among the labels."
-            sections.append(Section(f"{_title(dataset)}, networks fine-tuned with {f:.0%} of the labels", rows, note, 3))
+            title = f"{_title(dataset)}, networks fine-tuned with {f:.0%} of the labels"
+            sections.append(Section(title, rows, note, 3))
     return Table("fig2", "Fig. 2: Grad-CAM against boxes", sections)
 
 
