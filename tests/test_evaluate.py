@@ -36,6 +36,7 @@ from examples.optiml.start import StartConfig, resolve
 from examples.optiml.subsets import label_fraction, write_ids
 from examples.optiml.tables import markdown
 from examples.optiml.training import TrainConfig, fit, jitter
+from examples.optiml.xray import XrayConfig, xray
 
 QUIET = Console(quiet=True)
 SHORT = TrainConfig(lr=1e-3, epochs=1, batch_size=16, min_steps=2, max_steps=2, checks=1)
@@ -320,29 +321,37 @@ def plant(model: Classifier) -> None:
 # --- the report ----------------------------------------------------------------------------------------------
 
 
-def test_every_stage_ends_in_the_report(phantoms: Path, tmp_path: Path) -> None:
-    shared = {"untrained": True, "image_size": 32, "dataset": "phantoms", "draws": 20, "out": tmp_path / "runs"}
-    records = []
-    for protocol in ("linear", "finetune"):
-        records += evaluate(
-            EvaluateConfig(phantoms, **shared, protocol=protocol, fractions=(0.1, 1.0), train=SHORT, keep=(0.1,)), QUIET
-        )
-    records += heatmap(HeatmapConfig(phantoms, **shared, fraction=0.1), QUIET)
-    assert records[-1]["scored_findings"] <= records[-1]["boxed_findings"]
-    assert records[-1]["chance"]["pointing"] > 0 and 0 <= records[-1]["iou"]["value"] < 1
-    path = report(records, tmp_path / "report", QUIET)
+def test_every_stage_ends_in_the_report_and_is_not_repeated(phantoms: Path, tmp_path: Path) -> None:
+    config = XrayConfig(
+        phantoms, tmp_path / "out", dataset="phantoms", segment_data=phantoms, results=tmp_path / "kept", epochs=1,
+        batch_size=16, image_size=32, fractions=(0.1, 1.0), seeds=(), large_seeds=(0,), finetune=SHORT, label="Effusion",
+        segment_fractions=(1.0,), segment_seeds=(0,), unet=SHORT, draws=20,
+    )  # fmt: skip
+    path = xray(config, QUIET)
+    records = json.loads((tmp_path / "kept" / "records.json").read_text())
+    kinds = [(r["stage"], r["arm"], r.get("protocol"), r["fraction"]) for r in records]
+    assert len(kinds) == len(set(kinds)) == 2 * (2 + 2 + 1 + 1)  # both arms: linear, finetune, segment, heatmap
     text = path.read_text()
     for picture in ("table1.png", "table2.png", "fig2-phantoms-0.1.png", "fig3.png"):
-        with Image.open(path.parent / picture) as image:
+        with Image.open(tmp_path / "kept" / picture) as image:
             assert image.size[0] > 300 and np.ptp(np.asarray(image.convert("L"))) > 200
-        assert picture in text
-    ours = 100 * next(r["macro_auc"] for r in records if r["protocol"] == "finetune" and r["fraction"] == 1.0)
+        assert f"({picture})" in text
+    tuned = {r["arm"]: r for r in records if r.get("protocol") == "finetune" and r["fraction"] == 1.0}
+    ours = 100 * tuned["optiml"]["macro_auc"]
     assert f"| {ours:.1f} (1) |" in text and "| Sup.1 (random) | 61.0 |  | 71.1 |" in text
     assert f"{ours:.5g}" in (path.parent / "table1.csv").read_text()
+    assert tuned["optiml"]["pretraining"]["method"] == "optiml" and tuned["sup1"]["pretraining"] == {}
+    maps = next(r for r in records if r["stage"] == "heatmap")
+    assert maps["scored_findings"] <= maps["boxed_findings"] and 0 < maps["chance"]["pointing"] < 1
+
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if "downstream" in p.parts and p.is_file()}
+    assert xray(config, QUIET).read_text() == text
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+
     with pytest.raises(SystemExit, match="are the same run of the same arm"):
         report([*records, records[0]], tmp_path / "twice", QUIET)
     with pytest.raises(SystemExit, match=r"is missing: run evaluate --protocol finetune --fractions 0\.5 first"):
-        heatmap(HeatmapConfig(phantoms, **shared, fraction=0.5), QUIET)
+        heatmap(HeatmapConfig(phantoms, untrained=True, image_size=32, fraction=0.5, out=tmp_path), QUIET)
 
 
 def made(arm: str, dataset: str, fraction: float, seed: int, auc: float | None, protocol: str = "finetune") -> dict:

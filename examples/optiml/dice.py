@@ -27,8 +27,8 @@ class Overlap:
     @classmethod
     def of(cls, predicted: NDArray[np.bool_], true: NDArray[np.bool_]) -> Overlap:
         """Of boolean masks (n, H, W)."""
-        sums = (np.sum(x, axis=(1, 2), dtype=np.float64) for x in (predicted & true, predicted, true))
-        return cls(*sums)
+        both, mine, theirs = (x.astype(np.float64).sum(axis=(1, 2)) for x in (predicted & true, predicted, true))
+        return cls(both, mine, theirs)
 
     def each(self) -> Floats:
         """Dice per image; 1 where both are empty."""

@@ -29,6 +29,7 @@ from .finetune import Classifier, load_classifier
 from .metrics import Estimate, Floats, patient_draws
 from .records import Record, finished, write_record
 from .start import Start, StartConfig, resolve
+from .training import device
 
 MIN_SIDE, TOP = 4, 0.1
 
@@ -95,11 +96,13 @@ def grad_cam(
     """Maps (n, size, size), non-negative, of one class per film."""
     from captum.attr import LayerGradCam  # seconds to import: not at the start of every command
 
+    model = model.to(device())
     cam = LayerGradCam(model, cam_layer(model, size))
     maps = []
     for part in np.array_split(np.arange(len(rows)), max(1, -(-len(rows) // 32))):
         x = grey_batch(images, rows[part], size)
-        coarse = cam.attribute(x, target=torch.from_numpy(classes[part]), relu_attributions=True).detach()
+        target = torch.from_numpy(classes[part])
+        coarse = cam.attribute(x.to(device()), target=target.to(device()), relu_attributions=True).detach().cpu()
         maps.append(interpolate(coarse, (size, size), mode="bilinear", align_corners=False)[:, 0])
     return torch.cat(maps).double().numpy()
 

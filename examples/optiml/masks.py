@@ -54,7 +54,7 @@ class MaskSet:
 
 
 class MaskTask:
-    """Images and outlines of one split, in memory at network size: masks are a bit a pixel, images as they fit."""
+    """Images and outlines of one split, at network size; outlines stay in memory, images as far as they fit."""
 
     def __init__(self, part: MaskSet, size: int) -> None:
         self.images, self.size = ImageStore(part.index.paths, size), size

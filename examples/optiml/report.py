@@ -102,7 +102,7 @@ def _heatmaps(records: list[Record], out: Path) -> list[str]:
     for record in sorted(mine, key=lambda r: (order.index(r["arm"]) if r["arm"] in order else len(order), r["seed"])):
         path = Path(record["file"]).with_suffix(".npz")
         known = groups[record["dataset"], record["fraction"]]
-        name = ROWS.get(record["arm"], record["arm"])
+        name = str(ROWS.get(record["arm"], record["arm"]))
         if name in known or not path.exists():
             continue
         with np.load(path) as arrays:

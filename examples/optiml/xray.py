@@ -116,7 +116,7 @@ def _downstream(
             records += evaluate(
                 EvaluateConfig(
                     config.data, **source, dataset=dataset, protocol=protocol, fractions=fractions, seeds=seeds,
-                    train=config.finetune, keep=config.fractions[:1], draws=config.draws, out=out,
+                    train=config.finetune, keep=(min(config.fractions),), draws=config.draws, out=out,
                 ), console,
             )  # fmt: skip
     if config.segment_data is not None:
@@ -135,7 +135,7 @@ def _downstream(
         console.rule(f"heatmap: {name}")
         records += heatmap(
             HeatmapConfig(
-                config.data, **source, dataset=dataset, fraction=config.fractions[0],
+                config.data, **source, dataset=dataset, fraction=min(config.fractions),
                 seeds=config.seeds if small else config.large_seeds, figure_images=config.figure_images,
                 draws=config.draws, out=out,
             ), console,
