@@ -1,4 +1,4 @@
-"""The report's pictures: tables as dots, Dice as bars, heatmaps beside boxes."""
+"""The report's pictures: tables as dots, heatmaps beside boxes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from matplotlib.patches import Rectangle
 from .tables import Section, Table
 
 OURS, PAPER, WITHIN, BOX = "#1f5fa8", "#b0483a", "#6aa9d8", "#5dff6a"
-BARS = {"positives": "#1f5fa8", "kaggle": "#9cc3e6", "global": "#c9c9c9"}
 
 
 def draw_table(table: Table, path: Path) -> None:
@@ -59,43 +58,13 @@ def _dots(axes: Axes, section: Section, column: int, labelled: set[str]) -> None
     axes.set_ylim(len(section.rows) - 0.4, -0.6)
     names = [row.name for row in section.rows]
     axes.set_yticks(range(len(names)), names if column == 0 else [""] * len(names), fontsize=8)
-    axes.set_title(f"{section.title}: {section.rows[0].cells[column].column}" if column == 0
-                   else section.rows[0].cells[column].column, fontsize=9)  # fmt: skip
+    axes.set_title(section.rows[0].cells[column].column, fontsize=8)
+    if column == 0:
+        axes.set_title(f"{section.title}\n", loc="left", fontsize=9, fontweight="bold")
     axes.tick_params(axis="x", labelsize=8)
     axes.grid(axis="x", color="#e3e3e3", lw=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def draw_dice(table: Table, path: Path) -> None:
-    """Bars per arm: Dice over positives, Kaggle's, global; the paper's value as a line."""
-    sections = [s for s in table.sections if s.ran] or table.sections
-    arms = [max(1, sum(1 for row in s.rows if s.ran is False or any(c.ours for c in row.cells))) for s in sections]
-    figure = Figure(figsize=(sum(1.8 + 0.75 * n for n in arms) + 0.4, 3.6), layout="constrained")
-    line = figure.subplots(1, len(sections), squeeze=False, width_ratios=[1.8 + 0.75 * n for n in arms])[0]
-    for axes, section in zip(line, sections, strict=True):
-        rows = [row for row in section.rows if not section.ran or any(cell.ours for cell in row.cells)]
-        for place, (kind, colour) in enumerate(BARS.items()):
-            for x, row in enumerate(rows):
-                ours = row.cells[place].ours
-                if ours:
-                    ends = [[max(0.0, ours.value - ours.low)], [max(0.0, ours.high - ours.value)]]
-                    axes.bar(x + 0.27 * (place - 1), ours.value, 0.25, color=colour, yerr=ends,
-                             error_kw={"lw": 1, "capsize": 2}, label=kind if x == 0 else None)  # fmt: skip
-        printed = [float(row.cells[0].paper) for row in section.rows if row.cells[0].paper]
-        for value in printed:
-            axes.axhline(value, color=PAPER, ls="--", lw=1, label=f"paper's OPTiML, {value}")
-        axes.set_xticks(range(len(rows)), [row.name for row in rows], fontsize=8, rotation=20 if len(rows) > 3 else 0)
-        axes.set_ylim(0, 1)
-        axes.set_title(section.title, fontsize=9)
-        axes.set_ylabel("Dice", fontsize=8)
-        axes.tick_params(axis="y", labelsize=8)
-        axes.spines[["top", "right"]].set_visible(False)
-    known = {label: handle for axes in line for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    if known:
-        figure.legend(known.values(), known.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-    figure.suptitle(table.title, fontsize=11)
-    _save(figure, path)
 
 
 def draw_heatmaps(title: str, arms: dict[str, dict[str, Any]], path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from .figures import draw_dice, draw_heatmaps, draw_table, same_films
+from .figures import draw_heatmaps, draw_table, same_films
 from .paper import ROWS, TABLE1, TABLE2
 from .records import Record, read_records
 from .tables import Table, ablation_table, as_csv, auc_table, dice_table, heatmap_table, markdown
@@ -56,7 +56,7 @@ def report(records: list[Record], out: Path, console: Console | None = None) -> 
             pictures = _heatmaps(records, out)
         else:
             pictures = [f"{table.key}.png"]
-            (draw_dice if table.key == "fig3" else draw_table)(table, out / pictures[0])
+            draw_table(table, out / pictures[0])
         (out / f"{table.key}.csv").write_text(as_csv(table))
         parts.append(markdown(table) if table.sections else f"## {table.title}\n\nNot run.\n")
         parts += [f"![{table.title}]({picture})\n" for picture in pictures]
