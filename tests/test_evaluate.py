@@ -20,7 +20,7 @@ from rich.console import Console
 
 from examples.optiml.data import Box, ChestIndex, read_index
 from examples.optiml.dice import Overlap, dice_figures
-from examples.optiml.evaluate import EvaluateConfig, evaluate
+from examples.optiml.evaluate import EvaluateConfig, evaluate, source_record
 from examples.optiml.evaluate import main as evaluate_command
 from examples.optiml.finetune import Classifier, finetune, predict
 from examples.optiml.heatmap import HeatmapConfig, box_mask, chance, grad_cam, heatmap, hits
@@ -127,6 +127,18 @@ def test_linear_protocol_writes_records_once(phantoms: Path, tmp_path: Path) -> 
     assert before == {path: path.stat().st_mtime_ns for path in before}
     evaluate(dataclasses.replace(config, draws=60), QUIET)  # another question: answered anew
     assert all(path.stat().st_mtime_ns > time for path, time in before.items())
+
+
+def test_the_source_alone_is_a_row_of_the_report(phantoms: Path, tmp_path: Path) -> None:
+    index = read_index(phantoms)
+    assert source_record(index, "set", tmp_path, draws=20) is None
+    known = dataclasses.replace(index, sources=np.array(["ab"[int(name[7]) % 2] for name in index.names]))
+    record = source_record(known, "set", tmp_path, draws=20)
+    assert record is not None and record["within_source"]["macro"]["value"] == 0.5 != record["macro_auc"]
+    assert source_record(known, "set", tmp_path, draws=20) == record
+    assert f"| source alone, no pixels | {100 * record['macro_auc']:.1f} (1) | 50.0 (1) |" in markdown(
+        build([record])[1]
+    )
 
 
 def test_a_start_is_one_of_three(phantoms: Path, tmp_path: Path) -> None:
@@ -323,7 +335,7 @@ def plant(model: Classifier) -> None:
 
 def test_every_stage_ends_in_the_report_and_is_not_repeated(phantoms: Path, tmp_path: Path) -> None:
     config = XrayConfig(
-        phantoms, tmp_path / "out", dataset="phantoms", segment_data=phantoms, results=tmp_path / "kept", epochs=1,
+        phantoms, tmp_path / "out", dataset="phantoms", results=tmp_path / "kept", epochs=1,
         batch_size=16, image_size=32, fractions=(0.1, 1.0), seeds=(), large_seeds=(0,), finetune=SHORT,
         label="Effusion", segment_fractions=(1.0,), segment_seeds=(0,), unet=SHORT, draws=20,
     )  # fmt: skip

@@ -49,7 +49,7 @@ def main(config: ExampleConfig) -> None:
     data = phantoms(config.out / f"phantoms-{config.seed}", config.seed, console)
     path = xray(
         XrayConfig(
-            data, config.out, dataset="phantoms", segment_data=data, results=config.results, method=config.method,
+            data, config.out, dataset="phantoms", results=config.results, method=config.method,
             epochs=config.epochs, image_size=SIZE, pretrain_seeds=(config.seed,),
             # Crops below a third of the film would often miss a finding of this size altogether.
             min_scale=0.3,

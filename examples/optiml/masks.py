@@ -74,11 +74,17 @@ def mask_set(start: Start, label: str) -> MaskSet:
     index = start.index()
     if label not in index.classes:
         raise SystemExit(f"{start.data} has no class {label!r}; choose --label among {', '.join(index.classes)}")
-    found = MaskSet(index, label)
-    positive = np.flatnonzero(index.labels[:, index.classes.index(label)])
-    if not any(index.mask(int(row), label) is not None for row in positive[:100]):
+    if not has_outlines(index, label):
         raise SystemExit(f"{start.data} has no outlines of {label}: segmentation needs masks")
-    return found
+    return MaskSet(index, label)
+
+
+def has_outlines(index: ChestIndex, label: str) -> bool:
+    """Whether films with the finding come with its outline; a hundred are looked at."""
+    if label not in index.classes:
+        return False
+    positive = np.flatnonzero(index.labels[:, index.classes.index(label)])
+    return any(index.mask(int(row), label) is not None for row in positive[:100])
 
 
 def read_pairs(root: Path, columns: set[str]) -> MaskSet:

@@ -83,7 +83,7 @@ class Start:
 
     def labels(self) -> dict[str, Any]:
         """How the report finds a record of this start."""
-        kept = ("method", "options", "seed", "epochs", "image_size", "batch_size")
+        kept = ("method", "preset", "init", "all_images", "options", "seed", "epochs", "image_size", "batch_size")
         pretraining = {key: self.pretraining[key] for key in kept if key in self.pretraining}
         return {"arm": self.arm, "dataset": self.dataset, "pretraining": pretraining}
 

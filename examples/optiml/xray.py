@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import time
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from .config import AugmentConfig, PretrainConfig
 from .data import read_index
 from .evaluate import EvaluateConfig, Protocol, evaluate, source_record
 from .heatmap import HeatmapConfig, heatmap, targets
+from .masks import has_outlines
 from .pretrain import pretrain
 from .records import Record
 from .report import report
@@ -32,7 +34,7 @@ class XrayConfig:
     dataset: str | None = None
     """Column of the report (``nih-cxr-dev`` stands beside the paper's NIH); unset: the data folder's name."""
     segment_data: Path | None = None
-    """Data set to segment: with outlines, or pairs listed in its labels.csv. Unset: no segmentation."""
+    """Data set to segment: with outlines, or pairs listed in its labels.csv. Unset: ``data``, if it has outlines."""
     results: Path | None = None
     """Also copy the report here (Markdown, CSV, PNG and JSON, without weights or images of the size of a data set)."""
 
@@ -77,6 +79,8 @@ def xray(config: XrayConfig, console: Console | None = None) -> Path:
     records: list[Record] = []
     if alone := source_record(index, dataset, downstream / dataset, config.draws):
         records.append(alone)
+    if config.segment_data is None and has_outlines(index, config.label):
+        config = dataclasses.replace(config, segment_data=config.data)
     boxed = bool(targets(index.split("test")))
     for start in (None, *runs):
         records += _downstream(config, start, dataset, downstream, boxed, console)
