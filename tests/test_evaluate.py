@@ -337,7 +337,7 @@ def test_every_stage_ends_in_the_report_and_is_not_repeated(phantoms: Path, tmp_
     config = XrayConfig(
         phantoms, tmp_path / "out", dataset="phantoms", results=tmp_path / "kept", epochs=1,
         batch_size=16, image_size=32, fractions=(0.1, 1.0), seeds=(), large_seeds=(0,), finetune=SHORT,
-        label="Effusion", segment_fractions=(1.0,), segment_seeds=(0,), unet=SHORT, draws=20,
+        heatmap_fractions=(0.1,), label="Effusion", segment_fractions=(1.0,), segment_seeds=(0,), unet=SHORT, draws=20,
     )  # fmt: skip
     path = xray(config, QUIET)
     records = json.loads((tmp_path / "kept" / "records.json").read_text())

@@ -42,13 +42,15 @@ class SegmentConfig(StartConfig):
 
 
 def unet(backbone: Backbone, seed: int) -> nn.Module:
-    """A U-Net with ResNet18 encoder; the decoder's weights follow ``seed``, the encoder's are the backbone's."""
+    """A U-Net with ResNet18 encoder; the decoder's weights follow ``seed``, the encoder is the backbone."""
     import segmentation_models_pytorch as smp  # seconds to import: not at the start of every command
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network: nn.Module = smp.Unet("resnet18", encoder_weights=None, in_channels=3, classes=1)
-    network.get_submodule("encoder").load_state_dict(backbone.state_dict())
+    encoder = network.get_submodule("encoder")  # a ResNet18 too: its stages are exchanged, whatever norm they have
+    for name in ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4"):
+        encoder.add_module(name, backbone.get_submodule(name))
     return network
 
 

@@ -56,6 +56,8 @@ class XrayConfig:
     """Of the other fractions."""
     finetune: TrainConfig = field(default_factory=lambda: TrainConfig(lr=1e-3, epochs=10, min_steps=100))
     """How to fine-tune; short runs want a larger learning rate than the 1e-4 of long ones."""
+    heatmap_fractions: tuple[float, ...] = (0.01, 1.0)
+    """Of ``fractions``, those whose networks' heatmaps are drawn; the paper's are of 1 %."""
     label: str = "Pneumothorax"
     """Finding to segment."""
     segment_fractions: tuple[float, ...] = (0.1, 1.0)
@@ -120,7 +122,7 @@ def _downstream(
             records += evaluate(
                 EvaluateConfig(
                     config.data, **source, dataset=dataset, protocol=protocol, fractions=fractions, seeds=seeds,
-                    train=config.finetune, keep=(min(config.fractions),), draws=config.draws, out=out,
+                    train=config.finetune, keep=config.heatmap_fractions, draws=config.draws, out=out,
                 ), console,
             )  # fmt: skip
     if config.segment_data is not None:
@@ -137,13 +139,14 @@ def _downstream(
         )  # fmt: skip
     if boxed:
         console.rule(f"heatmap: {name}")
-        records += heatmap(
-            HeatmapConfig(
-                config.data, **source, dataset=dataset, fraction=min(config.fractions),
-                seeds=config.seeds if small else config.large_seeds, figure_images=config.figure_images,
-                draws=config.draws, out=out,
-            ), console,
-        )  # fmt: skip
+        for fractions, seeds in plan:
+            for fraction in sorted(set(fractions) & set(config.heatmap_fractions)):
+                records += heatmap(
+                    HeatmapConfig(
+                        config.data, **source, dataset=dataset, fraction=fraction, seeds=seeds,
+                        figure_images=config.figure_images, draws=config.draws, out=out,
+                    ), console,
+                )  # fmt: skip
     return records
 
 
