@@ -119,6 +119,9 @@ def test_linear_protocol_writes_records_once(phantoms: Path, tmp_path: Path) -> 
     assert full[0]["macro_auc"] != full[1]["macro_auc"]  # two untrained networks
     assert figures["macro_auc"] == pytest.approx(np.mean([run["macro_auc"] for run in full]))
     assert set(figures["raw"]["per_class"]) <= set(PHANTOM_CLASSES) and figures["arm"] == "sup1"
+    for name, value in figures["raw"]["per_class"].items():
+        low, high = figures["raw"]["intervals"][name]
+        assert low <= value <= high and low < high
     few = next(run for run in figures["runs"] if run["fraction"] == 0.1)
     listed = (tmp_path / "out" / "subsets" / "fraction-0.1-seed0.txt").read_text().split()
     assert few["train_images"] == len(listed) == 6

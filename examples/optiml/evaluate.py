@@ -162,9 +162,11 @@ class Evaluation:
     def finetuned(self, train: ChestIndex, seed: int, path: Path, identity: Record, keep: Path | None) -> Scored:
         val, test = self.index.split("val"), self.index.split("test")
         size = self.start.image_size
-        model, fitted = finetune(
-            self.start.backbone(seed), train, val, size, self.config.train, seed, path.with_suffix(".ckpt"), identity
-        )
+        with self.console.status(f"fine-tuning {self.start.arm} with {len(train)} labelled films, seed {seed}"):
+            model, fitted = finetune(
+                self.start.backbone(seed), train, val, size, self.config.train, seed, path.with_suffix(".ckpt"),
+                identity,
+            )  # fmt: skip
         if keep is not None:
             save_classifier(model, train, size, keep)
         return Scored(test, predict(model, test, size), usable_classes(train), dataclasses.asdict(fitted))

@@ -81,6 +81,9 @@ def mean_figures(records: list[dict[str, Any]]) -> dict[str, Any]:
                 for name in classes
             },
         }
+        if key == "raw":
+            ends = {name: [p["intervals"][name] for p in parts if name in p["intervals"]] for name in classes}
+            figures[key]["intervals"] = {name: np.mean(pairs, axis=0).round(4).tolist() for name, pairs in ends.items()}
     if "raw" not in figures:
         figures["raw"] = {"macro": dict.fromkeys(("value", "low", "high")), "classes": 0, "per_class": {}}
     figures["macro_auc"] = figures["raw"]["macro"]["value"]
@@ -90,9 +93,16 @@ def mean_figures(records: list[dict[str, Any]]) -> dict[str, Any]:
 def figures_table(figures: dict[str, Any], title: str) -> Table:
     """AUCs per class and on average; within-source figures beside the raw ones where sources are known."""
     kinds = [key for key in KINDS if key in figures]
+
+    def per_class(part: dict[str, Any], name: str) -> str:
+        if name not in part["per_class"]:
+            return ""
+        low, high = part.get("intervals", {}).get(name, (None, None))
+        return f"{part['per_class'][name]:.3f}" + ("" if low is None else f" [{low:.3f}, {high:.3f}]")
+
     table = Table("class", *(f"AUC {kind.replace('_', '-')}" for kind in kinds), title=title)
     for name in figures["raw"]["per_class"]:
-        table.add_row(name, *(f"{figures[k]['per_class'].get(name, float('nan')):.3f}" for k in kinds))
+        table.add_row(name, *(per_class(figures[k], name) for k in kinds))
     table.add_section()
 
     def interval(part: dict[str, Any]) -> str:

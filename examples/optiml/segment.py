@@ -109,9 +109,10 @@ def _one(
     train = dataclasses.replace(task, index=label_fraction(task.index.split("train"), fraction, seed))
     write_ids(train.index, out / "subsets-segment", fraction, seed)
     model = unet(start.backbone(seed), seed).to(device())
-    fitted = train_unet(
-        model, train, task.split("val"), start.image_size, config.train, seed, path.with_suffix(".ckpt"), identity
-    )
+    with console.status(f"U-Net from {start.arm} with {len(train)} outlined films, seed {seed}"):
+        fitted = train_unet(
+            model, train, task.split("val"), start.image_size, config.train, seed, path.with_suffix(".ckpt"), identity
+        )
     test = MaskTask(task.split("test"), start.image_size)
     figures = dice_figures(Overlap.of(predict_masks(model, test), test.masks), test.patients, config.draws)
     record = {
