@@ -14,7 +14,7 @@ from .layout import ENTRY_FILE, PhantomConfig, write_phantoms
 from .training import TrainConfig
 from .xray import XrayConfig, xray
 
-TRAIN, TEST, SIZE = 1000, 400, 64
+TRAIN, TEST, SIZE = 600, 300, 64
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class ExampleConfig:
     out: Path = Path("runs/example")
     """Working folder; a second call goes on where the first was stopped."""
     method: str = "optiml"
-    epochs: int = 5
+    epochs: int = 7
     """Epochs of pretraining."""
     seed: int = 0
     """Of the phantoms and of the pretraining."""
@@ -53,9 +53,9 @@ def main(config: ExampleConfig) -> None:
             epochs=config.epochs, image_size=SIZE, pretrain_seeds=(config.seed,),
             # Crops below a third of the film would often miss a finding of this size altogether.
             min_scale=0.3,
-            large_seeds=(0,), segment_fractions=(1.0,), segment_seeds=(0,), label="Effusion",
-            finetune=TrainConfig(lr=1e-3, epochs=8, min_steps=30, checks=5),
-            unet=TrainConfig(lr=1e-3, batch_size=16, epochs=1, min_steps=80, checks=4),
+            seeds=(0, 1, 2), large_seeds=(0,), segment_fractions=(1.0,), segment_seeds=(0,), label="Effusion",
+            finetune=TrainConfig(lr=1e-3, epochs=5, min_steps=20, checks=4),
+            unet=TrainConfig(lr=1e-3, batch_size=16, epochs=1, min_steps=40, checks=2),
         ),
         console,
     )  # fmt: skip

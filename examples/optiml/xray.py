@@ -54,7 +54,7 @@ class XrayConfig:
     """Of fractions below a tenth, where few patients decide."""
     large_seeds: tuple[int, ...] = (0, 1, 2)
     """Of the other fractions."""
-    finetune: TrainConfig = field(default_factory=lambda: TrainConfig(lr=1e-3, epochs=10, min_steps=100))
+    finetune: TrainConfig = field(default_factory=lambda: TrainConfig(lr=1e-3, epochs=5, min_steps=60, checks=5))
     """How to fine-tune; short runs want a larger learning rate than the 1e-4 of long ones."""
     heatmap_fractions: tuple[float, ...] = (0.01, 1.0)
     """Of ``fractions``, those whose networks' heatmaps are drawn; the paper's are of 1 %."""
@@ -64,7 +64,9 @@ class XrayConfig:
     segment_seeds: tuple[int, ...] = (0, 1, 2)
     segment_size: int | None = None
     """Unset: ``image_size``."""
-    unet: TrainConfig = field(default_factory=lambda: TrainConfig(lr=1e-3, batch_size=16, epochs=5, min_steps=100))
+    unet: TrainConfig = field(
+        default_factory=lambda: TrainConfig(lr=1e-3, batch_size=16, epochs=3, min_steps=60, checks=5)
+    )
     """How to train the U-Net."""
     figure_images: int = 6
     draws: int = 1000
