@@ -24,7 +24,7 @@ class ExampleConfig:
     out: Path = Path("runs/example")
     """Working folder; a second call goes on where the first was stopped."""
     method: str = "optiml"
-    epochs: int = 7
+    epochs: int = 6
     """Epochs of pretraining."""
     seed: int = 0
     """Of the phantoms and of the pretraining."""
@@ -54,7 +54,7 @@ def main(config: ExampleConfig) -> None:
             # Crops below a third of the film would often miss a finding of this size altogether.
             min_scale=0.3,
             seeds=(0, 1, 2), large_seeds=(0,), segment_fractions=(1.0,), segment_seeds=(0,), label="Effusion",
-            finetune=TrainConfig(lr=1e-3, epochs=5, min_steps=20, checks=4),
+            finetune=TrainConfig(lr=1e-3, epochs=4, min_steps=16, checks=2),
             unet=TrainConfig(lr=1e-3, batch_size=16, epochs=1, min_steps=40, checks=2),
         ),
         console,
