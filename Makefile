@@ -7,10 +7,10 @@ PY      := $(VENV)/bin/python
 SOURCES := pyproject.toml $(wildcard setup.py MANIFEST.in csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help example test bench bench-quick bench-gpu lint clean
+.PHONY: help example example-xray test bench bench-quick bench-gpu lint clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # PyTorch first and pinned: these are the versions that the tests run with.
 $(VENV)/.torch:
@@ -32,8 +32,12 @@ $(VENV)/.bench: $(VENV)/.torch $(SOURCES)
 	$(PY) -m pip install --quiet -e ".[bench]"
 	touch $@
 
-example: $(VENV)/.examples  ## pretrain with OPTiML on generated images and score the features (about 10 minutes)
+example: $(VENV)/.examples  ## every stage of OPTiML on generated images, from pretraining to the report (under 10 minutes)
 	$(PY) -m examples.optiml example
+
+example-xray: $(VENV)/.examples  ## the same on a prepared data set: make example-xray DATA=folder [XRAY_ARGS="--epochs 20"]
+	@test -n "$(DATA)" || { echo "make: say which prepared data set, e.g. make example-xray DATA=data/nih"; exit 2; }
+	$(PY) -m examples.optiml xray --data "$(DATA)" $(XRAY_ARGS)
 
 test: $(VENV)/.dev  ## run every test and every docstring's example
 	$(PY) -m pytest -q $(PYTEST_ARGS)

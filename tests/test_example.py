@@ -30,10 +30,9 @@ from examples.optiml.metrics import class_aucs, macro, patient_draws
 from examples.optiml.phantom import PHANTOM_CLASSES, draw
 from examples.optiml.pretrain import pretrain
 from examples.optiml.probe import fit_probe
-from examples.optiml.report import BEGIN, END, write_report
 from examples.optiml.study import StudyConfig
 from examples.optiml.study import main as study
-from examples.optiml.supervised import train_supervised
+from examples.optiml.study_table import BEGIN, END, write_report
 
 # --- phantoms ------------------------------------------------------------------------------------------------
 
@@ -283,14 +282,6 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(phantoms: Path, tmp_
     torch.manual_seed(0)
     untouched = resnet18(weights=None).conv1.weight
     assert not torch.allclose(network.conv1.weight, untouched, atol=1e-4)  # it has been trained
-
-
-def test_supervised_training_is_scored_like_a_probe(phantoms: Path) -> None:
-    index = read_index(phantoms)
-    losses: list[float] = []
-    scored = train_supervised(index, 32, epochs=4, batch_size=16, tick=lambda epoch, loss: losses.append(loss))
-    assert scored.scores.shape == (40, len(NIH_CLASSES)) and len(losses) == 4 and losses[-1] < losses[0]
-    assert set(scored.per_class(within=False)) <= set(PHANTOM_CLASSES)
 
 
 def test_a_run_folder_of_another_config_is_refused(phantoms: Path, tmp_path: Path) -> None:

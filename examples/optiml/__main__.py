@@ -9,16 +9,24 @@ import tyro
 from .config import PretrainConfig
 from .evaluate import EvaluateConfig
 from .example import ExampleConfig
+from .heatmap import HeatmapConfig
 from .layout import PhantomConfig
 from .prepare.config import PrepareConfig
+from .report import ReportConfig
+from .segment import SegmentConfig
 from .study import StudyConfig
+from .xray import XrayConfig
 
 COMMANDS = {
     "example": (ExampleConfig, "example"),
+    "xray": (XrayConfig, "xray"),
     "phantom": (PhantomConfig, "layout"),
     "prepare": (PrepareConfig, "prepare.command"),
     "pretrain": (PretrainConfig, "pretrain"),
     "evaluate": (EvaluateConfig, "evaluate"),
+    "segment": (SegmentConfig, "segment"),
+    "heatmap": (HeatmapConfig, "heatmap"),
+    "report": (ReportConfig, "report"),
     "study": (StudyConfig, "study"),
 }
 
@@ -28,7 +36,7 @@ def cli(args: list[str] | None = None) -> None:
     config = tyro.extras.subcommand_cli_from_dict(
         {name: config for name, (config, _) in COMMANDS.items()},
         prog="python -m examples.optiml",
-        description="OPTiML on chest X-rays: pretrain a ResNet18 with optimal transport, score its frozen features.",
+        description="OPTiML on chest X-rays: pretrain a ResNet18 with optimal transport, then see what it has learnt.",
         args=args,
     )
     for kind, module in COMMANDS.values():

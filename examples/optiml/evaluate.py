@@ -1,83 +1,66 @@
-"""Frozen linear evaluation: features once, a logistic probe, and AUCs with intervals over test patients."""
+"""How good the features are: frozen under a linear probe, or fine-tuned, with few or all labels, over seeds."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
-from .data import ChestIndex, read_index
+from .data import ChestIndex
 from .features import extract
-from .metrics import Estimate, Floats, class_aucs, macro, patient_draws
+from .finetune import finetune, predict, save_classifier, usable_classes
 from .model import load_backbone
-from .pretrain import BACKBONE
 from .probe import fit_probe
+from .records import Record, finished, write_json, write_record
+from .scores import Scored, figures_table, mean_figures, summarise
+from .start import Start, StartConfig, resolve
+from .subsets import label_fraction, write_ids
+from .training import TrainConfig
 
 SPLITS = ("train", "val", "test")
+Protocol = Literal["linear", "finetune"]
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
-    """Score a backbone's frozen features with a linear probe."""
+class EvaluateConfig(StartConfig):
+    """Score a backbone by test AUC: frozen with a linear probe, or fine-tuned. What is there is not made again."""
 
-    data: Path
-    """Folder in the layout of NIH ChestX-ray14."""
-    run: Path | None = None
-    """Run folder of ``pretrain``, or a ResNet18 weights file under torchvision's names."""
-    untrained: bool = False
-    """Score the network as it is before training instead of a run."""
-    image_size: int | None = None
-    """Unset: the run's; 224 where there is none."""
-    seed: int = 0
-    """Initial weights, with ``--untrained``."""
-    val_fraction: float = 0.14
-    """Must be the pretraining's, else it may have seen validation images; read from the run when there is one."""
-    split_seed: int = 0
+    protocol: Protocol = "linear"
+    """linear: frozen features, logistic regression. finetune: backbone and classifier together."""
+    fractions: tuple[float, ...] = (1.0,)
+    """Shares of the training images whose labels may be used, e.g. 0.01 0.1 1.0."""
+    seeds: tuple[int, ...] = (0,)
+    """Each draws its own patients; with --untrained also its own weights. Take 5 at 1 % of a small set."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """How to fine-tune."""
+    keep: tuple[float, ...] = (0.01,)
+    """Fractions whose fine-tuned networks are kept for the heatmaps (45 MB each)."""
     draws: int = 1000
     """Bootstrap replicates."""
+    out: Path | None = None
+    """Folder of records, scores and ids; unset: ``evaluate`` in the run folder, else ``runs/ARM-DATASET``."""
     json: Path | None = None
-    """Also write the figures here."""
+    """Also write all figures here, ``macro_auc`` (of the largest fraction, mean over seeds) among them."""
 
 
-@dataclass(frozen=True)
-class Scored:
-    """Test scores of one probe, with what belongs to them."""
-
-    test: ChestIndex
-    scores: Floats
-    usable: NDArray[np.bool_]
-    """Classes with positives and negatives in training; the others have no probe to speak of."""
-    penalty: float
-
-    def macro(self, within: bool, weights: Floats | None = None) -> Floats:
-        """Macro AUC per row of ``weights``; ``within`` counts only pairs of one source."""
-        groups = self.test.sources if within else None
-        return macro(class_aucs(self.scores, self.test.labels, groups, weights), self.usable)
-
-    def per_class(self, within: bool) -> dict[str, float]:
-        aucs = class_aucs(self.scores, self.test.labels, self.test.sources if within else None)[0]
-        kept = zip(self.test.classes, aucs, self.usable, strict=True)
-        return {name: round(float(auc), 4) for name, auc, ok in kept if ok and not np.isnan(auc)}
-
-
-def probe_scores(index: ChestIndex, x: dict[str, Tensor]) -> Scored:
-    """Fit on train, choose on val, score test."""
+def probe_scores(index: ChestIndex, x: dict[str, Tensor], train: ChestIndex | None = None) -> Scored:
+    """Fit on train (or on the part of it whose labels may be used), choose on val, score test."""
     parts = {name: index.split(name) for name in SPLITS}
+    x_train = x["train"]
+    if train is not None:
+        x_train = x_train[torch.from_numpy(np.flatnonzero(np.isin(parts["train"].names, train.names)))]
+        parts["train"] = train
     y = {name: torch.from_numpy(part.labels) for name, part in parts.items()}
-    probe = fit_probe(x["train"], y["train"], x["val"], y["val"])
-    positives = parts["train"].labels.sum(axis=0)
-    usable = (positives > 0) & (positives < len(parts["train"]))
+    probe = fit_probe(x_train, y["train"], x["val"], y["val"])
     # Rounded, so that images with equal features tie, which the last bits of a matrix product may deny them.
-    return Scored(parts["test"], probe.scores(x["test"]).numpy().round(9), usable, probe.penalty)
+    scores = probe.scores(x["test"]).numpy().round(9)
+    return Scored(parts["test"], scores, usable_classes(parts["train"]), {"penalty": probe.penalty})
 
 
 def score_backbone(index: ChestIndex, weights: Path | None, image_size: int, seed: int = 0) -> Scored:
@@ -99,58 +82,119 @@ def score_metadata(index: ChestIndex) -> Scored | None:
     return probe_scores(index, columns)
 
 
-def summarise(scored: Scored, draws: int) -> dict[str, Any]:
-    """All figures of one probe, ready for JSON."""
-    weights = patient_draws(scored.test.patients, draws)
-    figures: dict[str, Any] = {"images": len(scored.test), "penalty": scored.penalty}
-    for key, within in (("raw", False), ("within_source", True)):
-        if within and scored.test.sources is None:
-            continue
-        estimate = Estimate.of(scored.macro(within)[0], scored.macro(within, weights))
-        per_class = scored.per_class(within)
-        figures[key] = {"macro": dataclasses.asdict(estimate), "classes": len(per_class), "per_class": per_class}
-    return figures
+def source_record(index: ChestIndex, dataset: str, out: Path, draws: int) -> Record | None:
+    """What the probe gets from each film's source alone, as a row of the report; None where sources are unknown."""
+    path, identity = out / "source-alone.json", {"data": index.fingerprint(), "draws": draws, "image_size": 0}
+    if known := finished(path, identity):
+        return known
+    scored = score_metadata(index)
+    if scored is None:
+        return None
+    record = {
+        "stage": "evaluate", "arm": "source alone, no pixels", "dataset": dataset, "pretraining": {}, "seed": 0,
+        "protocol": "linear", "fraction": 1.0, "identity": identity, "train_images": len(index.split("train")),
+        **summarise(scored, draws),
+    }  # fmt: skip
+    return write_record(path, record)
+
+
+class Evaluation:
+    """One backbone on one data set; frozen features are computed once per set of weights."""
+
+    def __init__(self, config: EvaluateConfig, console: Console) -> None:
+        self.config, self.console = config, console
+        self.start: Start = resolve(config)
+        self.index = self.start.index()
+        self.out = config.out or default_out(config.run, self.start)
+        self._features: tuple[int, dict[str, Tensor]] | None = None
+
+    def plan(self) -> list[tuple[float, int]]:
+        """Fractions and seeds; all labels under a frozen trained network leave nothing to chance, so once."""
+        sure = self.config.protocol == "linear" and not self.start.random
+        seeds = self.config.seeds
+        return [(f, s) for s in seeds for f in self.config.fractions if not (sure and f == 1.0 and s != seeds[0])]
+
+    def records(self) -> list[Record]:
+        """All records, made or found."""
+        return [self.one(fraction, seed) for fraction, seed in self.plan()]
+
+    def one(self, fraction: float, seed: int) -> Record:
+        protocol = self.config.protocol
+        path = self.out / f"{protocol}-{fraction:g}-seed{seed}.json"
+        identity = {
+            **self.start.identity(), "protocol": protocol, "fraction": fraction, "seed": seed,
+            "data": self.index.fingerprint(), "draws": self.config.draws,
+        }  # fmt: skip
+        if protocol == "finetune":
+            identity["train"] = dataclasses.asdict(self.config.train)
+        model_path = path.with_suffix(".pth") if protocol == "finetune" and fraction in self.config.keep else None
+        known = finished(path, identity)
+        if known is not None and (model_path is None or model_path.exists()):
+            return known
+        train = label_fraction(self.index.split("train"), fraction, seed)
+        write_ids(train, self.out / "subsets", fraction, seed)
+        if protocol == "linear":
+            scored = probe_scores(self.index, self.features(seed), train)
+        else:
+            scored = self.finetuned(train, seed, path, identity, model_path)
+        record = {
+            "stage": "evaluate", **self.start.labels(), "protocol": protocol, "fraction": fraction, "seed": seed,
+            "identity": identity, "train_images": len(train), "train_patients": len(np.unique(train.patients)),
+            **summarise(scored, self.config.draws),
+        }  # fmt: skip
+        np.savez_compressed(path.with_suffix(".npz"), scores=scored.scores.astype(np.float32), names=scored.test.names)
+        self.console.print(
+            f"{self.start.arm} {protocol} {fraction:.0%} seed {seed}: {len(train)} labelled images, "
+            f"macro AUC {record['macro_auc']:.3f} over {record['raw']['classes']} classes",
+            highlight=False,
+        )
+        return write_record(path, record)
+
+    def features(self, seed: int) -> dict[str, Tensor]:
+        """Frozen features per split; a new seed means new ones only where weights are random."""
+        key = seed if self.start.random else 0
+        if self._features is None or self._features[0] != key:
+            backbone = self.start.backbone(key)
+            x = {name: extract(backbone, self.index.split(name), self.start.image_size).x for name in SPLITS}
+            self._features = (key, x)
+        return self._features[1]
+
+    def finetuned(self, train: ChestIndex, seed: int, path: Path, identity: Record, keep: Path | None) -> Scored:
+        val, test = self.index.split("val"), self.index.split("test")
+        size = self.start.image_size
+        with self.console.status(f"fine-tuning {self.start.arm} with {len(train)} labelled films, seed {seed}"):
+            model, fitted = finetune(
+                self.start.backbone(seed), train, val, size, self.config.train, seed, path.with_suffix(".ckpt"),
+                identity,
+            )  # fmt: skip
+        if keep is not None:
+            save_classifier(model, train, size, keep)
+        return Scored(test, predict(model, test, size), usable_classes(train), dataclasses.asdict(fitted))
+
+
+def default_out(run: Path | None, start: Start) -> Path:
+    """Beside the run where there is a run folder; the data set's name keeps several sets apart."""
+    if run is not None and run.is_dir():
+        return run / "evaluate" / start.dataset
+    return Path("runs") / f"{start.arm}-{start.dataset}"
+
+
+def evaluate(config: EvaluateConfig, console: Console | None = None) -> list[Record]:
+    """Every fraction and seed that is asked for; those that are there are read."""
+    return Evaluation(config, console or Console()).records()
 
 
 def main(config: EvaluateConfig) -> None:
     """The ``evaluate`` command."""
-    if (config.run is None) != config.untrained:
-        raise SystemExit("give either --run FOLDER or --untrained")
-    weights, image_size = config.run, config.image_size
-    val_fraction, split_seed = config.val_fraction, config.split_seed
-    if weights is not None and weights.is_dir():
-        saved = json.loads((weights / "config.json").read_text())
-        image_size = image_size or saved["image_size"]
-        val_fraction, split_seed = saved["val_fraction"], saved["split_seed"]
-        weights = weights / BACKBONE
-    if weights is not None and not weights.is_file():
-        raise SystemExit(f"{weights} does not exist: has the run finished?")
     console = Console()
-    index = read_index(config.data, val_fraction, split_seed)
-    image_size = image_size or 224
-    with console.status("features and probe"):
-        figures = summarise(score_backbone(index, weights, image_size, config.seed), config.draws)
-        if metadata := score_metadata(index):
-            figures["metadata_only"] = summarise(metadata, config.draws)
-    console.print(figures_table(figures, f"Frozen linear evaluation, {figures['images']} test images"))
+    evaluation = Evaluation(config, console)
+    records = evaluation.records()
+    largest = [record for record in records if record["fraction"] == max(config.fractions)]
+    figures: dict[str, Any] = mean_figures(largest)
+    if metadata := score_metadata(evaluation.index):
+        figures["metadata_only"] = summarise(metadata, config.draws)
+    title = f"{evaluation.start.arm}, {config.protocol}, {max(config.fractions):.0%} of the labels"
+    console.print(figures_table(figures, f"{title}, {figures['images']} test images, {len(largest)} seeds"))
+    console.print(f"Records: {evaluation.out}")
     if config.json:
-        what = "untrained" if config.untrained else str(config.run)
-        config.json.parent.mkdir(parents=True, exist_ok=True)
-        config.json.write_text(json.dumps({"weights": what, "image_size": image_size, **figures}, indent=2) + "\n")
-
-
-def figures_table(figures: dict[str, Any], title: str) -> Table:
-    """AUCs per class and on average; within-source figures beside the raw ones where sources are known."""
-    kinds = [key for key in ("raw", "within_source") if key in figures]
-    table = Table("class", *(f"AUC {kind.replace('_', '-')}" for kind in kinds), title=title)
-    for name in figures["raw"]["per_class"]:
-        table.add_row(name, *(f"{figures[k]['per_class'].get(name, float('nan')):.3f}" for k in kinds))
-    table.add_section()
-
-    def interval(part: dict[str, Any]) -> str:
-        return "{value:.3f} [{low:.3f}, {high:.3f}]".format(**part["macro"])
-
-    table.add_row("macro", *(interval(figures[k]) for k in kinds))
-    if meta := figures.get("metadata_only"):
-        table.add_row("macro, source alone (no pixels)", *(interval(meta[k]) for k in kinds))
-    return table
+        write_json(config.json, {**evaluation.start.labels(), "protocol": config.protocol, **figures, "runs": records})

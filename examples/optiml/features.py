@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -12,15 +16,37 @@ from torch import Tensor
 from .data import ChestIndex, ImageStore
 from .model import Backbone
 
+T = TypeVar("T")
+Rows = NDArray[np.intp]
+
 #: ImageNet's statistics, as the augmented views use them.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def grey_batch(images: ImageStore, rows: NDArray[np.intp], size: int) -> Tensor:
+def grey_batch(images: ImageStore, rows: Rows, size: int) -> Tensor:
     """Images as a normalised (B, 3, size, size) tensor: grey repeated over ImageNet's three channels."""
     pixels = [np.asarray(images[int(i)].resize((size, size), resample=2)) for i in rows]  # 2: bilinear
     grey = torch.from_numpy(np.stack(pixels))[:, None].float() / 255
     return (grey - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+
+
+def read_ahead(load: Callable[[Rows], T], batches: Iterable[Rows], threads: int = 4) -> Iterator[T]:
+    """``load`` of each, in order, while threads work on the next ones: decoding does not hold Python's lock."""
+    pending: deque[Future[T]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for rows in batches:
+            pending.append(pool.submit(load, rows))
+            if len(pending) > threads:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def grey_batches(images: ImageStore, size: int, batch_size: int = 128) -> Iterator[Tensor]:
+    """All images in order, as :func:`grey_batch` makes them."""
+    rows = np.arange(len(images))
+    batches = (rows[i : i + batch_size] for i in range(0, len(rows), batch_size))
+    return read_ahead(lambda chosen: grey_batch(images, chosen, size), batches)
 
 
 @dataclass(frozen=True)
@@ -37,9 +63,5 @@ def extract(backbone: Backbone, index: ChestIndex, image_size: int, batch_size: 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     backbone = backbone.eval().to(device)
     images = ImageStore(index.paths, image_size)
-    rows = np.arange(len(index))
-    parts = [
-        backbone(grey_batch(images, rows[i : i + batch_size], image_size).to(device))[1].float().cpu()
-        for i in range(0, len(rows), batch_size)
-    ]
+    parts = [backbone(x.to(device))[1].float().cpu() for x in grey_batches(images, image_size, batch_size)]
     return Features(torch.cat(parts), index)

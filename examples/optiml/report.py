@@ -1,130 +1,139 @@
-"""The README's table, from the result files."""
+"""The report: the paper's Tables I, II, III and Figs 2, 3 beside our runs, from records and nothing else."""
 
 from __future__ import annotations
 
 import json
+from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from rich.console import Console
 
-BEGIN, END = "<!-- results: begin (written by the study command, do not edit) -->", "<!-- results: end -->"
-DIM = {"channel": 512}
+from .figures import draw_heatmaps, draw_table, same_films
+from .paper import ROWS, TABLE1, TABLE2
+from .records import Record, read_records
+from .tables import Table, ablation_table, as_csv, auc_table, dice_table, heatmap_table, markdown
 
+RECORDS = "records.json"
+PREAMBLE = """# OPTiML: the paper's tables and ours
 
-def write_report(results: Path, readme: Path) -> None:
-    """Replace what stands between the markers of ``readme``."""
-    text = readme.read_text()
-    if BEGIN not in text or END not in text:
-        raise SystemExit(f"{readme} lacks the markers {BEGIN!r} and {END!r}")
-    body = report(results)
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    readme.write_text(f"{before}{BEGIN}\n{body}\n{END}{after}")
-
-
-def report(results: Path) -> str:
-    """Markdown of all result files: AUCs, paired differences, and whether training was alive."""
-    records = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
-    runs: dict[str, list[dict[str, Any]]] = {}
-    for record in records:
-        if "seed" in record:
-            runs.setdefault(record["arm"], []).append(record)
-    if not runs:
-        return "\n_No results yet._\n"
-    order = sorted(runs, key=lambda name: (name != "untrained", name != "vicreg", name))
-    special = {record["arm"]: record for record in records if "seed" not in record}
-    parts = [_aucs(order, runs, special.get("metadata")), _alive(order, runs)]
-    if "differences" in special:
-        parts.insert(1, _differences(special["differences"]))
-    if "example" in special:
-        parts.append(_phantoms(special["example"]))
-    return "\n\n".join(["", *(part for part in parts if part), _made(runs), ""])
+Paper: values as printed (Tables I and II in percent, III and Dice as shares of one). Ours: mean ± deviation over runs,
+and in brackets how many; blank means not run. Our runs differ from the paper's in data and scale, which stand above
+each table. Intervals and all digits are in the CSV files beside this one, all figures in `records.json`.
+"""
 
 
-def _aucs(order: list[str], runs: dict[str, list[dict[str, Any]]], metadata: dict[str, Any] | None) -> str:
-    """Mean over seeds; the bracket is the mean of the runs' bootstrap intervals' ends, the last column the seeds."""
-    lines = [
-        "| features | within-source AUC [95 %] | raw AUC [95 %] | within-source, each seed |",
-        "| --- | --- | --- | --- |",
+@dataclass(frozen=True)
+class ReportConfig:
+    """Collect records into the paper's tables and figures: Markdown, CSV and PNG."""
+
+    runs: tuple[Path, ...]
+    """Folders to search for records, at any depth, or the records.json of an earlier report."""
+    out: Path
+    """Folder to write report.md, *.csv and *.png to."""
+
+
+def build(records: list[Record]) -> list[Table]:
+    """All tables, in the paper's order."""
+    return [
+        auc_table("table1", "Table I: fine-tuned (AUC, %)", records, "finetune", TABLE1),
+        auc_table("table2", "Table II: frozen, linear (AUC, %)", records, "linear", TABLE2),
+        ablation_table(records),
+        heatmap_table(records),
+        dice_table(records),
     ]
 
-    def cell(rows: list[dict[str, Any]], kind: str) -> str:
-        if any(kind not in row for row in rows):
-            return "–"
-        value, low, high = (np.mean([row[kind]["macro"][key] for row in rows]) for key in ("value", "low", "high"))
-        return f"{value:.3f} [{low:.3f}, {high:.3f}]"
 
-    for name in order:
-        rows = sorted(runs[name], key=lambda row: row["seed"])
-        seeds = ", ".join(f"{row['within_source']['macro']['value']:.3f}" for row in rows if "within_source" in row)
-        lines.append(f"| {name} | {cell(rows, 'within_source')} | {cell(rows, 'raw')} | {seeds} |")
-    if metadata:
-        lines.append(f"| source alone, no pixels | {cell([metadata], 'within_source')} | {cell([metadata], 'raw')} | |")
-    return "\n".join(lines)
-
-
-def _differences(record: dict[str, Any]) -> str:
-    lines = ["| paired difference | within-source [95 %] | raw [95 %] |", "| --- | --- | --- |"]
-    for row in record["rows"]:
-        cells = [
-            "{value:+.3f} [{low:+.3f}, {high:+.3f}]".format(**row[kind]) if kind in row else "–"
-            for kind in ("within_source", "raw")
-        ]
-        lines.append(f"| {row['arm']} − {row['minus']} | {cells[0]} | {cells[1]} |")
-    return "\n".join(lines)
-
-
-def _alive(order: list[str], runs: dict[str, list[dict[str, Any]]]) -> str:
-    """Last epoch, mean over seeds: marginals, transport against no matching, and the gradient of CV-SIM."""
-    lines = [
-        "| last epoch | perplexity of μ | ⟨T,M⟩ | ⟨μν',M⟩ | gradient of CV-SIM | std of q | s / step |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for name in order:
-        rows = [row["training"] for row in runs[name] if "training" in row]
-        if not rows:
-            continue
-
-        def mean(key: str, rows: list[dict[str, Any]] = rows) -> float:
-            return float(np.mean([row["last_epoch"].get(key, np.nan) for row in rows]))
-
-        seconds = float(np.mean([row["step_seconds"] for row in rows]))
-        options = runs[name][0]["config"]["options"]
-        points = DIM.get(options.get("match", ""))
-        share = f"{mean('perplexity'):.1f}" + (f" ({mean('perplexity') / points:.0%} of {points})" if points else "")
-        if np.isnan(mean("perplexity")):
-            cells = ["–"] * 4
+def report(records: list[Record], out: Path, console: Console | None = None) -> Path:
+    """Write everything; returns the Markdown file."""
+    console = console or Console()
+    check(records)
+    out.mkdir(parents=True, exist_ok=True)
+    parts = [PREAMBLE, *_mixed(records)]
+    for table in build(records):
+        if table.key == "fig2":
+            pictures = _heatmaps(records, out)
         else:
-            cells = [
-                share,
-                f"{mean('transport_cost'):.4f}",
-                f"{mean('independent_cost'):.4f}",
-                f"{mean('grad_cvsim'):.2e}",
-            ]
-        lines.append(f"| {name} | {' | '.join(cells)} | {mean('std_q'):.3f} | {seconds:.2f} |")
-    return "\n".join(lines) if len(lines) > 2 else ""
+            pictures = [f"{table.key}.png"]
+            draw_table(table, out / pictures[0])
+        (out / f"{table.key}.csv").write_text(as_csv(table))
+        parts.append(markdown(table) if table.sections else f"## {table.title}\n\nNot run.\n")
+        parts += [f"![{table.title}]({picture})\n" for picture in pictures]
+    parts.append(_made(records))
+    (out / RECORDS).write_text(json.dumps(records, indent=1, sort_keys=True) + "\n")
+    path = out / "report.md"
+    path.write_text("\n".join(parts))
+    console.print(f"{len(records)} records, report: {path}")
+    return path
 
 
-def _phantoms(record: dict[str, Any]) -> str:
-    """The example's table, recorded by ``example --json results/example.json``."""
-    films = "{train} training and {test} test films at {px} px".format(**record["films"])
-    lines = [f"| on phantoms ({films}) | macro AUC [95 %] |", "| --- | --- |"]
-    for name, figures in record["rows"].items():
-        lines.append("| {} | {value:.3f} [{low:.3f}, {high:.3f}] |".format(name, **figures["macro"]))
-    return "\n".join(lines)
+def check(records: list[Record]) -> None:
+    """No figure may be counted twice."""
+    seen: dict[str, str] = {}
+    for record in records:
+        keys = ("stage", "arm", "dataset", "protocol", "label", "fraction", "seed")
+        key = str([record.get(name) for name in keys] + [record["pretraining"].get("seed")])
+        if key in seen:
+            both = f"{record['file']} and {seen[key]}"
+            raise SystemExit(f"{both} are the same run of the same arm; leave one out or set --arm")
+        seen[key] = record["file"]
 
 
-def _made(runs: dict[str, list[dict[str, Any]]]) -> str:
-    rows = [row for group in runs.values() for row in group]
-    commits = sorted({str(row["made"]["commit"])[:10] for row in rows})
-    days = sorted({row["made"]["time"][:10] for row in rows})
-    trained = [row["config"] for row in rows if "training" in row]
-    setting = ""
-    if trained:
-        c = trained[0]
-        setting = f"{c['epochs']} epochs at {c['image_size']} px, batch {c['batch_size']}. "
-    return (
-        f"{setting}{rows[0]['images']} test images. Made {', '.join(days)} at commit {', '.join(commits)}; "
-        "one file per run in `results/`."
-    )
+def _mixed(records: list[Record]) -> list[str]:
+    """A warning where one row averages over runs of different settings."""
+    settings: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for record in records:
+        settings[record["dataset"], record["arm"]].add(
+            str({key: value for key, value in record["pretraining"].items() if key != "seed"})
+        )
+    return [
+        f"**Row {arm} on {dataset} mixes {len(found)} pretraining settings.**\n"
+        for (dataset, arm), found in sorted(settings.items())
+        if len(found) > 1
+    ]
+
+
+def _heatmaps(records: list[Record], out: Path) -> list[str]:
+    """One figure per data set and fraction: the arms' first seeds, over the same films."""
+    groups: dict[tuple[str, float], dict[str, dict[str, np.ndarray]]] = defaultdict(dict)
+    order = list(ROWS)
+    mine = [r for r in records if r["stage"] == "heatmap"]
+    for record in sorted(mine, key=lambda r: (order.index(r["arm"]) if r["arm"] in order else len(order), r["seed"])):
+        path = Path(record["file"]).with_suffix(".npz")
+        known = groups[record["dataset"], record["fraction"]]
+        name = str(ROWS.get(record["arm"], record["arm"]))
+        if name in known or not path.exists():
+            continue
+        with np.load(path) as arrays:
+            maps = dict(arrays)
+        if not known or same_films(next(iter(known.values())), maps):
+            known[name] = maps
+    pictures = []
+    for (dataset, fraction), arms in sorted(groups.items()):
+        if arms:
+            pictures.append(f"fig2-{dataset}-{fraction:g}.png")
+            draw_heatmaps(f"Grad-CAM, fine-tuned with {fraction:.0%} of {dataset}", arms, out / pictures[-1])
+    return pictures
+
+
+def _made(records: list[Record]) -> str:
+    if not records:
+        return "No records.\n"
+    trained = [record for record in records if record["pretraining"]]
+    runs = {(r["arm"], str(sorted(r["pretraining"].items(), key=str))): r["pretraining"] for r in trained}
+    lines = ["## How it was made", ""]
+    for (arm, _), run in sorted(runs.items()):
+        lines.append(
+            f"* {arm}: {run.get('epochs')} epochs of {run.get('method')} at {run.get('image_size')} px, "
+            f"batch {run.get('batch_size')}, seed {run.get('seed')}"
+        )
+    commits = sorted({str(r["made"]["commit"])[:10] for r in records})
+    days = sorted({r["made"]["time"][:10] for r in records})
+    lines.append(f"* {len(records)} records of {', '.join(days)}, commit {', '.join(commits)}")
+    return "\n".join(lines) + "\n"
+
+
+def main(config: ReportConfig) -> None:
+    """The ``report`` command."""
+    report(read_records(config.runs), config.out)

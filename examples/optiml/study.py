@@ -19,11 +19,13 @@ from rich.console import Console
 from .callbacks import epoch_means, read_log
 from .config import MethodOptions, PretrainConfig
 from .data import ChestIndex, read_index
-from .evaluate import score_backbone, score_metadata, summarise
+from .evaluate import score_backbone, score_metadata
 from .metrics import Estimate, Floats, class_aucs, macro, patient_draws
 from .pretrain import LOG, pretrain
 from .provenance import provenance
-from .report import write_report
+from .records import write_json
+from .scores import summarise
+from .study_table import write_report
 
 HERE = Path(__file__).parent
 MARGINALS = ("perplexity", "learned", "detached", "uniform")
@@ -111,7 +113,7 @@ def main(config: StudyConfig) -> None:
 def _metadata(config: StudyConfig, index: ChestIndex) -> None:
     scored = score_metadata(index)
     if scored is not None:
-        _write(config.results / "metadata.json", {"arm": "metadata", **summarise(scored, config.draws)})
+        write_json(config.results / "metadata.json", {"arm": "metadata", **summarise(scored, config.draws)})
 
 
 def _one(config: StudyConfig, index: ChestIndex, arm: Arm, seed: int, console: Console) -> None:
@@ -137,7 +139,7 @@ def _one(config: StudyConfig, index: ChestIndex, arm: Arm, seed: int, console: C
     scored = score_backbone(index, weights, config.image_size, seed)
     scores.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(scores, scores=scored.scores, names=scored.test.names)
-    _write(path, {**record, **summarise(scored, config.draws), **provenance()})
+    write_json(path, {**record, **summarise(scored, config.draws), **provenance()})
 
 
 def _seconds_per_step(log: list[dict[str, float]]) -> float:
@@ -172,15 +174,8 @@ def _differences(config: StudyConfig, index: ChestIndex) -> None:
                     gap = known[name, kind] - known[other, kind]
                     row[kind] = dataclasses.asdict(Estimate.of(gap[0], gap[1:]))
                 result.append(row)
-    _write(config.results / "differences.json", {"arm": "differences", "draws": config.draws, "rows": result})
+    write_json(config.results / "differences.json", {"arm": "differences", "draws": config.draws, "rows": result})
 
 
 def _scores_file(config: StudyConfig, arm: Arm, seed: int) -> Path:
     return config.out / "scores" / f"{arm.name}-seed{seed}.npz"
-
-
-def _write(path: Path, record: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
-    part.replace(path)

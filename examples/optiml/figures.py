@@ -1,0 +1,104 @@
+"""The report's pictures: tables as dots, heatmaps beside boxes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from .tables import Section, Table
+
+OURS, PAPER, WITHIN, BOX = "#1f5fa8", "#b0483a", "#6aa9d8", "#5dff6a"
+
+
+def draw_table(table: Table, path: Path) -> None:
+    """Dots per row and column: the paper's value, ours with its 95 % interval, ours within sources."""
+    sections = [s for s in table.sections if s.ran] or table.sections
+    columns = max(len(s.rows[0].cells) for s in sections)
+    heights = [0.9 + 0.27 * len(s.rows) for s in sections]
+    figure = Figure(figsize=(2.2 + 2.6 * columns, sum(heights) + 0.6), layout="constrained")
+    grid = figure.subplots(len(sections), columns, squeeze=False, height_ratios=heights, sharex="row")
+    labelled: set[str] = set()
+    for line, section in zip(grid, sections, strict=True):
+        for column, axes in enumerate(line):
+            _dots(axes, section, column, labelled)
+    figure.suptitle(table.title, fontsize=11)
+    pairs = [pair for axes in figure.axes for pair in zip(*axes.get_legend_handles_labels(), strict=True)]
+    if pairs:
+        handles, labels = zip(*pairs, strict=True)
+        figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    _save(figure, path)
+
+
+def _dots(axes: Axes, section: Section, column: int, labelled: set[str]) -> None:
+    if column >= len(section.rows[0].cells):
+        axes.axis("off")
+        return
+
+    def once(label: str) -> str | None:
+        new = label not in labelled
+        labelled.add(label)
+        return label if new else None
+
+    for y, row in enumerate(section.rows):
+        cell = row.cells[column]
+        if cell.paper:
+            axes.plot(float(cell.paper), y, "D", mfc="none", mec=PAPER, ms=5, label=once("paper"))
+        for ours, colour, offset, label in (
+            (cell.ours, OURS, 0.0, "ours, 95 % interval"), (cell.within, WITHIN, 0.25, "ours, within source"),
+        ):  # fmt: skip
+            if ours:
+                ends = [[ours.value - min(ours.low, ours.value)], [max(ours.high, ours.value) - ours.value]]
+                axes.errorbar(ours.value, y + offset, xerr=ends, fmt="o", ms=4, lw=1.2, color=colour, label=once(label))
+    axes.set_ylim(len(section.rows) - 0.4, -0.6)
+    names = [row.name for row in section.rows]
+    axes.set_yticks(range(len(names)), names if column == 0 else [""] * len(names), fontsize=8)
+    axes.set_title(section.rows[0].cells[column].column, fontsize=8)
+    if column == 0:
+        axes.set_title(f"{section.title}\n", loc="left", fontsize=9, fontweight="bold")
+    axes.tick_params(axis="x", labelsize=8)
+    axes.grid(axis="x", color="#e3e3e3", lw=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw_heatmaps(title: str, arms: dict[str, dict[str, Any]], path: Path) -> None:
+    """A column per film, ground-truth boxes in all rows: the film, then each arm's map over it."""
+    first = next(iter(arms.values()))
+    count = len(first["names"])
+    figure = Figure(figsize=(1.75 * count + 0.4, 1.75 * (len(arms) + 1) + 0.6), layout="constrained")
+    grid = figure.subplots(len(arms) + 1, count, squeeze=False)
+    size = first["images"].shape[1]
+    for i in range(count):
+        for axes, name in zip(grid[:, i], ["film", *arms], strict=True):
+            axes.imshow(first["images"][i], cmap="gray", vmin=0, vmax=255, interpolation="bilinear")
+            if name != "film":
+                heat = arms[name]["maps"][i]
+                heat = heat / heat.max() if heat.max() > 0 else heat
+                axes.imshow(heat, cmap="jet", alpha=0.15 + 0.4 * heat, vmin=0, vmax=1, interpolation="bilinear")
+            for row, x, y, w, h in first["boxes"]:
+                if int(row) == i:
+                    corner = (x * size - 0.5, y * size - 0.5)
+                    axes.add_patch(Rectangle(corner, w * size, h * size, fill=False, ec=BOX, lw=1.4))
+            axes.set_xticks([])
+            axes.set_yticks([])
+            if i == 0:
+                axes.set_ylabel(name, fontsize=9)
+        grid[0, i].set_title(str(first["labels"][i]), fontsize=9)
+    figure.suptitle(title, fontsize=10)
+    _save(figure, path)
+
+
+def same_films(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether two arms' maps may stand side by side."""
+    return all(np.array_equal(a[key], b[key]) for key in ("names", "labels", "images"))
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with mpl.rc_context({"font.family": "DejaVu Sans"}):
+        figure.savefig(path, dpi=130, metadata={"Software": None})

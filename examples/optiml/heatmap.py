@@ -1,0 +1,234 @@
+"""Where a fine-tuned network looks: Grad-CAM beside ground-truth boxes (the paper's Fig. 2), and how often it is right.
+
+The paper names no method; this is Grad-CAM (Selvaraju 2017) by captum, on the deepest stage whose map still has
+:data:`MIN_SIDE` positions a side (``layer4`` from 128 px on). Two figures per image and boxed finding:
+
+* pointing game: the map's largest value lies in a box of that finding;
+* IoU of the boxes' union with the tenth of the image where the map is largest.
+
+Beside them stands what a map that knows nothing would get: a random point, a random tenth.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from torch.nn.functional import interpolate
+
+from .data import Box, ChestIndex, ImageStore
+from .evaluate import default_out
+from .features import grey_batch
+from .finetune import Classifier, load_classifier
+from .metrics import Estimate, Floats, patient_draws
+from .records import Record, finished, write_record
+from .start import Start, StartConfig, resolve
+from .training import device
+
+MIN_SIDE, TOP = 4, 0.1
+
+
+@dataclass(frozen=True)
+class HeatmapConfig(StartConfig):
+    """Grad-CAM of the networks that ``evaluate --protocol finetune`` kept, against the data set's boxes."""
+
+    fraction: float = 0.01
+    """Label fraction of the fine-tuned networks; the paper's figure has 1 %."""
+    seeds: tuple[int, ...] = (0,)
+    split: str = "test"
+    """Only films of this split: no network has seen them."""
+    figure_images: int = 6
+    """Films kept for the report's figure."""
+    draws: int = 1000
+    out: Path | None = None
+    """Folder of ``evaluate``'s records, where the networks are; unset: as for ``evaluate``."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """One boxed finding of one film."""
+
+    row: int
+    label: str
+    boxes: list[Box]
+
+
+def targets(index: ChestIndex) -> list[Target]:
+    """Every (film, finding) with a box, in the index's order."""
+    boxes = [index.boxes.get(str(name), []) for name in index.names]
+    return [
+        Target(row, label, [box for box in here if box.label == label])
+        for row, here in enumerate(boxes)
+        for label in sorted({box.label for box in here} & set(index.classes))
+    ]
+
+
+def box_mask(boxes: list[Box], size: int) -> NDArray[np.bool_]:
+    """Pixels whose centre lies in a box; at least the one at each box's centre."""
+    centres = (np.arange(size) + 0.5) / size
+    mask = np.zeros((size, size), bool)
+    for box in boxes:
+        across = (centres >= box.x) & (centres < box.x + box.width)
+        down = (centres >= box.y) & (centres < box.y + box.height)
+        mask |= down[:, None] & across[None]
+        middle = (np.array([box.y + box.height / 2, box.x + box.width / 2]) * size).astype(int).clip(0, size - 1)
+        mask[tuple(middle)] = True
+    return mask
+
+
+def cam_layer(model: Classifier, image_size: int) -> torch.nn.Module:
+    """The deepest stage whose map has at least MIN_SIDE positions a side."""
+    for name, stride in (("layer4", 32), ("layer3", 16), ("layer2", 8)):
+        if -(-image_size // stride) >= MIN_SIDE:
+            return model.get_submodule(f"backbone.{name}")
+    return model.get_submodule("backbone.layer1")
+
+
+def grad_cam(
+    model: Classifier, images: ImageStore, size: int, rows: NDArray[np.intp], classes: NDArray[np.intp]
+) -> Floats:
+    """Maps (n, size, size), non-negative, of one class per film."""
+    from captum.attr import LayerGradCam  # seconds to import: not at the start of every command
+
+    model = model.to(device())
+    cam = LayerGradCam(model, cam_layer(model, size))
+    maps = []
+    for part in np.array_split(np.arange(len(rows)), max(1, -(-len(rows) // 32))):
+        x = grey_batch(images, rows[part], size)
+        target = torch.from_numpy(classes[part])
+        coarse = cam.attribute(x.to(device()), target=target.to(device()), relu_attributions=True).detach().cpu()
+        maps.append(interpolate(coarse, (size, size), mode="bilinear", align_corners=False)[:, 0])
+    return torch.cat(maps).double().numpy()
+
+
+def hits(maps: Floats, masks: NDArray[np.bool_]) -> tuple[Floats, Floats]:
+    """Pointing game (0 or 1) and IoU per map; a map that is zero everywhere points nowhere and overlaps nothing."""
+    flat, inside = maps.reshape(len(maps), -1), masks.reshape(len(masks), -1)
+    alive = flat.max(axis=1) > 0
+    pointing = inside[np.arange(len(flat)), flat.argmax(axis=1)] & alive
+    top = np.zeros_like(inside)
+    count = max(1, round(TOP * flat.shape[1]))
+    np.put_along_axis(top, np.argsort(-flat, axis=1, kind="stable")[:, :count], True, axis=1)
+    top &= alive[:, None]
+    iou = (top & inside).sum(axis=1) / (top | inside).sum(axis=1)
+    return pointing.astype(np.float64), iou
+
+
+def chance(masks: NDArray[np.bool_]) -> tuple[Floats, Floats]:
+    """The same two for a random point, and for a random tenth of the image (ratio of expected areas)."""
+    area = masks.reshape(len(masks), -1).mean(axis=1)
+    return area, TOP * area / (TOP + area - TOP * area)
+
+
+def heatmap(config: HeatmapConfig, console: Console | None = None) -> list[Record]:
+    """Every seed that is asked for; those that are there are read."""
+    start, console = resolve(config), console or Console()
+    index, out = start.index().split(config.split), config.out or default_out(config.run, start)
+    if not targets(index):
+        raise SystemExit(f"{start.data} has no box on a film of split {config.split!r}")
+    return [_one(config, start, index, out, seed, console) for seed in config.seeds]
+
+
+def _one(config: HeatmapConfig, start: Start, index: ChestIndex, out: Path, seed: int, console: Console) -> Record:
+    network = out / f"finetune-{config.fraction:g}-seed{seed}.pth"
+    if not network.is_file():
+        first = f"evaluate --protocol finetune --fractions {config.fraction:g}"
+        raise SystemExit(f"{network} is missing: run {first} first")
+    path = out / f"heatmap-{config.fraction:g}-seed{seed}.json"
+    identity = {
+        **start.identity(), "data": index.fingerprint(), "split": config.split, "fraction": config.fraction,
+        "seed": seed, "draws": config.draws, "figure_images": config.figure_images,
+        "network": network.stat().st_mtime_ns,
+    }  # fmt: skip
+    known = finished(path, identity)
+    if known is not None and path.with_suffix(".npz").exists():
+        return known
+    model, facts = load_classifier(network)
+    size, usable = facts["image_size"], dict(zip(facts["classes"], facts["usable"], strict=True))
+    known_targets = targets(index)
+    learnt = [target for target in known_targets if usable[target.label]]
+    record: Record = {
+        "stage": "heatmap", **start.labels(), "fraction": config.fraction, "seed": seed, "identity": identity,
+        "boxed_findings": len(known_targets), "scored_findings": len(learnt),
+    }  # fmt: skip
+    images = ImageStore(index.paths, size)
+    if learnt:
+        record |= _score(model, images, size, index, learnt, config.draws)
+    shown = _for_figure(known_targets, config.figure_images)
+    _save_figure_maps(path.with_suffix(".npz"), model, images, size, index, shown)
+    console.print(
+        f"{start.arm} Grad-CAM {config.fraction:.0%} seed {seed}: {len(learnt)} of {len(known_targets)} boxed findings "
+        + (f"pointing {record['pointing']['value']:.3f} (chance {record['chance']['pointing']:.3f}), "
+           f"IoU {record['iou']['value']:.3f} (chance {record['chance']['iou']:.3f})" if learnt else "could be learnt"),
+        highlight=False,
+    )  # fmt: skip
+    return write_record(path, record)
+
+
+def _cams(model: Classifier, images: ImageStore, size: int, index: ChestIndex, which: list[Target]) -> Floats:
+    rows = np.array([target.row for target in which])
+    classes = np.array([index.classes.index(target.label) for target in which])
+    return grad_cam(model, images, size, rows, classes)
+
+
+def _score(
+    model: Classifier, images: ImageStore, size: int, index: ChestIndex, which: list[Target], draws: int
+) -> dict[str, Any]:
+    maps = _cams(model, images, size, index, which)
+    masks = np.stack([box_mask(target.boxes, size) for target in which])
+    patients = index.patients[[target.row for target in which]]
+    weights = patient_draws(patients, draws)
+    scored = dict(zip(("pointing", "iou"), hits(maps, masks), strict=True))
+    labels = np.array([target.label for target in which])
+    guess = dict(zip(("pointing", "iou"), chance(masks), strict=True))
+    figures: dict[str, Any] = {
+        name: dataclasses.asdict(Estimate.of(values.mean(), weights @ values / weights.sum(axis=1)))
+        for name, values in scored.items()
+    }
+    figures["chance"] = {name: float(values.mean()) for name, values in guess.items()}
+    figures["per_class"] = {
+        str(label): {
+            "findings": int((labels == label).sum()),
+            **{name: round(float(values[labels == label].mean()), 4) for name, values in scored.items()},
+        }
+        for label in np.unique(labels)
+    }
+    return figures
+
+
+def _for_figure(found: list[Target], count: int) -> list[Target]:
+    """The first film of each finding, most frequent finding first, then the second of each ...: not picked by looks."""
+    by_label: dict[str, list[Target]] = {}
+    for target in found:
+        by_label.setdefault(target.label, []).append(target)
+    queues = sorted(by_label.values(), key=len, reverse=True)
+    longest, shown = max(map(len, queues)), dict[int, Target]()
+    for target in (queue[turn] for turn in range(longest) for queue in queues if turn < len(queue)):
+        shown.setdefault(target.row, target)  # no film twice
+    return list(shown.values())[:count]
+
+
+def _save_figure_maps(
+    path: Path, model: Classifier, images: ImageStore, size: int, index: ChestIndex, shown: list[Target]
+) -> None:
+    """Films, boxes and maps for the report, which draws all arms side by side."""
+    pixels = [np.asarray(images[t.row].resize((size, size), resample=2)) for t in shown]
+    np.savez_compressed(
+        path,
+        images=np.stack(pixels),
+        maps=_cams(model, images, size, index, shown).astype(np.float32),
+        names=np.array([str(index.names[t.row]) for t in shown]),
+        labels=np.array([t.label for t in shown]),
+        boxes=np.array([[i, b.x, b.y, b.width, b.height] for i, t in enumerate(shown) for b in t.boxes]),
+    )
+
+
+def main(config: HeatmapConfig) -> None:
+    """The ``heatmap`` command."""
+    heatmap(config)

@@ -1,0 +1,122 @@
+"""Where a downstream task starts from: a pretraining run, an untrained network, or ImageNet's weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.models import ResNet18_Weights
+
+from .data import ChestIndex, read_index
+from .model import Backbone, load_backbone
+from .paper import arm_of
+from .pretrain import BACKBONE
+
+#: Size of a view where no run says otherwise.
+IMAGE_SIZE = 224
+SUP1, SUP2 = "sup1", "sup2"
+
+
+@dataclass(frozen=True)
+class StartConfig:
+    """What every downstream command is told about its data and its backbone."""
+
+    data: Path
+    """Prepared data set, or a folder in the layout of NIH ChestX-ray14."""
+    run: Path | None = None
+    """Run folder of ``pretrain``, or a ResNet18 weights file under torchvision's names."""
+    untrained: bool = False
+    """Start from random weights instead: the paper's Sup.1, and the floor. The seed draws them."""
+    imagenet: bool = False
+    """Start from torchvision's ImageNet weights instead (downloaded once): the paper's Sup.2."""
+    arm: str | None = None
+    """Row of the report; unset: the run's method (and what OPTiML went without), or sup1, sup2."""
+    dataset: str | None = None
+    """Column of the report; one that begins with nih, vinbig, rsna or siim (``nih``, ``nih-cxr-dev``) stands beside
+    the paper's. Unset: the folder's name."""
+    image_size: int | None = None
+    """Unset: the run's; 224 where there is none."""
+    val_fraction: float = 0.14
+    """Must be the pretraining's, else it may have seen validation images; read from the run when there is one."""
+    split_seed: int = 0
+
+
+@dataclass(frozen=True)
+class Start:
+    """A resolved :class:`StartConfig`: the index, and how to make the backbone."""
+
+    arm: str
+    dataset: str
+    image_size: int
+    val_fraction: float
+    split_seed: int
+    data: Path
+    weights: Path | None = None
+    imagenet: bool = False
+    pretraining: dict[str, Any] = field(default_factory=dict)
+    """The run's config.json; empty where there is none."""
+
+    def index(self) -> ChestIndex:
+        return read_index(self.data, self.val_fraction, self.split_seed)
+
+    def backbone(self, seed: int) -> Backbone:
+        """A fresh backbone; ``seed`` matters only where the weights are random."""
+        backbone = load_backbone(self.weights, seed)
+        if self.imagenet:
+            backbone.load_state_dict(imagenet_weights())
+        return backbone
+
+    @property
+    def random(self) -> bool:
+        return self.weights is None and not self.imagenet
+
+    def identity(self) -> dict[str, Any]:
+        """What the start contributes to a result."""
+        digest = None if self.weights is None else hashlib.sha256(self.weights.read_bytes()).hexdigest()[:16]
+        start = "untrained" if self.random else digest or "imagenet"
+        return {"start": start, "image_size": self.image_size}
+
+    def labels(self) -> dict[str, Any]:
+        """How the report finds a record of this start."""
+        kept = ("method", "preset", "init", "all_images", "options", "seed", "epochs", "image_size", "batch_size")
+        pretraining = {key: self.pretraining[key] for key in kept if key in self.pretraining}
+        return {"arm": self.arm, "dataset": self.dataset, "pretraining": pretraining}
+
+
+def resolve(config: StartConfig) -> Start:
+    """Check what was asked for and fill in what the run knows."""
+    if (config.run is not None) + config.untrained + config.imagenet != 1:
+        raise SystemExit("give one of --run FOLDER, --untrained and --imagenet")
+    weights, saved = config.run, {}
+    if weights is not None and weights.is_dir():
+        if not (weights / "config.json").is_file():
+            raise SystemExit(f"{weights} is no run folder: it holds no config.json")
+        saved = json.loads((weights / "config.json").read_text())
+        weights = weights / BACKBONE
+    if weights is not None and not weights.is_file():
+        raise SystemExit(f"{weights} does not exist: has the run finished?")
+    default = SUP1 if config.untrained else SUP2
+    if weights is not None:
+        default = arm_of(saved) if saved else weights.stem
+    return Start(
+        arm=config.arm or default,
+        dataset=config.dataset or config.data.resolve().name,
+        image_size=config.image_size or saved.get("image_size", IMAGE_SIZE),
+        val_fraction=saved.get("val_fraction", config.val_fraction),
+        split_seed=saved.get("split_seed", config.split_seed),
+        data=config.data,
+        weights=weights,
+        imagenet=config.imagenet,
+        pretraining=saved,
+    )
+
+
+def imagenet_weights() -> dict[str, Tensor]:
+    """torchvision's ResNet18 weights without its classifier; downloaded at the first call."""
+    weights = ResNet18_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True)
+    return {name: torch.as_tensor(value) for name, value in weights.items() if not name.startswith("fc.")}

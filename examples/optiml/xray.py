@@ -1,0 +1,159 @@
+"""All stages on one prepared data set, from pretraining to the report; every step goes on where it was stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+from rich.console import Console
+
+from .config import AugmentConfig, PretrainConfig
+from .data import read_index
+from .evaluate import EvaluateConfig, Protocol, evaluate, source_record
+from .heatmap import HeatmapConfig, heatmap, targets
+from .masks import has_outlines
+from .pretrain import pretrain
+from .records import Record
+from .report import report
+from .segment import SegmentConfig, segment
+from .training import TrainConfig
+
+
+@dataclass(frozen=True)
+class XrayConfig:
+    """Pretrain, evaluate frozen and fine-tuned, segment, draw heatmaps, report. Stop and repeat at will."""
+
+    data: Path
+    """Prepared data set, or a folder in the layout of NIH ChestX-ray14."""
+    out: Path = Path("runs/xray")
+    """Working folder: runs, records, and the report in ``report``."""
+    dataset: str | None = None
+    """Column of the report (``nih-cxr-dev`` stands beside the paper's NIH); unset: the data folder's name."""
+    segment_data: Path | None = None
+    """Data set to segment: with outlines, or pairs listed in its labels.csv. Unset: ``data``, if it has outlines."""
+    results: Path | None = None
+    """Also copy the report here (Markdown, CSV, PNG and JSON, without weights or images of the size of a data set)."""
+
+    run: tuple[Path, ...] = ()
+    """Pretrained run folders to take instead of pretraining."""
+    method: str = "optiml"
+    epochs: int = 10
+    batch_size: int = 64
+    image_size: int = 64
+    min_scale: float = 0.08
+    """Smallest share of the film that a crop of the pretraining shows."""
+    pretrain_seeds: tuple[int, ...] = (0,)
+    workers: int = 0
+
+    fractions: tuple[float, ...] = (0.01, 0.1, 1.0)
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    """Of fractions below a tenth, where few patients decide."""
+    large_seeds: tuple[int, ...] = (0, 1, 2)
+    """Of the other fractions."""
+    finetune: TrainConfig = field(default_factory=lambda: TrainConfig(lr=1e-3, epochs=5, min_steps=60, checks=5))
+    """How to fine-tune; short runs want a larger learning rate than the 1e-4 of long ones."""
+    heatmap_fractions: tuple[float, ...] = (0.01, 1.0)
+    """Of ``fractions``, those whose networks' heatmaps are drawn; the paper's are of 1 %."""
+    label: str = "Pneumothorax"
+    """Finding to segment."""
+    segment_fractions: tuple[float, ...] = (0.1, 1.0)
+    segment_seeds: tuple[int, ...] = (0, 1, 2)
+    segment_size: int | None = None
+    """Unset: ``image_size``."""
+    unet: TrainConfig = field(
+        default_factory=lambda: TrainConfig(lr=1e-3, batch_size=16, epochs=3, min_steps=60, checks=5)
+    )
+    """How to train the U-Net."""
+    figure_images: int = 6
+    draws: int = 1000
+
+
+def xray(config: XrayConfig, console: Console | None = None) -> Path:
+    """All stages; returns the report."""
+    console = console or Console()
+    console.rule("pretrain")
+    runs = config.run or tuple(_pretrained(config, seed, console) for seed in config.pretrain_seeds)
+    index = read_index(config.data)
+    dataset = config.dataset or config.data.resolve().name
+    downstream = config.out / "downstream"
+    records: list[Record] = []
+    if alone := source_record(index, dataset, downstream / dataset, config.draws):
+        records.append(alone)
+    if config.segment_data is None and has_outlines(index, config.label):
+        config = dataclasses.replace(config, segment_data=config.data)
+    boxed = bool(targets(index.split("test")))
+    for start in (None, *runs):
+        records += _downstream(config, start, dataset, downstream, boxed, console)
+    console.rule("report")
+    path = report(records, config.out / "report", console)
+    if config.results:
+        shutil.copytree(path.parent, config.results, dirs_exist_ok=True)
+        console.print(f"Copied to {config.results}")
+    return path
+
+
+def _pretrained(config: XrayConfig, seed: int, console: Console) -> Path:
+    out = config.out / f"{config.method}-{config.image_size}px-{config.epochs}epochs-seed{seed}"
+    run = PretrainConfig(
+        config.data, out, config.method, epochs=config.epochs, batch_size=config.batch_size,
+        image_size=config.image_size, seed=seed, augment=AugmentConfig(min_scale=config.min_scale),
+        workers=config.workers,
+    )  # fmt: skip
+    if pretrain(run, console) is None:
+        raise SystemExit(f"{out} did not finish; the same command goes on")
+    return out
+
+
+def _downstream(
+    config: XrayConfig, start: Path | None, dataset: str, folder: Path, boxed: bool, console: Console
+) -> list[Record]:
+    """Stages 3 to 5 of one backbone (None: untrained)."""
+    name = "untrained" if start is None else start.name
+    source: dict[str, Any] = {"run": start, "untrained": start is None, "image_size": config.image_size}
+    small = tuple(f for f in config.fractions if f < 0.1)
+    rest = tuple(f for f in config.fractions if f >= 0.1)
+    plan = [(fs, seeds) for fs, seeds in ((small, config.seeds), (rest, config.large_seeds)) if fs]
+    out, records = folder / dataset / name, list[Record]()
+    for protocol in get_args(Protocol):
+        console.rule(f"evaluate, {protocol}: {name}")
+        for fractions, seeds in plan:
+            records += evaluate(
+                EvaluateConfig(
+                    config.data, **source, dataset=dataset, protocol=protocol, fractions=fractions, seeds=seeds,
+                    train=config.finetune, keep=config.heatmap_fractions, draws=config.draws, out=out,
+                ), console,
+            )  # fmt: skip
+    if config.segment_data is not None:
+        console.rule(f"segment: {name}")
+        pairs = config.segment_data.resolve() != config.data.resolve()
+        outlined = config.segment_data.resolve().name if pairs else dataset
+        size = {"image_size": config.segment_size or config.image_size}
+        records += segment(
+            SegmentConfig(
+                config.segment_data, **{**source, **size}, dataset=outlined, label=config.label,
+                fractions=config.segment_fractions, seeds=config.segment_seeds, train=config.unet, draws=config.draws,
+                out=folder / outlined / name,
+            ), console,
+        )  # fmt: skip
+    if boxed:
+        console.rule(f"heatmap: {name}")
+        for fractions, seeds in plan:
+            for fraction in sorted(set(fractions) & set(config.heatmap_fractions)):
+                records += heatmap(
+                    HeatmapConfig(
+                        config.data, **source, dataset=dataset, fraction=fraction, seeds=seeds,
+                        figure_images=config.figure_images, draws=config.draws, out=out,
+                    ), console,
+                )  # fmt: skip
+    return records
+
+
+def main(config: XrayConfig) -> None:
+    """The ``xray`` command."""
+    console, started = Console(), time.monotonic()
+    path = xray(config, console)
+    console.print(f"{(time.monotonic() - started) / 60:.0f} min. {path}")
