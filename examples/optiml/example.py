@@ -8,9 +8,9 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.markdown import Markdown
-from rich.progress import Progress
 
-from .layout import ENTRY_FILE, PhantomConfig, write_phantoms
+from .prepare.command import main as prepare
+from .prepare.config import PrepareConfig
 from .training import TrainConfig
 from .xray import XrayConfig, xray
 
@@ -32,21 +32,16 @@ class ExampleConfig:
     """Also copy the report here."""
 
 
-def phantoms(out: Path, seed: int, console: Console) -> Path:
-    """The example's phantom folder, drawn at the first call."""
-    if not (out / ENTRY_FILE).exists():
-        with Progress(console=console) as progress:
-            task = progress.add_task("drawing phantoms", total=TRAIN + TEST)
-            config = PhantomConfig(out, TRAIN, TEST, SIZE, seed)
-            write_phantoms(config, lambda done, _: progress.update(task, completed=done))
-    return out
-
-
 def main(config: ExampleConfig) -> None:
     """The ``example`` command."""
     console, started = Console(), time.monotonic()
     console.rule("prepare")
-    data = phantoms(config.out / f"phantoms-{config.seed}", config.seed, console)
+    data = config.out / f"phantoms-{config.seed}"
+    prepare(
+        PrepareConfig(
+            "phantom", data, phantom_train=TRAIN, phantom_test=TEST, phantom_size=SIZE, phantom_seed=config.seed
+        )
+    )
     path = xray(
         XrayConfig(
             data, config.out, dataset="phantoms", results=config.results, method=config.method,

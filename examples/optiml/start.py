@@ -8,12 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-from torchvision.models import ResNet18_Weights
-
 from .data import ChestIndex, read_index
-from .model import Backbone, load_backbone
+from .model import Backbone, imagenet_weights, load_backbone
 from .paper import arm_of
 from .pretrain import BACKBONE
 
@@ -114,9 +110,3 @@ def resolve(config: StartConfig) -> Start:
         imagenet=config.imagenet,
         pretraining=saved,
     )
-
-
-def imagenet_weights() -> dict[str, Tensor]:
-    """torchvision's ResNet18 weights without its classifier; downloaded at the first call."""
-    weights = ResNet18_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True)
-    return {name: torch.as_tensor(value) for name, value in weights.items() if not name.startswith("fc.")}
