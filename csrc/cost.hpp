@@ -103,7 +103,7 @@ template <class T> struct Cost {
     for (int i = 0; to && i < n; ++i) std::memcpy(to + size_t(i) * m, row(i), sizeof(T) * m);
   }
 
-  // Takes the gradient of rows i0 .. i0 + count - 1 (leading dimension ld, 0 in the padding) to the left input's,
+  // Takes the gradient of rows i0 .. i0 + count - 1 (leading dimension ld; padding is read but reaches no result) to the left input's,
   void pull_left(const T* G, int i0, int count, const Gradient<T>& out) const {
     count = std::min(count, n - i0);
     if (!p.right) {

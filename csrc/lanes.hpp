@@ -27,6 +27,8 @@ template <class T> OTLOSS_INLINE bool any(mask<T> x) {
 template <class T> struct Lanes {
   using V = vec<T>;
   static constexpr int L = lanes<T>;
+  static_assert(L <= most_lanes);
+  static constexpr int most_rows = 8, most_columns = 12;  // vectors that a solve or a gradient may take
 
   const Problem<T>* p;
   const int count, n, m, stride;
@@ -37,7 +39,7 @@ template <class T> struct Lanes {
   static size_t bytes(const Problem<T>& p) {
     const size_t matrix = size_t(p.n) * (p.m | 1) + L;
     return L * Arena::bytes<T>(size_t(round_up<T>(p.n)) * leading<T>(p.m)) + 2 * Arena::bytes<T>(matrix * L) +
-           8 * Arena::bytes<T>(p.n * L) + 12 * Arena::bytes<T>(p.m * L) + Cost<T>::bytes(p, true);
+           most_rows * Arena::bytes<T>(p.n * L) + most_columns * Arena::bytes<T>(p.m * L) + Cost<T>::bytes(p, true);
   }
 
   Lanes(const Problem<T>* p, int count, Arena& arena)
@@ -56,9 +58,11 @@ template <class T> struct Lanes {
     for (int j = 0; j < m; ++j) out |= ~(at(b, j) >= dead_mass<T>);
   }
 
-  T* matrix() const {  // with room for a square beyond the last row
+  T* matrix() const {  // with room for a square beyond the last row; what is not an entry is 0
     T* x = arena.take<T>((size_t(n) * stride + L) * L);
     std::memset(x + size_t(n) * stride * L, 0, sizeof(T) * L * L);
+    if (stride > m)
+      for (int i = 0; i < n; ++i) set(x, i, m, V{});
     return x;
   }
   T* rows() const { return arena.take<T>(size_t(n) * L); }
@@ -96,7 +100,7 @@ template <class T> struct Lanes {
       }
   }
 
-  // The matrices of x back to `staged`, for the products of each problem.
+  // The matrices of x back to `staged`, for the products of each problem. Padding gets what follows a row in x.
   void stage(const T* x) const {
     const int ld = leading<T>(m);
     for (int i = 0; i < n; ++i)

@@ -53,15 +53,16 @@ template <class Task> void each_problem(const Inputs& in, int threads, double pa
   parallel(in.count, together ? 1 : threads, [&](int64_t i, Arena& scratch) { task(i, scratch, Team(together ? threads : 1)); });
 }
 
-// Problems with short rows in groups that fill a vector.
+// Problems with short rows in groups, one to a lane: full ones, or as full as leaves no thread idle. A lane's result is its own.
 template <class Task> void each_group(const Inputs& in, int lanes, int threads, double passes, Task task) {
   threads = useful(threads, double(in.count) * in.n * in.m * passes);
-  parallel((in.count + lanes - 1) / lanes, threads, [&](int64_t group, Arena& scratch) {
-    const int64_t first = group * lanes;
-    task(first, int(std::min<int64_t>(lanes, in.count - first)), scratch);
+  const auto share = [](int64_t count, int64_t among) { return (count + among - 1) / among; };
+  const int64_t rounds = share(in.count, int64_t(lanes) * threads), size = std::max<int64_t>(1, share(in.count, rounds * threads));
+  parallel(share(in.count, size), threads, [&](int64_t group, Arena& scratch) {
+    const int64_t first = group * size;
+    task(first, int(std::min(size, in.count - first)), scratch);
   });
 }
-constexpr int most_lanes = 16;
 
 template <class T>
 void solve(const Inputs& in, int64_t max_iter, double tol, Address f, Address g, Address cost, Address value, Address n_iter,

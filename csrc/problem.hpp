@@ -72,21 +72,23 @@ class Arena {
   void reset(size_t bytes) {
     if (bytes > size_ || size_ > keep) {
       release();
-      size_ = (bytes + large_page - 1) / large_page * large_page;
-      data_ = static_cast<char*>(::operator new(size_, std::align_val_t(large_page)));
+      const size_t size = (bytes + large_page - 1) / large_page * large_page;
+      data_ = static_cast<char*>(::operator new(size, std::align_val_t(large_page)));
+      size_ = size;
       want_large_pages(data_, size_);
     }
     used_ = 0;
   }
   size_t used() const { return used_; }
   void rewind(size_t used) { used_ = used; }  // gives back what was taken since
-  template <class T> T* take(size_t count) {
+  // Always inline: a copy of its own would be shared by all levels, whatever instructions it was compiled to.
+  template <class T> inline __attribute__((always_inline)) T* take(size_t count) {
     T* p = reinterpret_cast<T*>(data_ + used_);
     used_ += bytes<T>(count);
     if (used_ > size_) throw std::bad_alloc();
     return p;
   }
-  template <class T> static constexpr size_t bytes(size_t count) { return (count * sizeof(T) + 63) / 64 * 64; }
+  template <class T> static constexpr inline __attribute__((always_inline)) size_t bytes(size_t count) { return (count * sizeof(T) + 63) / 64 * 64; }
 
  private:
   static constexpr size_t keep = size_t(256) << 20;  // more than this is given back by the next problem
@@ -104,7 +106,7 @@ class Team;
 // About how many entries of a matrix one part of a large problem has; up to twice as many are not split.
 constexpr int64_t part_entries = int64_t(1) << 18;
 
-constexpr int short_rows = 64;
+constexpr int short_rows = 64, most_lanes = 16;
 
 // The kernels of one level for one precision.
 template <class T> struct Kernels {

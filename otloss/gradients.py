@@ -59,14 +59,16 @@ class Sinkhorn(torch.autograd.Function):
         eps: float,
         max_iter: int,
         tol: float,
+        keep: bool,
         mode: str,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        return operators.solve(left, right, a, b, log_totals, mass_tol, eps, max_iter, tol, backend)  # type: ignore[no-any-return]
+        options = (mass_tol, eps, max_iter, tol, keep, backend)
+        return operators.solve(left, right, a, b, log_totals, *options)  # type: ignore[no-any-return]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        left, right, a, b, _, _, eps, max_iter, _, mode, backend = inputs
+        left, right, a, b, _, _, eps, max_iter, _, _, mode, backend = inputs
         f, g, _, _, n_iter, _, kept = output
         ctx.save_for_backward(left, right, a, b, f, g, n_iter, kept)
         ctx.eps, ctx.max_iter, ctx.mode, ctx.backend = eps, max_iter, mode, backend
@@ -80,7 +82,7 @@ class Sinkhorn(torch.autograd.Function):
         need_left, need_right, need_a, need_b = ctx.needs_input_grad[:4]
         need_cost = need_left or need_right
         if p is None and q is None and w is None and w_value is None:
-            return (None,) * 11
+            return (None,) * 12
         if ctx.mode == "unroll":
             run = (n_iter, w, w_value, ctx.eps, need_cost, ctx.max_iter)
             grad = _call("unrolled_gradient", ctx.backend, ctx.mode, left, right, a, b, *run)
@@ -98,7 +100,7 @@ class Sinkhorn(torch.autograd.Function):
             grad[1] if need_right else None,
             grad[2] if need_a else None,
             grad[3] if need_b else None,
-            *(None,) * 7,
+            *(None,) * 8,
         )
 
 

@@ -133,7 +133,7 @@ class SinkhornLoss(_TransportLoss):
 
 
 class CosineSinkhornLoss(_TransportLoss):
-    r"""Entropic optimal-transport loss between two sets of features under the cosine cost, which is never stored.
+    r"""Entropic optimal-transport loss between two sets of features under the cosine cost.
 
     ``objective`` is ``"transport_cost"`` or ``"value"``, called V here, as in `SinkhornLoss`, or ``"divergence"``, the
     Sinkhorn divergence

@@ -37,7 +37,7 @@ def _checks_on(x: Tensor) -> bool:
 
 
 def _finite(x: Tensor) -> bool:
-    return math.isfinite(float(x.sum(dtype=torch.float64)))  # one entry that is not makes the sum so
+    return not x.numel() or all(math.isfinite(float(end)) for end in x.aminmax())  # a NaN is both ends
 
 
 def _check_marginals(a: Tensor, b: Tensor, log_totals: Tensor, mass_tol: float) -> None:
@@ -70,12 +70,12 @@ def _explain_nonfinite(left: Tensor, right: Tensor | None, eps: float) -> str:
     return f"the cost is too large for {left.dtype} at eps {eps:g}, results are not finite; rescale both"
 
 
-def _room_to_keep(left: Tensor, right: Tensor | None, backend: str) -> Tensor:
+def _room_to_keep(left: Tensor, right: Tensor | None, a: Tensor, keep: bool, backend: str) -> Tensor:
     """Where the cost of features stays for the gradient, which spares it a product; only where it is small."""
-    if right is None or not get_backend(backend).KEEPS_COST:
-        return left.new_empty(0)
+    if not keep or right is None or not get_backend(backend).KEEPS_COST:
+        return a.new_empty(0)
     (count, n, d), m = left.shape, right.shape[1]
-    return left.new_empty(count, n, m) if 2 * n * m <= (n + m) * d else left.new_empty(0)
+    return a.new_empty(count, n, m) if 2 * n * m <= (n + m) * d else a.new_empty(0)
 
 
 def _if_kept(kept: Tensor) -> dict[str, Tensor]:
@@ -93,16 +93,17 @@ def solve(
     eps: float,
     max_iter: int,
     tol: float,
+    keep: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """f, g, transport cost, value, iterations, error, and what is kept for the gradient (empty where nothing is).
 
-    ``log_totals (B, 2)`` are of the masses before normalising.
+    ``log_totals (B, 2)`` are of the masses before normalising; ``keep`` says that an implicit gradient may follow.
     """
     checked = _checks_on(left)
     if checked:
         _check_marginals(a, b, log_totals, mass_tol)
-    kept = _room_to_keep(left, right, backend)
+    kept = _room_to_keep(left, right, a, keep, backend)
     with no_autocast(left):
         f, g, cost, value, n_iter, error = get_backend(backend).solve(
             left, right, a, b, eps, max_iter, tol, **_if_kept(kept)
@@ -120,7 +121,7 @@ def solve(
 
 
 @solve.register_fake
-def _(left, right, a, b, log_totals, mass_tol, eps, max_iter, tol, backend):  # type: ignore[no-untyped-def]
+def _(left, right, a, b, log_totals, mass_tol, eps, max_iter, tol, keep, backend):  # type: ignore[no-untyped-def]
     scalar = a.new_empty(a.shape[0])
     return (
         torch.empty_like(a, memory_format=torch.contiguous_format),
@@ -129,7 +130,7 @@ def _(left, right, a, b, log_totals, mass_tol, eps, max_iter, tol, backend):  # 
         torch.empty_like(scalar),
         torch.empty_like(scalar, dtype=torch.int64),
         torch.empty_like(scalar),
-        _room_to_keep(left, right, backend),
+        _room_to_keep(left, right, a, keep, backend),
     )
 
 

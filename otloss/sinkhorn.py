@@ -92,6 +92,11 @@ class _Problem:
         return plan.reshape(*self.batch, *plan.shape[1:])
 
 
+def _exporting() -> bool:
+    compiler = torch.compiler  # PyTorch 2.6 cannot tell an export from a compilation
+    return compiler.is_exporting() if hasattr(compiler, "is_exporting") else compiler.is_compiling()
+
+
 def _one_batch(x: Tensor, dims: int) -> Tensor:
     """All leading dimensions in one, before the last ``dims``."""
     return x if x.dim() == dims + 1 else x.reshape(x.shape[:-dims].numel(), *x.shape[-dims:])
@@ -164,8 +169,10 @@ def _solve(
         log_totals = torch.cat((totals[0], totals[-1]), dim=-1)
         half = any(named[name] is not None and named[name].dtype in HALF for name in ("a", "b", "log_a", "log_b"))
         mass_tol = 2e-2 if half else 1e-6
+        # Whether it pays depends on the sizes, which an exported graph may leave open.
+        keep = gradient != "unroll" and torch.is_grad_enabled() and not _exporting()
         solution = Sinkhorn.apply(
-            left, right, p, q, log_totals, mass_tol, float(eps), max_iter, float(tol), gradient, chosen
+            left, right, p, q, log_totals, mass_tol, float(eps), max_iter, float(tol), keep, gradient, chosen
         )
     return SinkhornOutput(_Problem(left, right, batch, p, q, eps), solution, gradient, tol)
 
@@ -247,7 +254,10 @@ def cosine_sinkhorn(
     gradient: str = "implicit",
     backend: str | None = None,
 ) -> SinkhornOutput:
-    r"""Entropic optimal transport between sets of features under the cosine cost, which is never stored.
+    r"""Entropic optimal transport between sets of features under the cosine cost.
+
+    The cost is not stored (the reference backend excepted), unless a gradient may follow and it is at most half as
+    large as the features, where n and m are small beside d.
 
     .. math:: C_{ij} = 1 - \cos(x_i, y_j)
 
@@ -257,8 +267,7 @@ def cosine_sinkhorn(
         a, b, eps, log_a, log_b, max_iter, tol, gradient, backend: as in :func:`sinkhorn`.
 
     Returns:
-        :class:`SinkhornOutput`, differentiable by x and y. ``plan`` builds a ``(B, n, m)`` tensor, nothing else does
-        (the reference backend excepted).
+        :class:`SinkhornOutput`, differentiable by x and y.
 
     Raises:
         TypeError, ValueError: as :func:`sinkhorn`.

@@ -85,12 +85,16 @@ def cosine(x: Tensor, y: Tensor) -> Tensor:
 
 def everything(left: Tensor, right: Tensor | None, a: Tensor, b: Tensor, eps: float = EPS) -> list[Tensor]:
     """Every output and gradient of the kernels that there is, one row a problem."""
-    out = cpu.solve(left, right, a, b, eps, 40, 1e-4)
+    kept = None if right is None else left.new_empty(len(a), a.shape[1], b.shape[1])
+    out = cpu.solve(left, right, a, b, eps, 40, 1e-4, kept)
     ones = torch.ones_like(a[:, 0])
+    implicit = (left, right, a, b, out[0], out[1], ones, None, None, None, eps, True, True)
+    from_kept = cpu.implicit_gradient(*implicit, kept)
     gradients = [
-        *cpu.implicit_gradient(left, right, a, b, out[0], out[1], ones, None, None, None, eps, True, True),
+        *cpu.implicit_gradient(*implicit),
         *cpu.unrolled_gradient(left, right, a, b, out[4], ones, None, eps, True),
     ]
+    assert all(map(torch.equal, from_kept, gradients))  # the cost that was kept is the one that would be made again
     return [*out, *(grad for grad in gradients if len(grad) == len(a))]
 
 

@@ -31,7 +31,7 @@ def unrolled_loss(cost: Tensor, za: Tensor, zb: Tensor) -> Tensor:
 
 
 DENSE = (torch.rand(3, 5, 6), torch.randn(3, 5), torch.randn(3, 6))
-FEATURES = (torch.randn(3, 5, 4), torch.randn(3, 6, 4), torch.randn(3, 5))
+FEATURES = (torch.randn(3, 5, 16), torch.randn(3, 6, 16), torch.randn(3, 5))  # n and m small beside d: the cost is kept
 LOSSES = pytest.mark.parametrize(
     ("loss", "args"), [(dense_loss, DENSE), (feature_loss, FEATURES), (unrolled_loss, DENSE)]
 )
@@ -125,16 +125,18 @@ def test_autocast_changes_nothing(half: torch.dtype) -> None:
         assert otloss.cosine_cost(*FEATURES[:2]).dtype == torch.float32
 
 
-@pytest.mark.parametrize("features", [False, True])
+@pytest.mark.parametrize("dimension", [None, 3, 16])
 @pytest.mark.parametrize("permuted", [False, True])
-def test_opcheck(backend: str, features: bool, permuted: bool) -> None:
+def test_opcheck(backend: str, dimension: int | None, permuted: bool) -> None:
+    """With a dense cost, with features whose cost is not kept for the gradient, and where the cpu backend keeps it."""
     cost, a, b = random_problem(2, n=4, m=5, dtype=torch.float32)
     if permuted:
         a, cost = a.T.contiguous().T, cost.mT.contiguous().mT
-    left, right = (torch.randn(2, 4, 3), torch.randn(2, 5, 3)) if features else (cost, None)
+    left, right = (torch.randn(2, 4, dimension), torch.randn(2, 5, dimension)) if dimension else (cost, None)
     totals = torch.zeros(2, 2)
-    opcheck(operators.solve, (left, right, a, b, totals, 1e-6, 0.1, 50, 0.0, backend))
-    f, g, _, _, n_iter, _, kept = operators.solve(left, right, a, b, totals, 1e-6, 0.1, 50, 0.0, backend)
+    opcheck(operators.solve, (left, right, a, b, totals, 1e-6, 0.1, 50, 0.0, True, backend))
+    f, g, _, _, n_iter, _, kept = operators.solve(left, right, a, b, totals, 1e-6, 0.1, 50, 0.0, True, backend)
+    assert kept.numel() == (40 if dimension == 16 and backend == "cpu" else 0)
     w, p, q = torch.rand(2), torch.rand(2, 4), torch.rand(2, 5)
     q = q * p.sum(-1, keepdim=True) / q.sum(-1, keepdim=True)
     for need_cost in (True, False):
@@ -152,7 +154,7 @@ def test_module_in_a_compiled_training_step() -> None:
             features = x @ weight
         return otloss.cosine_sinkhorn(features, y, eps=0.1, max_iter=500).transport_cost.mean()
 
-    weight = torch.randn(4, 4, requires_grad=True)
+    weight = torch.randn(16, 16, requires_grad=True)
     x, y = FEATURES[:2]
     (want,) = torch.autograd.grad(step(weight, x, y), weight)
     (got,) = torch.autograd.grad(torch.compile(step, fullgraph=True, backend="aot_eager")(weight, x, y), weight)

@@ -12,8 +12,8 @@ of total 1. A backend knows nothing of modules or autograd; it is a module with
 * ``unrolled_gradient(left, right, a, b, n_iter, grad_cost, grad_value, eps, need_cost, max_iter)`` -> gradients of
   left, right, a, b through the iterations that were run, of which no problem took more than ``max_iter``;
 * ``TWICE_DIFFERENTIABLE``: whether the gradients are made of differentiable PyTorch operations;
-* ``KEEPS_COST``: whether ``solve`` and ``implicit_gradient`` take one more tensor ``kept (B, n, m)``, in which the cost
-  of features goes from the one to the other;
+* ``KEEPS_COST``: whether ``solve`` and ``implicit_gradient`` take one more tensor ``kept (B, n, m)`` of the masses'
+  dtype, in which the cost of features goes from the one to the other;
 * ``READS_HALF``: whether cost or features may be float16 or bfloat16 beside float32 masses; if not, the verb converts
   them.
 

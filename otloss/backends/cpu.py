@@ -1,8 +1,9 @@
 """The C++ kernels in csrc/, called by address.
 
 Float32 or float64 tensors on the CPU, one leading batch dimension. ``left`` is the cost ``(B, n, m)`` when ``right``
-is ``None``, else ``left, right`` are features ``(B, n, d)``, ``(B, m, d)`` whose cost is never stored for the batch.
-Each problem is handled by one thread in a fixed order: results do not depend on the batch or on the number of threads.
+is ``None``, else ``left, right`` are features ``(B, n, d)``, ``(B, m, d)`` whose cost stays
+in scratch, unless it is asked for in ``kept``. Everything is summed in an order that a problem's shape fixes: results
+do not depend on the batch or on the number of threads.
 """
 
 from __future__ import annotations
