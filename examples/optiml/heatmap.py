@@ -27,9 +27,9 @@ from .evaluate import default_out
 from .features import grey_batch
 from .finetune import Classifier, load_classifier
 from .metrics import Estimate, Floats, patient_draws
+from .model import device
 from .records import Record, finished, write_record
 from .start import Start, StartConfig, resolve
-from .training import device
 
 MIN_SIDE, TOP = 4, 0.1
 

@@ -29,10 +29,11 @@ import otloss
 
 from .augment import EpochSampler, ViewDataset
 from .callbacks import CsvLog, PlainProgress, StopAfter, TensorBoard
-from .checkpoint import Interrupted, LastCheckpoint, WholeCheckpointIO, save_whole
+from .checkpoint import Interrupted, LastCheckpoint, WholeCheckpointIO
 from .config import PretrainConfig, claim_run_folder
 from .data import ChestIndex, ImageStore, UnreadableImage, read_index
 from .distributed import World
+from .files import save_whole
 from .methods import METHODS, Method
 from .methods.base import NonFiniteLoss
 from .model import set_norm

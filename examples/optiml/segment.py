@@ -17,11 +17,11 @@ from .dice import Overlap, dice_figures
 from .evaluate import default_out
 from .features import grey_batches
 from .masks import MaskSet, MaskTask, fingerprint, mask_set
-from .model import Backbone
+from .model import Backbone, device
 from .records import Record, finished, write_record
 from .start import Start, StartConfig, resolve
 from .subsets import label_fraction, write_ids
-from .training import TrainConfig, device, fit, jitter
+from .training import TrainConfig, fit, jitter
 
 
 @dataclass(frozen=True)

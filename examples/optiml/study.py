@@ -20,10 +20,10 @@ from .callbacks import epoch_means, read_log
 from .config import MethodOptions, PretrainConfig
 from .data import ChestIndex, read_index
 from .evaluate import score_backbone, score_metadata
+from .files import write_json
 from .metrics import Estimate, Floats, class_aucs, macro, patient_draws
 from .pretrain import LOG, pretrain
 from .provenance import provenance
-from .records import write_json
 from .scores import summarise
 from .study_table import write_report
 
