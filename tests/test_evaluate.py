@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,18 +19,22 @@ pytest.importorskip("captum", reason="the example needs otloss[examples]")
 
 from PIL import Image
 from rich.console import Console
+from torchvision.models import resnet18
 
+from examples.optiml.__main__ import cli
 from examples.optiml.data import Box, ChestIndex, read_index
 from examples.optiml.dice import Overlap, dice_figures
 from examples.optiml.evaluate import EvaluateConfig, evaluate, source_record
 from examples.optiml.evaluate import main as evaluate_command
-from examples.optiml.finetune import Classifier, finetune, predict
+from examples.optiml.finetune import Classifier, finetune, load_classifier, predict
 from examples.optiml.heatmap import HeatmapConfig, box_mask, chance, grad_cam, heatmap, hits
 from examples.optiml.layout import PhantomConfig, write_phantoms
 from examples.optiml.masks import mask_set
-from examples.optiml.model import Backbone, load_backbone
+from examples.optiml.model import Backbone, load_backbone, set_norm
 from examples.optiml.paper import TABLE1, TABLE2, arm_of, paper_dataset
 from examples.optiml.phantom import PHANTOM_CLASSES
+from examples.optiml.prepare.command import prepare
+from examples.optiml.prepare.config import PrepareConfig
 from examples.optiml.report import build, report
 from examples.optiml.scores import Scored, summarise
 from examples.optiml.segment import SegmentConfig, segment, unet
@@ -159,6 +165,35 @@ def test_a_start_is_one_of_three(phantoms: Path, tmp_path: Path) -> None:
     assert torch.equal(start.backbone(0).conv1.weight, load_backbone(None, 7).conv1.weight)
 
 
+def test_what_is_wrong_with_the_data_is_one_line(phantoms: Path, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"Data_Entry_2017_v2020\.csv is missing"):
+        cli(["evaluate", "--data", str(tmp_path), "--untrained"])
+    data = tmp_path / "data"
+    shutil.copytree(phantoms, data)
+    index = read_index(data)
+    options = ["--data", str(data), "--untrained", "--image-size", "32", "--out", str(tmp_path / "out")]
+    mask = next(path for path in sorted((data / "masks" / "Effusion").iterdir()))
+    for victim, command in ((mask, ["segment", "--label", "Effusion"]), (index.split("test").paths[0], ["evaluate"])):
+        victim.write_bytes(victim.read_bytes()[:60])
+        with pytest.raises(SystemExit, match=f"^cannot read image {victim}"):
+            cli([*command, *options])
+    (data / "test_list.txt").write_text("")
+    with pytest.warns(UserWarning, match="no split"), pytest.raises(SystemExit, match="no image in split 'test'"):
+        cli(["heatmap", *options])
+
+
+def test_weights_from_elsewhere(tmp_path: Path) -> None:
+    path, theirs = tmp_path / "x.pth", resnet18(weights=None)
+    torch.save(theirs.state_dict(), path)  # with its classifier
+    assert torch.equal(load_backbone(path).conv1.weight, theirs.conv1.weight)
+    torch.save({"state_dict": theirs.state_dict()}, path)
+    with pytest.raises(SystemExit, match=r"x\.pth holds no ResNet18 weights under torchvision's names \(.*conv1"):
+        load_backbone(path)
+    path.write_text("no weights at all")
+    with pytest.raises(SystemExit, match=r"x\.pth holds no ResNet18 weights"):
+        load_backbone(path)
+
+
 # --- fine-tuning ---------------------------------------------------------------------------------------------
 
 
@@ -249,29 +284,42 @@ def test_a_unet_starts_from_the_backbone() -> None:
     assert decoder and all(torch.equal(weights[name], other[name]) for name in decoder)  # compared encoders share it
 
 
-def test_segmentation_of_a_finding_and_of_pairs(phantoms: Path, tmp_path: Path) -> None:
+def test_segmentation_of_a_finding_and_of_lungs(phantoms: Path, tmp_path: Path) -> None:
     config = SegmentConfig(
         phantoms, untrained=True, image_size=32, label="Effusion", seeds=(0,), train=SHORT, draws=20, out=tmp_path / "a"
     )
     (record,) = segment(config, QUIET)
     assert record["positive_images"] > 0 and 0 <= record["positives"]["value"] <= 1
     assert segment(config, QUIET)[0]["made"] == record["made"]  # not made again
-    with pytest.raises(SystemExit, match="has no outlines of Hernia"):
-        mask_set(resolve(StartConfig(phantoms, untrained=True)), "Hernia")
+    with pytest.raises(SystemExit, match="has no outlines of Hernia; it has those of Cardiomegaly, "):
+        mask_set(read_index(phantoms), "Hernia")
 
-    root = tmp_path / "pairs"
+    root = tmp_path / "own"
     root.mkdir()
-    rows = ["image,mask,split,patient_id"]
+    rows = ["image,mask,split,patient,label"]
     for number, split in enumerate(["train"] * 6 + ["val"] * 2 + ["test"] * 3):
         mask = np.zeros((40, 50), np.uint8)
         mask[10 : 20 + number, 5:30] = 255
-        Image.fromarray(mask // 2 + 20).save(root / f"{number}.jpg")
-        Image.fromarray(mask).save(root / f"{number}-mask.png")
-        rows.append(f"{number}.jpg,{number}-mask.png,{split},p{number}")
-    (root / "labels.csv").write_text("\n".join(rows) + "\n")
-    task = mask_set(resolve(StartConfig(root, untrained=True)), "ignored")
-    assert task.split("test").masks(40)[0].sum() == pytest.approx(40 / 50 * 25 * 18, abs=40)
-    (lungs,) = segment(dataclasses.replace(config, data=root, out=tmp_path / "b"), QUIET)
+        Image.fromarray(mask // 2 + 20).save(root / f"{number:02}.jpg")
+        Image.fromarray(mask).save(root / f"{number:02}-mask.png")
+        rows.append(f"{number:02}.jpg,{number:02}-mask.png,{split},p{number},viral")
+    for number, label in ((11, "normal"), (12, "viral")):  # without an outline
+        Image.fromarray(mask).save(root / f"{number}.jpg")
+        rows.append(f"{number}.jpg,,train,p{number},{label}")
+    (root / "T.csv").write_text("\n".join(rows) + "\n")
+    options: dict[str, Any] = {
+        "table": root / "T.csv", "mask_column": "mask", "split_column": "split", "patient_column": "patient",
+        "label_columns": ("label",), "size": 0, "workers": 1,
+    }  # fmt: skip
+    index = prepare(PrepareConfig("csv", tmp_path / "lungs", root, **options, mask_label="Lung")).index
+    task = mask_set(index, "Lung")  # no finding: only films with an outline
+    assert len(task) == 11 and task.split("test").masks(40)[0].sum() == pytest.approx(40 / 50 * 25 * 18, abs=40)
+    index = prepare(PrepareConfig("csv", tmp_path / "viral", root, **options, mask_label="viral")).index
+    task = mask_set(index, "viral")  # a finding: the normal film has an empty outline, of one film it is unknown
+    assert len(task) == 12 and "12.png" not in task.index.names
+    assert [mask.any() for mask in task.split("train").masks(40)] == [True] * 6 + [False]
+    config = dataclasses.replace(config, data=tmp_path / "lungs", label="Lung", out=tmp_path / "b")
+    (lungs,) = segment(config, QUIET)
     assert lungs["images"] == lungs["positive_images"] == 3
     assert lungs["positives"]["value"] == pytest.approx(lungs["kaggle"]["value"])
 
@@ -333,6 +381,23 @@ def plant(model: Classifier) -> None:
         model.head.bias.zero_()
 
 
+def test_a_group_norm_backbone_goes_through_every_stage(phantoms: Path, tmp_path: Path) -> None:
+    backbone, path = Backbone(), tmp_path / "group.pth"
+    set_norm(backbone, "group")
+    torch.save(backbone.state_dict(), path)
+    start: dict[str, Any] = {"run": path, "image_size": 32, "draws": 20, "out": tmp_path / "out"}
+    evaluate(EvaluateConfig(phantoms, **start, protocol="finetune", fractions=(0.1,), keep=(0.1,), train=SHORT), QUIET)
+    model, _ = load_classifier(tmp_path / "out" / "finetune-0.1-seed0.pth")
+    written = np.load(tmp_path / "out" / "finetune-0.1-seed0.npz")["scores"]
+    assert np.allclose(predict(model, read_index(phantoms).split("test"), 32), written, atol=1e-5)
+    (record,) = heatmap(HeatmapConfig(phantoms, **start, fraction=0.1, figure_images=2), QUIET)
+    assert record["boxed_findings"] > 0
+    network = unet(load_backbone(path), seed=0).eval()
+    assert network(torch.zeros(1, 3, 32, 32)).shape == (1, 1, 32, 32)
+    for module in (*model.modules(), *network.get_submodule("encoder").modules()):
+        assert not isinstance(module, torch.nn.BatchNorm2d)
+
+
 # --- the report ----------------------------------------------------------------------------------------------
 
 
@@ -361,6 +426,8 @@ def test_every_stage_ends_in_the_report_and_is_not_repeated(phantoms: Path, tmp_
 
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if "downstream" in p.parts and p.is_file()}
     assert xray(config, QUIET).read_text() == text
+    run = tmp_path / "out" / "optiml-32px-1epochs-seed0"  # which knows its size
+    assert xray(dataclasses.replace(config, run=(run,), image_size=None), QUIET).read_text() == text
     assert before == {p: p.stat().st_mtime_ns for p in before}
 
     with pytest.raises(SystemExit, match="are the same run of the same arm"):

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from .data import ChestIndex
+from .data import SPLITS, ChestIndex
 from .features import extract
 from .files import write_json
 from .finetune import finetune, predict, save_classifier, usable_classes
@@ -20,11 +20,10 @@ from .model import load_backbone
 from .probe import fit_probe
 from .records import Record, finished, write_record
 from .scores import Scored, figures_table, mean_figures, summarise
-from .start import Start, StartConfig, resolve
+from .start import Start, StartConfig, default_out, resolve
 from .subsets import label_fraction, write_ids
 from .training import TrainConfig
 
-SPLITS = ("train", "val", "test")
 Protocol = Literal["linear", "finetune"]
 
 
@@ -171,13 +170,6 @@ class Evaluation:
         if keep is not None:
             save_classifier(model, train, size, keep)
         return Scored(test, predict(model, test, size), usable_classes(train), dataclasses.asdict(fitted))
-
-
-def default_out(run: Path | None, start: Start) -> Path:
-    """Beside the run where there is a run folder; the data set's name keeps several sets apart."""
-    if run is not None and run.is_dir():
-        return run / "evaluate" / start.dataset
-    return Path("runs") / f"{start.arm}-{start.dataset}"
 
 
 def evaluate(config: EvaluateConfig, console: Console | None = None) -> list[Record]:

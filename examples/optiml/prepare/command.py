@@ -20,7 +20,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ..data import BOXES_FILE, IMAGE_FOLDER, INDEX_FILE, PREPARED_FILE, ChestIndex, read_index
+from ..data import BOXES_FILE, IMAGE_FOLDER, INDEX_FILE, PREPARED_FILE, SPLITS, ChestIndex, read_index
 from ..files import whole, write_json
 from .config import DatasetName, PrepareConfig
 from .convert import Done, convert_all, read_progress, still_to_do
@@ -181,7 +181,7 @@ def _write_table(path: Path, header: tuple[str, ...], rows: list[tuple[Any, ...]
 def tally(index: ChestIndex) -> dict[str, dict[str, Any]]:
     """Per split: images, patients, and images with each finding."""
     result = {}
-    for name in ("train", "val", "test"):
+    for name in SPLITS:
         rows = index.splits == name
         if rows.any():
             positives = index.labels[rows].sum(axis=0).tolist()
