@@ -128,6 +128,13 @@ def open_index(root: Path, val_fraction: float = 0.14, split_seed: int = 0) -> C
     return index
 
 
+def with_all_splits(index: ChestIndex) -> ChestIndex:
+    """The same index; ends the command where nothing could be fitted, chosen or scored."""
+    if missing := [name for name in SPLITS if name not in index.splits]:
+        raise SystemExit(f"{index.root} has no image in split {missing[0]!r}; needed are {', '.join(SPLITS)}")
+    return index
+
+
 def patient_share(key: str) -> float:
     """A number in [0, 1) that belongs to a patient and a purpose."""
     digest = hashlib.sha256(key.encode()).digest()

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from .data import MASK_FOLDER, ChestIndex, ImageStore, mask_path
+from .data import MASK_FOLDER, ChestIndex, ImageStore, mask_path, with_all_splits
 from .features import Rows, grey_batch
 
 
@@ -66,7 +66,7 @@ def mask_set(index: ChestIndex, label: str) -> MaskSet:
         raise SystemExit(f"{index.root} has no outlines of {label}; {has}")
     if label in index.classes:
         drawn |= index.labels[:, index.classes.index(label)] == 0
-    return MaskSet(index.take(np.flatnonzero(drawn)), label)
+    return MaskSet(with_all_splits(index.take(np.flatnonzero(drawn))), label)
 
 
 def has_outlines(index: ChestIndex, label: str) -> bool:

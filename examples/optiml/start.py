@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .data import SPLITS, ChestIndex, open_index
+from .data import ChestIndex, open_index, with_all_splits
 from .model import Backbone, imagenet_weights, load_backbone
 from .paper import arm_of
 from .pretrain import BACKBONE
@@ -58,10 +58,7 @@ class Start:
     """The run's config.json; empty where there is none."""
 
     def index(self) -> ChestIndex:
-        index = open_index(self.data, self.val_fraction, self.split_seed)
-        if missing := [name for name in SPLITS if name not in index.splits]:
-            raise SystemExit(f"{self.data} has no image in split {missing[0]!r}: to score needs {', '.join(SPLITS)}")
-        return index
+        return with_all_splits(open_index(self.data, self.val_fraction, self.split_seed))
 
     def backbone(self, seed: int) -> Backbone:
         """A fresh backbone; ``seed`` matters only where the weights are random."""
