@@ -1,10 +1,11 @@
-"""Stages 3 to 6 of the OPTiML example: label fractions, protocols, Dice, heatmaps, and the report."""
+"""Evaluation and report of the OPTiML example: label fractions, protocols, and all stages in a row."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,21 +18,20 @@ pytest.importorskip("captum", reason="the example needs otloss[examples]")
 
 from PIL import Image
 from rich.console import Console
+from torchvision.models import resnet18
 
-from examples.optiml.data import Box, ChestIndex, read_index
-from examples.optiml.dice import Overlap, dice_figures
+from examples.optiml.__main__ import cli
+from examples.optiml.data import ChestIndex, read_index
 from examples.optiml.evaluate import EvaluateConfig, evaluate, source_record
 from examples.optiml.evaluate import main as evaluate_command
-from examples.optiml.finetune import Classifier, finetune, predict
-from examples.optiml.heatmap import HeatmapConfig, box_mask, chance, grad_cam, heatmap, hits
+from examples.optiml.finetune import finetune, predict
+from examples.optiml.heatmap import HeatmapConfig, heatmap
 from examples.optiml.layout import PhantomConfig, write_phantoms
-from examples.optiml.masks import mask_set
-from examples.optiml.model import Backbone, load_backbone
+from examples.optiml.model import load_backbone
 from examples.optiml.paper import TABLE1, TABLE2, arm_of, paper_dataset
 from examples.optiml.phantom import PHANTOM_CLASSES
 from examples.optiml.report import build, report
 from examples.optiml.scores import Scored, summarise
-from examples.optiml.segment import SegmentConfig, segment, unet
 from examples.optiml.start import StartConfig, resolve
 from examples.optiml.subsets import label_fraction, write_ids
 from examples.optiml.tables import markdown
@@ -159,6 +159,35 @@ def test_a_start_is_one_of_three(phantoms: Path, tmp_path: Path) -> None:
     assert torch.equal(start.backbone(0).conv1.weight, load_backbone(None, 7).conv1.weight)
 
 
+def test_what_is_wrong_with_the_data_is_one_line(phantoms: Path, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"Data_Entry_2017_v2020\.csv is missing"):
+        cli(["evaluate", "--data", str(tmp_path), "--untrained"])
+    data = tmp_path / "data"
+    shutil.copytree(phantoms, data)
+    index = read_index(data)
+    options = ["--data", str(data), "--untrained", "--image-size", "32", "--out", str(tmp_path / "out")]
+    mask = next(path for path in sorted((data / "masks" / "Effusion").iterdir()))
+    for victim, command in ((mask, ["segment", "--label", "Effusion"]), (index.split("test").paths[0], ["evaluate"])):
+        victim.write_bytes(victim.read_bytes()[:60])
+        with pytest.raises(SystemExit, match=f"^cannot read image {victim}"):
+            cli([*command, *options])
+    (data / "test_list.txt").write_text("")
+    with pytest.warns(UserWarning, match="no split"), pytest.raises(SystemExit, match="no image in split 'test'"):
+        cli(["heatmap", *options])
+
+
+def test_weights_from_elsewhere(tmp_path: Path) -> None:
+    path, theirs = tmp_path / "x.pth", resnet18(weights=None)
+    torch.save(theirs.state_dict(), path)  # with its classifier
+    assert torch.equal(load_backbone(path).conv1.weight, theirs.conv1.weight)
+    torch.save({"state_dict": theirs.state_dict()}, path)
+    with pytest.raises(SystemExit, match=r"x\.pth holds no ResNet18 weights under torchvision's names \(.*conv1"):
+        load_backbone(path)
+    path.write_text("no weights at all")
+    with pytest.raises(SystemExit, match=r"x\.pth holds no ResNet18 weights"):
+        load_backbone(path)
+
+
 # --- fine-tuning ---------------------------------------------------------------------------------------------
 
 
@@ -219,120 +248,6 @@ def test_jitter_moves_an_outline_with_its_image() -> None:
     assert 0.8 < moved[:, 0].sum((1, 2)).mean() / 120 < 1.2
 
 
-# --- segmentation --------------------------------------------------------------------------------------------
-
-
-def test_three_dice_conventions_on_a_toy() -> None:
-    true, predicted = np.zeros((4, 2, 4), bool), np.zeros((4, 2, 4), bool)
-    true[0, 0, :4], predicted[0, 0, 2:4] = True, True  # 2 of 4 found: 2 * 2 / (4 + 2)
-    true[1, 0, 0] = True  # missed: 0
-    predicted[2, 1, 1] = True  # nothing there: 0
-    overlap = Overlap.of(predicted, true)  # the fourth is empty in both
-    once = np.ones((1, 4))
-    assert overlap.positives(once)[0] == pytest.approx((2 / 3 + 0) / 2)
-    assert overlap.kaggle(once)[0] == pytest.approx((2 / 3 + 0 + 0 + 1) / 4)
-    assert overlap.overall(once)[0] == pytest.approx(2 * 2 / (5 + 3))
-    silent = dice_figures(Overlap.of(np.zeros_like(true), true), np.arange(4), draws=50)
-    assert silent["positives"]["value"] == 0 and silent["kaggle"]["value"] == 0.5 and silent["positive_images"] == 2
-    nothing = dice_figures(Overlap.of(np.zeros((3, 2, 2), bool), np.zeros((3, 2, 2), bool)), np.arange(3), draws=10)
-    assert nothing["kaggle"]["value"] == 1 and nothing["positives"]["value"] is None
-    assert nothing["global"]["value"] is None
-
-
-def test_a_unet_starts_from_the_backbone() -> None:
-    backbone = load_backbone(None, 5)
-    network = unet(backbone, seed=0)
-    weights = dict(network.named_parameters())
-    assert torch.equal(weights["encoder.layer4.1.conv2.weight"], backbone.layer4[1].conv2.weight)
-    other = dict(unet(load_backbone(None, 6), seed=0).named_parameters())
-    decoder = [name for name in weights if name.startswith("decoder.")]
-    assert decoder and all(torch.equal(weights[name], other[name]) for name in decoder)  # compared encoders share it
-
-
-def test_segmentation_of_a_finding_and_of_pairs(phantoms: Path, tmp_path: Path) -> None:
-    config = SegmentConfig(
-        phantoms, untrained=True, image_size=32, label="Effusion", seeds=(0,), train=SHORT, draws=20, out=tmp_path / "a"
-    )
-    (record,) = segment(config, QUIET)
-    assert record["positive_images"] > 0 and 0 <= record["positives"]["value"] <= 1
-    assert segment(config, QUIET)[0]["made"] == record["made"]  # not made again
-    with pytest.raises(SystemExit, match="has no outlines of Hernia"):
-        mask_set(resolve(StartConfig(phantoms, untrained=True)), "Hernia")
-
-    root = tmp_path / "pairs"
-    root.mkdir()
-    rows = ["image,mask,split,patient_id"]
-    for number, split in enumerate(["train"] * 6 + ["val"] * 2 + ["test"] * 3):
-        mask = np.zeros((40, 50), np.uint8)
-        mask[10 : 20 + number, 5:30] = 255
-        Image.fromarray(mask // 2 + 20).save(root / f"{number}.jpg")
-        Image.fromarray(mask).save(root / f"{number}-mask.png")
-        rows.append(f"{number}.jpg,{number}-mask.png,{split},p{number}")
-    (root / "labels.csv").write_text("\n".join(rows) + "\n")
-    task = mask_set(resolve(StartConfig(root, untrained=True)), "ignored")
-    assert task.split("test").masks(40)[0].sum() == pytest.approx(40 / 50 * 25 * 18, abs=40)
-    (lungs,) = segment(dataclasses.replace(config, data=root, out=tmp_path / "b"), QUIET)
-    assert lungs["images"] == lungs["positive_images"] == 3
-    assert lungs["positives"]["value"] == pytest.approx(lungs["kaggle"]["value"])
-
-
-# --- heatmaps ------------------------------------------------------------------------------------------------
-
-
-def test_boxes_hits_and_chance_by_hand() -> None:
-    mask = box_mask([Box("c0", 0.5, 0.0, 0.5, 0.2)], 10)
-    assert mask.sum() == 10 and mask[:2, 5:].all()
-    assert box_mask([Box("c0", 0.501, 0.501, 0.01, 0.01)], 10).sum() == 1  # smaller than a pixel
-    maps = np.zeros((3, 10, 10))
-    maps[0, 0, 5:] = 2.0
-    maps[0, 1, :5] = 1.0  # the top tenth: half inside the box
-    maps[1, 9, 0] = 1.0
-    pointing, iou = hits(maps, np.stack([mask] * 3))
-    assert pointing.tolist() == [1, 0, 0] and iou[0] == pytest.approx(5 / 15) and iou[2] == 0
-    point, overlap = chance(mask[None])
-    assert point[0] == pytest.approx(0.1) and overlap[0] == pytest.approx(0.01 / 0.19)
-
-
-def test_grad_cam_finds_a_planted_spot() -> None:
-    """A network whose one channel lights up where the image is bright, and whose class reads that channel."""
-    size, model = 64, Classifier(Backbone(), 2)
-
-    class Images:
-        def __getitem__(self, row: int) -> Image.Image:
-            return Image.fromarray(pictures[row])
-
-    torch.manual_seed(0)
-    pictures = np.full((4, size, size), 20, np.uint8)
-    corners = [(0, 0), (0, 28), (28, 0), (28, 28)]  # where the strided stages look
-    for picture, (y, x) in zip(pictures, corners, strict=True):
-        picture[y : y + 16, x : x + 16] = 255
-    model.eval()
-    plant(model)
-    maps = grad_cam(model, Images(), size, np.arange(4), np.zeros(4, int))  # type: ignore[arg-type]
-    boxes = [Box("c0", x / size, y / size, 16 / size, 16 / size) for y, x in corners]
-    masks = np.stack([box_mask([box], size) for box in boxes])
-    pointing, iou = hits(maps, masks)
-    assert pointing.tolist() == [1, 1, 1, 1] and (iou > 0.3).all()
-    other = grad_cam(model, Images(), size, np.arange(4), np.ones(4, int))  # type: ignore[arg-type]
-    assert not other.any()  # the other class is lowered by brightness: nothing speaks for it
-
-
-def plant(model: Classifier) -> None:
-    """Make every stage pass the mean brightness on in channel 0, and the head read it: + for class 0, - for class 1."""
-    with torch.no_grad():
-        for module in model.backbone.modules():
-            if isinstance(module, torch.nn.Conv2d):
-                module.weight.zero_()
-                middle = module.kernel_size[0] // 2
-                if module is model.backbone.conv1:
-                    module.weight[0] = 1 / (3 * 49)
-                elif middle == 0:  # where a stage shrinks the map
-                    module.weight[0, 0, 0, 0] = 1.0
-        model.head.weight.zero_()
-        model.head.weight[0, 0], model.head.weight[1, 0] = 1.0, -1.0
-        model.head.bias.zero_()
-
-
 # --- the report ----------------------------------------------------------------------------------------------
 
 
@@ -361,6 +276,8 @@ def test_every_stage_ends_in_the_report_and_is_not_repeated(phantoms: Path, tmp_
 
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if "downstream" in p.parts and p.is_file()}
     assert xray(config, QUIET).read_text() == text
+    run = tmp_path / "out" / "optiml-32px-1epochs-seed0"  # which knows its size
+    assert xray(dataclasses.replace(config, run=(run,), image_size=None), QUIET).read_text() == text
     assert before == {p: p.stat().st_mtime_ns for p in before}
 
     with pytest.raises(SystemExit, match="are the same run of the same arm"):

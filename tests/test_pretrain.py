@@ -36,10 +36,10 @@ from examples.optiml import pretrain as pretrain_module
 from examples.optiml.__main__ import cli
 from examples.optiml.augment import EpochSampler
 from examples.optiml.callbacks import CsvTable, read_log
-from examples.optiml.checkpoint import save_whole
 from examples.optiml.config import ExpanderConfig, MonitorConfig, OptimConfig, PretrainConfig
 from examples.optiml.data import ImageStore, read_index
 from examples.optiml.distributed import World
+from examples.optiml.files import save_whole
 from examples.optiml.layout import PhantomConfig, write_phantoms
 from examples.optiml.methods.base import Method
 from examples.optiml.model import Backbone, imagenet_weights, load_backbone, set_norm

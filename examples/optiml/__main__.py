@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import sys
 
 import tyro
 
 from .config import PretrainConfig
+from .data import UnreadableImage
 from .evaluate import EvaluateConfig
 from .example import ExampleConfig
 from .heatmap import HeatmapConfig
 from .layout import PhantomConfig
 from .prepare.config import PrepareConfig
+from .pretrain import INTERRUPTED
 from .report import ReportConfig
 from .segment import SegmentConfig
 from .study import StudyConfig
@@ -41,7 +44,13 @@ def cli(args: list[str] | None = None) -> None:
     )
     for kind, module in COMMANDS.values():
         if isinstance(config, kind):
-            importlib.import_module(f"{__package__}.{module}").main(config)
+            try:
+                importlib.import_module(f"{__package__}.{module}").main(config)
+            except UnreadableImage as error:
+                raise SystemExit(str(error)) from error
+            except KeyboardInterrupt:
+                print("Interrupted. The same command goes on from here.", file=sys.stderr)
+                raise SystemExit(INTERRUPTED) from None
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 from rich.console import Console
 
+from .files import whole
 from .methods import Method
 
 
@@ -32,10 +33,8 @@ class CsvTable:
             head, *rows = list(csv.reader(file)) or [[]]
         column = head.index(self.key) if self.key in head else 0
         kept = [row for row in rows if len(row) == len(head) and int(row[column]) <= last]
-        part = self.path.with_name(self.path.name + ".part")
-        with part.open("w", newline="") as file:
+        with whole(self.path) as part, part.open("w", newline="") as file:
             csv.writer(file).writerows([head, *kept] if kept else [])
-        part.replace(self.path)
 
     def append(self, row: dict[str, Any]) -> None:
         with self.path.open("a", newline="") as file:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import os
 import signal
 import threading
 from pathlib import Path
@@ -11,33 +9,17 @@ from types import FrameType
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning.callbacks import Checkpoint
 
 from .augment import EpochSampler
 from .data import UnreadableImage
+from .files import save_whole
 from .methods import Method
 
 
 class Interrupted(Exception):
     """The run was told to stop, and has saved where it is."""
-
-
-def save_whole(content: Any, path: Path) -> None:
-    """Save beside the file and then in its place: a full disk or a kill leaves the old file as it was."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    part = path.with_name(path.name + ".part")
-    try:
-        with part.open("wb") as file:
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
 
 
 class WholeCheckpointIO(TorchCheckpointIO):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from .files import write_json
 from .methods import METHODS
 from .model import Norm
 
@@ -188,5 +189,4 @@ def claim_run_folder(config: PretrainConfig, fingerprint: str) -> None:
         return
     if config.out.exists() and any(config.out.iterdir()):
         raise SystemExit(f"{config.out} is not empty and holds no config.json. Choose another --out.")
-    config.out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(mine, indent=2) + "\n")
+    write_json(path, mine)

@@ -31,6 +31,7 @@ NIH_CLASSES = (
 #: The files of a prepared folder; the index is written last, so that its presence says that the rest is there.
 INDEX_FILE, BOXES_FILE, PREPARED_FILE = "index.csv", "boxes.csv", "prepare.json"
 IMAGE_FOLDER, MASK_FOLDER = "images", "masks"
+SPLITS = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class ChestIndex:
         ``None`` where it has none; an image whose label says that the finding is absent has no outline either.
         """
         path = mask_path(self.root, label, str(self.names[row]))
-        return np.asarray(Image.open(path)) > 0 if path.exists() else None
+        return np.asarray(open_grey(path)) > 0 if path.exists() else None
 
     def fingerprint(self) -> str:
         """Changes when images, splits or labels change: what a run must not silently resume across."""
@@ -114,6 +115,23 @@ def read_index(root: Path | str, val_fraction: float = 0.14, split_seed: int = 0
     if not (splits == "val").any():
         held_out = {p for p in set(patients[splits == "train"]) if patient_share(f"{split_seed}:{p}") < val_fraction}
         splits[np.isin(patients, list(held_out)) & (splits == "train")] = "val"
+    return index
+
+
+def open_index(root: Path, val_fraction: float = 0.14, split_seed: int = 0) -> ChestIndex:
+    """:func:`read_index` for commands: what is wrong with the folder ends them with one line."""
+    try:
+        index = read_index(root, val_fraction, split_seed)
+        index.split("train")  # there is nothing to do without
+    except (OSError, ValueError) as error:
+        raise SystemExit(str(error)) from error
+    return index
+
+
+def with_all_splits(index: ChestIndex) -> ChestIndex:
+    """The same index; ends the command where nothing could be fitted, chosen or scored."""
+    if missing := [name for name in SPLITS if name not in index.splits]:
+        raise SystemExit(f"{index.root} has no image in split {missing[0]!r}; needed are {', '.join(SPLITS)}")
     return index
 
 
@@ -223,6 +241,15 @@ class UnreadableImage(RuntimeError):
     """An image file is missing, cut off or damaged; the message names it."""
 
 
+def open_grey(path: Path) -> Image.Image:
+    """An image file's grey values."""
+    try:
+        with Image.open(path) as file:
+            return file.convert("L")
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow's ways to refuse a file
+        raise UnreadableImage(f"cannot read image {path} ({error})") from error
+
+
 class ImageStore:
     """Grey square images by row, kept decoded in memory when they are small enough, else read each time."""
 
@@ -240,11 +267,7 @@ class ImageStore:
         return Image.fromarray(self._read(self.paths[row]) if self._images is None else self._images[row])
 
     def _read(self, path: Path) -> NDArray[np.uint8]:
-        try:
-            with Image.open(path) as file:
-                image = file.convert("L")
-        except (OSError, SyntaxError, ValueError) as error:  # Pillow's ways to refuse a file
-            raise UnreadableImage(f"cannot read image {path} ({error})") from error
+        image = open_grey(path)
         side = min(self.size, *image.size)
         if image.size != (side, side):
             image = image.resize((side, side), Image.Resampling.BOX)

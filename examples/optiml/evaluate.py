@@ -12,18 +12,18 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from .data import ChestIndex
+from .data import SPLITS, ChestIndex
 from .features import extract
+from .files import write_json
 from .finetune import finetune, predict, save_classifier, usable_classes
 from .model import load_backbone
 from .probe import fit_probe
-from .records import Record, finished, write_json, write_record
+from .records import Record, finished, write_record
 from .scores import Scored, figures_table, mean_figures, summarise
-from .start import Start, StartConfig, resolve
+from .start import Start, StartConfig, default_out, resolve
 from .subsets import label_fraction, write_ids
 from .training import TrainConfig
 
-SPLITS = ("train", "val", "test")
 Protocol = Literal["linear", "finetune"]
 
 
@@ -66,7 +66,7 @@ def probe_scores(index: ChestIndex, x: dict[str, Tensor], train: ChestIndex | No
 def score_backbone(index: ChestIndex, weights: Path | None, image_size: int, seed: int = 0) -> Scored:
     """Frozen features of a weights file (None: untrained, from ``seed``) through the probe."""
     backbone = load_backbone(weights, seed)
-    return probe_scores(index, {name: extract(backbone, index.split(name), image_size).x for name in SPLITS})
+    return probe_scores(index, {name: extract(backbone, index.split(name), image_size) for name in SPLITS})
 
 
 def score_metadata(index: ChestIndex) -> Scored | None:
@@ -155,7 +155,7 @@ class Evaluation:
         key = seed if self.start.random else 0
         if self._features is None or self._features[0] != key:
             backbone = self.start.backbone(key)
-            x = {name: extract(backbone, self.index.split(name), self.start.image_size).x for name in SPLITS}
+            x = {name: extract(backbone, self.index.split(name), self.start.image_size) for name in SPLITS}
             self._features = (key, x)
         return self._features[1]
 
@@ -170,13 +170,6 @@ class Evaluation:
         if keep is not None:
             save_classifier(model, train, size, keep)
         return Scored(test, predict(model, test, size), usable_classes(train), dataclasses.asdict(fitted))
-
-
-def default_out(run: Path | None, start: Start) -> Path:
-    """Beside the run where there is a run folder; the data set's name keeps several sets apart."""
-    if run is not None and run.is_dir():
-        return run / "evaluate" / start.dataset
-    return Path("runs") / f"{start.arm}-{start.dataset}"
 
 
 def evaluate(config: EvaluateConfig, console: Console | None = None) -> list[Record]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .data import ChestIndex, ImageStore
-from .model import Backbone
+from .model import Backbone, device
 
 T = TypeVar("T")
 Rows = NDArray[np.intp]
@@ -49,19 +48,10 @@ def grey_batches(images: ImageStore, size: int, batch_size: int = 128) -> Iterat
     return read_ahead(lambda chosen: grey_batch(images, chosen, size), batches)
 
 
-@dataclass(frozen=True)
-class Features:
-    """Features (n, d) with what is needed to score them."""
-
-    x: Tensor
-    index: ChestIndex
-
-
 @torch.no_grad()
-def extract(backbone: Backbone, index: ChestIndex, image_size: int, batch_size: int = 128) -> Features:
-    """Pooled features of all rows of ``index``, in its order."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    backbone = backbone.eval().to(device)
+def extract(backbone: Backbone, index: ChestIndex, image_size: int, batch_size: int = 128) -> Tensor:
+    """Pooled features (n, d) of all rows of ``index``, in its order."""
+    backbone = backbone.eval().to(device())
     images = ImageStore(index.paths, image_size)
-    parts = [backbone(x.to(device))[1].float().cpu() for x in grey_batches(images, image_size, batch_size)]
-    return Features(torch.cat(parts), index)
+    parts = [backbone(x.to(device()))[1].float().cpu() for x in grey_batches(images, image_size, batch_size)]
+    return torch.cat(parts)

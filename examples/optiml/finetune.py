@@ -16,9 +16,10 @@ from torch.nn.functional import binary_cross_entropy_with_logits as bce
 
 from .data import ChestIndex, ImageStore
 from .features import grey_batch, grey_batches
+from .files import save_whole
 from .metrics import Floats, class_aucs, macro
-from .model import FEATURE_DIM, Backbone
-from .training import Fitted, TrainConfig, device, fit, jitter
+from .model import FEATURE_DIM, Backbone, device, norm_of, set_norm
+from .training import Fitted, TrainConfig, fit, jitter
 
 
 class Classifier(nn.Module):
@@ -86,21 +87,21 @@ def finetune(
 
 def save_classifier(model: Classifier, train: ChestIndex, image_size: int, path: Path) -> None:
     """Keep a fine-tuned network for the heatmaps, with what is needed to use it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     state = {
         "weights": {name: value.detach().cpu() for name, value in model.state_dict().items()},
         "classes": list(train.classes),
         "usable": usable_classes(train).tolist(),
         "image_size": image_size,
     }
-    part = path.with_suffix(".part")
-    torch.save(state, part)
-    part.replace(path)
+    save_whole(state, path)
 
 
 def load_classifier(path: Path) -> tuple[Classifier, dict[str, Any]]:
     """The network and its facts: ``classes``, ``usable``, ``image_size``."""
     state = torch.load(path, map_location="cpu", weights_only=True)
-    model = Classifier(Backbone(), len(state["classes"]))
-    model.load_state_dict(state.pop("weights"))
+    weights: dict[str, Tensor] = state.pop("weights")
+    backbone = Backbone()
+    set_norm(backbone, norm_of(weights, "backbone."))
+    model = Classifier(backbone, len(state["classes"]))
+    model.load_state_dict(weights)
     return model.eval(), state

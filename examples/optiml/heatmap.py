@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,13 +23,12 @@ from rich.console import Console
 from torch.nn.functional import interpolate
 
 from .data import Box, ChestIndex, ImageStore
-from .evaluate import default_out
 from .features import grey_batch
 from .finetune import Classifier, load_classifier
 from .metrics import Estimate, Floats, patient_draws
+from .model import device
 from .records import Record, finished, write_record
-from .start import Start, StartConfig, resolve
-from .training import device
+from .start import Start, StartConfig, default_out, resolve
 
 MIN_SIDE, TOP = 4, 0.1
 
@@ -41,7 +40,7 @@ class HeatmapConfig(StartConfig):
     fraction: float = 0.01
     """Label fraction of the fine-tuned networks; the paper's figure has 1 %."""
     seeds: tuple[int, ...] = (0,)
-    split: str = "test"
+    split: Literal["train", "val", "test"] = "test"
     """Only films of this split: no network has seen them."""
     figure_images: int = 6
     """Films kept for the report's figure."""

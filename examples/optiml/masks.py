@@ -1,35 +1,27 @@
-"""Images with outlines: a finding of a chest index, or a folder of image and mask pairs."""
+"""Films with outlines, as a segmentation task."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from .data import ChestIndex, ImageStore
+from .data import MASK_FOLDER, ChestIndex, ImageStore, mask_path, with_all_splits
 from .features import Rows, grey_batch
-from .start import Start
-
-#: Label of a finding's outline when every film has lungs and the folder holds pairs.
-PAIRS = "pairs"
 
 
 @dataclass(frozen=True)
 class MaskSet:
-    """A chest index seen as a segmentation task; ``files`` holds the masks of a folder of pairs."""
+    """The films of an index on which the outline of ``label`` is known; it is empty where there is no file."""
 
     index: ChestIndex
     label: str
-    files: dict[str, Path] | None = None
 
     def __len__(self) -> int:
         return len(self.index)
@@ -38,19 +30,14 @@ class MaskSet:
         return dataclasses.replace(self, index=self.index.split(name))
 
     def masks(self, size: int) -> NDArray[np.bool_]:
-        """All outlines, (n, size, size); empty where there is none."""
+        """All outlines, (n, size, size)."""
         return np.stack([self._mask(row, size) for row in range(len(self))])
 
     def _mask(self, row: int, size: int) -> NDArray[np.bool_]:
-        if self.files is None:
-            found = self.index.mask(row, self.label)
-        else:
-            with Image.open(self.files[str(self.index.names[row])]) as file:
-                found = np.asarray(file.convert("L")) > 127
+        found = self.index.mask(row, self.label)
         if found is None:
             return np.zeros((size, size), bool)
-        resized = Image.fromarray(found).resize((size, size), Image.Resampling.NEAREST)
-        return np.asarray(resized)
+        return np.asarray(Image.fromarray(found).resize((size, size), Image.Resampling.NEAREST))
 
 
 class MaskTask:
@@ -66,39 +53,32 @@ class MaskTask:
         return grey_batch(self.images, rows, self.size), torch.from_numpy(self.masks[rows])[:, None].float()
 
 
-def mask_set(start: Start, label: str) -> MaskSet:
-    """The task of a data folder: pairs if its ``labels.csv`` has a column ``mask``, else a finding of its index."""
-    table = start.data / "labels.csv"
-    if table.is_file() and "mask" in (columns := pd.read_csv(table, nrows=0).columns):
-        return read_pairs(start.data, set(columns))
-    index = start.index()
-    if label not in index.classes:
-        raise SystemExit(f"{start.data} has no class {label!r}; choose --label among {', '.join(index.classes)}")
-    if not has_outlines(index, label):
-        raise SystemExit(f"{start.data} has no outlines of {label}: segmentation needs masks")
-    return MaskSet(index, label)
+def mask_set(index: ChestIndex, label: str) -> MaskSet:
+    """The task of outlining ``label``, a finding or anything else that the folder has masks of (lungs).
+
+    Where it is a finding, films without it take part with an empty outline, and films that have it but no mask do
+    not take part: nobody said where it is. Of anything else, films with a mask take part and no others.
+    """
+    drawn = _drawn(index, label)
+    if not drawn.any():
+        known = ", ".join(folder.name for folder in sorted((index.root / MASK_FOLDER).glob("*")))
+        has = f"it has those of {known}" if known else "segmentation needs masks"
+        raise SystemExit(f"{index.root} has no outlines of {label}; {has}")
+    if label in index.classes:
+        drawn |= index.labels[:, index.classes.index(label)] == 0
+    return MaskSet(with_all_splits(index.take(np.flatnonzero(drawn))), label)
 
 
 def has_outlines(index: ChestIndex, label: str) -> bool:
-    """Whether films with the finding come with its outline; a hundred are looked at."""
-    if label not in index.classes:
-        return False
-    positive = np.flatnonzero(index.labels[:, index.classes.index(label)])
-    return any(index.mask(int(row), label) is not None for row in positive[:100])
+    """Whether any film comes with an outline of ``label``."""
+    return bool(_drawn(index, label).any())
 
 
-def read_pairs(root: Path, columns: set[str]) -> MaskSet:
-    """``labels.csv`` with columns image, mask, split (train, val, test) and, where known, patient_id."""
-    if missing := {"image", "mask", "split"} - columns:
-        raise SystemExit(f"{root / 'labels.csv'} lacks the column(s) {', '.join(sorted(missing))}")
-    table = pd.read_csv(root / "labels.csv", dtype=str).sort_values("image", ignore_index=True)
-    names = table["image"].to_numpy(str)
-    patients: NDArray[Any] = table["patient_id" if "patient_id" in table else "image"].to_numpy(str)
-    index = ChestIndex(
-        root, names, [root / name for name in names], patients, table["split"].to_numpy(str),
-        np.ones((len(table), 1), np.uint8), classes=(PAIRS,),
-    )  # fmt: skip
-    return MaskSet(index, PAIRS, {name: root / mask for name, mask in zip(names, table["mask"], strict=True)})
+def _drawn(index: ChestIndex, label: str) -> NDArray[np.bool_]:
+    """Which films have a mask."""
+    folder = mask_path(index.root, label, "")
+    files = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return np.isin(index.names, np.array(files, dtype=str))
 
 
 def fingerprint(task: MaskSet) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from urllib.error import URLError
@@ -43,17 +44,33 @@ def imagenet_weights() -> dict[str, Tensor]:
     return {name: torch.as_tensor(value) for name, value in weights.items() if not name.startswith("fc.")}
 
 
+def device() -> torch.device:
+    """Where networks run after pretraining; while it lasts, Lightning decides."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def load_backbone(path: Path | None, seed: int = 0) -> Backbone:
-    """The backbone of a run (its ``backbone.pth``), or, for ``None``, an untrained one that follows ``seed``."""
+    """The backbone of a run (its ``backbone.pth``), or, for ``None``, an untrained one that follows ``seed``.
+
+    Weights from elsewhere, also with torchvision's classifier, load too if they have torchvision's names.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         backbone = Backbone()
     if path is not None:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-        if "bn1.running_mean" not in weights:
-            set_norm(backbone, "group")
-        backbone.load_state_dict(weights)
+        try:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+            set_norm(backbone, norm_of(weights))
+            backbone.load_state_dict({name: x for name, x in weights.items() if not name.startswith("fc.")})
+        except (RuntimeError, AttributeError, TypeError, EOFError, pickle.UnpicklingError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise SystemExit(f"{path} holds no ResNet18 weights under torchvision's names ({reason})") from error
     return backbone.eval()
+
+
+def norm_of(weights: dict[str, Tensor], prefix: str = "") -> Norm:
+    """Which norm a backbone's weights belong to; frozen ones are batch norm's again."""
+    return "batch" if f"{prefix}bn1.running_mean" in weights else "group"
 
 
 class FrozenBatchNorm(nn.Module):

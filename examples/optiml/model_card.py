@@ -10,7 +10,7 @@ import numpy as np
 
 from .callbacks import epoch_means, read_log
 from .config import PretrainConfig
-from .data import ChestIndex
+from .data import SPLITS, ChestIndex
 from .distributed import World
 from .provenance import provenance
 
@@ -54,7 +54,7 @@ def _card(config: PretrainConfig, index: ChestIndex, train: ChestIndex, world: W
         "## Data",
         f"`{config.data}` (fingerprint {index.fingerprint()}): {len(index):,} images, of which {len(train):,} of "
         f"{len(np.unique(train.patients)):,} patients were trained on. {seen} Splits: "
-        + ", ".join(f"{name} {int((index.splits == name).sum()):,}" for name in ("train", "val", "test"))
+        + ", ".join(f"{name} {int((index.splits == name).sum()):,}" for name in SPLITS)
         + f" (validation share {config.val_fraction}, split seed {config.split_seed}).",
         "",
         "## Training",

@@ -92,7 +92,7 @@ class Monitor(Callback):
     def measure(self, model: Method) -> dict[str, float]:
         """The figures of the model as it is; works on a copy, and so leaves training as it was."""
         backbone = copy.deepcopy(model.backbone)
-        bank, queries = (extract(backbone, index, self.image_size).x for index in (self.bank, self.queries))
+        bank, queries = (extract(backbone, index, self.image_size) for index in (self.bank, self.queries))
         labels = torch.from_numpy(self.bank.labels)
         scores = knn_scores(bank, labels, queries, self.config.neighbours, self.config.temperature)
         result = {}

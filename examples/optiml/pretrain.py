@@ -29,10 +29,11 @@ import otloss
 
 from .augment import EpochSampler, ViewDataset
 from .callbacks import CsvLog, PlainProgress, StopAfter, TensorBoard
-from .checkpoint import Interrupted, LastCheckpoint, WholeCheckpointIO, save_whole
+from .checkpoint import Interrupted, LastCheckpoint, WholeCheckpointIO
 from .config import PretrainConfig, claim_run_folder
-from .data import ChestIndex, ImageStore, UnreadableImage, read_index
+from .data import ChestIndex, ImageStore, UnreadableImage, open_index
 from .distributed import World
+from .files import save_whole
 from .methods import METHODS, Method
 from .methods.base import NonFiniteLoss
 from .model import set_norm
@@ -49,10 +50,7 @@ def pretrain(config: PretrainConfig, console: Console | None = None) -> Path | N
     config, world = config.resolve(), World.of_environment()
     console = (console or Console()) if world.first else Console(quiet=True)
     exported, last = config.out / BACKBONE, config.out / LAST
-    try:
-        index = read_index(config.data, config.val_fraction, config.split_seed)
-    except (FileNotFoundError, ValueError) as error:
-        raise SystemExit(str(error)) from error
+    index = open_index(config.data, config.val_fraction, config.split_seed)
     if world.first:
         claim_run_folder(config, index.fingerprint())
     if exported.exists():

@@ -11,17 +11,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from .files import write_json
 from .provenance import provenance
 
 Record = dict[str, Any]
-
-
-def write_json(path: Path, record: Record) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
-    part.replace(path)
 
 
 def write_record(path: Path, record: Record) -> Record:

@@ -14,14 +14,13 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
 
 from .dice import Overlap, dice_figures
-from .evaluate import default_out
 from .features import grey_batches
 from .masks import MaskSet, MaskTask, fingerprint, mask_set
-from .model import Backbone
+from .model import Backbone, device
 from .records import Record, finished, write_record
-from .start import Start, StartConfig, resolve
+from .start import Start, StartConfig, default_out, resolve
 from .subsets import label_fraction, write_ids
-from .training import TrainConfig, device, fit, jitter
+from .training import TrainConfig, fit, jitter
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class SegmentConfig(StartConfig):
     """Train a U-Net on a finding's outlines, or on lung masks, from a backbone; Dice in three conventions."""
 
     label: str = "Pneumothorax"
-    """Finding to outline; a folder of image and mask pairs (labels.csv with a column mask) has only one."""
+    """What to outline: a finding, or whatever else the data set has masks of, such as Lung."""
     fractions: tuple[float, ...] = (1.0,)
     """Shares of the training images whose outlines may be used."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -87,7 +86,7 @@ def train_unet(
 def segment(config: SegmentConfig, console: Console | None = None) -> list[Record]:
     """Every fraction and seed that is asked for; those that are there are read."""
     start, console = resolve(config), console or Console()
-    task, out = mask_set(start, config.label), config.out or default_out(config.run, start)
+    task, out = mask_set(start.index(), config.label), config.out or default_out(config.run, start)
     return [
         _one(config, start, task, out, fraction, seed, console)
         for seed in config.seeds

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .data import ChestIndex, read_index
+from .data import ChestIndex, open_index, with_all_splits
 from .model import Backbone, imagenet_weights, load_backbone
 from .paper import arm_of
 from .pretrain import BACKBONE
@@ -58,7 +58,7 @@ class Start:
     """The run's config.json; empty where there is none."""
 
     def index(self) -> ChestIndex:
-        return read_index(self.data, self.val_fraction, self.split_seed)
+        return with_all_splits(open_index(self.data, self.val_fraction, self.split_seed))
 
     def backbone(self, seed: int) -> Backbone:
         """A fresh backbone; ``seed`` matters only where the weights are random."""
@@ -78,10 +78,15 @@ class Start:
         return {"start": start, "image_size": self.image_size}
 
     def labels(self) -> dict[str, Any]:
-        """How the report finds a record of this start."""
-        kept = ("method", "preset", "init", "all_images", "options", "seed", "epochs", "image_size", "batch_size")
-        pretraining = {key: self.pretraining[key] for key in kept if key in self.pretraining}
-        return {"arm": self.arm, "dataset": self.dataset, "pretraining": pretraining}
+        """How the report finds a record of this start, and what it compares before it averages over several."""
+        return {"arm": self.arm, "dataset": self.dataset, "pretraining": self.pretraining}
+
+
+def default_out(run: Path | None, start: Start) -> Path:
+    """Beside the run where there is a run folder; the data set's name keeps several sets apart."""
+    if run is not None and run.is_dir():
+        return run / "evaluate" / start.dataset
+    return Path("runs") / f"{start.arm}-{start.dataset}"
 
 
 def resolve(config: StartConfig) -> Start:

@@ -18,12 +18,12 @@ from rich.console import Console
 
 from .callbacks import epoch_means, read_log
 from .config import MethodOptions, PretrainConfig
-from .data import ChestIndex, read_index
+from .data import ChestIndex, open_index
 from .evaluate import score_backbone, score_metadata
+from .files import write_json
 from .metrics import Estimate, Floats, class_aucs, macro, patient_draws
 from .pretrain import LOG, pretrain
 from .provenance import provenance
-from .records import write_json
 from .scores import summarise
 from .study_table import write_report
 
@@ -98,7 +98,7 @@ def main(config: StudyConfig) -> None:
     """The ``study`` command."""
     console = Console()
     if not config.report_only:
-        index = read_index(config.data)
+        index = open_index(config.data)
         config.results.mkdir(parents=True, exist_ok=True)
         _metadata(config, index)
         plan = [(arm, seed) for seed in config.seeds for arm in arms(config)]  # all arms of a seed, then the next

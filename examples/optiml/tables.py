@@ -136,8 +136,7 @@ def dice_table(records: list[Record]) -> Table:
                 cells += [Cell(kind, None, Ours.of([r[kind] for r in runs])) for kind in ("kaggle", "global")]
                 rows.append(Row(name, cells))
             part = "" if f == 1.0 else f", {f:.0%} of the outlines"
-            what = "lungs" if label == "pairs" else label
-            sections.append(Section(f"{_title(dataset)}, {what}{part}", rows, _sizes(here), digits=3))
+            sections.append(Section(f"{_title(dataset)}, {label}{part}", rows, _sizes(here), digits=3))
     return Table("fig3", "Fig. 3: segmentation (Dice)", sections)
 
 

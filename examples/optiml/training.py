@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn.functional import affine_grid, grid_sample
 
 from .features import read_ahead
+from .files import save_whole
+from .model import device
 
 #: Smallest batch: fewer images are repeated (each differently augmented), as batch norm wants several.
 MIN_BATCH = 16
@@ -53,10 +55,6 @@ class Fitted:
     steps: int
     best_step: int
     validation: float
-
-
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def batches(count: int, config: TrainConfig, seed: int) -> NDArray[np.intp]:
@@ -121,7 +119,11 @@ def fit(
             if score > best.validation or best.best_step == 0:
                 best, weights = Fitted(total, step, score), copy.deepcopy(model.state_dict())
             if checkpoint is not None and time.monotonic() - saved > every:
-                _save(checkpoint, key, model, optimiser, weights, step, best)
+                state = {
+                    "identity": key, "model": model.state_dict(), "optimiser": optimiser.state_dict(),
+                    "weights": weights, "step": step, "best": [best.best_step, best.validation],
+                }  # fmt: skip
+                save_whole(state, checkpoint)
                 saved = time.monotonic()
     model.load_state_dict(weights)
     model.eval()
@@ -133,25 +135,6 @@ def fit(
 def _schedule(step: int, total: int) -> float:
     warm = max(1, total // 10)
     return min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / total))
-
-
-def _save(
-    path: Path,
-    key: str,
-    model: nn.Module,
-    optimiser: torch.optim.Optimizer,
-    weights: dict[str, Tensor],
-    step: int,
-    best: Fitted,
-) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    state = {
-        "identity": key, "model": model.state_dict(), "optimiser": optimiser.state_dict(), "weights": weights,
-        "step": step, "best": [best.best_step, best.validation],
-    }  # fmt: skip
-    torch.save(state, part)
-    part.replace(path)
 
 
 def jitter(x: Tensor, generator: torch.Generator, degrees: float = 10.0, shift: float = 0.06) -> Tensor:

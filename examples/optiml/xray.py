@@ -12,14 +12,15 @@ from typing import Any, get_args
 from rich.console import Console
 
 from .config import AugmentConfig, PretrainConfig
-from .data import read_index
+from .data import open_index
 from .evaluate import EvaluateConfig, Protocol, evaluate, source_record
 from .heatmap import HeatmapConfig, heatmap, targets
-from .masks import has_outlines
+from .masks import has_outlines, mask_set
 from .pretrain import pretrain
 from .records import Record
 from .report import report
 from .segment import SegmentConfig, segment
+from .start import StartConfig, resolve
 from .training import TrainConfig
 
 
@@ -34,7 +35,7 @@ class XrayConfig:
     dataset: str | None = None
     """Column of the report (``nih-cxr-dev`` stands beside the paper's NIH); unset: the data folder's name."""
     segment_data: Path | None = None
-    """Data set to segment: with outlines, or pairs listed in its labels.csv. Unset: ``data``, if it has outlines."""
+    """Data set to segment. Unset: ``data``, if it has outlines of ``label``."""
     results: Path | None = None
     """Also copy the report here (Markdown, CSV, PNG and JSON, without weights or images of the size of a data set)."""
 
@@ -43,7 +44,8 @@ class XrayConfig:
     method: str = "optiml"
     epochs: int = 10
     batch_size: int = 64
-    image_size: int = 64
+    image_size: int | None = None
+    """Unset: that of the first ``run``, or 64."""
     min_scale: float = 0.08
     """Smallest share of the film that a crop of the pretraining shows."""
     pretrain_seeds: tuple[int, ...] = (0,)
@@ -59,7 +61,7 @@ class XrayConfig:
     heatmap_fractions: tuple[float, ...] = (0.01, 1.0)
     """Of ``fractions``, those whose networks' heatmaps are drawn; the paper's are of 1 %."""
     label: str = "Pneumothorax"
-    """Finding to segment."""
+    """What to segment: a finding, or whatever else there are masks of, such as Lung."""
     segment_fractions: tuple[float, ...] = (0.1, 1.0)
     segment_seeds: tuple[int, ...] = (0, 1, 2)
     segment_size: int | None = None
@@ -75,16 +77,21 @@ class XrayConfig:
 def xray(config: XrayConfig, console: Console | None = None) -> Path:
     """All stages; returns the report."""
     console = console or Console()
+    index = open_index(config.data)
+    if config.segment_data is not None:  # a wrong --label is worth knowing before hours of pretraining
+        mask_set(open_index(config.segment_data), config.label)
+    elif has_outlines(index, config.label):
+        config = dataclasses.replace(config, segment_data=config.data)
+    if config.image_size is None:
+        size = resolve(StartConfig(config.data, run=config.run[0])).image_size if config.run else 64
+        config = dataclasses.replace(config, image_size=size)
     console.rule("pretrain")
     runs = config.run or tuple(_pretrained(config, seed, console) for seed in config.pretrain_seeds)
-    index = read_index(config.data)
     dataset = config.dataset or config.data.resolve().name
     downstream = config.out / "downstream"
     records: list[Record] = []
     if alone := source_record(index, dataset, downstream / dataset, config.draws):
         records.append(alone)
-    if config.segment_data is None and has_outlines(index, config.label):
-        config = dataclasses.replace(config, segment_data=config.data)
     boxed = bool(targets(index.split("test")))
     for start in (None, *runs):
         records += _downstream(config, start, dataset, downstream, boxed, console)
@@ -97,6 +104,7 @@ def xray(config: XrayConfig, console: Console | None = None) -> Path:
 
 
 def _pretrained(config: XrayConfig, seed: int, console: Console) -> Path:
+    assert config.image_size is not None  # xray has filled it in
     out = config.out / f"{config.method}-{config.image_size}px-{config.epochs}epochs-seed{seed}"
     run = PretrainConfig(
         config.data, out, config.method, epochs=config.epochs, batch_size=config.batch_size,
@@ -129,8 +137,8 @@ def _downstream(
             )  # fmt: skip
     if config.segment_data is not None:
         console.rule(f"segment: {name}")
-        pairs = config.segment_data.resolve() != config.data.resolve()
-        outlined = config.segment_data.resolve().name if pairs else dataset
+        own = config.segment_data.resolve() == config.data.resolve()
+        outlined = dataset if own else config.segment_data.resolve().name
         size = {"image_size": config.segment_size or config.image_size}
         records += segment(
             SegmentConfig(

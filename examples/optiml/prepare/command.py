@@ -20,7 +20,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ..data import BOXES_FILE, IMAGE_FOLDER, INDEX_FILE, PREPARED_FILE, ChestIndex, read_index
+from ..data import BOXES_FILE, IMAGE_FOLDER, INDEX_FILE, PREPARED_FILE, SPLITS, ChestIndex, read_index
+from ..files import whole, write_json
 from .config import DatasetName, PrepareConfig
 from .convert import Done, convert_all, read_progress, still_to_do
 from .listing import Listing, Record
@@ -101,7 +102,7 @@ def prepare(config: PrepareConfig, tick: Callable[[int, int], None] = lambda don
         "skipped": len(skipped),
         "notes": listing.notes,
     }
-    _write_json(config.out / PREPARED_FILE, {**identity, **summary})
+    write_json(config.out / PREPARED_FILE, {**identity, **summary})
     return Prepared(index, skipped, listing.notes, sum(not done[record.name].error for record in todo))
 
 
@@ -150,7 +151,7 @@ def _claim(out: Path, identity: dict[str, Any]) -> None:
             raise FileExistsError(f"{out} holds a different preparation ({detail}); choose another --out or delete it")
     (out / IMAGE_FOLDER).mkdir(parents=True, exist_ok=True)
     if not path.is_file():
-        _write_json(path, identity)
+        write_json(path, identity)
 
 
 def _write_index(config: PrepareConfig, kept: list[tuple[Record, Done]]) -> None:
@@ -171,24 +172,16 @@ def _write_index(config: PrepareConfig, kept: list[tuple[Record, Done]]) -> None
 
 
 def _write_table(path: Path, header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
-    part = path.with_name(f"{path.name}.part")
-    with part.open("w", newline="", encoding="utf-8") as file:
+    with whole(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
         writer.writerows(rows)
-    part.replace(path)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(content, indent=1) + "\n")
-    part.replace(path)
 
 
 def tally(index: ChestIndex) -> dict[str, dict[str, Any]]:
     """Per split: images, patients, and images with each finding."""
     result = {}
-    for name in ("train", "val", "test"):
+    for name in SPLITS:
         rows = index.splits == name
         if rows.any():
             positives = index.labels[rows].sum(axis=0).tolist()

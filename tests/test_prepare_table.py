@@ -1,0 +1,138 @@
+"""``prepare --dataset csv``: a user's own table, paths that lead elsewhere, and splits that are drawn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("pydicom", reason="the example needs otloss[examples]")
+pytest.importorskip("lightly", reason="the example needs otloss[examples]")
+pytest.importorskip("tyro", reason="the example needs otloss[examples]")
+
+from PIL import Image
+from xray_layouts import column, film, findings, reasons, run, write_png, write_text
+
+from examples.optiml.data import read_index
+
+
+def own(root: Path, *rows: str, header: str = "file,who,part,hospital,outline,mass,tb=2,words") -> Path:
+    for seed, name in enumerate(("a/x.png", "b/x.png", "c.png", "d.png", "e.png")):
+        write_png(root / name, seed)
+    Image.fromarray((film(0) > 100).astype(np.uint8) * 255).save(root / "m.png")
+    Image.new("L", (40, 20)).save(root / "wide.png")
+    write_png(root.parent / "secret.png")
+    (root / "link.png").symlink_to(root.parent / "secret.png")
+    return write_text(root / "T.csv", [header, *rows])
+
+
+OWN: dict[str, Any] = {
+    "image_column": "file", "patient_column": "who", "split_column": "part", "source_column": "hospital",
+    "mask_column": "outline", "mask_label": "../Lung", "label_columns": ("mass=Mass", "tb=2", "words"),
+}  # fmt: skip
+
+
+def test_csv(tmp_path: Path) -> None:
+    table = own(
+        tmp_path / "own",
+        "a/x.png,p1,Training,h1,m.png,1,0,Edema|Mass effect",
+        "b\\x.png,p1,train,h2,,0.0,True,No Finding",
+        "c.png,p2,valid,h1,,0,0,",
+        "d.png,p3,test,h1,,1,no,Edema",
+        "e.png,p4,holdout,h1,,1,0,",
+        "c.png,,test,h1,,1,0,",
+    )
+    with pytest.raises(ValueError, match=r"lists an image twice, e\.g\. 'c\.png'"):
+        run("csv", table.parent, tmp_path / "out", table=table, **OWN)
+    write_text(table, table.read_text().splitlines()[:-1])
+    index = run("csv", table.parent, tmp_path / "out", table=table, **OWN).index
+    assert index.classes == ("Mass", "tb=2", "Edema", "Mass effect")
+    assert findings(index) == {
+        "a__x": {"Mass", "Edema", "Mass effect"},
+        "b__x": {"tb=2"},
+        "c": set(),
+        "d": {"Mass", "Edema"},
+    }
+    assert column(index, "splits") == {"a__x": "train", "b__x": "train", "c": "val", "d": "test"}
+    assert column(index, "patients") == {"a__x": "p1", "b__x": "p1", "c": "p2", "d": "p3"}
+    assert column(index, "sources") == {"a__x": "h1", "b__x": "h2", "c": "h1", "d": "h1"}
+    mask = index.mask(0, "../Lung")
+    assert mask is not None and mask.shape == (32, 32) and 0.3 < mask.mean() < 0.9
+    assert not (tmp_path / "Lung").exists() and not (tmp_path / "out" / "Lung").exists()
+    assert "split 'holdout' is none of train" in reasons(tmp_path / "out")["e.png"]
+
+
+@pytest.mark.parametrize("uncertain", ["refuse", "negative", "positive", "skip"])
+def test_csv_blank_labels(tmp_path: Path, uncertain: Any) -> None:
+    table = own(tmp_path / "own", "c.png,1", "d.png,", "e.png,-1.0", header="image,mass")
+    options: dict[str, Any] = {"table": table, "label_columns": ("mass",), "uncertain": uncertain}
+    if uncertain == "refuse":
+        with pytest.raises(ValueError, match=r"column 'mass' is '' for 'd\.png'.*--uncertain"):
+            run("csv", table.parent, tmp_path / "out", **options)
+        return
+    expected = {"negative": [1, 0, 0], "positive": [1, 1, 1], "skip": [1]}[uncertain]
+    assert run("csv", table.parent, tmp_path / "out", **options).index.labels[:, 0].tolist() == expected
+
+
+def test_csv_mistakes_are_named(tmp_path: Path) -> None:
+    table = own(tmp_path / "own", "c.png,1,a|b", "d.png,2,", header="image,mass,x")
+    for labels, message in (
+        (("mass",), "column 'mass' holds '2' among 0 and 1"),
+        (("mess",), "no column 'mess'; it has 'image'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run("csv", table.parent, tmp_path / "out", table=table, label_columns=labels)
+    assert not (tmp_path / "out").exists()
+
+
+def test_paths_that_leave_the_root_are_refused(tmp_path: Path) -> None:
+    table = own(
+        tmp_path / "own",
+        "c.png,", "../secret.png,", f"{tmp_path / 'secret.png'},", "link.png,", "..\\secret.png ,", "a/../d.png,",
+        "e.png,../secret.png", "nowhere.png,", "b/x.png,wide.png",
+        header="image,outline",
+    )  # fmt: skip
+    options: dict[str, Any] = {"table": table, "mask_column": "outline", "image_column": "image"}
+    with pytest.raises(ValueError, match="twice"):  # ../secret and ..\secret are the same
+        run("csv", table.parent, tmp_path / "out", **options)
+    write_text(table, [line for line in table.read_text().splitlines() if "\\" not in line])
+    result = run("csv", table.parent, tmp_path / "out", **options)
+    skipped = reasons(tmp_path / "out")
+    refused = {name for name, reason in skipped.items() if reason.startswith("refused: ") and "leaves" in reason}
+    assert len(refused) == 4 and any("link" in name for name in refused)
+    assert sum(reason.startswith("no file") for reason in skipped.values()) == 1
+    assert sum("wide.png is 40x20, its film 40x40" in reason for reason in skipped.values()) == 1
+    assert len(result.index) == 2 and len(skipped) == 6
+    written = {path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("*.png")}
+    assert written == {"own", "out", "secret.png"}
+
+
+def test_a_patient_in_two_splits_is_refused(tmp_path: Path) -> None:
+    table = own(tmp_path / "own", "c.png,p1,train", "d.png,p1,test", header="image,who,part")
+    with pytest.raises(ValueError, match="patient 'p1' has images in test and train"):
+        run("csv", table.parent, tmp_path / "out", table=table, patient_column="who", split_column="part")
+
+
+def test_drawn_splits_go_by_patient_and_stay(tmp_path: Path) -> None:
+    root = tmp_path / "own"
+    rows = []
+    for patient in range(60):
+        for visit in range(1 + patient % 3):  # a third of the patients have one image
+            rows.append(f"{patient}_{visit}.png,{patient}")
+            write_png(root / f"{patient}_{visit}.png", patient, side=8)
+    table = write_text(root / "T.csv", ["image,who", *rows])
+    options: dict[str, Any] = {"table": table, "patient_column": "who", "val_fraction": 0.2, "test_fraction": 0.3}
+    index = run("csv", root, tmp_path / "out", **options).index
+    groups = [set(index.patients[index.splits == name]) for name in ("train", "val", "test")]
+    assert sum(map(len, groups)) == 60 == len(set.union(*groups))
+    assert 20 < len(groups[0]) < 40 and 5 < len(groups[1]) < 20 and 10 < len(groups[2]) < 27
+    assert read_index(tmp_path / "out", 0.9, 7).fingerprint() == index.fingerprint()  # it is on disk
+    other = run("csv", root, tmp_path / "other", **options, split_seed=1).index
+    assert not np.array_equal(other.splits, index.splits)
+    # A patient's split does not depend on who else is there.
+    write_text(table, ["image,who", *rows[40:]])
+    fewer = run("csv", root, tmp_path / "fewer", **options).index
+    before = dict(zip(index.names.tolist(), index.splits.tolist(), strict=True))
+    assert all(before[name] == split for name, split in zip(fewer.names.tolist(), fewer.splits.tolist(), strict=True))
