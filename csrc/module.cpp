@@ -57,7 +57,7 @@ template <class Task> void each_problem(const Inputs& in, int threads, double pa
 template <class Task> void each_group(const Inputs& in, int lanes, int threads, double passes, Task task) {
   threads = useful(threads, double(in.count) * in.n * in.m * passes);
   const auto share = [](int64_t count, int64_t among) { return (count + among - 1) / among; };
-  const int64_t rounds = share(in.count, int64_t(lanes) * threads), size = std::max<int64_t>(1, share(in.count, rounds * threads));
+  const int64_t rounds = share(in.count, int64_t(lanes) * threads), size = rounds ? share(in.count, rounds * threads) : 1;
   parallel(share(in.count, size), threads, [&](int64_t group, Arena& scratch) {
     const int64_t first = group * size;
     task(first, int(std::min(size, in.count - first)), scratch);
