@@ -8,6 +8,7 @@ factorisations, which the reference uses, cannot be trusted.
 * **Products**: cost and the two contractions of the gradient, against the core's rate of fused multiply-adds.
 * **Floor** of a whole step: the bytes of all iterations at the rate of reading, three products and two exponentials an
   entry at the rate of multiply-adds, over all cores. The gradient's own linear solve is not counted: a floor, no model.
+* **Phases**: where the time of a step goes, see `benchmarks.phases`.
 * **Call**: microseconds of one forward and backward for a single problem of 8 points, beyond the same chain of plain
   PyTorch operations with the independent coupling in the solver's place.
 """
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 
 import otloss
+from benchmarks import phases
 from benchmarks.peers import OURS
 from benchmarks.workloads import MAIN, Workload, unit
 from otloss.backends import cpu
@@ -97,7 +99,9 @@ def measure(w: Workload) -> dict[str, Any]:
     taken = seconds(runs)
     per_iteration = (taken[f"solve{MANY}"] - taken[f"solve{FEW}"]) / (MANY - FEW)
     bytes_a_pass = w.batch * w.n * w.m * _item(w)
+    torch.set_num_threads(cores)
     found: dict[str, Any] = {
+        "phases": phases.measure(w, seconds),
         "cores": cores,
         "step_s": taken["all"],
         "step_one_thread_s": taken["one"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks import targets
+from benchmarks.phases import PHASES
 from benchmarks.targets import Verdict
 
 PLOTS = {
@@ -103,6 +104,27 @@ def limits(results: dict[str, Any]) -> list[str]:
     ]
 
 
+def phases(results: dict[str, Any]) -> list[str]:
+    """Where the time of a step goes, and how far ahead of the peers the floor itself would be."""
+    lines = [
+        "| problems | " + " | ".join(PHASES.values()) + " | floor against OTT-JAX | floor against the fastest peer |",
+        "|---" * (len(PHASES) + 3) + "|",
+    ]
+    for name in targets.SPEEDUPS:
+        found, entry = results.get("limits", {}).get(name, {}), results.get("workloads", {}).get(name)
+        if "phases" not in found or "floor_s" not in found or entry is None:
+            continue
+        parts = [seconds(max(0.0, found["phases"][phase])) for phase in PHASES]
+        ours = entry["times"][0]["median_s"]
+        _, *rivals = targets.speedups(name, entry)
+        reach = [
+            f"{v.found * ours / found['floor_s']:.3g}× (target {v.wanted:g}×)" if v.found else "not measured"
+            for v in rivals
+        ]
+        lines.append(f"| {name} | {' | '.join([*parts, *reach])} |")
+    return lines if len(lines) > 2 else []
+
+
 def section(results: dict[str, Any], plots: list[str]) -> str:
     """The README's section."""
     first = next(iter(results["workloads"].values()))["environment"]
@@ -117,6 +139,8 @@ def section(results: dict[str, Any], plots: list[str]) -> str:
     ]
     if results.get("limits"):
         lines += ["", *limits(results)]
+    if table := phases(results):
+        lines += ["", *table, "", "What the rows say about the missed targets: `benchmarks/README.md`."]
     for plot in plots:
         lines += ["", f"![{PLOTS[plot]}](benchmarks/results/{plot})"]
     return "\n".join(lines)

@@ -70,7 +70,7 @@ def _explain_nonfinite(left: Tensor, right: Tensor | None, eps: float) -> str:
     return f"the cost is too large for {left.dtype} at eps {eps:g}, results are not finite; rescale both"
 
 
-def _room_to_keep(left: Tensor, right: Tensor | None, a: Tensor, keep: bool, backend: str) -> Tensor:
+def room_to_keep(left: Tensor, right: Tensor | None, a: Tensor, keep: bool, backend: str) -> Tensor:
     """Where the cost of features stays for the gradient, which spares it a product; only where it is small."""
     if not keep or right is None or not get_backend(backend).KEEPS_COST:
         return a.new_empty(0)
@@ -103,7 +103,7 @@ def solve(
     checked = _checks_on(left)
     if checked:
         _check_marginals(a, b, log_totals, mass_tol)
-    kept = _room_to_keep(left, right, a, keep, backend)
+    kept = room_to_keep(left, right, a, keep, backend)
     with no_autocast(left):
         f, g, cost, value, n_iter, error = get_backend(backend).solve(
             left, right, a, b, eps, max_iter, tol, **_if_kept(kept)
@@ -130,7 +130,7 @@ def _(left, right, a, b, log_totals, mass_tol, eps, max_iter, tol, keep, backend
         torch.empty_like(scalar),
         torch.empty_like(scalar, dtype=torch.int64),
         torch.empty_like(scalar),
-        _room_to_keep(left, right, a, keep, backend),
+        room_to_keep(left, right, a, keep, backend),
     )
 
 

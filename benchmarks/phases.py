@@ -1,0 +1,60 @@
+"""Where a step's time goes: the kernels of the cpu backend phase by phase, and what PyTorch does around them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.peers import OURS
+from benchmarks.workloads import Workload
+from otloss import operators
+from otloss.backends import cpu
+
+PHASES = {
+    "cost_s": "cost and values",
+    "iterations_s": "iterations",
+    "adjoint_s": "adjoint",
+    "contraction_s": "contraction",
+    "around_s": "around the kernels",
+}
+"""Cost and values: a solve of no iterations, which makes the cost (a product) and sums up. Adjoint: the gradient by the
+masses alone, which makes the kernel again and solves the linear system. Contraction: what the gradient by the features
+adds, two products. Around: the rest of the step, that is softmax, checks, autograd and fresh memory."""
+
+
+def measure(w: Workload, seconds: Any) -> dict[str, float]:
+    """Seconds of each phase on all threads, with ``seconds`` to time runs in turn (`benchmarks.limits.seconds`)."""
+    leaves = w.leaves()
+    step = OURS.build(w)
+    x, y = (t.detach() for t in leaves[:2])
+    a, b = (t.detach().softmax(-1) for t in leaves[2:])
+    kept = operators.room_to_keep(x, y, a, True, "cpu")
+    kept_or_none = kept if kept.numel() else None
+    ones = torch.ones_like(a[:, 0])
+    f, g = cpu.solve(x, y, a, b, w.eps, w.iterations, 0.0, kept_or_none)[:2]
+
+    def solve(iterations: int) -> tuple[Tensor, ...]:
+        return cpu.solve(x, y, a, b, w.eps, iterations, 0.0, kept_or_none)
+
+    def gradient(need_cost: bool) -> tuple[Tensor, ...]:
+        upstream = (ones, None, None, None)
+        return cpu.implicit_gradient(x, y, a, b, f, g, *upstream, w.eps, True, need_cost, kept_or_none)
+
+    taken = seconds(
+        {
+            "step": lambda: step(leaves),
+            "none": lambda: solve(0),
+            "all": lambda: solve(w.iterations),
+            "masses": lambda: gradient(False),
+            "features": lambda: gradient(True),
+        }
+    )
+    return {
+        "cost_s": taken["none"],
+        "iterations_s": taken["all"] - taken["none"],
+        "adjoint_s": taken["masses"],
+        "contraction_s": taken["features"] - taken["masses"],
+        "around_s": taken["step"] - taken["all"] - taken["features"],
+    }
