@@ -61,7 +61,13 @@ def row_blocks(count: int, n: int, rows: int, processors: int) -> tuple[int, int
 def stream(n: int, m: int, d: int, double: bool) -> Tile:
     """Tiles of a streaming pass: what was timed for the bucket, else the default."""
     side = 32 if double else 64
-    return TUNED.get(bucket(n, m, d, double), Tile(min(power(n), side), min(power(m), side), 16, 4, 2))
+    rows, cols = min(power(n), side), min(power(m), side)
+    return TUNED.get(bucket(n, m, d, double), Tile(rows, cols, 16, _warps(rows * cols), 2))
+
+
+def _warps(held: int) -> int:
+    """For so many numbers in registers: four warps hold 64 x 64 on sm_80 and sm_90, but spill a few bytes on sm_100."""
+    return 8 if held >= 4096 else 4
 
 
 def bucket(n: int, m: int, d: int, double: bool) -> tuple[int, int, int, bool]:
@@ -86,7 +92,8 @@ STREAM_CANDIDATES = [
 def contract(n: int, m: int, d: int, double: bool) -> tuple[Tile, int]:
     """Tiles of the gradient's contraction, and how many features a program holds."""
     side = 32 if double else 64
-    return Tile(min(power(n), side), min(power(m), 32), 16, 4, 1), min(power(d), 64)
+    rows, features = min(power(n), side), min(power(d), 64)
+    return Tile(rows, min(power(m), 32), 16, _warps(rows * features), 1), features
 
 
 # Rows per program where no cost is touched: normalising features, adding up splits, conjugate gradients.

@@ -27,7 +27,7 @@ def _small(problem: Problem, max_iter: int, tol: float) -> Solution:
     view, tile = problem.rows, config.small(n, m, problem.d, problem.double)
     launch(
         small.solve_small, (count,), view.left, view.right, problem.a, problem.b, f, g, cost, value, n_iter, error,
-        n, m, problem.d, problem.eps, tol, max_iter, N=tile.rows, M=tile.cols, J=32, K=tile.depth, DOT=problem.dot,
+        n, m, problem.d, problem.eps, tol, max_iter, N=tile.rows, M=tile.cols, J=16, K=tile.depth, DOT=problem.dot,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return f, g, cost, value, n_iter, error
