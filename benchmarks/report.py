@@ -18,9 +18,9 @@ PLOTS = {
 
 
 def seconds(value: float) -> str:
-    """A time with three digits and a fitting unit."""
+    """A time with three digits and a fitting unit; a difference of noisy times may be negative."""
     for unit, factor in (("s", 1.0), ("ms", 1e3)):
-        if value * factor >= 1:
+        if abs(value) * factor >= 1:
             return f"{value * factor:.3g} {unit}"
     return f"{value * 1e6:.3g} µs"
 
@@ -114,7 +114,7 @@ def phases(results: dict[str, Any]) -> list[str]:
         found, entry = results.get("limits", {}).get(name, {}), results.get("workloads", {}).get(name)
         if "phases" not in found or "floor_s" not in found or entry is None:
             continue
-        parts = [seconds(max(0.0, found["phases"][phase])) for phase in PHASES]
+        parts = [seconds(found["phases"][phase]) for phase in PHASES]
         ours = entry["times"][0]["median_s"]
         _, *rivals = targets.speedups(name, entry)
         reach = [
