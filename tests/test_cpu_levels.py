@@ -39,7 +39,7 @@ def at_level(name: str, script: str) -> str:
         env={**os.environ, "OTLOSS_CPU_LEVEL": name, "PYTHONPATH": path},
         stdout=subprocess.PIPE,
         text=True,
-        timeout=120,
+        timeout=600,
         check=True,
     ).stdout
 
