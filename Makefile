@@ -42,7 +42,7 @@ example-xray: $(VENV)/.examples  ## the same on a prepared data set: make exampl
 test: $(VENV)/.dev  ## run every test and every docstring's example
 	$(PY) -m pytest -q $(PYTEST_ARGS)
 
-bench: $(VENV)/.bench  ## time otloss and its peers, draw the plots, write the README's table (about 30 minutes)
+bench: $(VENV)/.bench  ## time otloss and its peers, draw the plots, write the README's table (more than an hour)
 	$(PY) -m benchmarks all $(BENCH_ARGS)
 
 bench-quick: $(VENV)/.bench  ## the main rows of that with few peers (3 minutes)

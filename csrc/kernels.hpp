@@ -1,6 +1,7 @@
 // All kernels of one level. A file csrc/level_*.cpp sets OTLOSS_LEVEL, OTLOSS_VECTOR_BYTES and the target, then includes this.
 #pragma once
-#include "lanes.hpp"
+#include "lanes_adjoint.hpp"
+#include "lanes_solve.hpp"
 #include "probe.hpp"
 #include "unroll.hpp"
 

@@ -35,6 +35,11 @@ struct Inputs {
     return {at<T>(to_left, i * (right ? n * d : n * m)), at<T>(to_right, i * m * d), at<T>(to_a, i * n), at<T>(to_b, i * m),
             at<T>(residual, i)};
   }
+  // Gradients by cost or features are usually fresh memory, written once.
+  template <class T> void expect_gradient(Address to_left, Address to_right) const {
+    if (to_left) want_large_pages(at<T>(to_left, 0), sizeof(T) * count * n * (right ? d : m));
+    if (to_right) want_large_pages(at<T>(to_right, 0), sizeof(T) * count * m * d);
+  }
 };
 
 const Level& level() {
@@ -93,8 +98,7 @@ template <class T>
 void implicit(const Inputs& in, Address f, Address g, Address up_cost, Address up_value, Address up_f, Address up_g, bool adjoint,
               Address left, Address right, Address a, Address b, Address residual, int threads) {
   const auto& kernel = kernels_of<T>(level());
-  for (const auto& [to, size] : {std::pair(left, in.right ? in.n * in.d : in.n * in.m), std::pair(right, in.m * in.d)})
-    if (to) want_large_pages(at<T>(to, 0), sizeof(T) * in.count * size);  // usually fresh memory, written once
+  in.expect_gradient<T>(left, right);
   if (in.short_rows() && !up_f && !up_g)
     return each_group(in, kernel.lanes, threads, 30, [&](int64_t first, int count, Arena& scratch) {
       Problem<T> problems[most_lanes];
@@ -120,6 +124,7 @@ template <class T>
 void unrolled(const Inputs& in, Address n_iter, Address up_cost, Address up_value, Address left, Address right, Address a,
               Address b, int threads) {
   const auto& kernel = kernels_of<T>(level());
+  in.expect_gradient<T>(left, right);
   parallel(in.count, useful(threads, double(in.count) * in.n * in.m * 100), [&](int64_t i, Arena& scratch) {
     kernel.unrolled(in.problem<T>(i), scratch, *at<int64_t>(n_iter, i), in.upstream<T>(i, up_cost, up_value, 0, 0),
                     in.gradient<T>(i, left, right, a, b, 0));

@@ -16,7 +16,7 @@ from .data import SPLITS, ChestIndex
 from .features import extract
 from .files import write_json
 from .finetune import finetune, predict, save_classifier, usable_classes
-from .model import load_backbone
+from .model import Backbone, load_backbone
 from .probe import fit_probe
 from .records import Record, finished, write_record
 from .scores import Scored, figures_table, mean_figures, summarise
@@ -49,6 +49,11 @@ class EvaluateConfig(StartConfig):
     """Also write all figures here, ``macro_auc`` (of the largest fraction, mean over seeds) among them."""
 
 
+def split_features(backbone: Backbone, index: ChestIndex, image_size: int) -> dict[str, Tensor]:
+    """Frozen features of each split."""
+    return {name: extract(backbone, index.split(name), image_size) for name in SPLITS}
+
+
 def probe_scores(index: ChestIndex, x: dict[str, Tensor], train: ChestIndex | None = None) -> Scored:
     """Fit on train (or on the part of it whose labels may be used), choose on val, score test."""
     parts = {name: index.split(name) for name in SPLITS}
@@ -66,7 +71,7 @@ def probe_scores(index: ChestIndex, x: dict[str, Tensor], train: ChestIndex | No
 def score_backbone(index: ChestIndex, weights: Path | None, image_size: int, seed: int = 0) -> Scored:
     """Frozen features of a weights file (None: untrained, from ``seed``) through the probe."""
     backbone = load_backbone(weights, seed)
-    return probe_scores(index, {name: extract(backbone, index.split(name), image_size) for name in SPLITS})
+    return probe_scores(index, split_features(backbone, index, image_size))
 
 
 def score_metadata(index: ChestIndex) -> Scored | None:
@@ -155,8 +160,7 @@ class Evaluation:
         key = seed if self.start.random else 0
         if self._features is None or self._features[0] != key:
             backbone = self.start.backbone(key)
-            x = {name: extract(backbone, self.index.split(name), self.start.image_size) for name in SPLITS}
-            self._features = (key, x)
+            self._features = (key, split_features(backbone, self.index, self.start.image_size))
         return self._features[1]
 
     def finetuned(self, train: ChestIndex, seed: int, path: Path, identity: Record, keep: Path | None) -> Scored:

@@ -1,0 +1,185 @@
+// adjoint.hpp for problems with short rows, one to a lane (lanes.hpp): every mass is live, there is no loss on f or g, and so
+// M = T by rows over their sums.
+#pragma once
+#include "adjoint.hpp"
+#include "lanes.hpp"
+
+namespace otloss::OTLOSS_LEVEL {
+
+template <class T> struct LaneAdjoint : Lanes<T> {
+  using Base = Lanes<T>;
+  using Base::L, Base::n, Base::m, Base::a, Base::b, Base::C, Base::out, Base::at, Base::get, Base::put, Base::set, Base::entry;
+  using V = vec<T>;
+  const T eps, scale;
+  const bool solve;
+  V w{}, level{};  // upstream, by lane: of the transport cost, and of it and the value
+  T *M, *A, *y, *f, *fu, *S, *h, *v, *g, *root, *unroot, *z, *res, *dir, *work, *best;
+
+  LaneAdjoint(const Problem<T>* p, int count, Arena& arena, const T* const* f_in, const T* const* g_in, const Upstream<T>* up, bool solve)
+      : Base(p, count, arena), eps(p->eps), scale(exponent_scale(p->eps)), solve(solve) {
+    M = this->matrix();
+    for (T** x : {&A, &y, &f, &fu}) *x = this->rows();
+    for (T** x : {&S, &h, &g, &root, &unroot, &z, &res, &dir, &work, &best, &v}) {
+      *x = this->columns();
+      std::memset(*x, 0, sizeof(T) * m * L);
+    }
+    std::memset(fu, 0, sizeof(T) * n * L);
+    for (int lane = 0; lane < L; ++lane) {
+      const bool used = lane < count;
+      for (int i = 0; i < n; ++i) put(f, i, lane, used ? f_in[lane][i] : T(0));
+      for (int j = 0; j < m; ++j) put(g, j, lane, used ? g_in[lane][j] : T(0));
+      if (used) w[lane] = up[lane].cost, level[lane] = up[lane].cost + up[lane].value;
+    }
+  }
+
+  // M, A, S and the right-hand side; C becomes R.
+  void assemble() {
+    for (int i = 0; i < n; ++i) {
+      V total{}, sharp{};
+      const V fi = at(f, i);
+      for (int j = 0; j < m; ++j) {
+        const V reduced = (entry(C, i, j) - fi) - at(g, j), e = at(b, j) * exp2<T>(-reduced * scale);
+        set(C, i, j, reduced);
+        set(M, i, j, e);
+        total += e;
+        sharp += e * reduced;
+      }
+      out |= ~((total > Adjoint<T>::least) & (total < 1 / Adjoint<T>::least));
+      const V factor = 1 / total, mass = at(a, i) * total, average = w * sharp * factor, slope = mass * w, rest = mass * average;
+      set(A, i, mass);
+      set(y, i, average);
+      for (int j = 0; j < m; ++j) {
+        const V e = entry(M, i, j) * factor;
+        set(M, i, j, e);
+        set(S, j, at(S, j) + mass * e);
+        set(h, j, at(h, j) + e * (slope * entry(C, i, j) - rest));
+      }
+    }
+  }
+
+  void normal(const T* x, T* to) {
+    this->sweep(M, x, to, [this](int i, V s) __attribute__((always_inline)) {
+      set(fu, i, s);
+      return s * at(A, i);
+    });
+  }
+
+  V inner(const T* x, const T* z) const {
+    V total[2] = {};
+    int j = 0;
+    for (; j + 2 <= m; j += 2) total[0] += at(x, j) * at(z, j), total[1] += at(x, j + 1) * at(z, j + 1);
+    if (j < m) total[0] += at(x, j) * at(z, j);
+    return total[0] + total[1];
+  }
+
+  void project(T* x) const {
+    const V along = inner(x, root) / inner(root, root);
+    for (int j = 0; j < m; ++j) set(x, j, at(x, j) - along * at(root, j));
+  }
+
+  // Adjoint::conjugate_gradients, lane by lane. The squared sizes of the right-hand sides; V is left in `best`.
+  V conjugate_gradients() {
+    constexpr T target = Adjoint<T>::cg_target, noise = Adjoint<T>::cg_noise;
+    const int cap = Adjoint<T>::cg_cap(n, m);
+    for (int j = 0; j < m; ++j) {
+      const V mass = Base::square_root(at(S, j));
+      set(root, j, mass);
+      set(unroot, j, mass > 0 ? 1 / mass : V{});
+      set(res, j, at(h, j) * at(unroot, j));
+    }
+    project(res);
+    V terms{};
+    for (int i = 0; i < n; ++i) terms += at(A, i) * at(y, i) * at(y, i);
+    V start = inner(res, res);
+    const mask<T> trivial = start <= noise * noise * terms;
+    start = trivial ? V{} : start;
+    V norm = start, least = start;
+    mask<T> active = ~(trivial | out), last{};
+    std::memcpy(dir, res, sizeof(T) * m * L);
+    for (int k = 0; k < cap; ++k) {
+      active &= (norm > target * target * start) & (k - last < Adjoint<T>::cg_patience);
+      if (!any<T>(active)) break;
+      for (int j = 0; j < m; ++j) set(v, j, at(unroot, j) * at(dir, j));
+      normal(v, work);
+      for (int j = 0; j < m; ++j) set(work, j, at(dir, j) - at(unroot, j) * at(work, j));
+      project(work);
+      const V curvature = inner(dir, work);
+      active &= curvature > 0;
+      const V step = active ? norm / curvature : V{};
+      for (int j = 0; j < m; ++j) {
+        set(z, j, active ? at(z, j) + step * at(dir, j) : at(z, j));
+        set(res, j, active ? at(res, j) - step * at(work, j) : at(res, j));
+      }
+      const V next = inner(res, res), turn = active ? next / norm : V{};
+      for (int j = 0; j < m; ++j) set(dir, j, active ? at(res, j) + turn * at(dir, j) : at(dir, j));
+      norm = active ? next : norm;
+      const mask<T> better = active & (norm < least);
+      least = better ? norm : least;
+      last = better ? mask<T>{} + k : last;
+      for (int j = 0; j < m; ++j) set(best, j, better ? at(z, j) : at(best, j));
+    }
+    for (int j = 0; j < m; ++j) set(best, j, at(unroot, j) * at(best, j));
+    return start;
+  }
+
+  // V in `best`, U in `fu`; the residuals by lane.
+  V multipliers() {
+    const V start = conjugate_gradients();
+    normal(best, work);
+    for (int j = 0; j < m; ++j) set(res, j, (at(h, j) + at(work, j) - at(S, j) * at(best, j)) * at(unroot, j));
+    project(res);
+    for (int i = 0; i < n; ++i) set(fu, i, at(y, i) - at(fu, i));
+    return start == 0 ? V{} : Base::square_root(inner(res, res) / start);
+  }
+
+  // M becomes the gradient by the cost.
+  void gradient() {
+    const T ie = solve ? 1 / eps : T(0);
+    for (int i = 0; i < n; ++i) {
+      const V mass = at(A, i), slope = mass * ie, flat = mass * (at(fu, i) * ie + level), direct = -w * slope;
+      for (int j = 0; j < m; ++j)
+        set(M, i, j, entry(M, i, j) * (at(best, j) * slope + (entry(C, i, j) * direct + flat)));
+    }
+  }
+};
+
+template <class T>
+void implicit_lanes(const Problem<T>* p, int count, Arena& arena, const T* const* f, const T* const* g, const Upstream<T>* up,
+                    bool adjoint, const Gradient<T>* outs) {
+  const bool need_cost = outs->left;
+  mask<T> left;
+  {
+    LaneAdjoint<T> s(p, count, arena, f, g, up, adjoint);
+    vec<T> residual{};
+    if (adjoint || need_cost) {
+      s.fill([](int, const Cost<T>&) {});
+      s.assemble();
+    }
+    if (adjoint) residual = s.multipliers();
+    if (need_cost) {
+      s.gradient();
+      s.stage(s.M);
+    }
+    left = s.out;
+    for (int lane = 0; lane < count; ++lane) {
+      if (left[lane]) continue;
+      const Gradient<T>& out = outs[lane];
+      const T value = (adjoint ? up[lane].cost : T(0)) + up[lane].value;
+      for (int i = 0; i < s.n; ++i) out.a[i] = s.get(s.fu, i, lane) + value * f[lane][i];
+      for (int j = 0; j < s.m; ++j) out.b[j] = s.get(s.best, j, lane) + value * g[lane][j];
+      *out.residual = residual[lane];
+      if (!need_cost) continue;
+      const size_t mark = arena.used();
+      T* G = s.staged + lane * s.step();
+      const Cost<T> cost(p[lane], arena, false, true, G);
+      for (int i0 = 0; i0 < s.n; i0 += tile_rows) cost.pull(G + size_t(i0) * cost.ld, i0, tile_rows, out);
+      cost.finish(out);
+      arena.rewind(mark);
+    }
+  }
+  const Team alone;
+  for (int lane = 0; lane < count; ++lane)
+    if (left[lane]) implicit_gradient(p[lane], arena, alone, f[lane], g[lane], up[lane], adjoint, outs[lane]);
+}
+
+}  // namespace otloss::OTLOSS_LEVEL

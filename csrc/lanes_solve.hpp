@@ -1,0 +1,171 @@
+// solve.hpp for problems with short rows, one to a lane (lanes.hpp).
+#pragma once
+#include "lanes.hpp"
+#include "solve.hpp"
+
+namespace otloss::OTLOSS_LEVEL {
+
+template <class T> struct LaneSolver : Lanes<T> {
+  using Base = Lanes<T>;
+  using Base::L, Base::n, Base::m, Base::a, Base::b, Base::C, Base::out, Base::at, Base::get, Base::put, Base::set, Base::entry;
+  using V = vec<T>;
+  const T eps, scale;
+  T *K, *F, *G, *phi, *psi, *next_phi, *next_psi, *v;
+
+  LaneSolver(const Problem<T>* p, int count, Arena& arena) : Base(p, count, arena), eps(p->eps), scale(exponent_scale(p->eps)) {
+    K = this->matrix();
+    for (T** x : {&F, &phi, &next_phi}) *x = this->rows();
+    for (T** x : {&G, &psi, &next_psi, &v}) *x = this->columns();
+    for (int i = 0; i < n; ++i) set(phi, i, splat<T>(1));
+    for (int j = 0; j < m; ++j) set(psi, j, splat<T>(1)), set(G, j, V{});
+  }
+
+  // See Solver::run. n_iter, error and whether the error fell below tol, by lane.
+  void run(int64_t max_iter, T tol, int64_t* n_iter, T* error, bool* stopped) {
+    for (int i = 0; i < n; ++i) {
+      V top = -entry(C, i, 0);
+      for (int j = 1; j < m; ++j) top = max(-entry(C, i, j), top);
+      set(F, i, -top);
+    }
+    build(~mask<T>{});
+    if (max_iter == 0) std::memset(F, 0, sizeof(T) * n * L);
+    for (int lane = 0; lane < L; ++lane) n_iter[lane] = max_iter, stopped[lane] = false;
+    mask<T> active = ~out;
+    for (int64_t k = 0; k < max_iter && any<T>(active); ++k) {
+      V missed, reach;
+      iterate(missed, reach);
+      const mask<T> done = k > 0 ? active & (missed < tol) : mask<T>{}, lost = active & ~done & ~(reach <= Solver<T>::wide);
+      if (any<T>(done | lost)) {
+        for (int lane = 0; lane < L; ++lane)
+          if (done[lane]) n_iter[lane] = k, error[lane] = missed[lane], stopped[lane] = true;
+        out |= lost;
+        active &= ~(done | lost);
+      }
+      if (any<T>(~active)) {  // the others stay as they are
+        for (int i = 0; i < n; ++i) set(next_phi, i, active ? at(next_phi, i) : at(phi, i));
+        for (int j = 0; j < m; ++j) set(next_psi, j, active ? at(next_psi, j) : at(psi, j));
+      }
+      std::swap(phi, next_phi);
+      std::swap(psi, next_psi);
+      if (const mask<T> far = active & (reach > Solver<T>::safe); any<T>(far)) absorb(far);
+    }
+  }
+
+  // f and g of the state.
+  void potentials(T* f, T* g) const {
+    for (int i = 0; i < n * L; ++i) f[i] = F[i] + eps * std::log(phi[i]);
+    for (int j = 0; j < m * L; ++j) g[j] = G[j] + eps * std::log(psi[j]);
+  }
+
+ private:
+  void build(mask<T> where) {
+    for (int i = 0; i < n; ++i) {
+      const V f = at(F, i);
+      for (int j = 0; j < m; ++j) {
+        const V k = exp2<T>(((f + at(G, j)) - entry(C, i, j)) * scale);
+        set(K, i, j, where ? k : entry(K, i, j));
+      }
+    }
+  }
+
+  void iterate(V& missed, V& reach) {
+    V top = splat<T>(1), bottom = top, nothing{}, miss{};
+    const auto spread = [&](V s) __attribute__((always_inline)) {
+      top = max(s, top);
+      bottom = min(s, bottom);
+      nothing += s * T(0);  // NaN where a scaling is not finite
+    };
+    for (int j = 0; j < m; ++j) set(v, j, at(b, j) * at(psi, j));
+    this->sweep(K, v, next_psi, [&](int i, V s) __attribute__((always_inline)) {
+      const V mass = at(a, i), scaling = 1 / s;
+      miss += mass * Base::absolute(at(phi, i) * s - 1);
+      set(next_phi, i, scaling);
+      spread(scaling);
+      return mass * scaling;
+    });
+    for (int j = 0; j < m; ++j) {
+      const V scaling = 1 / at(next_psi, j);
+      set(next_psi, j, scaling);
+      spread(scaling);
+    }
+    missed = miss;
+    reach = max(top, 1 / bottom) + nothing;
+  }
+
+  void absorb(mask<T> where) {
+    const auto move = [&](T* x, T* scaling, int size) {
+      for (int i = 0; i < size; ++i)
+        for (int lane = 0; lane < L; ++lane)
+          if (where[lane]) {
+            put(x, i, lane, get(x, i, lane) + eps * std::log(get(scaling, i, lane)));
+            put(scaling, i, lane, T(1));
+          }
+    };
+    move(F, phi, n);
+    move(G, psi, m);
+    build(where);
+  }
+};
+
+// Solves up to `lanes` problems of one shape.
+template <class T>
+void solve_lanes(const Problem<T>* p, int count, Arena& arena, int64_t max_iter, T tol, const Solution<T>* outs) {
+  constexpr int L = lanes<T>;
+  using V = vec<T>;
+  mask<T> left;
+  {
+    LaneSolver<T> s(p, count, arena);
+    s.fill([&](int lane, const Cost<T>& cost) { cost.keep(outs[lane].kept); });
+    int64_t n_iter[L];
+    T error[L];
+    bool stopped[L];
+    s.run(max_iter, tol, n_iter, error, stopped);
+    left = s.out;
+
+    T *f = s.next_phi, *g = s.next_psi;
+    s.potentials(f, g);
+    double shift[L] = {};
+    for (int i = 0; i < s.n; ++i)
+      for (int lane = 0; lane < L; ++lane) shift[lane] -= 0.5 * double(s.get(s.a, i, lane)) * s.get(f, i, lane);
+    for (int j = 0; j < s.m; ++j)
+      for (int lane = 0; lane < L; ++lane) shift[lane] += 0.5 * double(s.get(s.b, j, lane)) * s.get(g, j, lane);
+    V move;
+    for (int lane = 0; lane < L; ++lane) move[lane] = T(shift[lane]);
+    for (int i = 0; i < s.n; ++i) s.set(f, i, s.at(f, i) + move);
+    for (int j = 0; j < s.m; ++j) s.set(g, j, s.at(g, j) - move);
+
+    double sharp[L] = {}, potential[L] = {}, mass[L] = {}, missed[L] = {};  // the sums of solve()
+    for (int i = 0; i < s.n; ++i) {
+      const V fi = s.at(f, i);
+      V t{}, tc{}, tg{};
+      for (int j = 0; j < s.m; ++j) {
+        const V c = s.entry(s.C, i, j), gj = s.at(g, j), k = exp2<T>(((fi + gj) - c) * s.scale) * s.at(s.b, j);
+        t += k;
+        tc += k * c;
+        tg += k * gj;
+      }
+      for (int lane = 0; lane < L; ++lane) {
+        const double a = s.get(s.a, i, lane), row = t[lane];
+        sharp[lane] += a * tc[lane];
+        potential[lane] += a * (fi[lane] * row + tg[lane]);
+        mass[lane] += a * row;
+        missed[lane] += a * std::fabs(row - 1);
+      }
+    }
+    for (int lane = 0; lane < count; ++lane) {
+      if (left[lane]) continue;
+      const Solution<T>& out = outs[lane];
+      for (int i = 0; i < s.n; ++i) out.f[i] = s.get(f, i, lane);
+      for (int j = 0; j < s.m; ++j) out.g[j] = s.get(g, j, lane);
+      *out.n_iter = n_iter[lane];
+      *out.cost = T(sharp[lane]);
+      *out.value = T(potential[lane] - s.eps * (mass[lane] - 1));
+      *out.error = stopped[lane] ? error[lane] : T(missed[lane]);
+    }
+  }
+  const Team alone;
+  for (int lane = 0; lane < count; ++lane)
+    if (left[lane]) solve(p[lane], arena, alone, max_iter, tol, outs[lane]);
+}
+
+}  // namespace otloss::OTLOSS_LEVEL
