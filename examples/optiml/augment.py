@@ -1,4 +1,4 @@
-"""Two random views of every image, from lightly's transforms, repeatable whatever process makes them.
+"""Random views of every image, from lightly's transforms, repeatable whatever process makes them.
 
 The random numbers of a view belong to (seed, epoch, image) and to nothing else. So a resumed run sees the
 views an uninterrupted one would have seen, and the number of worker processes changes nothing.
@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from lightly.transforms import BYOLTransform
 from lightly.transforms.byol_transform import BYOLView1Transform, BYOLView2Transform
+from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
@@ -57,7 +58,11 @@ def _number(key: tuple[int, ...]) -> int:
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=4).digest(), "big")
 
 
-def two_views(image_size: int, config: AugmentConfig) -> BYOLTransform:
+Views = Callable[[Image], "list[Tensor]"]
+"""Turns a film into its views, drawing from the global generators."""
+
+
+def two_views(image_size: int, config: AugmentConfig) -> Views:
     """VICReg's asymmetric pair. lightly's own ``VICRegTransform`` is symmetric; its BYOL views are the pair.
 
     Hue, saturation and grayscale do nothing to grey images; normalisation by ImageNet's three means turns the
@@ -67,21 +72,19 @@ def two_views(image_size: int, config: AugmentConfig) -> BYOLTransform:
     return BYOLTransform(BYOLView1Transform(**shared), BYOLView2Transform(**shared))
 
 
-class ViewDataset(Dataset[tuple[Tensor, Tensor]]):
-    """Images by (epoch, row), each as two views."""
+class ViewDataset(Dataset[tuple[Tensor, ...]]):
+    """Images by (epoch, row), each as its views."""
 
-    def __init__(self, images: ImageStore, image_size: int, config: AugmentConfig, seed: int) -> None:
-        self.images, self.seed = images, seed
-        self.transform = two_views(image_size, config)
+    def __init__(self, images: ImageStore, views: Views, seed: int) -> None:
+        self.images, self.views, self.seed = images, views, seed
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, ...]:  # type: ignore[override]
         epoch, row = key
         with seeded(self.seed, epoch, row):
-            first, second = cast("list[Tensor]", self.transform(self.images[row]))
-        return first, second
+            return tuple(self.views(self.images[row]))
 
 
 class EpochSampler(Sampler[tuple[int, int]]):

@@ -14,42 +14,53 @@ from .files import write_json
 from .methods import METHODS
 from .model import Norm
 
-#: What fills fields that were not set on the command line, and why (FAITHFULNESS.md has the whole story).
+#: What fills fields that were not set on the command line, and why (FAITHFULNESS.md has the whole story); a method may
+#: mean something else by a preset (``Method.presets``).
+#: ``recommended``: the rates of a working ResNet18 recipe (see README), and marginals that cannot collapse.
 #: ``paper``: the sentences of the paper taken literally, with the trust coefficient LARS is usually given. Weights
 #: hardly move under it, and the marginals collapse.
-#: ``recommended``: the rates of a working ResNet18 recipe (see README), and marginals that cannot collapse.
+#: ``official``: each baseline as its own authors train it; for OPTiML, of which there is no code, the paper's.
 #: Learning rates are for 64 images per batch and scale with it.
 PRESETS: dict[str, dict[str, Any]] = {
     "recommended": {
+        "optim.optimizer": "lars",
         "optim.lr": 0.3,
         "optim.weight_decay": 1e-4,
         "optim.trust": 0.02,
+        "optim.warmup_epochs": 2,
+        "augment.min_scale": 0.08,
         "expander.last_act": False,
         "options.optiml.marginals": "perplexity",
     },
     "paper": {
+        "optim.optimizer": "lars",
         "optim.lr": 3e-4,
         "optim.weight_decay": 1e-4,
         "optim.trust": 1e-3,
+        "optim.warmup_epochs": 2,
+        "augment.min_scale": 0.08,
         "expander.last_act": True,
         "options.optiml.marginals": "learned",
     },
 }
+PRESETS["official"] = PRESETS["paper"]
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """LARS with momentum, linear warm-up, then a cosine to a thousandth."""
+    """Warm-up, then a cosine to a thousandth, under LARS or SGD. SGD decays every parameter, as its users do."""
 
+    optimizer: Literal["lars", "sgd"] | None = None
+    """Unset: the preset's."""
     lr: float | None = None
     """Learning rate as used; unset: the preset's, times batch size / 64."""
     weight_decay: float | None = None
-    """Decay of weight matrices; biases and batch-norm parameters have none. Unset: the preset's."""
+    """Decay of weight matrices; under LARS biases and batch-norm parameters have none. Unset: the preset's."""
     trust: float | None = None
     """LARS's trust coefficient. Unset: the preset's."""
     momentum: float = 0.9
-    warmup_epochs: int = 2
-    """Epochs of linear warm-up, at most a fifth of all epochs."""
+    warmup_epochs: int | None = None
+    """Epochs of linear warm-up, at most a fifth of all epochs. Unset: the preset's."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +75,10 @@ class ExpanderConfig:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """VICReg's two asymmetric views."""
+    """The views; which ones, is the method's."""
 
-    min_scale: float = 0.08
-    """Smallest share of the image a crop may show. Small crops can miss the lesion."""
+    min_scale: float | None = None
+    """Smallest share of the image a crop may show. Small crops can miss the lesion. Unset: the preset's."""
     hflip: float = 0.5
     """Probability of a mirror image. It moves the heart to the wrong side; 0 keeps it."""
 
@@ -110,8 +121,9 @@ class PretrainConfig:
     out: Path
     """Run folder: config.json, metrics.csv, monitor.csv, last.ckpt and finally backbone.pth and MODEL_CARD.md."""
     method: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(METHODS) + "}")] = "optiml"
-    preset: Literal["recommended", "paper"] = "recommended"
-    """Values for what is not set: "recommended" trains; "paper" is all as printed (with --all-images: its images)."""
+    preset: Literal["recommended", "paper", "official"] = "recommended"
+    """Values for what is not set: "recommended" trains; "paper" is all as printed (with --all-images: its images);
+    "official" is each baseline as its authors train it."""
     epochs: int = 300
     batch_size: int = 64
     """Images per step, of all processes together."""
@@ -153,7 +165,8 @@ class PretrainConfig:
     def resolve(self) -> PretrainConfig:
         """With every unset field filled from the preset."""
         filled = self
-        for path, value in PRESETS[self.preset].items():
+        values = {**PRESETS[self.preset], **METHODS[self.method].presets.get(self.preset, {})}
+        for path, value in values.items():
             value = value * self.batch_size / 64 if path == "optim.lr" else value
             filled = _fill(filled, path.split("."), value)
         return filled

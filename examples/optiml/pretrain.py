@@ -40,7 +40,7 @@ from .model import set_norm
 from .model_card import write_model_card
 from .monitor import Monitor
 
-ViewLoader = DataLoader[tuple[torch.Tensor, torch.Tensor]]
+ViewLoader = DataLoader[tuple[torch.Tensor, ...]]
 LAST, BACKBONE, LOG, MONITOR, CARD = "last.ckpt", "backbone.pth", "metrics.csv", "monitor.csv", "MODEL_CARD.md"
 INTERRUPTED = 130  # the exit code that shells give to Ctrl-C
 
@@ -122,13 +122,14 @@ def build(config: PretrainConfig) -> Method:
 
 
 def view_loader(train: ChestIndex, config: PretrainConfig, world: World) -> ViewLoader:
-    """This process's share of batches of two views.
+    """This process's share of batches of views.
 
     The last, smaller batch is dropped: covariance divides by the batch size.
     """
     # Decode once at twice the view's size, so that a crop is enlarged little; 256 is the field's usual size.
     size = max(config.image_size, min(2 * config.image_size, 256))
-    dataset = ViewDataset(ImageStore(train.paths, size), config.image_size, config.augment, config.seed)
+    views = METHODS[config.method].views(config.image_size, config.augment)
+    dataset = ViewDataset(ImageStore(train.paths, size), views, config.seed)
     return DataLoader(
         dataset,
         batch_size=world.share(config.batch_size),
@@ -178,7 +179,7 @@ def make_trainer(
         accelerator=config.accelerator,
         devices=world.per_node,
         num_nodes=world.nodes,
-        strategy="ddp" if world.size > 1 else "auto",
+        strategy=METHODS[config.method].strategy if world.size > 1 else "auto",
         use_distributed_sampler=False,
         sync_batchnorm=world.size > 1 and config.norm == "batch",
         precision=config.precision,

@@ -46,8 +46,8 @@ class XrayConfig:
     batch_size: int = 64
     image_size: int | None = None
     """Unset: that of the first ``run``, or 64."""
-    min_scale: float = 0.08
-    """Smallest share of the film that a crop of the pretraining shows."""
+    min_scale: float | None = None
+    """Smallest share of the film that a crop of the pretraining shows. Unset: the method's."""
     pretrain_seeds: tuple[int, ...] = (0,)
     workers: int = 0
 

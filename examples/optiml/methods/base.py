@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -10,15 +11,16 @@ import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 from lightly.utils.lars import LARS
-from lightly.utils.scheduler import CosineWarmupScheduler
+from lightly.utils.scheduler import cosine_warmup_schedule
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
-from ..augment import seed_all
+from ..augment import Views, seed_all, two_views
 from ..distributed import every_row, whole_batch
 from ..model import Backbone, imagenet_weights
 
 if TYPE_CHECKING:
-    from ..config import PretrainConfig
+    from ..config import AugmentConfig, PretrainConfig
 
 
 class NonFiniteLoss(RuntimeError):
@@ -36,10 +38,18 @@ class StepOutput:
 class Method(pl.LightningModule):
     """A self-supervised method. Subclasses build their heads after ``super().__init__`` and define :meth:`step`.
 
-    The backbone is built first, so that all methods start from the same weights under the same seed.
+    The backbone is built first, so that all methods start from the same weights under the same seed. What changes
+    outside of gradient descent (a momentum encoder, a queue) changes inside of :meth:`step`, before the gradient is
+    taken, and lies in parameters or buffers: then a checkpoint after any step holds all of it.
     """
 
     Options: ClassVar[type] = type(None)
+    #: What a preset means for this method where that differs, by preset and then by field, as in ``config.PRESETS``.
+    presets: ClassVar[dict[str, dict[str, Any]]] = {}
+    #: Children whose learning rate follows neither warm-up nor cosine.
+    constant_rate: ClassVar[frozenset[str]] = frozenset()
+    #: Lightning's strategy for several processes; another where a step leaves parameters without gradient.
+    strategy: ClassVar[str] = "ddp"
     #: Logged figures of which the largest over processes counts; of all others it is the mean.
     maxima: ClassVar[frozenset[str]] = frozenset({"marginal_error"})
 
@@ -56,9 +66,20 @@ class Method(pl.LightningModule):
         self.stopping = False
         """Some process was told to stop; the same in all processes after each step."""
 
-    def step(self, first: Tensor, second: Tensor) -> StepOutput:
-        """The loss of two views (B, 3, H, W) of the same images."""
+    @classmethod
+    def views(cls, image_size: int, config: AugmentConfig) -> Views:
+        """What turns a film into the views that :meth:`step` takes."""
+        return two_views(image_size, config)
+
+    def step(self, *views: Tensor) -> StepOutput:
+        """The loss of a batch; each view is (B, 3, H, W), row i of every view shows image i."""
         raise NotImplementedError
+
+    def done(self) -> float:
+        """Share of the run's steps that are done, for what follows a schedule; 0 outside of a run."""
+        if self._trainer is None:
+            return 0.0
+        return self.trainer.global_step / int(self.trainer.estimated_stepping_batches)
 
     def watched(self) -> dict[str, nn.Module | None]:
         """Modules whose gradient norm is logged as ``grad_<name>``, to see that they are being trained."""
@@ -69,7 +90,7 @@ class Method(pl.LightningModule):
         rank = dist.get_rank() if dist.is_initialized() else 0
         seed_all(self.config.seed, self.current_epoch, batch_idx, rank)
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         out = self.step(*batch)
         self.last_log = self._log_of_all({"loss": out.loss, **out.log})
         # The loss of all processes, so that all stop if one must.
@@ -98,25 +119,37 @@ class Method(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optim = self.config.optim
-        assert optim.lr is not None and optim.weight_decay is not None and optim.trust is not None
-        trained = [p for p in self.parameters() if p.requires_grad]
-        # lightly's LARS adapts a parameter if and only if its group decays, so biases and norms, which must
-        # be left alone, are a group of their own; a decay of 0 for matrices would switch LARS off unseen.
-        decay = max(optim.weight_decay, 1e-12)
-        optimizer = LARS(
-            [
-                {"params": [p for p in trained if p.ndim > 1], "weight_decay": decay},
-                {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-            ],
-            lr=optim.lr,
-            momentum=optim.momentum,
-            trust_coefficient=optim.trust,
-        )
+        assert optim.warmup_epochs is not None
+        groups = self._parameter_groups()
+        optimizer = self._optimizer(groups)
         total = int(self.trainer.estimated_stepping_batches)
-        epochs = self.config.epochs
-        warmup = int(total * min(optim.warmup_epochs / epochs, 0.2))
-        schedule = CosineWarmupScheduler(optimizer, warmup_epochs=warmup, max_epochs=total, end_value=1e-3)
+        warmup = int(total * min(optim.warmup_epochs / self.config.epochs, 0.2))
+
+        def scale(step: int) -> float:
+            return cosine_warmup_schedule(step, total, start_value=1.0, end_value=1e-3, warmup_steps=warmup,
+                                          warmup_start_value=0.0)  # fmt: skip
+
+        schedule = LambdaLR(optimizer, [(lambda _: 1.0) if group["constant"] else scale for group in groups])
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        """Trained parameters by whether their rate is constant and whether they are matrices; none is empty."""
+        found: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        for name, p in self.named_parameters():
+            if p.requires_grad:
+                found.setdefault((name.partition(".")[0] in self.constant_rate, p.ndim > 1), []).append(p)
+        return [{"params": found[key], "constant": key[0], "matrices": key[1]} for key in sorted(found, reverse=True)]
+
+    def _optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        optim = self.config.optim
+        assert optim.lr is not None and optim.weight_decay is not None and optim.trust is not None
+        if optim.optimizer == "sgd":
+            return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay)
+        # lightly's LARS adapts a parameter if and only if its group decays, so biases and norms, which must
+        # be left alone, are groups of their own; a decay of 0 for matrices would switch LARS off unseen.
+        for group in groups:
+            group["weight_decay"] = max(optim.weight_decay, 1e-12) if group["matrices"] else 0.0
+        return LARS(groups, lr=optim.lr, momentum=optim.momentum, trust_coefficient=optim.trust)
 
 
 def spread(embeddings: Tensor) -> Tensor:
