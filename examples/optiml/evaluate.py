@@ -21,7 +21,7 @@ from .probe import fit_probe
 from .records import Record, finished, write_record
 from .scores import Scored, figures_table, mean_figures, summarise
 from .start import Start, StartConfig, default_out, resolve
-from .subsets import label_fraction, write_ids
+from .subsets import check_fractions, check_seeds, default_seeds, label_fraction, write_ids
 from .training import TrainConfig
 
 Protocol = Literal["linear", "finetune"]
@@ -35,8 +35,9 @@ class EvaluateConfig(StartConfig):
     """linear: frozen features, logistic regression. finetune: backbone and classifier together."""
     fractions: tuple[float, ...] = (1.0,)
     """Shares of the training images whose labels may be used, e.g. 0.01 0.1 1.0."""
-    seeds: tuple[int, ...] = (0,)
-    """Each draws its own patients; with --untrained also its own weights. Take 5 at 1 % of a small set."""
+    seeds: tuple[int, ...] | None = None
+    """Each draws its own patients; with --untrained also its own weights. Unset: 0 to 4 for fractions below a tenth,
+    where a few patients decide, 0 to 2 for others."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """How to fine-tune."""
     keep: tuple[float, ...] = (0.01,)
@@ -47,6 +48,15 @@ class EvaluateConfig(StartConfig):
     """Folder of records, scores and ids; unset: ``evaluate`` in the run folder, else ``runs/ARM-DATASET``."""
     json: Path | None = None
     """Also write all figures here, ``macro_auc`` (of the largest fraction, mean over seeds) among them."""
+
+    def __post_init__(self) -> None:
+        check_fractions("fractions", self.fractions)
+        if self.seeds is not None:
+            check_seeds("seeds", self.seeds)
+
+    def seeds_of(self, fraction: float) -> tuple[int, ...]:
+        """The seeds that were named, or the usual ones."""
+        return default_seeds(fraction) if self.seeds is None else self.seeds
 
 
 def split_features(backbone: Backbone, index: ChestIndex, image_size: int) -> dict[str, Tensor]:
@@ -116,8 +126,9 @@ class Evaluation:
     def plan(self) -> list[tuple[float, int]]:
         """Fractions and seeds; all labels under a frozen trained network leave nothing to chance, so once."""
         sure = self.config.protocol == "linear" and not self.start.random
-        seeds = self.config.seeds
-        return [(f, s) for s in seeds for f in self.config.fractions if not (sure and f == 1.0 and s != seeds[0])]
+        seeds = {f: self.config.seeds_of(f)[: 1 if sure and f == 1.0 else None] for f in self.config.fractions}
+        # Seed by seed, since features of random weights are kept for one seed only.
+        return [(f, s) for s in dict.fromkeys(sum(seeds.values(), ())) for f in seeds if s in seeds[f]]
 
     def records(self) -> list[Record]:
         """All records, made or found."""

@@ -29,6 +29,7 @@ from .metrics import Estimate, Floats, patient_draws
 from .model import device
 from .records import Record, finished, write_record
 from .start import Start, StartConfig, default_out, resolve
+from .subsets import check_fractions, check_seeds
 
 MIN_SIDE, TOP = 4, 0.1
 
@@ -47,6 +48,10 @@ class HeatmapConfig(StartConfig):
     draws: int = 1000
     out: Path | None = None
     """Folder of ``evaluate``'s records, where the networks are; unset: as for ``evaluate``."""
+
+    def __post_init__(self) -> None:
+        check_fractions("fraction", (self.fraction,))
+        check_seeds("seeds", self.seeds)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from .masks import MaskSet, MaskTask, fingerprint, mask_set
 from .model import Backbone, device
 from .records import Record, finished, write_record
 from .start import Start, StartConfig, default_out, resolve
-from .subsets import label_fraction, write_ids
+from .subsets import check_fractions, check_seeds, label_fraction, write_ids
 from .training import TrainConfig, fit, jitter
 
 
@@ -38,6 +38,10 @@ class SegmentConfig(StartConfig):
     """Bootstrap replicates."""
     out: Path | None = None
     """Folder of records; unset: as for ``evaluate``."""
+
+    def __post_init__(self) -> None:
+        check_fractions("fractions", self.fractions)
+        check_seeds("seeds", self.seeds)
 
 
 def unet(backbone: Backbone, seed: int) -> nn.Module:
