@@ -22,7 +22,7 @@ from torchvision.models import resnet18
 
 from examples.optiml.__main__ import cli
 from examples.optiml.data import ChestIndex, read_index
-from examples.optiml.evaluate import EvaluateConfig, evaluate, source_record
+from examples.optiml.evaluate import EvaluateConfig, Evaluation, evaluate, source_record
 from examples.optiml.evaluate import main as evaluate_command
 from examples.optiml.finetune import finetune, predict
 from examples.optiml.heatmap import HeatmapConfig, heatmap
@@ -32,6 +32,7 @@ from examples.optiml.paper import TABLE1, TABLE2, arm_of, paper_dataset
 from examples.optiml.phantom import PHANTOM_CLASSES
 from examples.optiml.report import build, report
 from examples.optiml.scores import Scored, summarise
+from examples.optiml.segment import SegmentConfig
 from examples.optiml.start import StartConfig, resolve
 from examples.optiml.subsets import label_fraction, write_ids
 from examples.optiml.tables import markdown
@@ -76,6 +77,41 @@ def test_fractions_are_nested_seeded_and_by_patient(phantoms: Path, tmp_path: Pa
     assert set(label_fraction(train, 0.1, 0).names) != set(label_fraction(train, 0.1, 1).names)
     with pytest.raises(ValueError, match=r"fraction must be in \(0, 1\], not 0"):
         label_fraction(train, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--fractions", "0"], "fractions must be one or more different numbers in (0, 1], not 0"),
+        (["--fractions", "0.1", "-0.5"], "not 0.1 -0.5"),
+        (["--fractions", "1.5"], "not 1.5"),
+        (["--fractions", "0.1", "0.1"], "not 0.1 0.1"),
+        (["--fractions"], "not none"),
+        (["--seeds"], "seeds must be one or more different whole numbers from 0 up, not none"),
+        (["--seeds", "3", "3"], "not 3 3"),
+        (["--seeds", "-1"], "not -1"),
+    ],
+)
+def test_bad_fractions_and_seeds_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    for command in ("evaluate", "segment", "xray"):
+        with pytest.raises(SystemExit):
+            cli([command, "--data", str(tmp_path), *options])
+        shown = " ".join(capsys.readouterr().err.replace("│", " ").split())
+        assert message in shown, command
+    with pytest.raises(ValueError, match="fraction must be one or more"):
+        HeatmapConfig(tmp_path, fraction=2.0)
+
+
+def test_small_fractions_get_more_seeds(phantoms: Path) -> None:
+    untrained = Evaluation(EvaluateConfig(phantoms, untrained=True, fractions=(0.01, 0.1, 1.0)), QUIET)
+    assert sorted(untrained.plan()) == [(f, s) for f, n in ((0.01, 5), (0.1, 3), (1.0, 3)) for s in range(n)]
+    named = Evaluation(dataclasses.replace(untrained.config, seeds=(7, 2)), QUIET)
+    assert named.plan() == [(f, s) for s in (7, 2) for f in (0.01, 0.1, 1.0)]
+    frozen = dataclasses.replace(untrained.start, weights=Path("backbone.pth"))  # leaves nothing to chance
+    untrained.start = named.start = frozen
+    assert [s for f, s in untrained.plan() if f == 1.0] == [0] and [s for f, s in named.plan() if f == 1.0] == [7]
 
 
 def test_a_patient_with_one_image_and_one_with_many() -> None:
@@ -284,6 +320,41 @@ def test_every_stage_ends_in_the_report_and_is_not_repeated(phantoms: Path, tmp_
         report([*records, records[0]], tmp_path / "twice", QUIET)
     with pytest.raises(SystemExit, match=r"is missing: run evaluate --protocol finetune --fractions 0\.5 first"):
         heatmap(HeatmapConfig(phantoms, untrained=True, image_size=32, fraction=0.5, out=tmp_path), QUIET)
+
+
+def finished_run(folder: Path, seed: int = 0, **changes: float) -> Path:
+    """What ``xray --run`` looks at."""
+    folder.mkdir(parents=True)
+    config = {"method": "optiml", "seed": seed, "image_size": 32, "val_fraction": 0.3, "split_seed": 5, **changes}
+    (folder / "config.json").write_text(json.dumps(config))
+    torch.save(load_backbone(None).state_dict(), folder / "backbone.pth")
+    return folder
+
+
+def test_runs_of_one_name_or_row_or_other_patients_are_refused(phantoms: Path, tmp_path: Path) -> None:
+    first = finished_run(tmp_path / "a" / "run")
+    for other, message in (
+        (finished_run(tmp_path / "b" / "run", seed=1), "two networks have the name 'run'"),
+        (finished_run(tmp_path / "untrained", seed=1), "two networks have the name 'untrained'"),
+        (finished_run(tmp_path / "c"), "two networks have the row of the report 'optiml, seed 0'"),
+        (finished_run(tmp_path / "d", seed=1, val_fraction=0.2), "val_fraction 0.2, split_seed 5 and val_fraction 0.3"),
+    ):
+        with pytest.raises(SystemExit, match=f"^--run: .*{message}"):
+            xray(XrayConfig(phantoms, tmp_path / "out", run=(first, other)), QUIET)
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_row_of_xray_has_the_runs_validation_patients(
+    phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[StartConfig] = []
+    for stage in ("evaluate", "segment", "heatmap"):
+        monkeypatch.setattr(f"examples.optiml.xray.{stage}", lambda config, console: asked.append(config) or [])
+    xray(XrayConfig(phantoms, tmp_path / "out", run=(finished_run(tmp_path / "run"),)), QUIET)
+    assert {type(config) for config in asked} == {EvaluateConfig, SegmentConfig, HeatmapConfig}
+    assert sum(config.untrained for config in asked) == len(asked) / 2
+    splits = [resolve(config).index().splits.tolist() for config in asked]
+    assert all(split == read_index(phantoms, 0.3, 5).splits.tolist() for split in splits)
 
 
 def made(arm: str, dataset: str, fraction: float, seed: int, auc: float | None, protocol: str = "finetune") -> dict:

@@ -21,7 +21,10 @@ from .records import Record
 from .report import report
 from .segment import SegmentConfig, segment
 from .start import StartConfig, resolve
+from .subsets import LARGE_SEEDS, SMALL, SMALL_SEEDS, check_fractions, check_seeds
 from .training import TrainConfig
+
+UNTRAINED = "untrained"
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class XrayConfig:
     """Also copy the report here (Markdown, CSV, PNG and JSON, without weights or images of the size of a data set)."""
 
     run: tuple[Path, ...] = ()
-    """Pretrained run folders to take instead of pretraining."""
+    """Pretrained run folders to take instead of pretraining; all rows get the first one's validation patients."""
     method: str = "optiml"
     epochs: int = 10
     batch_size: int = 64
@@ -52,9 +55,9 @@ class XrayConfig:
     workers: int = 0
 
     fractions: tuple[float, ...] = (0.01, 0.1, 1.0)
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    seeds: tuple[int, ...] = SMALL_SEEDS
     """Of fractions below a tenth, where few patients decide."""
-    large_seeds: tuple[int, ...] = (0, 1, 2)
+    large_seeds: tuple[int, ...] = LARGE_SEEDS
     """Of the other fractions."""
     finetune: TrainConfig = field(default_factory=lambda: TrainConfig(lr=1e-3, epochs=5, min_steps=60, checks=5))
     """How to fine-tune; short runs want a larger learning rate than the 1e-4 of long ones."""
@@ -73,18 +76,29 @@ class XrayConfig:
     figure_images: int = 6
     draws: int = 1000
 
+    def __post_init__(self) -> None:
+        check_fractions("fractions", self.fractions)
+        check_fractions("segment_fractions", self.segment_fractions)
+        check_seeds("segment_seeds", self.segment_seeds)
+        if any(f < SMALL for f in self.fractions):
+            check_seeds("seeds", self.seeds)
+        if any(f >= SMALL for f in self.fractions):
+            check_seeds("large_seeds", self.large_seeds)
+        if not self.run:
+            check_seeds("pretrain_seeds", self.pretrain_seeds)
+
 
 def xray(config: XrayConfig, console: Console | None = None) -> Path:
     """All stages; returns the report."""
     console = console or Console()
-    index = open_index(config.data)
+    common = _common(config)
+    config = dataclasses.replace(config, image_size=common["image_size"])
+    held_out = common["val_fraction"], common["split_seed"]
+    index = open_index(config.data, *held_out)
     if config.segment_data is not None:  # a wrong --label is worth knowing before hours of pretraining
-        mask_set(open_index(config.segment_data), config.label)
+        mask_set(open_index(config.segment_data, *held_out), config.label)
     elif has_outlines(index, config.label):
         config = dataclasses.replace(config, segment_data=config.data)
-    if config.image_size is None:
-        size = resolve(StartConfig(config.data, run=config.run[0])).image_size if config.run else 64
-        config = dataclasses.replace(config, image_size=size)
     console.rule("pretrain")
     runs = config.run or tuple(_pretrained(config, seed, console) for seed in config.pretrain_seeds)
     dataset = config.dataset or config.data.resolve().name
@@ -94,13 +108,32 @@ def xray(config: XrayConfig, console: Console | None = None) -> Path:
         records.append(alone)
     boxed = bool(targets(index.split("test")))
     for start in (None, *runs):
-        records += _downstream(config, start, dataset, downstream, boxed, console)
+        records += _downstream(config, start, common, dataset, downstream, boxed, console)
     console.rule("report")
     path = report(records, config.out / "report", console)
     if config.results:
         shutil.copytree(path.parent, config.results, dirs_exist_ok=True)
         console.print(f"Copied to {config.results}")
     return path
+
+
+def _common(config: XrayConfig) -> dict[str, Any]:
+    """What all rows share: the size and the validation patients of the runs, or else the usual ones.
+
+    Ends the command where two runs would have one folder or one row, or cannot be compared.
+    """
+    starts = [resolve(StartConfig(config.data, run=run)) for run in config.run]
+    names = [UNTRAINED, *(run.name for run in config.run)]
+    rows = [f"{start.arm}, seed {start.pretraining.get('seed')}" for start in starts]
+    for what, keys in (("name", names), ("row of the report", rows)):
+        if twice := next((key for key in keys if keys.count(key) > 1), None):
+            raise SystemExit(f"--run: two networks have the {what} {twice!r}; run xray for each, under its own --out")
+    if len(splits := {(start.val_fraction, start.split_seed) for start in starts}) > 1:
+        shown = " and ".join(f"val_fraction {share}, split_seed {seed}" for share, seed in sorted(splits))
+        raise SystemExit(f"--run: the networks held out different validation patients ({shown}); run xray for each")
+    like = starts[0] if starts else PretrainConfig(config.data, config.out, image_size=64)
+    size = config.image_size or like.image_size
+    return {"image_size": size, "val_fraction": like.val_fraction, "split_seed": like.split_seed}
 
 
 def _pretrained(config: XrayConfig, seed: int, console: Console) -> Path:
@@ -117,13 +150,14 @@ def _pretrained(config: XrayConfig, seed: int, console: Console) -> Path:
 
 
 def _downstream(
-    config: XrayConfig, start: Path | None, dataset: str, folder: Path, boxed: bool, console: Console
-) -> list[Record]:
+    config: XrayConfig, start: Path | None, common: dict[str, Any], dataset: str, folder: Path, boxed: bool,
+    console: Console,
+) -> list[Record]:  # fmt: skip
     """Stages 3 to 5 of one backbone (None: untrained)."""
-    name = "untrained" if start is None else start.name
-    source: dict[str, Any] = {"run": start, "untrained": start is None, "image_size": config.image_size}
-    small = tuple(f for f in config.fractions if f < 0.1)
-    rest = tuple(f for f in config.fractions if f >= 0.1)
+    name = UNTRAINED if start is None else start.name
+    source: dict[str, Any] = {"run": start, "untrained": start is None, **common}
+    small = tuple(f for f in config.fractions if f < SMALL)
+    rest = tuple(f for f in config.fractions if f >= SMALL)
     plan = [(fs, seeds) for fs, seeds in ((small, config.seeds), (rest, config.large_seeds)) if fs]
     out, records = folder / dataset / name, list[Record]()
     for protocol in get_args(Protocol):
