@@ -37,8 +37,6 @@ def report(results: Path) -> str:
     parts = [_aucs(order, runs, special.get("metadata")), _alive(order, runs)]
     if "differences" in special:
         parts.insert(1, _differences(special["differences"]))
-    if "example" in special:
-        parts.append(_phantoms(special["example"]))
     return "\n\n".join(["", *(part for part in parts if part), _made(runs), ""])
 
 
@@ -104,15 +102,6 @@ def _alive(order: list[str], runs: dict[str, list[dict[str, Any]]]) -> str:
             ]
         lines.append(f"| {name} | {' | '.join(cells)} | {mean('std_q'):.3f} | {seconds:.2f} |")
     return "\n".join(lines) if len(lines) > 2 else ""
-
-
-def _phantoms(record: dict[str, Any]) -> str:
-    """The example's table, recorded by ``example --json results/example.json``."""
-    films = "{train} training and {test} test films at {px} px".format(**record["films"])
-    lines = [f"| on phantoms ({films}) | macro AUC [95 %] |", "| --- | --- |"]
-    for name, figures in record["rows"].items():
-        lines.append("| {} | {value:.3f} [{low:.3f}, {high:.3f}] |".format(name, **figures["macro"]))
-    return "\n".join(lines)
 
 
 def _made(runs: dict[str, list[dict[str, Any]]]) -> str:
