@@ -12,7 +12,6 @@ from .data import UnreadableImage
 from .evaluate import EvaluateConfig
 from .example import ExampleConfig
 from .heatmap import HeatmapConfig
-from .layout import PhantomConfig
 from .prepare.config import PrepareConfig
 from .pretrain import INTERRUPTED
 from .report import ReportConfig
@@ -23,7 +22,6 @@ from .xray import XrayConfig
 COMMANDS = {
     "example": (ExampleConfig, "example"),
     "xray": (XrayConfig, "xray"),
-    "phantom": (PhantomConfig, "layout"),
     "prepare": (PrepareConfig, "prepare.command"),
     "pretrain": (PretrainConfig, "pretrain"),
     "evaluate": (EvaluateConfig, "evaluate"),

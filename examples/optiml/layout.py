@@ -7,12 +7,11 @@ The official files: ``Data_Entry_2017_v2020.csv`` (labels; its header holds unqu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
-from rich.progress import Progress
 
 from .phantom import Phantom, draw
 
@@ -32,7 +31,7 @@ VISITS = 2
 
 @dataclass(frozen=True)
 class PhantomConfig:
-    """Write a folder of chest-like phantoms in the layout of NIH ChestX-ray14."""
+    """Which phantoms to draw, and where to."""
 
     out: Path
     """Folder to write; must not hold another data set."""
@@ -50,18 +49,16 @@ class PhantomConfig:
         return f"{replace(self, out=Path())}\n"
 
 
-def write_phantoms(config: PhantomConfig, tick: Callable[[int, int], None] = lambda done, total: None) -> Path:
+def write_phantoms(config: PhantomConfig) -> Path:
     """Draw ``config.train + config.test`` films, ``VISITS`` per patient, and write them; returns the folder."""
     for count, name in ((config.train, "train"), (config.test, "test")):
         if count < VISITS or count % VISITS:
             raise ValueError(f"{name} must be a positive multiple of {VISITS} (visits per patient), not {count}")
-    total = config.train + config.test
 
     def films() -> Iterable[tuple[str, int, int, Phantom]]:
-        for index in range(total):
+        for index in range(config.train + config.test):
             patient, visit = index // VISITS + 1, index % VISITS
             yield f"{patient:08d}_{visit:03d}.png", patient, visit, draw(config.seed, patient, visit, config.size)
-            tick(index + 1, total)
 
     return write_layout(config.out, films(), config.train, config.origin())
 
@@ -69,7 +66,7 @@ def write_phantoms(config: PhantomConfig, tick: Callable[[int, int], None] = lam
 def write_layout(root: Path, films: Iterable[tuple[str, int, int, Phantom]], train: int, origin: str) -> Path:
     """Write films (name, patient, visit, phantom) in order; the first ``train`` go on the train/validation list."""
     if (root / ENTRY_FILE).exists():
-        raise FileExistsError(f"{root} already holds a data set; choose another --out or delete it first")
+        raise FileExistsError(f"{root} already holds a data set; choose another folder or delete it first")
     (root / "images").mkdir(parents=True, exist_ok=True)
     entries, boxes, names = [ENTRY_HEADER], [BOX_HEADER], []
     for name, patient, visit, film in films:
@@ -91,11 +88,3 @@ def write_layout(root: Path, films: Iterable[tuple[str, int, int, Phantom]], tra
     # Written last: its presence says that the folder is complete.
     (root / ENTRY_FILE).write_text("\n".join(entries) + "\n")
     return root
-
-
-def main(config: PhantomConfig) -> None:
-    """The ``phantom`` command."""
-    with Progress() as progress:
-        task = progress.add_task("drawing phantoms", total=config.train + config.test)
-        write_phantoms(config, lambda done, _: progress.update(task, completed=done))
-    print(f"{config.train + config.test} films in {config.out}")
