@@ -27,7 +27,7 @@ from examples.optiml.evaluate import main as evaluate_command
 from examples.optiml.finetune import finetune, predict
 from examples.optiml.heatmap import HeatmapConfig, heatmap
 from examples.optiml.layout import PhantomConfig, write_phantoms
-from examples.optiml.model import load_backbone
+from examples.optiml.model import Backbone, load_backbone, set_norm
 from examples.optiml.paper import TABLE1, TABLE2, arm_of, paper_dataset
 from examples.optiml.phantom import PHANTOM_CLASSES
 from examples.optiml.report import build, report
@@ -216,6 +216,12 @@ def test_weights_from_elsewhere(tmp_path: Path) -> None:
     path, theirs = tmp_path / "x.pth", resnet18(weights=None)
     torch.save(theirs.state_dict(), path)  # with its classifier
     assert torch.equal(load_backbone(path).conv1.weight, theirs.conv1.weight)
+    frozen = Backbone()
+    set_norm(frozen, "frozen")
+    torch.save(frozen.state_dict(), path)
+    thawed = load_backbone(path).train()  # fine-tuned as any other network
+    thawed(torch.randn(2, 3, 32, 32))
+    assert not torch.equal(thawed.bn1.running_mean, frozen.bn1.running_mean)
     torch.save({"state_dict": theirs.state_dict()}, path)
     with pytest.raises(SystemExit, match=r"x\.pth holds no ResNet18 weights under torchvision's names \(.*conv1"):
         load_backbone(path)

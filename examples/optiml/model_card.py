@@ -10,7 +10,7 @@ import numpy as np
 
 from .callbacks import epoch_means, read_log
 from .config import PretrainConfig
-from .data import SPLITS, ChestIndex
+from .data import SPLITS, ChestIndex, read_index
 from .distributed import World
 from .provenance import provenance
 
@@ -40,6 +40,12 @@ def _card(config: PretrainConfig, index: ChestIndex, train: ChestIndex, world: W
     )
     if config.init == "imagenet":
         seen += " Training started from torchvision's ImageNet weights (IMAGENET1K_V1)."
+    if config.norm == "frozen":
+        seen += " Batch norms were frozen as they were at the start; in training mode the network above thaws them."
+    if "val" in read_index(config.data, val_fraction=0.0, quiet=True).splits:
+        validation = "the validation set is the data set's own"
+    else:
+        validation = f"validation share {config.val_fraction}, split seed {config.split_seed}"
     lines = [
         f"# ResNet18, pretrained by {config.method} on {len(train):,} chest X-rays",
         "",
@@ -55,7 +61,7 @@ def _card(config: PretrainConfig, index: ChestIndex, train: ChestIndex, world: W
         f"`{config.data}` (fingerprint {index.fingerprint()}): {len(index):,} images, of which {len(train):,} of "
         f"{len(np.unique(train.patients)):,} patients were trained on. {seen} Splits: "
         + ", ".join(f"{name} {int((index.splits == name).sum()):,}" for name in SPLITS)
-        + f" (validation share {config.val_fraction}, split seed {config.split_seed}).",
+        + f" ({validation}).",
         "",
         "## Training",
         f"{config.epochs} epochs of {len(train) // config.batch_size:,} steps of {config.batch_size} images in "
