@@ -15,7 +15,7 @@ pytest.importorskip("tyro", reason="the example needs otloss[examples]")
 from PIL import Image
 from xray_layouts import column, film, findings, reasons, run, write_png, write_text
 
-from examples.optiml.data import read_index
+from examples.optiml.data import Box, read_index
 
 
 def own(root: Path, *rows: str, header: str = "file,who,part,hospital,outline,mass,tb=2,words") -> Path:
@@ -85,6 +85,40 @@ def test_csv_mistakes_are_named(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             run("csv", table.parent, tmp_path / "out", table=table, label_columns=labels)
     assert not (tmp_path / "out").exists()
+
+
+def test_csv_boxes(tmp_path: Path) -> None:
+    table = own(tmp_path / "own", "a/x.png,1", "b/x.png,0", "c.png,1", "d.png,", header="file,mass")
+    boxes = write_text(
+        tmp_path / "boxes.csv",
+        [
+            "file,origin,label,x,y,w,h", "a\\x.png,NIH,Mass,256,512,128.0,64", "a/x.png,RSNA,Lump,0,0,1024,512",
+            "c.png,NIH,Mass,900,0,200,1024", "c.png,NIH,Mass,,,,", "c.png,NIH,Edema,1,1,1,1", "d.png,NIH,Mass,1,1,5,5",
+            "gone.png,NIH,Mass,1,1,5,5",
+        ],
+    )  # fmt: skip
+    options: dict[str, Any] = {
+        "table": table, "image_column": "file", "label_columns": ("mass=Mass",), "uncertain": "skip",
+        "box_table": boxes, "box_space": 1024,
+    }  # fmt: skip
+    index = run("csv", table.parent, tmp_path / "out", **options).index
+    quarter = Box("Mass", 0.25, 0.5, 0.125, 0.0625)  # Edema is no finding here, of d there is no label
+    assert index.boxes == {"a__x.png": [quarter], "c.png": [Box("Mass", 0.878906, 0, 0.121094, 1)]}
+    assert "a box of an image" in reasons(tmp_path / "out")["gone.png"]
+    options["box_labels"] = ("Lump=Mass",)
+    assert run("csv", table.parent, tmp_path / "b", **options).index.boxes == {"a__x.png": [Box("Mass", 0, 0, 1, 0.5)]}
+    with pytest.raises(ValueError, match=r"boxes\.csv has no box of 'Lumps'; it has 'Edema', 'Lump', 'Mass'"):
+        run("csv", table.parent, tmp_path / "c", **{**options, "box_labels": ("Lumps=Mass",)})
+    options = {**options, "box_labels": (), "box_space": None}  # the file's own 40 pixels
+    write_text(boxes, ["file,label,x,y,width,height", "a/x.png,Mass,10,20,20,10"])
+    pixels = run("csv", table.parent, tmp_path / "d", **options).index.boxes
+    assert pixels == {"a__x.png": [Box("Mass", 0.25, 0.5, 0.5, 0.25)]}
+    with pytest.raises(FileExistsError, match=r"boxes\.csv is"):  # another table than out was made from
+        run("csv", table.parent, tmp_path / "out", **{**options, "box_space": 1024})
+    for header, row, message in (("x,y,w", "1,2,3", "no column 'h'"), ("x,y,w,h", "1,a,2,3", "'a' in a box of 'c")):
+        write_text(boxes, [f"file,label,{header}", f"c.png,Mass,{row}"])
+        with pytest.raises(ValueError, match=message):
+            run("csv", table.parent, tmp_path / "e", **options)
 
 
 def test_paths_that_leave_the_root_are_refused(tmp_path: Path) -> None:

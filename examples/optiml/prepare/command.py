@@ -140,18 +140,24 @@ def _claim(out: Path, identity: dict[str, Any]) -> None:
     """Make the folder this preparation's, or refuse because it is another's."""
     path = out / PREPARED_FILE
     if path.is_file():
-        theirs = json.loads(path.read_text())
-        for key, mine in identity.items():
-            if theirs.get(key) == mine:
+        saved = json.loads(path.read_text())
+        for key in identity:
+            theirs, mine = _stated(saved.get(key)), _stated(identity[key])
+            if theirs == mine:
                 continue
             detail = key
-            if isinstance(mine, dict) and isinstance(theirs.get(key), dict):
-                name = next(k for k in {**mine, **theirs[key]} if mine.get(k) != theirs[key].get(k))
-                detail = f"{name} is {theirs[key].get(name)!r} there and {mine.get(name)!r} here"
+            if isinstance(mine, dict) and isinstance(theirs, dict):
+                name = next(k for k in {**mine, **theirs} if mine.get(k) != theirs.get(k))
+                detail = f"{name} is {theirs.get(name)!r} there and {mine.get(name)!r} here"
             raise FileExistsError(f"{out} holds a different preparation ({detail}); choose another --out or delete it")
     (out / IMAGE_FOLDER).mkdir(parents=True, exist_ok=True)
     if not path.is_file():
         write_json(path, identity)
+
+
+def _stated(part: Any) -> Any:
+    """Without options that are not set: a folder stays what it is when ``prepare`` learns another option."""
+    return {k: v for k, v in part.items() if v not in (None, [])} if isinstance(part, dict) else part
 
 
 def _write_index(config: PrepareConfig, kept: list[tuple[Record, Done]]) -> None:

@@ -57,6 +57,12 @@ class PrepareConfig:
     """csv: path of a mask image, relative to the root."""
     mask_label: str = "Mask"
     """csv: what the mask outlines."""
+    box_table: Path | None = None
+    """csv: a second table, one row per box: the image column again, label, x, y, w, h (or width, height)."""
+    box_space: int | None = None
+    """csv: width and height that the boxes refer to, such as 1024; unset: the file's own pixels."""
+    box_labels: tuple[str, ...] = ()
+    """csv: labels of that table to take (LABEL=NAME renames); unset: those that are findings."""
     label_columns: tuple[str, ...] = ()
     """csv: columns of 0 and 1, one finding each (COLUMN=NAME renames), or of text such as Mass|Nodule."""
     uncertain: Literal["refuse", "negative", "positive", "skip"] = "refuse"
@@ -85,6 +91,8 @@ class PrepareConfig:
             raise ValueError(f"overlap is for rsna and siim, whose images come from NIH, not for {self.dataset}")
         if self.dataset == "csv" and self.table is None:
             raise ValueError("dataset csv needs --table")
+        if self.box_space is not None and self.box_space < 1:
+            raise ValueError(f"box_space must be a number of pixels, not {self.box_space}")
         if self.root is None and self.dataset != "phantom":
             raise ValueError(f"dataset {self.dataset} needs --root")
 
@@ -96,5 +104,5 @@ class PrepareConfig:
     def identity(self) -> dict[str, Any]:
         """The options that the result depends on; the tables' contents are compared by digest."""
         options = {k: v.name if isinstance(v, Path) else v for k, v in asdict(self).items()}
-        options["label_columns"] = list(self.label_columns)
+        options["label_columns"], options["box_labels"] = list(self.label_columns), list(self.box_labels)
         return {k: v for k, v in options.items() if k not in ("out", "root", "workers")}

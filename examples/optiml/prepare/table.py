@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import PurePosixPath
+from collections.abc import Container, Iterable
+from pathlib import Path, PurePosixPath
 
 import pandas as pd
 
+from ..data import Box
 from .config import PrepareConfig
 from .listing import Listing, Record
 
@@ -27,16 +29,10 @@ def read_table(config: PrepareConfig) -> Listing:
     """Rows in the table's own terms: paths relative to the root, columns as the options name them."""
     table, root = config.table, config.folder
     assert table is not None  # PrepareConfig asks for it
-    if not table.is_file():
-        raise FileNotFoundError(f"no table {table}")
-    rows = pd.read_csv(table, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    rows.columns = [str(column).strip() for column in rows.columns]
-    rows = rows.map(str.strip)
+    rows = _read(table)
     labels = dict(_parse(column, rows) for column in config.label_columns)
     named = (config.patient_column, config.split_column, config.source_column, config.mask_column)
-    for column in (config.image_column, *filter(None, named), *labels):
-        if column not in rows:
-            raise ValueError(f"{table} has no column {column!r}; it has {', '.join(map(repr, rows.columns))}")
+    _require(table, rows, (config.image_column, *filter(None, named), *labels))
     blank = rows[config.image_column] == ""
     rows = rows[~blank].reset_index(drop=True)
 
@@ -49,7 +45,10 @@ def read_table(config: PrepareConfig) -> Listing:
         raise ValueError(f"the finding {bad!r} holds a |, which separates findings")
 
     names = _names(rows[config.image_column])
+    boxes = _boxes(config, tuple(classes))
     records, skipped = [], [("", "no image path")] * int(blank.sum())
+    unlisted = sorted(boxes.keys() - set(rows[config.image_column].map(_posix)))
+    skipped += [(image, "a box of an image that the table does not list") for image in unlisted]
     for i, row in enumerate(rows.to_dict("records")):
         image = row[config.image_column]
         found = [word for cells in words for word in cells[i]]
@@ -80,17 +79,56 @@ def read_table(config: PrepareConfig) -> Listing:
             patient=patient,
             split=split or "",
             labels=tuple(found),
+            boxes=boxes.get(_posix(image), ()),
+            box_space=config.box_space,
             masks=((config.mask_label, root / _posix(mask)),) if mask else (),
             source=row[config.source_column] if config.source_column else "",
         )
         records.append(record)
-    return Listing(tuple(classes), records, skipped, [table])
+    return Listing(tuple(classes), records, skipped, [table, *filter(None, [config.box_table])])
 
 
-def _parse(option: str, rows: pd.DataFrame) -> tuple[str, str]:
-    """``COLUMN=NAME`` or ``COLUMN``."""
+def _read(table: Path) -> pd.DataFrame:
+    """All cells as text, without spaces around them."""
+    if not table.is_file():
+        raise FileNotFoundError(f"no table {table}")
+    rows = pd.read_csv(table, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    rows.columns = [str(column).strip() for column in rows.columns]
+    return rows.map(str.strip)
+
+
+def _require(table: Path, rows: pd.DataFrame, columns: Iterable[str]) -> None:
+    for column in columns:
+        if column not in rows:
+            raise ValueError(f"{table} has no column {column!r}; it has {', '.join(map(repr, rows.columns))}")
+
+
+def _boxes(config: PrepareConfig, classes: tuple[str, ...]) -> dict[str, tuple[Box, ...]]:
+    """The boxes of every image, by its path as the tables have it."""
+    if config.box_table is None:
+        return {}
+    rows = _read(config.box_table).rename(columns={"width": "w", "height": "h"})
+    _require(config.box_table, rows, (config.image_column, "label", *"xywh"))
+    known = set(rows["label"])
+    taken = dict(_parse(option, known) for option in config.box_labels) or {name: name for name in classes}
+    if config.box_labels and (strange := sorted(taken.keys() - known)):
+        has = ", ".join(map(repr, sorted(known)))
+        raise ValueError(f"{config.box_table} has no box of {strange[0]!r}; it has {has}")
+    boxes: dict[str, tuple[Box, ...]] = {}
+    for row in rows[rows["label"].isin(taken.keys()) & (rows["x"] != "")].to_dict("records"):
+        image = _posix(row[config.image_column])
+        try:
+            box = Box(taken[row["label"]], *(float(row[side]) for side in "xywh"))
+        except ValueError as error:
+            raise ValueError(f"{config.box_table}: {error} in a box of {image!r}") from error
+        boxes[image] = (*boxes.get(image, ()), box)
+    return boxes
+
+
+def _parse(option: str, known: Container[str]) -> tuple[str, str]:
+    """``COLUMN=NAME`` or ``COLUMN``, likewise of labels; one that is known is not taken apart."""
     column, _, name = option.rpartition("=")
-    return (column, name) if column and option not in rows else (option, option)
+    return (column, name) if column and option not in known else (option, option)
 
 
 def _is_binary(column: pd.Series[str]) -> bool:
