@@ -1,6 +1,8 @@
-"""Shared problems and backends. Each test that takes ``backend`` runs on every backend that is usable here."""
+"""Shared problems, backends and data. Each test that takes ``backend`` runs on every backend that is usable here."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,6 +34,24 @@ def kernel_backend() -> str:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+def _phantoms(folder: Path, train: int, test: int, size: int) -> Path:
+    from examples.optiml.layout import PhantomConfig, write_phantoms  # here: most tests do without the example
+
+    return write_phantoms(PhantomConfig(folder, train, test, size))
+
+
+@pytest.fixture(scope="session")
+def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 + 40 films of 48 px in NIH's layout, to read only."""
+    return _phantoms(tmp_path_factory.mktemp("data") / "phantoms", 60, 40, 48)
+
+
+@pytest.fixture(scope="session")
+def few_phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """32 + 10 films of 40 px, to read only."""
+    return _phantoms(tmp_path_factory.mktemp("data") / "phantoms", 32, 10, 40)
 
 
 def random_problem(

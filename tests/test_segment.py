@@ -15,29 +15,18 @@ pytest.importorskip("segmentation_models_pytorch", reason="the example needs otl
 pytest.importorskip("captum", reason="the example needs otloss[examples]")
 
 from PIL import Image
-from rich.console import Console
+from xray_runs import QUIET, SHORT
 
 from examples.optiml.data import Box, read_index
 from examples.optiml.dice import Overlap, dice_figures
 from examples.optiml.evaluate import EvaluateConfig, evaluate
 from examples.optiml.finetune import Classifier, load_classifier, predict
 from examples.optiml.heatmap import HeatmapConfig, box_mask, chance, grad_cam, heatmap, hits
-from examples.optiml.layout import PhantomConfig, write_phantoms
 from examples.optiml.masks import mask_set
 from examples.optiml.model import Backbone, load_backbone, set_norm
 from examples.optiml.prepare.command import prepare
 from examples.optiml.prepare.config import PrepareConfig
 from examples.optiml.segment import SegmentConfig, segment, unet
-from examples.optiml.training import TrainConfig
-
-QUIET = Console(quiet=True)
-SHORT = TrainConfig(lr=1e-3, epochs=1, batch_size=16, min_steps=2, max_steps=2, checks=1)
-
-
-@pytest.fixture(scope="module")
-def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_phantoms(PhantomConfig(tmp_path_factory.mktemp("data") / "phantoms", train=60, test=40, size=32))
-
 
 # --- segmentation --------------------------------------------------------------------------------------------
 

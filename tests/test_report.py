@@ -1,0 +1,134 @@
+"""All stages in a row, and the report that they end in."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("lightly", reason="the example needs otloss[examples]")
+pytest.importorskip("segmentation_models_pytorch", reason="the example needs otloss[examples]")
+pytest.importorskip("captum", reason="the example needs otloss[examples]")
+
+from PIL import Image
+from xray_runs import QUIET, SHORT
+
+from examples.optiml.data import read_index
+from examples.optiml.evaluate import EvaluateConfig
+from examples.optiml.heatmap import HeatmapConfig, heatmap
+from examples.optiml.model import load_backbone
+from examples.optiml.paper import TABLE1, TABLE2, arm_of, paper_dataset
+from examples.optiml.report import build, report
+from examples.optiml.segment import SegmentConfig
+from examples.optiml.start import StartConfig, resolve
+from examples.optiml.tables import markdown
+from examples.optiml.xray import XrayConfig, xray
+
+
+def test_every_stage_ends_in_the_report_and_is_not_repeated(phantoms: Path, tmp_path: Path) -> None:
+    config = XrayConfig(
+        phantoms, tmp_path / "out", dataset="phantoms", results=tmp_path / "kept", epochs=1,
+        batch_size=16, image_size=32, fractions=(0.1, 1.0), seeds=(), large_seeds=(0,), finetune=SHORT,
+        heatmap_fractions=(0.1,), label="Effusion", segment_fractions=(1.0,), segment_seeds=(0,), unet=SHORT, draws=20,
+    )  # fmt: skip
+    path = xray(config, QUIET)
+    records = json.loads((tmp_path / "kept" / "records.json").read_text())
+    kinds = [(r["stage"], r["arm"], r.get("protocol"), r["fraction"]) for r in records]
+    assert len(kinds) == len(set(kinds)) == 2 * (2 + 2 + 1 + 1)  # both arms: linear, finetune, segment, heatmap
+    text = path.read_text()
+    for picture in ("table1.png", "table2.png", "fig2-phantoms-0.1.png", "fig3.png"):
+        with Image.open(tmp_path / "kept" / picture) as image:
+            assert image.size[0] > 300 and np.ptp(np.asarray(image.convert("L"))) > 200
+        assert f"({picture})" in text
+    tuned = {r["arm"]: r for r in records if r.get("protocol") == "finetune" and r["fraction"] == 1.0}
+    ours = 100 * tuned["optiml"]["macro_auc"]
+    assert f"| {ours:.1f} (1) |" in text and "| Sup.1 (random) | 61.0 |  | 71.1 |" in text
+    assert f"{ours:.5g}" in (path.parent / "table1.csv").read_text()
+    assert tuned["optiml"]["pretraining"]["method"] == "optiml" and tuned["sup1"]["pretraining"] == {}
+    maps = next(r for r in records if r["stage"] == "heatmap")
+    assert maps["scored_findings"] <= maps["boxed_findings"] and 0 < maps["chance"]["pointing"] < 1
+
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if "downstream" in p.parts and p.is_file()}
+    assert xray(config, QUIET).read_text() == text
+    run = tmp_path / "out" / "optiml-32px-1epochs-seed0"  # which knows its size
+    assert xray(dataclasses.replace(config, run=(run,), image_size=None), QUIET).read_text() == text
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+
+    with pytest.raises(SystemExit, match="are the same run of the same arm"):
+        report([*records, records[0]], tmp_path / "twice", QUIET)
+    with pytest.raises(SystemExit, match=r"is missing: run evaluate --protocol finetune --fractions 0\.5 first"):
+        heatmap(HeatmapConfig(phantoms, untrained=True, image_size=32, fraction=0.5, out=tmp_path), QUIET)
+
+
+def finished_run(folder: Path, seed: int = 0, **changes: float) -> Path:
+    """What ``xray --run`` looks at."""
+    folder.mkdir(parents=True)
+    config = {"method": "optiml", "seed": seed, "image_size": 32, "val_fraction": 0.3, "split_seed": 5, **changes}
+    (folder / "config.json").write_text(json.dumps(config))
+    torch.save(load_backbone(None).state_dict(), folder / "backbone.pth")
+    return folder
+
+
+def test_runs_of_one_name_or_row_or_other_patients_are_refused(phantoms: Path, tmp_path: Path) -> None:
+    first = finished_run(tmp_path / "a" / "run")
+    for other, message in (
+        (finished_run(tmp_path / "b" / "run", seed=1), "two networks have the name 'run'"),
+        (finished_run(tmp_path / "untrained", seed=1), "two networks have the name 'untrained'"),
+        (finished_run(tmp_path / "c"), "two networks have the row of the report 'optiml, seed 0'"),
+        (finished_run(tmp_path / "d", seed=1, val_fraction=0.2), "val_fraction 0.2, split_seed 5 and val_fraction 0.3"),
+    ):
+        with pytest.raises(SystemExit, match=f"^--run: .*{message}"):
+            xray(XrayConfig(phantoms, tmp_path / "out", run=(first, other)), QUIET)
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_row_of_xray_has_the_runs_validation_patients(
+    phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[StartConfig] = []
+    for stage in ("evaluate", "segment", "heatmap"):
+        monkeypatch.setattr(f"examples.optiml.xray.{stage}", lambda config, console: asked.append(config) or [])
+    xray(XrayConfig(phantoms, tmp_path / "out", run=(finished_run(tmp_path / "run"),)), QUIET)
+    assert {type(config) for config in asked} == {EvaluateConfig, SegmentConfig, HeatmapConfig}
+    assert sum(config.untrained for config in asked) == len(asked) / 2
+    splits = [resolve(config).index().splits.tolist() for config in asked]
+    assert all(split == read_index(phantoms, 0.3, 5).splits.tolist() for split in splits)
+
+
+def made(arm: str, dataset: str, fraction: float, seed: int, auc: float | None, protocol: str = "finetune") -> dict:
+    return {
+        "stage": "evaluate", "arm": arm, "dataset": dataset, "protocol": protocol, "fraction": fraction, "seed": seed,
+        "raw": {"macro": {"value": auc, "low": auc and auc - 0.1, "high": auc and auc + 0.1}}, "images": 9,
+        "identity": {"image_size": 64}, "pretraining": {}, "train_images": 5, "file": f"{arm}{fraction}{seed}.json",
+        "made": {"commit": "0" * 40, "time": "2026-11-23"},
+    }  # fmt: skip
+
+
+def test_the_report_leaves_blank_what_was_not_run() -> None:
+    records = [made("optiml", "nih-small", 0.01, seed, auc) for seed, auc in enumerate((0.6, 0.7, None))]
+    records += [made("optiml-no-cvsim", "nih-small", 0.1, 0, 0.66)]
+    table1, table2, table3, _, fig3 = map(markdown, build(records))
+    assert "### NIH (ours: small)" in table1 and "### VinBig-CXR" in table1
+    assert "| OPTiML | 68.8 | 65.0 ± 7.1 (2) | 77.6 |  | 82.5 |  |" in table1  # a run without a class has no value
+    assert "| VICReg | 67.4 |  | 75.5 |  | 80.2 |  |" in table1
+    assert "| OPTiML | 63.8 | 70.3 | 73.9 |" not in table1 and "| OPTiML | 63.8 |  | 70.3 |  | 73.9 |  |" in table2
+    assert "| var+cov ✓, CV-SIM ✗ | 0.678 |  | 0.769 | 0.660 (1) |" in table3
+    assert "| var+cov ✗, CV-SIM ✗ | 0.673 |  | 0.762 |  |" in table3
+    assert "| OPTiML | 0.586 |  |  |  |" in fig3 and "| SimCLR |  |  |  |  |" in fig3
+
+
+def test_rows_and_columns_of_the_paper() -> None:
+    assert len(TABLE1) == len(TABLE2) == 10 * 9
+    assert (TABLE1["optiml", "rsna", 1.0], TABLE2["sup2", "rsna", 0.01]) == ("84.0", "85.7")
+    assert [paper_dataset(name) for name in ("nih", "nih-cxr-dev", "siim", "phantoms", "nihilism")] == [
+        "nih", "nih", "siim", None, None,
+    ]  # fmt: skip
+    options = {"beta": 25.0, "eta": 1.0, "marginals": "perplexity"}
+    assert arm_of({"method": "optiml", "options": options}) == "optiml"
+    assert arm_of({"method": "optiml", "options": {**options, "marginals": "uniform"}}) == "optiml-no-cvsim"
+    assert arm_of({"method": "optiml", "options": {**options, "beta": 0, "eta": 0}}) == "optiml-no-varcov"
+    assert arm_of({"method": "byol"}) == "byol"
