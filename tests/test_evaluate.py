@@ -7,6 +7,7 @@ import itertools
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ pytest.importorskip("segmentation_models_pytorch", reason="the example needs otl
 pytest.importorskip("captum", reason="the example needs otloss[examples]")
 
 from torchvision.models import resnet18
-from xray_runs import QUIET
+from xray_runs import QUIET, SHORT
 
 from examples.optiml.__main__ import cli
 from examples.optiml.data import ChestIndex, read_index
@@ -153,6 +154,26 @@ def test_linear_protocol_writes_records_once(phantoms: Path, tmp_path: Path) -> 
     assert all(path.stat().st_mtime_ns > time for path, time in before.items())
 
 
+@pytest.mark.parametrize("protocol", ["linear", "finetune"])
+def test_labels_without_a_class_leave_a_record_without_a_figure(phantoms: Path, tmp_path: Path, protocol: Any) -> None:
+    """A few films may all be healthy, as they are at 1 % of a small set with one finding."""
+    data = tmp_path / "data"
+    shutil.copytree(phantoms, data)
+    healthy = set((data / "train_val_list.txt").read_text().split())
+    rows = [line.split(",", 2) for line in (data / "Data_Entry_2017_v2020.csv").read_text().splitlines()]
+    rows = [[name, "No Finding" if name in healthy else found, rest] for name, found, rest in rows]
+    (data / "Data_Entry_2017_v2020.csv").write_text("\n".join(map(",".join, rows)) + "\n")
+    config = EvaluateConfig(
+        data, untrained=True, image_size=32, protocol=protocol, fractions=(0.1,), seeds=(0,), train=SHORT, draws=20,
+        out=tmp_path / "out", json=tmp_path / "figures.json",
+    )  # fmt: skip
+    evaluate_command(config)
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["macro_auc"] is None and figures["runs"][0]["macro_auc"] is None
+    assert figures["runs"][0]["train_images"] == 6
+    assert "| Sup.1 (random) |  |" in "".join(map(markdown, build(figures["runs"])))
+
+
 def test_the_source_alone_is_a_row_of_the_report(phantoms: Path, tmp_path: Path) -> None:
     index = read_index(phantoms)
     assert source_record(index, "set", tmp_path, draws=20) is None
@@ -178,6 +199,8 @@ def test_a_start_is_one_of_three(phantoms: Path, tmp_path: Path) -> None:
     start = resolve(StartConfig(phantoms, run=tmp_path))
     assert (start.arm, start.image_size, start.val_fraction) == ("vicreg", 48, 0.2)
     assert torch.equal(start.backbone(0).conv1.weight, load_backbone(None, 7).conv1.weight)
+    (tmp_path / "config.json").write_text(json.dumps({"method": "vicreg", "val_fraction": 0.0}))  # held nobody out
+    assert {"train", "val", "test"} == set(resolve(StartConfig(phantoms, run=tmp_path)).index().splits)
 
 
 def test_what_is_wrong_with_the_data_is_one_line(phantoms: Path, tmp_path: Path) -> None:

@@ -159,9 +159,10 @@ class Evaluation:
             **summarise(scored, self.config.draws),
         }  # fmt: skip
         np.savez_compressed(path.with_suffix(".npz"), scores=scored.scores.astype(np.float32), names=scored.test.names)
+        auc = record["macro_auc"]
+        shown = "no class to score" if auc is None else f"macro AUC {auc:.3f} over {record['raw']['classes']} classes"
         self.console.print(
-            f"{self.start.arm} {protocol} {fraction:.0%} seed {seed}: {len(train)} labelled images, "
-            f"macro AUC {record['macro_auc']:.3f} over {record['raw']['classes']} classes",
+            f"{self.start.arm} {protocol} {fraction:.0%} seed {seed}: {len(train)} labelled images, {shown}",
             highlight=False,
         )
         return write_record(path, record)

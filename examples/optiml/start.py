@@ -38,7 +38,8 @@ class StartConfig:
     image_size: int | None = None
     """Unset: the run's; 224 where there is none."""
     val_fraction: float = 0.14
-    """Must be the pretraining's, else it may have seen validation images; read from the run when there is one."""
+    """Must be the pretraining's, else it may have seen validation images; read from the run when there is one that
+    held patients out."""
     split_seed: int = 0
 
 
@@ -108,7 +109,7 @@ def resolve(config: StartConfig) -> Start:
         arm=config.arm or default,
         dataset=config.dataset or config.data.resolve().name,
         image_size=config.image_size or saved.get("image_size", IMAGE_SIZE),
-        val_fraction=saved.get("val_fraction", config.val_fraction),
+        val_fraction=saved.get("val_fraction") or config.val_fraction,  # something must choose the model
         split_seed=saved.get("split_seed", config.split_seed),
         data=config.data,
         weights=weights,

@@ -12,7 +12,7 @@ from typing import Any, get_args
 from rich.console import Console
 
 from .config import AugmentConfig, PretrainConfig
-from .data import open_index
+from .data import open_index, with_all_splits
 from .evaluate import EvaluateConfig, Protocol, evaluate, source_record
 from .heatmap import HeatmapConfig, heatmap, targets
 from .masks import has_outlines, mask_set
@@ -94,7 +94,7 @@ def xray(config: XrayConfig, console: Console | None = None) -> Path:
     common = _common(config)
     config = dataclasses.replace(config, image_size=common["image_size"])
     held_out = common["val_fraction"], common["split_seed"]
-    index = open_index(config.data, *held_out)
+    index = with_all_splits(open_index(config.data, *held_out))
     if config.segment_data is not None:  # a wrong --label is worth knowing before hours of pretraining
         mask_set(open_index(config.segment_data, *held_out), config.label)
     elif has_outlines(index, config.label):
