@@ -56,8 +56,8 @@ def whole_batch(x: Tensor) -> Tensor:
 
 
 def every_row(values: Tensor) -> Tensor:
-    """The vectors (K,) of all processes as (processes, K), without gradient."""
-    values = values.detach()
+    """The tensors (*shape) of all processes as (processes, *shape), without gradient."""
+    values = values.detach().contiguous()
     if not _distributed():
         return values[None]
     rows = [torch.empty_like(values) for _ in range(dist.get_world_size())]

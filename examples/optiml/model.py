@@ -105,6 +105,7 @@ def set_norm(model: nn.Module, norm: Norm) -> None:
             flat = isinstance(child, nn.BatchNorm1d)
             if norm == "group":
                 new: nn.Module = nn.GroupNorm(1 if flat else 32, child.num_features, child.eps, child.affine)
+                new.requires_grad_(all(p.requires_grad for p in child.parameters()))
             else:
                 new = (FrozenBatchNorm1d if flat else FrozenBatchNorm2d)(
                     child.num_features, child.eps, child.momentum, child.affine
