@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from lightly.transforms import BYOLTransform
+from lightly.transforms import BYOLTransform, SimCLRTransform
 from lightly.transforms.byol_transform import BYOLView1Transform, BYOLView2Transform
 from PIL.Image import Image
 from torch import Tensor
@@ -70,6 +70,15 @@ def two_views(image_size: int, config: AugmentConfig) -> Views:
     """
     shared: dict[str, Any] = {"input_size": image_size, "min_scale": config.min_scale, "hf_prob": config.hflip}
     return BYOLTransform(BYOLView1Transform(**shared), BYOLView2Transform(**shared))
+
+
+def symmetric_views(image_size: int, config: AugmentConfig, jitter: float) -> Views:
+    """Two views drawn alike: crop, mirror, brightness and contrast by ±``jitter``, blur of every other; grey as above.
+
+    SimCLR's jitter is 0.8, that of MoCo v2 and SimSiam 0.4; of the jitter of hue and saturation nothing is left.
+    """
+    strength = {"cj_bright": jitter, "cj_contrast": jitter, "cj_sat": jitter, "cj_hue": jitter / 4}
+    return SimCLRTransform(image_size, min_scale=config.min_scale, hf_prob=config.hflip, **strength)
 
 
 class ViewDataset(Dataset[tuple[Tensor, ...]]):

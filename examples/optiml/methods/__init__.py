@@ -1,9 +1,20 @@
 """The table of methods. A new one is one file beside these and one entry here."""
 
 from .base import Method, StepOutput
+from .byol import BYOL
+from .moco import MoCo
 from .optiml import OPTiML
+from .simclr import SimCLR
+from .simsiam import SimSiam
 from .vicreg import VICReg
 
-METHODS: dict[str, type[Method]] = {"optiml": OPTiML, "vicreg": VICReg}
+METHODS: dict[str, type[Method]] = {
+    "optiml": OPTiML,
+    "vicreg": VICReg,
+    "simclr": SimCLR,
+    "moco": MoCo,
+    "byol": BYOL,
+    "simsiam": SimSiam,
+}
 
 __all__ = ["METHODS", "Method", "StepOutput"]

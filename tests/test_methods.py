@@ -1,0 +1,270 @@
+"""The table of methods: each trains, goes on bit for bit, is the same in two processes; and what is special to one."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from test_pretrain import interrupt_at, phantoms, small
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+
+from examples.optiml.augment import seeded
+from examples.optiml.callbacks import read_log
+from examples.optiml.config import MethodOptions, PretrainConfig
+from examples.optiml.methods import METHODS, Method
+from examples.optiml.methods.momentum import Queue, cosine_momentum
+from examples.optiml.methods.simclr import nt_xent
+from examples.optiml.pretrain import build, pretrain
+
+__all__ = ["phantoms"]  # a fixture
+BATCH = 8
+WIDTHS = {"hidden": 24, "dim": 16, "bottleneck": 8, "queue": 2 * BATCH}
+
+
+def tiny(data: Path, out: Path, method: str, norm: str = "batch", **special: object) -> PretrainConfig:
+    """A method with narrow heads; ``special`` are options of it."""
+    options = MethodOptions()
+    narrow = {name: width for name, width in WIDTHS.items() if hasattr(getattr(options, method), name)}
+    chosen = dataclasses.replace(getattr(options, method), **{**narrow, **special})
+    return small(data, out, method, norm=norm, options=dataclasses.replace(options, **{method: chosen}))
+
+
+def model_of(method: str, norm: str = "batch", **special: object) -> Method:
+    return build(tiny(Path(), Path(), method, norm, **special).resolve()).train()
+
+
+def batch_of(method: str, number: int = 0) -> list[Tensor]:
+    """The method's own views of random films."""
+    from PIL import Image
+
+    films = np.random.default_rng(number).integers(0, 256, (BATCH, 40, 40), dtype=np.uint8)
+    views = METHODS[method].views(32, tiny(Path(), Path(), method).resolve().augment)
+    rows = []
+    for i, film in enumerate(films):
+        with seeded(number, i):
+            rows.append(tuple(views(Image.fromarray(film))))
+    return list(default_collate(rows))
+
+
+def two_steps(method: str, rank: int = 0, size: int = 1) -> dict[str, Tensor]:
+    """Gradients of the second step, and the buffers after it; of several processes each takes its share."""
+    model = model_of(method, norm="group")
+
+    class Loss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, *views: Tensor) -> Tensor:
+            return self.model.step(*views).loss
+
+    loss: nn.Module = Loss()
+    if size > 1:
+        unused = "find_unused" in METHODS[method].strategy
+        loss = nn.parallel.DistributedDataParallel(loss, find_unused_parameters=unused)
+    share = slice(rank * BATCH // size, (rank + 1) * BATCH // size)
+    for number in range(2):
+        model.zero_grad()
+        loss(*(view[share] for view in batch_of(method, number))).backward()
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= 0 if p.grad is None else 0.01 * p.grad
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {**grads, **{f"buffer {name}": x.clone() for name, x in model.named_buffers()}}
+
+
+def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
+    """Under DistributedDataParallel on CPU: negatives, targets and queues are those of the whole batch."""
+    root = Path(__file__).parents[1]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [sys.executable, *torchrun, __file__, str(tmp_path / "two.pt")]
+    run = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    for method, two in torch.load(tmp_path / "two.pt", weights_only=True).items():
+        one = two_steps(method)
+        assert one.keys() == two.keys() and any(name.startswith("backbone.") for name in one), method
+        largest = max(float(x.abs().max()) for name, x in one.items() if not name.startswith("buffer"))
+        assert largest > 0
+        for name, x in one.items():
+            atol = 1e-5 * (1.0 if name.startswith("buffer") else largest)
+            assert torch.allclose(two[name], x, rtol=0, atol=atol), (method, name, float((two[name] - x).abs().max()))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_trains_and_goes_on_bit_for_bit(
+    method: str, phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped within an epoch and at the end of one; all that a method keeps is in the checkpoint."""
+    config = tiny(phantoms, tmp_path / "whole", method)
+    start = build(config.resolve()).state_dict()
+    assert pretrain(config)
+    again = dataclasses.replace(config, out=tmp_path / "again")
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 2, functools.partial(signal.raise_signal, signal.SIGINT))
+        with pytest.raises(SystemExit):
+            pretrain(again)
+    assert pretrain(dataclasses.replace(again, stop_after=1)) is None
+    assert pretrain(again)
+    logs = [[{**row, "seconds": 0} for row in read_log(out / "metrics.csv")] for out in (config.out, again.out)]
+    assert logs[0] == logs[1] and len(logs[0]) == 6
+    assert len({row["loss"] for row in logs[0]}) == 6 and all(row["std_g"] > 0 for row in logs[0])
+    whole, other = (torch.load(out / "last.ckpt", weights_only=False) for out in (config.out, again.out))
+    weights = whole["state_dict"]
+    assert all(torch.equal(weights[name], other["state_dict"][name]) for name in start)
+    moved = [name for name in start if not torch.equal(weights[name], start[name])]
+    assert {"backbone.conv1.weight", "backbone.layer4.1.conv2.weight"} <= set(moved)
+    vicreg = build(tiny(phantoms, tmp_path, "vicreg").resolve()).backbone.state_dict()
+    assert all(torch.equal(x, start[f"backbone.{name}"]) for name, x in vicreg.items())  # all begin alike
+    if method == "moco":
+        assert {"queue.keys", "queue.count", "target_head.network.layers.0.weight"} <= set(moved)
+    if method == "byol":
+        assert [row["momentum"] for row in logs[0]] == pytest.approx([cosine_momentum(0.99, k / 6) for k in range(6)])
+    if method == "simsiam":
+        groups = whole["optimizer_states"][0]["param_groups"]
+        fixed = [sum(len(g["params"]) for g in groups if g["constant"] is constant) for constant in (True, False)]
+        assert fixed[0] == 5 and fixed[1] > 60  # two layers, one norm
+        assert all((g["lr"] == config.resolve().optim.lr) == g["constant"] for g in groups)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_losses_are_float32_under_mixed_precision_and_targets_get_no_gradient(method: str) -> None:
+    model = model_of(method)
+    for number in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model.step(*batch_of(method, number))
+        assert all(x.dtype == torch.float32 for x in (out.loss, *out.log.values()))
+        out.loss.backward()
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == {name for name, _ in model.named_parameters() if name.startswith("target")}
+    assert frozen == {name for name, p in model.named_parameters() if p.grad is None}
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+OFFICIAL = {
+    "simclr": ("lars", 0.3 / 4, 1e-6, 10, 0.08),
+    "moco": ("sgd", 0.03 / 4, 1e-4, 0, 0.2),
+    "byol": ("lars", 0.3 / 4, 1e-6, 10, 0.08),
+    "simsiam": ("sgd", 0.05 / 4, 1e-4, 0, 0.2),
+}
+
+
+@pytest.mark.parametrize("method", OFFICIAL)
+def test_official_presets(method: str, tmp_path: Path) -> None:
+    config = PretrainConfig(tmp_path, tmp_path, method, preset="official", batch_size=128).resolve()
+    o = config.optim
+    optimizer, lr, decay, warmup, scale = OFFICIAL[method]
+    assert (o.optimizer, o.weight_decay, o.warmup_epochs) == (optimizer, decay, warmup)
+    assert o.lr == pytest.approx(2 * lr) and (o.trust, o.momentum, config.augment.min_scale) == (1e-3, 0.9, scale)
+    zero = [float(block.bn2.weight.abs().max()) for block in build(config).backbone.layer3]  # type: ignore[union-attr]
+    assert zero == ([0.0, 0.0] if method == "simsiam" else [1.0, 1.0])
+
+
+def test_simclr_is_ntxent_over_both_directions() -> None:
+    model = model_of("simclr")
+    first, second = batch_of("simclr")
+    q = torch.cat([model.head(model.backbone(x)[1]) for x in (first, second)]).detach().double()
+    cosine = F.cosine_similarity(q[:, None], q[None], dim=2) / 0.1
+    losses = []
+    for i in range(2 * BATCH):
+        others = [j for j in range(2 * BATCH) if j != i]
+        losses.append(float(cosine[i, others].logsumexp(0) - cosine[i, (i + BATCH) % (2 * BATCH)]))
+    assert float(model.step(first, second).loss) == pytest.approx(np.mean(losses), rel=1e-4)
+    assert np.mean(losses[:BATCH]) != pytest.approx(np.mean(losses[BATCH:]), rel=1e-3)
+    lightly = pytest.importorskip("lightly.loss").NTXentLoss(0.1)(*q.float().chunk(2))
+    assert float(nt_xent(F.normalize(q.float(), dim=1), 0.1)[0]) == pytest.approx(float(lightly), rel=1e-5)
+
+
+def test_mocos_keys_are_the_momentum_networks_and_the_queue_wraps() -> None:
+    model = model_of("moco", momentum=1.0)
+    batches = [batch_of("moco", number) for number in range(4)]
+    for number, (first, second) in enumerate(batches):
+        other = copy.deepcopy(model)
+        with torch.no_grad():
+            for p in [*other.backbone.parameters(), *other.head.parameters()]:
+                p += 0.1 * torch.randn_like(p)
+        out, changed = model.step(first, second), other.step(first, second)
+        assert out.log["queue"] == min(number + 1, 2) * BATCH and torch.equal(model.queue.keys, other.queue.keys)
+        assert (out.loss == 0 and changed.loss == 0) if number == 0 else out.loss != changed.loss
+        keys = F.normalize(model.target_head(model.target_backbone(second)[1]), dim=1)
+        row = number % 2 * BATCH  # the queue holds two batches
+        assert torch.allclose(model.queue.keys[row : row + BATCH], keys, atol=1e-6)
+    before = F.normalize(model.target_head(model.target_backbone(batches[2][1])[1]), dim=1)
+    assert torch.allclose(model.queue.keys[:BATCH], before, atol=1e-6)
+    with pytest.raises(SystemExit, match="queue of 20 keys does not divide by --batch-size 8"):
+        Queue(20, 4, 8)
+
+
+def test_byols_target_follows_by_the_scheduled_momentum(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("byol", momentum=0.9)
+    first, second = batch_of("byol")
+    monkeypatch.setattr(model, "done", lambda: 0.25)
+    pairs = [(model.target_backbone, model.backbone), (model.target_projector, model.projector)]
+    before = copy.deepcopy(model)
+    model.step(first, second)
+    now, then = model.state_dict(), before.state_dict()
+    assert all(torch.equal(now[name], then[name]) for name, _ in model.named_parameters())  # equal ones stay put
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1 * torch.randn_like(p) * p.requires_grad
+    tau = 1 - 0.1 * (np.cos(np.pi / 4) + 1) / 2
+    wanted = [
+        tau * t.detach() + (1 - tau) * o.detach()
+        for target, online in pairs
+        for t, o in zip(target.network.parameters(), online.parameters(), strict=True)
+    ]
+    out = model.step(first, second)
+    moved = [p for target, _ in pairs for p in target.parameters()]
+    assert all(torch.allclose(x, y, rtol=1e-6, atol=1e-7) for x, y in zip(moved, wanted, strict=True))
+    p = [model.predictor(model.projector(model.backbone(x)[1])) for x in (first, second)]
+    z = [model.target_projector(model.target_backbone(x)[1]) for x in (second, first)]
+    distances = [(F.normalize(p[i], dim=1) - F.normalize(z[i], dim=1)).square().sum(1).mean() for i in (0, 1)]
+    assert float(out.loss) == pytest.approx(float(sum(distances)), rel=1e-5)
+    assert float(out.log["momentum"]) == pytest.approx(tau)
+
+
+def test_simsiams_target_is_constant_and_collapse_shows() -> None:
+    model = model_of("simsiam", dim=64)
+    views = batch_of("simsiam")
+    z = [model.projector(model.backbone(x)[1]) for x in views]
+    p = [model.predictor(x) for x in z]
+    weights = list(model.parameters())
+    losses = [
+        -sum(F.cosine_similarity(p[i], target[1 - i]).mean() for i in (0, 1)) / 2
+        for target in ([x.detach() for x in z], z)
+    ]
+    constant, through = (torch.autograd.grad(loss, weights, retain_graph=True) for loss in losses)
+    out = model.step(*views)
+    grads = torch.autograd.grad(out.loss, weights)
+    assert all(torch.allclose(g, c, rtol=1e-4, atol=1e-6) for g, c in zip(grads, constant, strict=True))
+    assert not all(torch.allclose(g, t, rtol=1e-2, atol=1e-4) for g, t in zip(grads, through, strict=True))
+    assert float(out.log["std_q"]) == pytest.approx(64**-0.5, rel=0.2)
+    same = [view[:1].expand_as(view) for view in views]
+    assert float(model.step(*same).log["std_q"]) < 0.01
+
+
+def main(out: str) -> None:
+    """One of two processes that take the steps of all methods."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    found = {method: two_steps(method, dist.get_rank(), 2) for method in METHODS}
+    if dist.get_rank() == 0:
+        torch.save(found, out)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
