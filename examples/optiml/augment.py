@@ -54,6 +54,11 @@ def seed_all(*key: int) -> None:
     random.seed(seed)
 
 
+def generator_of(*key: int) -> torch.Generator:
+    """A generator by itself that follows ``key``, for draws in which all processes must agree."""
+    return torch.Generator().manual_seed(_number(key))
+
+
 def _number(key: tuple[int, ...]) -> int:
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=4).digest(), "big")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -92,9 +93,10 @@ class FrozenBatchNorm2d(FrozenBatchNorm, nn.BatchNorm2d):
 def set_norm(model: nn.Module, norm: Norm) -> None:
     """Replace all batch norms below ``model``; drawing no random numbers, whatever the order of calls.
 
-    ``"group"``: group norm of 32 groups for maps and one group (layer norm) for vectors. ``"frozen"``: the statistics
-    and parameters that are there, for good: those of ImageNet under that initialisation, else the identity. Both
-    treat every image by itself, so that a batch may be cut into pieces without a difference.
+    ``"group"``: group norm of 32 groups for maps (of fewer where 32 does not divide the channels) and one group (layer
+    norm) for vectors. ``"frozen"``: the statistics and parameters that are there, for good: those of ImageNet under
+    that initialisation, else the identity. Both treat every image by itself, so that a batch may be cut into pieces
+    without a difference.
     """
     if norm == "batch":
         return
@@ -104,7 +106,8 @@ def set_norm(model: nn.Module, norm: Norm) -> None:
                 continue
             flat = isinstance(child, nn.BatchNorm1d)
             if norm == "group":
-                new: nn.Module = nn.GroupNorm(1 if flat else 32, child.num_features, child.eps, child.affine)
+                groups = 1 if flat else math.gcd(32, child.num_features)
+                new: nn.Module = nn.GroupNorm(groups, child.num_features, child.eps, child.affine)
                 new.requires_grad_(all(p.requires_grad for p in child.parameters()))
             else:
                 new = (FrozenBatchNorm1d if flat else FrozenBatchNorm2d)(

@@ -4,6 +4,7 @@ from .base import Method, StepOutput
 from .byol import BYOL
 from .moco import MoCo
 from .optiml import OPTiML
+from .pcrlv2 import PCRLv2
 from .simclr import SimCLR
 from .simsiam import SimSiam
 from .vicreg import VICReg
@@ -15,6 +16,7 @@ METHODS: dict[str, type[Method]] = {
     "moco": MoCo,
     "byol": BYOL,
     "simsiam": SimSiam,
+    "pcrlv2": PCRLv2,
 }
 
 __all__ = ["METHODS", "Method", "StepOutput"]
