@@ -93,10 +93,10 @@ class FrozenBatchNorm2d(FrozenBatchNorm, nn.BatchNorm2d):
 def set_norm(model: nn.Module, norm: Norm) -> None:
     """Replace all batch norms below ``model``; drawing no random numbers, whatever the order of calls.
 
-    ``"group"``: group norm of 32 groups for maps (of fewer where 32 does not divide the channels) and one group (layer
-    norm) for vectors. ``"frozen"``: the statistics and parameters that are there, for good: those of ImageNet under
-    that initialisation, else the identity. Both treat every image by itself, so that a batch may be cut into pieces
-    without a difference.
+    ``"group"``: group norm of 32 groups for maps (of fewer, so that no channel stands alone and loses its mean) and one
+    group (layer norm) for vectors. ``"frozen"``: the statistics and parameters that are there, for good: those of
+    ImageNet under that initialisation, else the identity. Both treat every image by itself, so that a batch may be cut
+    into pieces without a difference.
     """
     if norm == "batch":
         return
@@ -106,7 +106,7 @@ def set_norm(model: nn.Module, norm: Norm) -> None:
                 continue
             flat = isinstance(child, nn.BatchNorm1d)
             if norm == "group":
-                groups = 1 if flat else math.gcd(32, child.num_features)
+                groups = 1 if flat else math.gcd(32, child.num_features, child.num_features // 2)
                 new: nn.Module = nn.GroupNorm(groups, child.num_features, child.eps, child.affine)
                 new.requires_grad_(all(p.requires_grad for p in child.parameters()))
             else:

@@ -2,6 +2,7 @@
 
 from .base import Method, StepOutput
 from .byol import BYOL
+from .densecl import DenseCL
 from .moco import MoCo
 from .optiml import OPTiML
 from .pcrlv2 import PCRLv2
@@ -14,6 +15,7 @@ METHODS: dict[str, type[Method]] = {
     "vicreg": VICReg,
     "simclr": SimCLR,
     "moco": MoCo,
+    "densecl": DenseCL,
     "byol": BYOL,
     "simsiam": SimSiam,
     "pcrlv2": PCRLv2,
