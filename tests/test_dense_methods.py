@@ -42,7 +42,7 @@ def test_the_dense_loss_takes_the_keys_of_matching_positions() -> None:
     out = model.step(torch.zeros(()), torch.zeros(()))
     # Both heads begin alike, so that the key of a query's own position is the query.
     q = normalize(model.dense_head(grid.flatten(2).transpose(1, 2)), dim=2).flatten(0, 1)
-    assert float(out.loss) == pytest.approx(float(contrast(q, q, negatives, 0.2)[0]), rel=1e-5)
+    assert out.loss.item() == pytest.approx(contrast(q, q, negatives, 0.2)[0].item(), rel=1e-5)
     assert out.log["matched"] == 1
 
 
@@ -71,7 +71,7 @@ def test_without_its_dense_part_it_is_moco() -> None:
         own.load_state_dict(theirs.state_dict())
     for number in range(3):
         one, other = (model.step(*batch_of("moco", number)).loss for model in (mine, moco))
-        assert float(one) == float(other) and (one > 0 or number == 0)
+        assert one.item() == other.item() and (one > 0 or number == 0)
 
 
 # --- PCRLv2 --------------------------------------------------------------------------------------------------
@@ -106,7 +106,7 @@ def test_no_gradient_through_the_embedding_that_is_predicted() -> None:
     x, p, y, q = (torch.randn(4, 8, requires_grad=True) for _ in range(4))
     _agreement((x, p), (y, q)).backward()
     assert x.grad is None and y.grad is None and p.grad is not None and q.grad is not None
-    assert float(_agreement((x, y), (y, x))) == pytest.approx(-1)
+    assert _agreement((x, y), (y, x)).item() == pytest.approx(-1)
 
 
 def drawing(monkeypatch: pytest.MonkeyPatch, scales: list[int], done: float = 0.0) -> Method:
@@ -120,10 +120,10 @@ def drawing(monkeypatch: pytest.MonkeyPatch, scales: list[int], done: float = 0.
 def test_only_heads_of_the_drawn_scales_are_trained(monkeypatch: pytest.MonkeyPatch, done: float, beta: float) -> None:
     model = drawing(monkeypatch, [1, *[3, 1] * 6], done)
     out = model.step(*batch_of("pcrlv2"))
-    parts = {name: float(value) for name, value in out.log.items()}
+    parts = {name: value.item() for name, value in out.log.items()}
     assert parts["beta"] == pytest.approx(beta, abs=1e-7)
     total = parts["reconstruction"] + beta * parts["reconstruction_scale"] + parts["pair"] + parts["local"]
-    assert float(out.loss) == pytest.approx(total, rel=1e-6)
+    assert out.loss.item() == pytest.approx(total, rel=1e-6)
     out.loss.backward()
     for k, block in enumerate(model.decoder.blocks):
         assert all(p.grad.any() for p in block.convs.parameters() if p.ndim == 4)
@@ -146,10 +146,10 @@ def test_each_local_view_is_compared_with_both_global_ones(monkeypatch: pytest.M
             k = scales[1 + 2 * i + g]
             whole, own = (model.decoder.blocks[k].embed(maps[view][k]) for view in (g, 2))
             (a, p), (b, q) = whole, (rows[4 * i : 4 * i + 4] for rows in own)
-            expected += [-float(cosine_similarity(p, b).mean()), -float(cosine_similarity(q, a).mean())]
-    assert float(out.log["local"]) == pytest.approx(np.mean(expected), rel=1e-4, abs=1e-6)
+            expected += [-cosine_similarity(p, b).mean().item(), -cosine_similarity(q, a).mean().item()]
+    assert out.log["local"].item() == pytest.approx(np.mean(expected), rel=1e-4, abs=1e-6)
     image = interpolate(model.decoder.head(maps[0][4]), (40, 40), mode="bilinear")
-    assert float(out.log["reconstruction"]) == pytest.approx(float((image - x[2]).square().mean()), rel=1e-4)
+    assert out.log["reconstruction"].item() == pytest.approx((image - x[2]).square().mean().item(), rel=1e-4)
 
 
 def test_scales_follow_the_step_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
