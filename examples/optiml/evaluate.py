@@ -116,9 +116,10 @@ def source_record(index: ChestIndex, dataset: str, out: Path, draws: int) -> Rec
 class Evaluation:
     """One backbone on one data set; frozen features are computed once per set of weights."""
 
-    def __init__(self, config: EvaluateConfig, console: Console) -> None:
+    def __init__(self, config: EvaluateConfig, console: Console, start: Start | None = None) -> None:
+        """``start``: what ``config`` would else be resolved to."""
         self.config, self.console = config, console
-        self.start: Start = resolve(config)
+        self.start: Start = start or resolve(config)
         self.index = self.start.index()
         self.out = config.out or default_out(config.run, self.start)
         self._features: tuple[int, dict[str, Tensor]] | None = None
@@ -134,16 +135,22 @@ class Evaluation:
         """All records, made or found."""
         return [self.one(fraction, seed) for fraction, seed in self.plan()]
 
-    def one(self, fraction: float, seed: int) -> Record:
-        protocol = self.config.protocol
-        path = self.out / f"{protocol}-{fraction:g}-seed{seed}.json"
+    def identity(self, fraction: float, seed: int) -> Record:
+        """What a record's figures depend on."""
         identity = {
-            **self.start.identity(), "protocol": protocol, "fraction": fraction, "seed": seed,
+            **self.start.identity(), "protocol": self.config.protocol, "fraction": fraction, "seed": seed,
             "data": self.index.fingerprint(), "draws": self.config.draws,
         }  # fmt: skip
-        if protocol == "finetune":
+        if self.config.protocol == "finetune":
             identity["train"] = dataclasses.asdict(self.config.train)
-        model_path = path.with_suffix(".pth") if protocol == "finetune" and fraction in self.config.keep else None
+        return identity
+
+    def one(self, fraction: float, seed: int, keep: bool | None = None) -> Record:
+        """``keep``: whether a fine-tuned network must be there too; unset: as the configuration says."""
+        protocol, identity = self.config.protocol, self.identity(fraction, seed)
+        path = self.out / f"{protocol}-{fraction:g}-seed{seed}.json"
+        keep = protocol == "finetune" and (fraction in self.config.keep if keep is None else keep)
+        model_path = path.with_suffix(".pth") if keep else None
         known = finished(path, identity)
         if known is not None and (model_path is None or model_path.exists()):
             return known
@@ -177,20 +184,19 @@ class Evaluation:
 
     def finetuned(self, train: ChestIndex, seed: int, path: Path, identity: Record, keep: Path | None) -> Scored:
         val, test = self.index.split("val"), self.index.split("test")
-        size = self.start.image_size
+        size, backbone = self.start.image_size, self.start.backbone(seed)
         with self.console.status(f"fine-tuning {self.start.arm} with {len(train)} labelled films, seed {seed}"):
             model, fitted = finetune(
-                self.start.backbone(seed), train, val, size, self.config.train, seed, path.with_suffix(".ckpt"),
-                identity,
-            )  # fmt: skip
+                backbone, train, val, size, self.config.train, seed, path.with_suffix(".ckpt"), identity
+            )
         if keep is not None:
             save_classifier(model, train, size, keep)
         return Scored(test, predict(model, test, size), usable_classes(train), dataclasses.asdict(fitted))
 
 
-def evaluate(config: EvaluateConfig, console: Console | None = None) -> list[Record]:
+def evaluate(config: EvaluateConfig, console: Console | None = None, start: Start | None = None) -> list[Record]:
     """Every fraction and seed that is asked for; those that are there are read."""
-    return Evaluation(config, console or Console()).records()
+    return Evaluation(config, console or Console(), start).records()
 
 
 def main(config: EvaluateConfig) -> None:

@@ -12,6 +12,7 @@ Beside them stands what a map that knows nothing would get: a random point, a ra
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -130,29 +131,41 @@ def chance(masks: NDArray[np.bool_]) -> tuple[Floats, Floats]:
     return area, TOP * area / (TOP + area - TOP * area)
 
 
-def heatmap(config: HeatmapConfig, console: Console | None = None) -> list[Record]:
-    """Every seed that is asked for; those that are there are read."""
-    start, console = resolve(config), console or Console()
+def heatmap(config: HeatmapConfig, console: Console | None = None, start: Start | None = None) -> list[Record]:
+    """Every seed that is asked for; those that are there are read. ``start``: what ``config`` would be resolved to."""
+    start, console = start or resolve(config), console or Console()
     index, out = start.index().split(config.split), config.out or default_out(config.run, start)
     if not targets(index):
         raise SystemExit(f"{start.data} has no box on a film of split {config.split!r}")
     return [_one(config, start, index, out, seed, console) for seed in config.seeds]
 
 
-def _one(config: HeatmapConfig, start: Start, index: ChestIndex, out: Path, seed: int, console: Console) -> Record:
-    network = out / f"finetune-{config.fraction:g}-seed{seed}.pth"
-    if not network.is_file():
-        first = f"evaluate --protocol finetune --fractions {config.fraction:g}"
-        raise SystemExit(f"{network} is missing: run {first} first")
+def drawn(
+    config: HeatmapConfig, start: Start, index: ChestIndex, out: Path, seed: int, network: Record
+) -> tuple[Path, Record, Record | None]:
+    """Where the record of a network's maps belongs, its identity, and the record, if it is there.
+
+    ``network`` is the identity of the fine-tuning, which is known without the network; ``index`` holds the split.
+    """
     path = out / f"heatmap-{config.fraction:g}-seed{seed}.json"
     identity = {
         **start.identity(), "data": index.fingerprint(), "split": config.split, "fraction": config.fraction,
-        "seed": seed, "draws": config.draws, "figure_images": config.figure_images,
-        "network": network.stat().st_mtime_ns,
+        "seed": seed, "draws": config.draws, "figure_images": config.figure_images, "network": network,
     }  # fmt: skip
-    known = finished(path, identity)
-    if known is not None and path.with_suffix(".npz").exists():
+    return path, identity, finished(path, identity)
+
+
+def _one(config: HeatmapConfig, start: Start, index: ChestIndex, out: Path, seed: int, console: Console) -> Record:
+    network = out / f"finetune-{config.fraction:g}-seed{seed}.pth"
+    tuned = network.with_suffix(".json")
+    path, identity, known = drawn(
+        config, start, index, out, seed, json.loads(tuned.read_text())["identity"] if tuned.exists() else {}
+    )
+    if known is not None:
         return known
+    if not network.is_file():
+        first = f"evaluate --protocol finetune --fractions {config.fraction:g}"
+        raise SystemExit(f"{network} is missing: run {first} first")
     model, facts = load_classifier(network)
     size, usable = facts["image_size"], dict(zip(facts["classes"], facts["usable"], strict=True))
     known_targets = targets(index)

@@ -87,9 +87,9 @@ def train_unet(
     return dataclasses.asdict(fit(model, len(train), task.load, loss_of, score_of, config, seed, checkpoint, identity))
 
 
-def segment(config: SegmentConfig, console: Console | None = None) -> list[Record]:
-    """Every fraction and seed that is asked for; those that are there are read."""
-    start, console = resolve(config), console or Console()
+def segment(config: SegmentConfig, console: Console | None = None, start: Start | None = None) -> list[Record]:
+    """Every fraction and seed that is asked for; those that are there are read. ``start``: as for ``evaluate``."""
+    start, console = start or resolve(config), console or Console()
     task, out = mask_set(start.index(), config.label), config.out or default_out(config.run, start)
     return [
         _one(config, start, task, out, fraction, seed, console)
@@ -117,7 +117,10 @@ def _one(
             model, train, task.split("val"), start.image_size, config.train, seed, path.with_suffix(".ckpt"), identity
         )
     test = MaskTask(task.split("test"), start.image_size)
-    figures = dice_figures(Overlap.of(predict_masks(model, test), test.masks), test.patients, config.draws)
+    overlap = Overlap.of(predict_masks(model, test), test.masks)
+    figures = dice_figures(overlap, test.patients, config.draws)
+    found = np.where(overlap.true > 0, overlap.each(), np.nan)  # of films that have something to find
+    np.savez_compressed(path.with_suffix(".npz"), dice=found.astype(np.float32), names=task.split("test").index.names)
     record = {
         "stage": "segment", **start.labels(), "label": task.label, "fraction": fraction, "seed": seed,
         "identity": identity, "train_images": len(train), **fitted, **figures,

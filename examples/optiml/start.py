@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,30 +58,53 @@ class Start:
     imagenet: bool = False
     pretraining: dict[str, Any] = field(default_factory=dict)
     """The run's config.json; empty where there is none."""
+    seed: int | None = None
+    """Draws random weights; unset: the seed of each task does."""
+    make: Callable[[], object] | None = None
+    """Called before the weights are used for the first time, to see to it that they are there."""
+    title: str = ""
+    """The row's name in the report, where the paper has none."""
 
     def index(self) -> ChestIndex:
         return with_all_splits(open_index(self.data, self.val_fraction, self.split_seed))
 
     def backbone(self, seed: int) -> Backbone:
         """A fresh backbone; ``seed`` matters only where the weights are random."""
-        backbone = load_backbone(self.weights, seed)
+        if self.make is not None:
+            self.make()
+        backbone = load_backbone(self.weights, seed if self.seed is None else self.seed)
         if self.imagenet:
             backbone.load_state_dict(imagenet_weights())
         return backbone
 
     @property
     def random(self) -> bool:
-        return self.weights is None and not self.imagenet
+        """Whether each task's seed gives other weights."""
+        return self.weights is None and not self.imagenet and self.seed is None
 
     def identity(self) -> dict[str, Any]:
-        """What the start contributes to a result."""
-        digest = None if self.weights is None else hashlib.sha256(self.weights.read_bytes()).hexdigest()[:16]
-        start = "untrained" if self.random else digest or "imagenet"
+        """What the start contributes to a result.
+
+        A run counts by what it depends on, not by its weights, so that its results are known without them; a file
+        from elsewhere by its bytes.
+        """
+        if self.weights is None:
+            drawn = "untrained" if self.seed is None else f"untrained, seed {self.seed}"
+            start = "imagenet" if self.imagenet else drawn
+        elif self.pretraining:
+            start = "run " + _digest(json.dumps(self.pretraining, sort_keys=True).encode())
+        else:
+            start = _digest(self.weights.read_bytes())
         return {"start": start, "image_size": self.image_size}
 
     def labels(self) -> dict[str, Any]:
         """How the report finds a record of this start, and what it compares before it averages over several."""
-        return {"arm": self.arm, "dataset": self.dataset, "pretraining": self.pretraining}
+        known = {"arm": self.arm, "dataset": self.dataset, "pretraining": self.pretraining}
+        return {**known, "title": self.title} if self.title else known
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def default_out(run: Path | None, start: Start) -> Path:

@@ -5,22 +5,23 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from rich.console import Console
 
 from .config import AugmentConfig, PretrainConfig
 from .data import open_index, with_all_splits
-from .evaluate import EvaluateConfig, Protocol, evaluate, source_record
-from .heatmap import HeatmapConfig, heatmap, targets
+from .evaluate import EvaluateConfig, Evaluation, evaluate, source_record
+from .heatmap import HeatmapConfig, drawn, heatmap, targets
 from .masks import has_outlines, mask_set
 from .pretrain import pretrain
 from .records import Record
 from .report import report
 from .segment import SegmentConfig, segment
-from .start import StartConfig, resolve
+from .start import Start, StartConfig, resolve
 from .subsets import LARGE_SEEDS, SMALL, SMALL_SEEDS, check_fractions, check_seeds
 from .training import TrainConfig
 
@@ -106,9 +107,9 @@ def xray(config: XrayConfig, console: Console | None = None) -> Path:
     records: list[Record] = []
     if alone := source_record(index, dataset, downstream / dataset, config.draws):
         records.append(alone)
-    boxed = bool(targets(index.split("test")))
-    for start in (None, *runs):
-        records += _downstream(config, start, common, dataset, downstream, boxed, console)
+    for run in (None, *runs):
+        start = resolve(StartConfig(config.data, run=run, untrained=run is None, dataset=dataset, **common))
+        records += stages(config, start, UNTRAINED if run is None else run.name, downstream, console)
     console.rule("report")
     path = report(records, config.out / "report", console)
     if config.results:
@@ -149,49 +150,52 @@ def _pretrained(config: XrayConfig, seed: int, console: Console) -> Path:
     return out
 
 
-def _downstream(
-    config: XrayConfig, start: Path | None, common: dict[str, Any], dataset: str, folder: Path, boxed: bool,
-    console: Console,
-) -> list[Record]:  # fmt: skip
-    """Stages 3 to 5 of one backbone (None: untrained)."""
-    name = UNTRAINED if start is None else start.name
-    source: dict[str, Any] = {"run": start, "untrained": start is None, **common}
+def stages(config: XrayConfig, start: Start, name: str, folder: Path, console: Console) -> Iterator[Record]:
+    """Evaluate, segment and draw heatmaps from one start: each record as it is made or found.
+
+    Records lie in ``folder`` / DATASET / ``name``; the sizes are the configuration's, the data set that is evaluated on
+    the start's.
+    """
+    index, out = start.index(), folder / start.dataset / name
+    boxed = bool(config.heatmap_fractions and targets(index.split("test")))
     small = tuple(f for f in config.fractions if f < SMALL)
     rest = tuple(f for f in config.fractions if f >= SMALL)
     plan = [(fs, seeds) for fs, seeds in ((small, config.seeds), (rest, config.large_seeds)) if fs]
-    out, records = folder / dataset / name, list[Record]()
-    for protocol in get_args(Protocol):
-        console.rule(f"evaluate, {protocol}: {name}")
-        for fractions, seeds in plan:
-            records += evaluate(
-                EvaluateConfig(
-                    config.data, **source, dataset=dataset, protocol=protocol, fractions=fractions, seeds=seeds,
-                    train=config.finetune, keep=config.heatmap_fractions, draws=config.draws, out=out,
-                ), console,
+    console.rule(f"evaluate, linear: {name}")
+    for fractions, seeds in plan:
+        frozen = EvaluateConfig(start.data, fractions=fractions, seeds=seeds, draws=config.draws, out=out)
+        yield from evaluate(frozen, console, start)
+    console.rule(f"evaluate, finetune: {name}")
+    for fractions, seeds in plan:
+        tuned = EvaluateConfig(
+            start.data, protocol="finetune", fractions=fractions, seeds=seeds, train=config.finetune,
+            draws=config.draws, out=out,
+        )  # fmt: skip
+        evaluation = Evaluation(tuned, console, start)
+        for fraction, seed in evaluation.plan():
+            if not (boxed and fraction in config.heatmap_fractions):
+                yield evaluation.one(fraction, seed, keep=False)
+                continue
+            maps = HeatmapConfig(
+                start.data, fraction=fraction, seeds=(seed,), figure_images=config.figure_images, draws=config.draws,
+                out=out,
             )  # fmt: skip
+            *_, known = drawn(maps, start, index.split("test"), out, seed, evaluation.identity(fraction, seed))
+            yield evaluation.one(fraction, seed, keep=known is None)
+            yield from heatmap(maps, console, start)
     if config.segment_data is not None:
         console.rule(f"segment: {name}")
-        own = config.segment_data.resolve() == config.data.resolve()
-        outlined = dataset if own else config.segment_data.resolve().name
-        size = {"image_size": config.segment_size or config.image_size}
-        records += segment(
-            SegmentConfig(
-                config.segment_data, **{**source, **size}, dataset=outlined, label=config.label,
-                fractions=config.segment_fractions, seeds=config.segment_seeds, train=config.unet, draws=config.draws,
-                out=folder / outlined / name,
-            ), console,
-        )  # fmt: skip
-    if boxed:
-        console.rule(f"heatmap: {name}")
-        for fractions, seeds in plan:
-            for fraction in sorted(set(fractions) & set(config.heatmap_fractions)):
-                records += heatmap(
-                    HeatmapConfig(
-                        config.data, **source, dataset=dataset, fraction=fraction, seeds=seeds,
-                        figure_images=config.figure_images, draws=config.draws, out=out,
-                    ), console,
-                )  # fmt: skip
-    return records
+        own = config.segment_data.resolve() == start.data.resolve()
+        outlined = start.dataset if own else config.segment_data.resolve().name
+        task = dataclasses.replace(
+            start, data=config.segment_data, dataset=outlined, image_size=config.segment_size or start.image_size
+        )
+        for seed in config.segment_seeds:
+            unet = SegmentConfig(
+                config.segment_data, label=config.label, fractions=config.segment_fractions, seeds=(seed,),
+                train=config.unet, draws=config.draws, out=folder / outlined / name,
+            )  # fmt: skip
+            yield from segment(unet, console, task)
 
 
 def main(config: XrayConfig) -> None:
