@@ -1,10 +1,9 @@
-"""A pretraining run, from order and views to the weights it ends with, and the recorded comparison of several."""
+"""A pretraining run, from order and views to the weights it ends with."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +19,7 @@ from torchvision.models import resnet18
 from examples.optiml.augment import EpochSampler, seeded
 from examples.optiml.callbacks import read_log
 from examples.optiml.config import ExpanderConfig, MethodOptions, PretrainConfig
-from examples.optiml.data import read_index
 from examples.optiml.pretrain import pretrain
-from examples.optiml.study import StudyConfig
-from examples.optiml.study import main as study
-from examples.optiml.study_table import BEGIN, END, write_report
 
 # --- training ------------------------------------------------------------------------------------------------
 
@@ -99,43 +94,3 @@ def test_a_loss_that_is_no_number_stops_with_a_reason(phantoms: Path, tmp_path: 
     options = dataclasses.replace(options, vicreg=dataclasses.replace(options.vicreg, covariance=float("inf")))
     with pytest.raises(SystemExit, match=r"the loss is (nan|inf) in epoch 1, step 1 \(.*invariance"):
         pretrain(tiny(phantoms, tmp_path / "run", options=options))
-
-
-def test_a_study_fills_its_table_and_repeats_nothing(phantoms: Path, tmp_path: Path) -> None:
-    data = tmp_path / "data"
-    shutil.copytree(phantoms, data)
-    index = read_index(data)
-    rows = [
-        f"images/{name},{'ab'[int(patient) % 2]}" for name, patient in zip(index.names, index.patients, strict=True)
-    ]
-    (data / "labels.csv").write_text("\n".join(["image,source", *rows]) + "\n")
-    readme = tmp_path / "README.md"
-    readme.write_text(f"{BEGIN}\n{END}\n")
-    config = StudyConfig(
-        data, tmp_path / "runs", tmp_path / "results", readme, seeds=(0,), marginals=(), epochs=1, batch_size=16,
-        image_size=32, draws=50,
-    )  # fmt: skip
-    study(config)
-    result = json.loads((tmp_path / "results" / "vicreg-seed0.json").read_text())
-    plain = json.loads((tmp_path / "results" / "untrained-seed0.json").read_text())
-    gap = json.loads((tmp_path / "results" / "differences.json").read_text())["rows"]
-    assert [(row["arm"], row["minus"]) for row in gap] == [("vicreg", "untrained")]
-    for kind in ("raw", "within_source"):
-        macro_auc = result[kind]["macro"]
-        assert macro_auc["low"] <= macro_auc["value"] <= macro_auc["high"]
-        assert gap[0][kind]["value"] == pytest.approx(macro_auc["value"] - plain[kind]["macro"]["value"], abs=1e-12)
-    assert result["made"]["torch"] == torch.__version__ and "loss" in result["training"]["last_epoch"]
-    text = readme.read_text()
-    assert f"{result['within_source']['macro']['value']:.3f}" in text and "source alone" in text
-    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "results").glob("*-seed0.json")}
-    study(config)
-    assert before == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "results").glob("*-seed0.json")}
-    assert readme.read_text() == text
-
-
-def test_the_report_is_written_between_its_markers(tmp_path: Path) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    write_report(tmp_path, readme)
-    text = readme.read_text()
-    assert "old" not in text and "No results yet" in text and text.startswith("before") and text.endswith("after\n")

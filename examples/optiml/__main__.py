@@ -7,6 +7,7 @@ import sys
 
 import tyro
 
+from .compare import CompareConfig
 from .config import PretrainConfig
 from .data import UnreadableImage
 from .evaluate import EvaluateConfig
@@ -16,7 +17,6 @@ from .prepare.config import PrepareConfig
 from .pretrain import INTERRUPTED
 from .report import ReportConfig
 from .segment import SegmentConfig
-from .study import StudyConfig
 from .xray import XrayConfig
 
 COMMANDS = {
@@ -28,7 +28,7 @@ COMMANDS = {
     "segment": (SegmentConfig, "segment"),
     "heatmap": (HeatmapConfig, "heatmap"),
     "report": (ReportConfig, "report"),
-    "study": (StudyConfig, "study"),
+    "compare": (CompareConfig, "compare"),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -178,6 +179,10 @@ class PretrainConfig:
             known.pop(name)
         known["options"] = known["options"][self.method]
         return json.loads(json.dumps(known))  # as it will be read back
+
+    def key(self) -> str:
+        """A short name of the identity, for a run folder that no other run can claim."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:8]
 
 
 def _fill(node: Any, path: list[str], value: Any) -> Any:

@@ -37,11 +37,11 @@ class Overlap:
 
     def positives(self, weights: Floats) -> Floats:
         """Mean over images that have something to find, per row of ``weights`` (R, n); NaN without any."""
-        return _mean(self.each(), weights * (self.true > 0))
+        return weighted_mean(self.each(), weights * (self.true > 0))
 
     def kaggle(self, weights: Floats) -> Floats:
         """Mean over all images, an empty prediction of an empty image counting 1."""
-        return _mean(self.each(), weights)
+        return weighted_mean(self.each(), weights)
 
     def overall(self, weights: Floats) -> Floats:
         """One Dice of all pixels of all images together."""
@@ -62,6 +62,7 @@ def dice_figures(overlap: Overlap, patients: NDArray[Any], draws: int) -> dict[s
     return figures
 
 
-def _mean(values: Floats, weights: Floats) -> Floats:
+def weighted_mean(values: Floats, weights: Floats) -> Floats:
+    """Mean of ``values`` (n,) per row of ``weights`` (R, n); NaN where all weights are nought."""
     total = weights.sum(axis=1)
     return np.divide(weights @ values, total, out=np.full(len(weights), np.nan), where=total > 0)

@@ -55,6 +55,8 @@ def _dots(axes: Axes, section: Section, column: int, labelled: set[str]) -> None
             if ours:
                 ends = [[ours.value - min(ours.low, ours.value)], [max(ours.high, ours.value) - ours.value]]
                 axes.errorbar(ours.value, y + offset, xerr=ends, fmt="o", ms=4, lw=1.2, color=colour, label=once(label))
+    if section.differences:
+        axes.axvline(0, color="#888888", lw=0.8)
     axes.set_ylim(len(section.rows) - 0.4, -0.6)
     names = [row.name for row in section.rows]
     axes.set_yticks(range(len(names)), names if column == 0 else [""] * len(names), fontsize=8)
@@ -65,6 +67,32 @@ def _dots(axes: Axes, section: Section, column: int, labelled: set[str]) -> None
     axes.grid(axis="x", color="#e3e3e3", lw=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw_curves(curves: dict[str, list[list[dict[str, float]]]], path: Path) -> None:
+    """A line of panels per row, a curve per seed: the loss, and the deviation of embeddings over the batch."""
+    figure = Figure(figsize=(7.5, 1.25 * len(curves) + 0.7), layout="constrained")
+    grid = figure.subplots(len(curves), 2, squeeze=False, sharex=True)
+    spreads = sorted({name for runs in curves.values() for run in runs for name in run[0] if name.startswith("std")})
+    colours = dict(zip(spreads, (OURS, PAPER, WITHIN, "#555555", "#999999"), strict=False))
+    for (left, right), (title, runs) in zip(grid, curves.items(), strict=True):
+        for run in runs:
+            steps = [epoch["step"] for epoch in run]
+            left.plot(steps, [epoch["loss"] for epoch in run], color=OURS, lw=1.1, marker=".", ms=3)
+            for name in (name for name in colours if name in run[0]):
+                label = None if name in right.get_legend_handles_labels()[1] else name
+                right.plot(
+                    steps, [epoch[name] for epoch in run], color=colours[name], lw=1.1, marker=".", ms=3, label=label
+                )
+        left.set_title(title, loc="left", fontsize=8, fontweight="bold")
+        right.set_ylim(bottom=0)
+        right.legend(fontsize=6, frameon=False, ncols=3)
+        for axes in (left, right):
+            axes.tick_params(labelsize=7)
+            axes.spines[["top", "right"]].set_visible(False)
+    for axes, name in zip(grid[-1], ("loss over steps", "deviation of embeddings over steps"), strict=True):
+        axes.set_xlabel(name, fontsize=8)
+    _save(figure, path)
 
 
 def draw_heatmaps(title: str, arms: dict[str, dict[str, Any]], path: Path) -> None:
@@ -91,7 +119,7 @@ def draw_heatmaps(title: str, arms: dict[str, dict[str, Any]], path: Path) -> No
                 axes.set_ylabel(name, fontsize=9)
         grid[0, i].set_title(str(first["labels"][i]), fontsize=9)
     figure.suptitle(title, fontsize=10)
-    _save(figure, path)
+    _save(figure, path, 80)
 
 
 def same_films(a: dict[str, Any], b: dict[str, Any]) -> bool:
@@ -99,6 +127,6 @@ def same_films(a: dict[str, Any], b: dict[str, Any]) -> bool:
     return all(np.array_equal(a[key], b[key]) for key in ("names", "labels", "images"))
 
 
-def _save(figure: Figure, path: Path) -> None:
+def _save(figure: Figure, path: Path, dpi: int = 130) -> None:
     with mpl.rc_context({"font.family": "DejaVu Sans"}):
-        figure.savefig(path, dpi=130, metadata={"Software": None})
+        figure.savefig(path, dpi=dpi, metadata={"Software": None})

@@ -234,12 +234,14 @@ def _for_figure(found: list[Target], count: int) -> list[Target]:
 def _save_figure_maps(
     path: Path, model: Classifier, images: ImageStore, size: int, index: ChestIndex, shown: list[Target]
 ) -> None:
-    """Films, boxes and maps for the report, which draws all arms side by side."""
+    """Films, boxes and maps (255 where each is largest) for the report, which draws all arms side by side."""
+    maps = _cams(model, images, size, index, shown)
+    top = maps.max(axis=(1, 2), keepdims=True)
     pixels = [np.asarray(images[t.row].resize((size, size), resample=2)) for t in shown]
     np.savez_compressed(
         path,
         images=np.stack(pixels),
-        maps=_cams(model, images, size, index, shown).astype(np.float32),
+        maps=np.round(255 * maps / np.where(top > 0, top, 1)).astype(np.uint8),
         names=np.array([str(index.names[t.row]) for t in shown]),
         labels=np.array([t.label for t in shown]),
         boxes=np.array([[i, b.x, b.y, b.width, b.height] for i, t in enumerate(shown) for b in t.boxes]),

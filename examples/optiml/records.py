@@ -35,7 +35,7 @@ def finished(path: Path, identity: Record) -> Record | None:
 def read_records(folders: Iterable[Path]) -> list[Record]:
     """Every record below ``folders``, in the order of their paths, or in a report's ``records.json``.
 
-    ``file`` says where each stands.
+    Also those that a comparison keeps, all of a row and seed in one file. ``file`` says where each stands.
     """
     records: list[Record] = []
     for folder in folders:
@@ -48,4 +48,7 @@ def read_records(folders: Iterable[Path]) -> list[Record]:
             content = json.loads(path.read_text())
             if isinstance(content, dict) and "stage" in content:
                 records.append({**content, "file": str(path)})
+            elif isinstance(content, dict) and "records" in content:
+                shared = {"pretraining": content["pretraining"]}
+                records += [{**r, **shared, "file": f"{path}/{key}"} for key, r in content["records"].items()]
     return records

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,13 +46,15 @@ def build(records: list[Record]) -> list[Table]:
     ]
 
 
-def report(records: list[Record], out: Path, console: Console | None = None) -> Path:
-    """Write everything; returns the Markdown file."""
+def report(
+    records: list[Record], out: Path, console: Console | None = None, more: Sequence[Table] = (), notes: str = ""
+) -> Path:
+    """Write everything, tables beyond the paper's among it; returns the Markdown file."""
     console = console or Console()
     check(records)
     out.mkdir(parents=True, exist_ok=True)
     parts = [PREAMBLE, *_mixed(records)]
-    for table in build(records):
+    for table in [*build(records), *more]:
         if table.key == "fig2":
             pictures = _heatmaps(records, out)
         else:
@@ -60,7 +63,7 @@ def report(records: list[Record], out: Path, console: Console | None = None) -> 
         (out / f"{table.key}.csv").write_text(as_csv(table))
         parts.append(markdown(table) if table.sections else f"## {table.title}\n\nNot run.\n")
         parts += [f"![{table.title}]({picture})\n" for picture in pictures]
-    parts.append(_made(records))
+    parts += [notes, _made(records)]
     (out / RECORDS).write_text(json.dumps(records, indent=1, sort_keys=True) + "\n")
     path = out / "report.md"
     path.write_text("\n".join(parts))
@@ -102,7 +105,7 @@ def _heatmaps(records: list[Record], out: Path) -> list[str]:
     for record in sorted(mine, key=lambda r: (order.index(r["arm"]) if r["arm"] in order else len(order), r["seed"])):
         path = Path(record["file"]).with_suffix(".npz")
         known = groups[record["dataset"], record["fraction"]]
-        name = str(ROWS.get(record["arm"], record["arm"]))
+        name = str(ROWS.get(record["arm"], record.get("title", record["arm"])))
         if name in known or not path.exists():
             continue
         with np.load(path) as arrays:
@@ -120,7 +123,7 @@ def _heatmaps(records: list[Record], out: Path) -> list[str]:
 def _made(records: list[Record]) -> str:
     if not records:
         return "No records.\n"
-    trained = [record for record in records if record["pretraining"]]
+    trained = [record for record in records if record["pretraining"].get("method")]
     runs = {(r["arm"], str(sorted(r["pretraining"].items(), key=str))): r["pretraining"] for r in trained}
     lines = ["## How it was made", ""]
     for (arm, _), run in sorted(runs.items()):

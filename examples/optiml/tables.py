@@ -65,6 +65,8 @@ class Section:
     rows: list[Row]
     note: str = ""
     digits: int = 1
+    differences: bool = False
+    """Whether nought means that two rows are alike, so that a figure shows where it is."""
 
     @property
     def ran(self) -> bool:
@@ -237,10 +239,10 @@ def _title(dataset: str) -> str:
 
 
 def _arms(records: list[Record], every: bool) -> list[tuple[str, str]]:
-    """The paper's rows (all, or those that ran), then rows of our own."""
-    ran = {r["arm"] for r in records}
-    own = sorted(ran - set(ROWS))
-    return [(arm, name) for arm, name in ROWS.items() if every or arm in ran] + [(arm, arm) for arm in own]
+    """The paper's rows (all, or those that ran), then rows of our own in the order of their records."""
+    ran = {r["arm"]: str(r.get("title", r["arm"])) for r in records}
+    own = [(arm, title) for arm, title in ran.items() if arm not in ROWS]
+    return [(arm, name) for arm, name in ROWS.items() if every or arm in ran] + own
 
 
 def _sizes(records: list[Record]) -> str:

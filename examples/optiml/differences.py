@@ -1,0 +1,131 @@
+"""Paired differences between rows: the same seeds, the same resampled test patients, averaged over the seeds."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .data import ChestIndex
+from .dice import weighted_mean
+from .finetune import usable_classes
+from .masks import MaskSet
+from .metrics import Estimate, Floats, class_aucs, macro, patient_draws
+from .tables import Cell, Ours, Row, Section, Table
+
+#: Of one row, by pretraining seed: its figure on the test films as they are, then on each drawn set of patients.
+Replicates = dict[int, Floats]
+#: Of one row, by pretraining seed: what was kept of its test films, by DATASET/RECORD/ARRAY.
+Arrays = dict[int, dict[str, NDArray[Any]]]
+
+
+@dataclass(frozen=True)
+class Difference(Ours):
+    """One row minus another."""
+
+    @classmethod
+    def between(cls, a: Replicates, b: Replicates) -> Difference | None:
+        """Over the seeds that both have; None where there are none."""
+        seeds = sorted(a.keys() & b.keys())
+        if not seeds:
+            return None
+        gaps = np.stack([a[seed] - b[seed] for seed in seeds])
+        mean = gaps.mean(axis=0)
+        deviation = gaps[:, 0].std(ddof=1) if len(seeds) > 1 else 0.0
+        found = Estimate.of(mean[0], mean[1:])
+        return cls(found.value, float(deviation), found.low, found.high, len(seeds))
+
+    def text(self, digits: int) -> str:
+        return f"{self.value:+.{digits}f} [{self.low:+.{digits}f}, {self.high:+.{digits}f}]"
+
+    @property
+    def verdict(self) -> str:
+        """What the interval says of the first row."""
+        if self.low > 0:
+            return "beats"
+        return "is below" if self.high < 0 else "cannot be told from"
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A figure that rows are compared by."""
+
+    section: str
+    column: str
+    record: str
+    """What the keys of its arrays begin with ..."""
+    array: str
+    """... and end with; several (the seeds of a task) are averaged."""
+    of: Callable[[NDArray[Any]], Floats]
+    """The figure of an array, as it is and on each drawn set of patients."""
+
+    def replicates(self, arrays: Arrays) -> Replicates:
+        found = {
+            seed: [x for key, x in sorted(kept.items()) if key.startswith(self.record) and key.endswith(self.array)]
+            for seed, kept in arrays.items()
+        }
+        return {seed: np.mean([self.of(x) for x in all_of], axis=0) for seed, all_of in found.items() if all_of}
+
+
+def auc_measures(index: ChestIndex, dataset: str, draws: int) -> list[Measure]:
+    """Frozen macro AUC with all labels: within sources, where these are known, and raw."""
+    test, usable = index.split("test"), usable_classes(index.split("train"))
+    weights = _with_itself(test.patients, draws)
+
+    def auc(groups: NDArray[np.str_] | None) -> Callable[[NDArray[Any]], Floats]:
+        return lambda x: macro(class_aucs(x.astype(float), test.labels, groups, weights), usable)
+
+    kinds = [("frozen AUC, raw", None)]
+    if test.sources is not None:
+        kinds.insert(0, ("frozen AUC, within source", test.sources))
+    return [Measure(dataset, name, f"{dataset}/linear-1-", "/ranks", auc(groups)) for name, groups in kinds]
+
+
+def dice_measure(task: MaskSet, dataset: str, fraction: float, draws: int) -> Measure:
+    """Dice over films that have something to find; others are NaN."""
+    weights = _with_itself(task.split("test").index.patients, draws)
+
+    def dice(x: NDArray[Any]) -> Floats:
+        known = ~np.isnan(x)
+        return weighted_mean(x[known].astype(float), weights[:, known])
+
+    return Measure(
+        f"{dataset}, {task.label}", "Dice, positives", f"{dataset}/segment-{task.label}-{fraction:g}-", "/dice", dice
+    )
+
+
+def difference_table(first: str, rows: dict[str, Arrays], measures: list[Measure]) -> Table:
+    """Row ``first`` minus each other one, a section per data set; rows by the names in the report."""
+    sections = []
+    for title in dict.fromkeys(measure.section for measure in measures):
+        cells: dict[str, list[Cell]] = {name: [] for name in rows if name != first}
+        for measure in (m for m in measures if m.section == title):
+            found = {name: measure.replicates(arrays) for name, arrays in rows.items()}
+            for name, line in cells.items():
+                line.append(Cell(measure.column, None, Difference.between(found.get(first, {}), found[name])))
+        sections.append(Section(title, [Row(f"− {name}", line) for name, line in cells.items()], "", 3, True))
+    return Table("differences", f"{first} minus each row: paired differences [95 %]", [s for s in sections if s.rows])
+
+
+def verdicts(untrained: str, rows: dict[str, Arrays], measure: Measure) -> str:
+    """A line per row: whether it beats the untrained network."""
+    found = {name: measure.replicates(arrays) for name, arrays in rows.items()}
+    lines = [f"## Against the untrained network ({measure.section}, {measure.column})", ""]
+    for name in (name for name in rows if name != untrained):
+        gap = Difference.between(found[name], found.get(untrained, {}))
+        lines.append(f"* {name}: " + (f"{gap.verdict} it, {gap.text(3)}" if gap else "not run"))
+    return "\n".join(lines) + "\n"
+
+
+def _with_itself(patients: NDArray[np.str_], draws: int) -> Floats:
+    """The test films as they are, then every drawn set."""
+    return np.concatenate([np.ones((1, len(patients))), patient_draws(patients, draws)])
+
+
+def only_ran(table: Table) -> Table:
+    """Without sections in which nothing of ours stands."""
+    return dataclasses.replace(table, sections=[section for section in table.sections if section.ran])

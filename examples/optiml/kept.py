@@ -1,0 +1,129 @@
+"""What is kept of a row and seed: small files from which it is known, without its weights, that nothing is to be done.
+
+``NAME.json`` holds the records of all stages, ``NAME.npz`` what the records do not say and paired comparisons and the
+figure of heatmaps need, ``NAME.csv`` the pretraining's log as means over epochs. ``films.npz`` has the films of the
+figure, once for all rows.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .callbacks import epoch_means, read_log
+from .files import whole, write_json
+from .records import Record
+
+FILMS = "films"
+
+
+def ranks(scores: NDArray[Any]) -> NDArray[np.uint16]:
+    """Each column's values by their place among its different values: all that an AUC depends on, in two bytes."""
+    columns = [np.unique(column, return_inverse=True)[1] for column in scores.T]
+    return np.stack(columns, 1).astype(np.uint16)
+
+
+class Kept:
+    """Files of one row and seed in the folder of results; arrays go by DATASET/RECORD/ARRAY."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder, self.name = folder, name
+        self.path = folder / f"{name}.json"
+        self.seconds, self.records, self.pretraining = 0.0, dict[str, Record](), dict[str, Any]()
+        self.arrays, self.films = _load(self.path.with_suffix(".npz")), _load(folder / f"{FILMS}.npz")
+        if self.path.exists() and self.arrays:
+            content = json.loads(self.path.read_text())
+            self.seconds, self.records, self.pretraining = (content[k] for k in ("seconds", "records", "pretraining"))
+
+    @property
+    def curves(self) -> list[dict[str, float]]:
+        """A row per epoch of the pretraining; empty where there was none."""
+        return read_log(self.path.with_suffix(".csv"))
+
+    def restore(self, folder: Path) -> None:
+        """Put the records back where the stages look for them: ``folder`` / DATASET / NAME."""
+        for key, record in self.records.items():
+            dataset, _, stem = key.partition("/")
+            path = folder / dataset / self.name / f"{stem}.json"
+            write_json(path, {**record, "pretraining": self.pretraining})
+            films = {name.rpartition("/")[2]: x for name, x in self.films.items() if name.startswith(f"{key}/")}
+            if films and f"{key}/maps" in self.arrays:
+                np.savez_compressed(path.with_suffix(".npz"), maps=self.arrays[f"{key}/maps"], **films)
+
+    def add(self, record: Record) -> None:
+        """Keep a record, and what is needed of the arrays beside it."""
+        path = Path(record["file"])
+        key = f"{record['dataset']}/{path.stem}"
+        stripped = {name: value for name, value in record.items() if name not in ("file", "pretraining")}
+        if self.records.get(key) == stripped:
+            return
+        self.records[key], self.pretraining = stripped, record["pretraining"]
+        if path.with_suffix(".npz").exists():
+            self._take(key, record, _load(path.with_suffix(".npz")))
+        self.write()
+
+    def _take(self, key: str, record: Record, arrays: dict[str, NDArray[Any]]) -> None:
+        if record["stage"] == "evaluate" and (record["protocol"], record["fraction"]) == ("linear", 1.0):
+            self.arrays[f"{key}/ranks"] = ranks(arrays["scores"])
+        elif record["stage"] == "segment":
+            self.arrays[f"{key}/dice"] = arrays["dice"].astype(np.float16)
+        elif record["stage"] == "heatmap":
+            of_fraction = key.rpartition("-seed")[0]
+            if any(name.startswith(f"{of_fraction}-seed") and name != f"{key}/maps" for name in self.arrays):
+                return  # the figure shows one seed
+            self.arrays[f"{key}/maps"] = arrays["maps"]
+            films = {f"{key}/{name}": x for name, x in arrays.items() if name != "maps"}
+            if any(not np.array_equal(x, self.films.get(name)) for name, x in films.items()):
+                self.films |= films
+                _save(self.folder / f"{FILMS}.npz", self.films)
+
+    def only(self, found: list[Record]) -> None:
+        """Forget what belongs to none of these records."""
+        wanted = {f"{record['dataset']}/{Path(record['file']).stem}" for record in found}
+        self.records = {key: self.records[key] for key in self.records if key in wanted}
+        self.arrays = {name: x for name, x in self.arrays.items() if name.rpartition("/")[0] in wanted}
+        self.write()
+
+    def spend(self, seconds: float) -> None:
+        """Count the time that making it took."""
+        self.seconds = round(self.seconds + seconds, 1)
+        if self.records:
+            self.write()
+
+    def write(self) -> None:
+        """A record is a line, so that a difference between two versions shows which were made again."""
+        head = json.dumps({"name": self.name, "seconds": self.seconds, "pretraining": self.pretraining})
+        lines = [f"{json.dumps(key)}: {json.dumps(self.records[key], sort_keys=True)}" for key in sorted(self.records)]
+        text = head[:-1] + ', "records": {\n' + ",\n".join(lines) + "\n}}\n"
+        if not self.path.exists() or self.path.read_text() != text:
+            _save(self.path.with_suffix(".npz"), self.arrays)  # first: records without their arrays are not complete
+            with whole(self.path) as part:
+                part.write_text(text)
+
+    def keep_curves(self, log: Path) -> None:
+        """Means over epochs of a run's log."""
+        steps = read_log(log)
+        epochs = sorted({int(row["epoch"]) for row in steps})
+        means = [{name: f"{x:.5g}" for name, x in epoch_means(steps, epoch).items()} for epoch in epochs]
+        with whole(self.path.with_suffix(".csv")) as part, part.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(means[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(means)
+
+
+def _load(path: Path) -> dict[str, NDArray[Any]]:
+    if not path.exists():
+        return {}
+    with np.load(path) as arrays:
+        return dict(arrays)
+
+
+def _save(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
+    if arrays:
+        with whole(path) as part, part.open("wb") as file:
+            np.savez_compressed(file, **arrays)

@@ -1,0 +1,97 @@
+"""What is compared: each row of the report by its name, its method, and the settings in which it differs."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from .config import PRESETS, PretrainConfig
+from .methods import METHODS
+from .paper import ABLATION, ROWS
+from .start import SUP1, SUP2
+
+Kind = Literal["methods", "ablation"]
+#: Weights that are not pretrained here: drawn at random, or ImageNet's.
+NOT_TRAINED = (SUP1, SUP2)
+RECOMMENDED = "optiml"
+#: The objective as printed, under everybody's optimiser: the printed rate of 3e-4 would hardly move the weights.
+PRINTED = {path: value for path, value in PRESETS["paper"].items() if path.startswith(("options.optiml.", "expander."))}
+#: One factor at a time: a row for each of these values that is not the recommended one. Marginals without CV-SIM
+#: (uniform) are a row of Table III.
+FACTORS: dict[str, tuple[Any, ...]] = {
+    "options.optiml.match": ("channel", "position"),
+    "options.optiml.tokens": ("channel", "batch"),
+    "options.optiml.marginals": ("perplexity", "learned", "detached"),
+    "options.optiml.gradient": ("implicit", "unroll", "none"),
+    "options.optiml.objective": ("transport_cost", "value", "divergence"),
+    "options.optiml.eps": (0.01, 0.05, 0.2),
+    "options.optiml.alpha": (0.6, 6.0, 25.0),
+    "expander.last_act": (False, True),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row; ``method`` is an entry of ``METHODS``, or None for weights that are not pretrained here."""
+
+    name: str
+    """The arm in its records."""
+    method: str | None = None
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """Settings of ``PretrainConfig`` by dotted path, where they are not everybody's."""
+    title: str = ""
+    """Its name in the report, where that is none of the paper's."""
+
+    @property
+    def shown(self) -> str:
+        return self.title or ROWS.get(self.name, self.name)
+
+    def apply(self, config: PretrainConfig) -> PretrainConfig:
+        """``config`` with the overrides, and every unset field filled from the preset."""
+        for path, value in self.overrides.items():
+            config = _changed(config, path, value)
+        return config.resolve()
+
+
+def rows(kind: Kind) -> list[Row]:
+    """All rows of a comparison, in the order of the report."""
+    return methods() if kind == "methods" else ablation()
+
+
+def methods() -> list[Row]:
+    """Tables I and II: the two yardsticks, every method there is, and OPTiML's objective as printed."""
+    known = [name for name in ROWS if name in METHODS] + sorted(METHODS.keys() - ROWS.keys())
+    printed = Row("optiml-printed", "optiml", PRINTED, "OPTiML, objective as printed")
+    return [Row(SUP1), Row(SUP2), *(Row(name, name) for name in known), printed]
+
+
+def ablation() -> list[Row]:
+    """Table III, and one factor at a time around the recommended settings; the untrained network for scale."""
+    result = [Row(SUP1)]
+    for name, (var_cov, cvsim) in ABLATION.items():
+        off: dict[str, Any] = {} if var_cov else {"options.optiml.beta": 0.0, "options.optiml.eta": 0.0}
+        off |= {} if cvsim else {"options.optiml.marginals": "uniform"}
+        missing = " and ".join(part for part, on in (("var+cov", var_cov), ("CV-SIM", cvsim)) if not on)
+        result.append(Row(name, "optiml", off, f"OPTiML without {missing}" if missing else ""))
+    usual = PretrainConfig(Path(), Path(), RECOMMENDED).resolve()
+    for path, values in FACTORS.items():
+        factor = path.rpartition(".")[2].replace("_", "-")
+        for value in values:
+            if _value(usual, path) != value:
+                name = f"optiml-{factor}-{value}".lower()
+                result.append(Row(name, "optiml", {path: value}, f"OPTiML, {factor} {value}"))
+    return result
+
+
+def _value(node: Any, path: str) -> Any:
+    for name in path.split("."):
+        node = getattr(node, name)
+    return node
+
+
+def _changed(node: Any, path: str, value: Any) -> Any:
+    """A copy of ``node`` with the field at ``path`` set."""
+    name, _, rest = path.partition(".")
+    return dataclasses.replace(node, **{name: _changed(getattr(node, name), rest, value) if rest else value})

@@ -1,0 +1,213 @@
+"""The comparison of methods: what is kept of it, going on from that alone, and paired differences."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+
+pytest.importorskip("lightly", reason="the example needs otloss[examples]")
+pytest.importorskip("segmentation_models_pytorch", reason="the example needs otloss[examples]")
+pytest.importorskip("captum", reason="the example needs otloss[examples]")
+
+from rich.console import Console
+
+from examples.optiml.compare import Budget, CompareConfig, compare, markers
+from examples.optiml.config import PretrainConfig
+from examples.optiml.data import read_index
+from examples.optiml.differences import auc_measures, difference_table, verdicts
+from examples.optiml.finetune import usable_classes
+from examples.optiml.kept import ranks
+from examples.optiml.layout import PhantomConfig, write_phantoms
+from examples.optiml.methods import METHODS
+from examples.optiml.paper import ABLATION, arm_of
+from examples.optiml.pretrain import pretrain
+from examples.optiml.rows import rows
+from examples.optiml.scores import Scored
+
+QUIET = Console(quiet=True)
+TINY = Budget(
+    image_size=32, epochs=1, batch_size=16, fractions=(0.1, 1.0), large_seeds=(0,), heatmap_fractions=(0.1,), draws=30,
+    finetune_epochs=1, finetune_steps=2, finetune_max_steps=2, unet_epochs=1, unet_steps=2, unet_max_steps=2, checks=1,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = write_phantoms(PhantomConfig(tmp_path_factory.mktemp("data") / "phantoms", train=60, test=40, size=40))
+    lines = [f"{name},{'ab'[int(name[7]) % 2]}" for name in read_index(root).names]
+    (root / "labels.csv").write_text("\n".join(["image,source", *lines]) + "\n")
+    return root
+
+
+@pytest.fixture(scope="module")
+def done(data: Path, tmp_path_factory: pytest.TempPathFactory) -> CompareConfig:
+    """Three rows under one seed, from nothing to the report."""
+    folder = tmp_path_factory.mktemp("compare")
+    (folder / "README.md").write_text("before\n{}\nstale\n{}\nafter\n".format(*markers("methods")))
+    config = CompareConfig(
+        data, folder / "out", folder / "results", "nih-phantoms", segment_data=data, label="Effusion",
+        only=("sup1", "vicreg", "optiml"), seeds=(0,), sizes=TINY, readme=folder / "README.md",
+    )  # fmt: skip
+    compare(config, QUIET)
+    return config
+
+
+@pytest.fixture
+def pretrained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The methods that were pretrained in a test."""
+    calls: list[str] = []
+
+    def counted(config: PretrainConfig, console: Console) -> Path | None:
+        calls.append(config.method)
+        return pretrain(config, console)
+
+    monkeypatch.setattr("examples.optiml.compare.pretrain", counted)
+    return calls
+
+
+def kept(config: CompareConfig, name: str) -> dict[str, Any]:
+    return json.loads((config.results / "runs" / f"{name}-seed0.json").read_text())["records"]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_a_comparison_is_kept_in_small_files(done: CompareConfig) -> None:
+    files = contents(done.results)
+    for name in ("sup1", "vicreg", "optiml"):
+        assert {key.partition("/")[2] for key in kept(done, name)} == {
+            "linear-0.1-seed0", "linear-1-seed0", "finetune-0.1-seed0", "finetune-1-seed0", "heatmap-0.1-seed0",
+            "segment-Effusion-1-seed0",
+        }  # fmt: skip
+        assert len(files[f"runs/{name}-seed0.npz"]) < 30_000
+    assert b"std_q" in files["runs/vicreg-seed0.csv"] and "runs/sup1-seed0.csv" not in files
+    assert {f"methods/{n}.png" for n in ("curves", "differences", "fig2-nih-phantoms-0.1", "fig3")} <= files.keys()
+    assert not any(name.endswith((".pth", ".ckpt", "records.json")) for name in files)
+    text = files["methods/report.md"].decode()
+    for row in ("− Sup.1 (random)", "− VICReg", "* VICReg: ", "* OPTiML: "):
+        assert row in text
+    readme = done.readme.read_text() if done.readme else ""
+    assert readme.startswith("before\n<!-- compare") and readme.endswith("after\n") and "stale" not in readme
+    assert (
+        "− VICReg" in readme
+        and "VinBig" not in readme
+        and "--image-size 32" in readme
+        and "](results/methods/curves.png)" in readme
+    )
+
+    cells = list(csv.DictReader(files["methods/differences.csv"].decode().splitlines()))
+    assert len(cells) == 2 * 3
+    key, dice = "nih-phantoms/linear-1-seed0", "nih-phantoms/segment-Effusion-1-seed0"
+    ours, theirs = kept(done, "optiml"), kept(done, "vicreg")
+    expected = {
+        "frozen AUC, raw": ours[key]["macro_auc"] - theirs[key]["macro_auc"],
+        "frozen AUC, within source": np.subtract(*(r[key]["within_source"]["macro"]["value"] for r in (ours, theirs))),
+        "Dice, positives": ours[dice]["positives"]["value"] - theirs[dice]["positives"]["value"],
+    }
+    for cell in cells:
+        if cell["row"] == "− VICReg":
+            assert float(cell["value"]) == pytest.approx(expected[cell["column"]], abs=2e-4)
+            assert float(cell["low"]) <= float(cell["high"])
+
+
+def test_what_is_kept_is_not_made_again(done: CompareConfig, pretrained: list[str], tmp_path: Path) -> None:
+    config = dataclasses.replace(done, results=tmp_path / "results", out=tmp_path / "out")
+    shutil.copytree(done.results, config.results)
+    before = contents(config.results)
+    compare(config, QUIET)  # on a machine that has nothing but the results
+    compare(dataclasses.replace(config, report_only=True), QUIET)
+    assert not pretrained and contents(config.results) == before
+    compare(dataclasses.replace(config, rows="ablation", only=(), report_only=True, readme=None), QUIET)
+    assert "− Sup.1 (random)" in (config.results / "ablation" / "report.md").read_text()  # what both share
+
+    longer = dataclasses.replace(TINY, finetune_max_steps=3, finetune_steps=3)
+    changed = dataclasses.replace(config, sizes=longer, only=("vicreg",), readme=tmp_path / "none")
+    (tmp_path / "none").write_text("\n".join(markers("methods")))
+    old = kept(config, "vicreg")
+    shutil.rmtree(config.out)
+    compare(changed, QUIET)
+    assert pretrained == ["vicreg"]
+    again = {key for key, record in kept(config, "vicreg").items() if record != old[key]}
+    assert again == {key for key in old if "finetune" in key or "heatmap" in key}
+    assert "runs/optiml-seed0.json" in contents(config.results)  # which is not of these sizes, so:
+    cells = csv.DictReader((config.results / "methods" / "differences.csv").read_text().splitlines())
+    assert not any(cell["value"] for cell in cells)
+
+
+def test_an_interruption_loses_nothing(done: CompareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = dataclasses.replace(done, results=tmp_path / "results", out=tmp_path / "out", only=("sup1",), readme=None)
+
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("examples.optiml.xray.segment", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            compare(config, QUIET)
+    early = kept(config, "sup1")
+    assert len(early) == 5
+    shutil.rmtree(config.out)
+    compare(config, QUIET)
+    late = kept(config, "sup1")
+    assert len(late) == 6 and all(late[key] == record for key, record in early.items())
+    assert (config.results / "methods" / "fig2-nih-phantoms-0.1.png").exists()
+
+
+def test_imagenet_is_left_blank_without_its_weights(
+    done: CompareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def offline(*args: object, **kwargs: object) -> None:
+        raise URLError("no route to host")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
+    shutil.copytree(done.results, tmp_path / "results")
+    console = Console(record=True, quiet=False, file=(tmp_path / "log").open("w"), width=200)
+    config = dataclasses.replace(done, results=tmp_path / "results", out=tmp_path / "out", only=("sup2",), readme=None)
+    text = compare(config, console).read_text()
+    assert "sup2-seed0 is left out: cannot download ImageNet weights (<urlopen error no route to host>)" in (
+        console.export_text()
+    )
+    assert "− Sup.2" not in text and "− VICReg" in text
+
+
+def test_paired_differences_find_the_better_row_and_nothing_in_a_row_itself(data: Path) -> None:
+    index, rng = read_index(data), np.random.default_rng(0)
+    test = index.split("test")
+    good = test.labels + 0.6 * rng.standard_normal(test.labels.shape)
+    bad = test.labels + 3.0 * rng.standard_normal(test.labels.shape)
+    arrays = [{seed: {"set/linear-1-seed0/ranks": ranks(x)} for seed in (0, 1)} for x in (good, bad, good)]
+    named = dict(zip(("good", "bad", "same"), arrays, strict=True))
+    measures = auc_measures(index, "set", 200)
+    (section,) = difference_table("good", named, measures).sections
+    (bad_within, bad_raw), (same_within, same_raw) = ([c.ours for c in row.cells] for row in section.rows)
+    for cell in (same_within, same_raw):
+        assert cell is not None and cell.value == cell.low == cell.high == cell.deviation == 0 and cell.seeds == 2
+    scored = [Scored(test, x, usable_classes(index.split("train"))) for x in (good, bad)]
+    for cell, within in ((bad_within, True), (bad_raw, False)):
+        assert cell is not None and cell.low > 0
+        assert cell.value == pytest.approx(float(np.subtract(*(s.macro(within)[0] for s in scored))), abs=1e-12)
+    lines = verdicts("bad", named, measures[0])
+    assert "* good: beats it, +" in lines and "* same: beats it" in lines
+    assert "* bad: is below it" in verdicts("good", named, measures[0])
+
+
+def test_rows_are_named_as_in_the_paper_and_differ() -> None:
+    assert {row.method for row in rows("methods")} == {None, *METHODS}
+    arms = {row.name: row.apply(PretrainConfig(Path(), Path(), row.method or "optiml")) for row in rows("ablation")[1:]}
+    assert list(arms)[: len(ABLATION)] == list(ABLATION)
+    assert all(arm_of(arms[name].identity()) == name for name in ABLATION)
+    identities = [str(run.identity()) for run in arms.values()]
+    assert len(set(identities)) == len(arms) == len(rows("ablation")) - 1
+    for factor in ("match", "tokens", "marginals", "gradient", "objective", "eps", "alpha", "last-act"):
+        assert any(name.startswith(f"optiml-{factor}-") for name in arms)
+    with pytest.raises(ValueError, match=r"only must be among sup1, .*, not byol2"):
+        CompareConfig(Path(), only=("byol2",))
