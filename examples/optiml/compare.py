@@ -6,13 +6,12 @@ where they have a record of every stage of a row and seed, that is not pretraine
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,7 +33,7 @@ from .rows import NOT_TRAINED, RECOMMENDED, Kind, Row, rows
 from .start import SUP1, SUP2, Start
 from .tables import Table, markdown
 from .training import TrainConfig
-from .xray import XrayConfig, stages
+from .xray import XrayConfig, outlined, stages
 
 HERE = Path(__file__).parent
 
@@ -131,7 +130,7 @@ class CompareConfig:
     def stages(self) -> XrayConfig:
         """The sizes, as all stages take them."""
         given = {name: value for name, value in vars(self.sizes).items() if value is not None}
-        b: Any = dataclasses.replace(BUDGETS[self.budget], **given)
+        b: Any = replace(BUDGETS[self.budget], **given)
         return XrayConfig(
             self.data, self.out, epochs=b.epochs, batch_size=b.batch_size, image_size=b.image_size,
             min_scale=b.min_scale, workers=self.workers, fractions=b.fractions, seeds=b.small_seeds,
@@ -154,11 +153,11 @@ class Comparison:
 
     def __init__(self, config: CompareConfig, console: Console) -> None:
         self.config, self.console, self.sizes = config, console, config.stages()
-        self.dataset = config.dataset or config.data.resolve().name
-        self.rows = rows(config.rows)
+        self.rows, sets = rows(config.rows), [(config.data, config.dataset, self.sizes)]
+        if config.rsna_data:
+            sets.append((config.rsna_data, None, replace(self.sizes, segment_data=None, heatmap_fractions=())))
         # What is wrong with a folder is worth knowing before hours of pretraining.
-        self.index = with_all_splits(open_index(config.data))
-        self.rsna = with_all_splits(open_index(config.rsna_data)) if config.rsna_data else None
+        self.sets = [(with_all_splits(open_index(path)), name or path.resolve().name, s) for path, name, s in sets]
         self.task = mask_set(open_index(config.segment_data), config.label) if config.segment_data else None
         # ImageNet's weights are the same under every seed; fine-tuning has seeds of its own.
         self.units = [(r, s) for s in config.seeds for r in self.rows if r.name != SUP2 or s == config.seeds[0]]
@@ -233,7 +232,7 @@ class Comparison:
                 image_size=s.image_size, seed=seed, augment=AugmentConfig(min_scale=s.min_scale), workers=s.workers,
             )
         )  # fmt: skip
-        return dataclasses.replace(run, out=self.config.out / f"{name}-{run.key()}")
+        return replace(run, out=self.config.out / f"{name}-{run.key()}")
 
     def _pretrain(self, run: PretrainConfig, files: Kept, left: int) -> None:
         if pretrain(run, self.console) is None:
@@ -252,29 +251,22 @@ class Comparison:
         like = run or PretrainConfig(self.config.data, self.config.out)
         saved: dict[str, Any] = {"seed": seed} if row.name == SUP1 else {}
         if run is not None:
-            saved = {**run.identity(), "data_fingerprint": self.index.fingerprint()}
+            saved = {**run.identity(), "data_fingerprint": self.sets[0][0].fingerprint()}
         assert self.sizes.image_size is not None
         start = Start(
-            row.name, self.dataset, self.sizes.image_size, like.val_fraction, like.split_seed, self.config.data,
+            row.name, "", self.sizes.image_size, like.val_fraction, like.split_seed, self.config.data,
             weights=run.out / BACKBONE if run else None, imagenet=row.name == SUP2, pretraining=saved,
             seed=seed if row.name == SUP1 else None, make=make, title=row.title,
         )  # fmt: skip
-        result = [(start, self.sizes)]
-        if self.rsna is not None:
-            other = dataclasses.replace(start, data=self.rsna.root, dataset=self.rsna.root.resolve().name)
-            result.append((other, dataclasses.replace(self.sizes, segment_data=None, heatmap_fractions=())))
-        return result
+        return [(replace(start, data=index.root, dataset=name), sizes) for index, name, sizes in self.sets]
 
     def differences(self, kept: dict[str, dict[int, Kept]]) -> tuple[Table, str]:
         """The recommended OPTiML minus each other row; and a line per row on whether it beats the untrained network."""
         draws, shown = self.sizes.draws, {row.name: row.shown for row in self.rows}
-        measures = auc_measures(self.index, self.dataset, draws)
-        if self.rsna is not None:
-            measures += auc_measures(self.rsna, self.rsna.root.resolve().name, draws)
+        measures = [measure for index, name, _ in self.sets for measure in auc_measures(index, name, draws)]
         if self.task is not None:
-            own = self.task.index.root.resolve() == self.config.data.resolve()
-            dataset = self.dataset if own else self.task.index.root.resolve().name
-            measures.append(dice_measure(self.task, dataset, max(self.sizes.segment_fractions), draws))
+            name = outlined(self.task.index.root, self.config.data, self.sets[0][1])
+            measures.append(dice_measure(self.task, name, max(self.sizes.segment_fractions), draws))
         arrays = {
             title: {seed: files.arrays for seed, files in kept[name].items()}
             for name, title in shown.items()
@@ -294,7 +286,7 @@ def compare(config: CompareConfig, console: Console | None = None) -> Path:
         raise SystemExit(f"nothing to report: {', '.join(failed) or 'no row'} was made")
     console.rule("report")
     table, lines = comparison.differences(kept)
-    lines += "\n" + _how(config, comparison.index, records, kept)
+    lines += "\n" + _how(config, comparison.sets[0][0], records, kept)
     out, final = config.out / f"report-{config.rows}", config.results / config.rows
     curves = {r.shown: [f.curves for f in kept[r.name].values() if f.curves] for r in comparison.rows if r.name in kept}
     if curves := {name: runs for name, runs in curves.items() if runs}:
@@ -318,10 +310,13 @@ def compare(config: CompareConfig, console: Console | None = None) -> Path:
 
 def _how(config: CompareConfig, index: ChestIndex, records: list[Record], kept: dict[str, dict[int, Kept]]) -> str:
     """The command, the sizes, where and how long."""
-    given = [f"--{f.name.replace('_', '-')} {_words(getattr(config, f.name))}" for f in dataclasses.fields(config)
-             if f.name in ("data", "dataset", "rsna_data", "segment_data", "label", "rows", "budget", "seeds")
-             and getattr(config, f.name) is not None]  # fmt: skip
-    given += [f"--{name.replace('_', '-')} {_words(x)}" for name, x in vars(config.sizes).items() if x is not None]
+    named = ("data", "dataset", "rsna_data", "segment_data", "label", "rows", "budget", "seeds")
+    settings = {**{name: getattr(config, name) for name in named}, **vars(config.sizes)}
+    given = [
+        f"--{name.replace('_', '-')} {' '.join(map(str, x)) if isinstance(x, tuple) else x}"
+        for name, x in settings.items()
+        if x is not None
+    ]
     machines = sorted(
         {f"{r['made']['device']} ({r['made']['machine']}, {r['made']['threads']} threads)" for r in records}
     )
@@ -332,10 +327,6 @@ def _how(config: CompareConfig, index: ChestIndex, records: list[Record], kept: 
         f"commit {', '.join(commits)}: {len(index.split('train'))} training and {len(index.split('test'))} test films. "
         "Differences are paired: same seeds, same resampled test patients.\n"
     )
-
-
-def _words(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def markers(kind: Kind) -> tuple[str, str]:

@@ -150,6 +150,11 @@ def _pretrained(config: XrayConfig, seed: int, console: Console) -> Path:
     return out
 
 
+def outlined(segment_data: Path, data: Path, dataset: str) -> str:
+    """Column of the report that segmentation is in: that of the evaluation where it is on the same films."""
+    return dataset if segment_data.resolve() == data.resolve() else segment_data.resolve().name
+
+
 def stages(config: XrayConfig, start: Start, name: str, folder: Path, console: Console) -> Iterator[Record]:
     """Evaluate, segment and draw heatmaps from one start: each record as it is made or found.
 
@@ -185,15 +190,13 @@ def stages(config: XrayConfig, start: Start, name: str, folder: Path, console: C
             yield from heatmap(maps, console, start)
     if config.segment_data is not None:
         console.rule(f"segment: {name}")
-        own = config.segment_data.resolve() == start.data.resolve()
-        outlined = start.dataset if own else config.segment_data.resolve().name
-        task = dataclasses.replace(
-            start, data=config.segment_data, dataset=outlined, image_size=config.segment_size or start.image_size
-        )
+        column = outlined(config.segment_data, start.data, start.dataset)
+        size = config.segment_size or start.image_size
+        task = dataclasses.replace(start, data=config.segment_data, dataset=column, image_size=size)
         for seed in config.segment_seeds:
             unet = SegmentConfig(
                 config.segment_data, label=config.label, fractions=config.segment_fractions, seeds=(seed,),
-                train=config.unet, draws=config.draws, out=folder / outlined / name,
+                train=config.unet, draws=config.draws, out=folder / column / name,
             )  # fmt: skip
             yield from segment(unet, console, task)
 
