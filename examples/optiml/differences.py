@@ -79,7 +79,7 @@ def auc_measures(index: ChestIndex, dataset: str, draws: int) -> list[Measure]:
     def auc(groups: NDArray[np.str_] | None) -> Callable[[NDArray[Any]], Floats]:
         return lambda x: macro(class_aucs(x.astype(float), test.labels, groups, weights), usable)
 
-    kinds = [("frozen AUC, raw", None)]
+    kinds: list[tuple[str, NDArray[np.str_] | None]] = [("frozen AUC, raw", None)]
     if test.sources is not None:
         kinds.insert(0, ("frozen AUC, within source", test.sources))
     return [Measure(dataset, name, f"{dataset}/linear-1-", "/ranks", auc(groups)) for name, groups in kinds]

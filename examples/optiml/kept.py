@@ -53,7 +53,7 @@ class Kept:
             write_json(path, {**record, "pretraining": self.pretraining})
             films = {name.rpartition("/")[2]: x for name, x in self.films.items() if name.startswith(f"{key}/")}
             if films and f"{key}/maps" in self.arrays:
-                np.savez_compressed(path.with_suffix(".npz"), maps=self.arrays[f"{key}/maps"], **films)
+                _save(path.with_suffix(".npz"), {"maps": self.arrays[f"{key}/maps"], **films})
 
     def add(self, record: Record) -> None:
         """Keep a record, and what is needed of the arrays beside it."""
@@ -78,7 +78,7 @@ class Kept:
                 return  # the figure shows one seed
             self.arrays[f"{key}/maps"] = arrays["maps"]
             films = {f"{key}/{name}": x for name, x in arrays.items() if name != "maps"}
-            if any(not np.array_equal(x, self.films.get(name)) for name, x in films.items()):
+            if any(name not in self.films or not np.array_equal(x, self.films[name]) for name, x in films.items()):
                 self.films |= films
                 _save(self.folder / f"{FILMS}.npz", self.films)
 
@@ -124,6 +124,7 @@ def _load(path: Path) -> dict[str, NDArray[Any]]:
 
 
 def _save(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
+    named: Any = arrays
     if arrays:
         with whole(path) as part, part.open("wb") as file:
-            np.savez_compressed(file, **arrays)
+            np.savez_compressed(file, **named)
