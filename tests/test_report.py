@@ -18,13 +18,11 @@ from PIL import Image
 from xray_runs import QUIET, SHORT
 
 from examples.optiml.data import read_index
-from examples.optiml.evaluate import EvaluateConfig
 from examples.optiml.heatmap import HeatmapConfig, heatmap
 from examples.optiml.model import load_backbone
 from examples.optiml.paper import TABLE1, TABLE2, arm_of, paper_dataset
 from examples.optiml.report import build, report
-from examples.optiml.segment import SegmentConfig
-from examples.optiml.start import StartConfig, resolve
+from examples.optiml.start import Start
 from examples.optiml.tables import markdown
 from examples.optiml.xray import XrayConfig, xray
 
@@ -89,13 +87,11 @@ def test_runs_of_one_name_or_row_or_other_patients_are_refused(phantoms: Path, t
 def test_every_row_of_xray_has_the_runs_validation_patients(
     phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[StartConfig] = []
-    for stage in ("evaluate", "segment", "heatmap"):
-        monkeypatch.setattr(f"examples.optiml.xray.{stage}", lambda config, console: asked.append(config) or [])
+    asked: list[Start] = []
+    monkeypatch.setattr("examples.optiml.xray.stages", lambda config, start, *rest: asked.append(start) or [])
     xray(XrayConfig(phantoms, tmp_path / "out", run=(finished_run(tmp_path / "run"),)), QUIET)
-    assert {type(config) for config in asked} == {EvaluateConfig, SegmentConfig, HeatmapConfig}
-    assert sum(config.untrained for config in asked) == len(asked) / 2
-    splits = [resolve(config).index().splits.tolist() for config in asked]
+    assert [start.random for start in asked] == [True, False]
+    splits = [start.index().splits.tolist() for start in asked]
     assert all(split == read_index(phantoms, 0.3, 5).splits.tolist() for split in splits)
 
 
