@@ -20,7 +20,7 @@ import tyro
 from rich.console import Console
 
 from .callbacks import read_log
-from .config import AugmentConfig, PretrainConfig
+from .config import AugmentConfig, MethodOptions, PretrainConfig
 from .data import ChestIndex, open_index, with_all_splits
 from .differences import auc_measures, dice_measure, difference_table, only_ran, verdicts
 from .figures import draw_curves
@@ -48,6 +48,10 @@ class Budget:
     batch_size: int | None = None
     min_scale: float | None = None
     """Smallest share of the film that a crop of the pretraining shows. Unset: each method's own."""
+    queue: int | None = None
+    """Keys in the queues of methods that have any; more than there are films make a film its own negative."""
+    key_momentum: float | None = None
+    """Share of its weights that the key encoder of those keeps; 0.999 hardly moves it in a few hundred steps."""
     fractions: tuple[float, ...] | None = None
     """Shares of the labels, frozen and fine-tuned."""
     small_seeds: tuple[int, ...] | None = None
@@ -75,7 +79,8 @@ class Budget:
 
 BUDGETS = {
     "small": Budget(
-        image_size=64, epochs=10, batch_size=64, fractions=(0.01, 0.1, 1.0), small_seeds=(0, 1, 2), large_seeds=(0,),
+        image_size=64, epochs=10, batch_size=64, queue=1024, key_momentum=0.99,
+        fractions=(0.01, 0.1, 1.0), small_seeds=(0, 1, 2), large_seeds=(0,),
         heatmap_fractions=(0.01,), finetune_lr=1e-3, finetune_epochs=5, finetune_steps=60, segment_fractions=(1.0,),
         segment_seeds=(0,), unet_lr=1e-3, unet_epochs=3, unet_steps=60, checks=5, figure_images=6, draws=2000,
     ),
@@ -127,10 +132,15 @@ class CompareConfig:
         if unknown := sorted(set(self.only) - set(names)):
             raise ValueError(f"only must be among {', '.join(names)}, not {', '.join(unknown)}")
 
+    def budgeted(self) -> Any:
+        """The named budget, with what was set beside it."""
+        return replace(
+            BUDGETS[self.budget], **{name: value for name, value in vars(self.sizes).items() if value is not None}
+        )
+
     def stages(self) -> XrayConfig:
         """The sizes, as all stages take them."""
-        given = {name: value for name, value in vars(self.sizes).items() if value is not None}
-        b: Any = replace(BUDGETS[self.budget], **given)
+        b = self.budgeted()
         return XrayConfig(
             self.data, self.out, epochs=b.epochs, batch_size=b.batch_size, image_size=b.image_size,
             min_scale=b.min_scale, workers=self.workers, fractions=b.fractions, seeds=b.small_seeds,
@@ -224,12 +234,17 @@ class Comparison:
 
     def _pretraining(self, row: Row, seed: int, name: str) -> PretrainConfig:
         """A run folder of its own for everything that its result depends on."""
-        s = self.sizes
+        s, budget, options = self.sizes, self.config.budgeted(), MethodOptions()
         assert row.method is not None and s.image_size is not None
+        mine = getattr(options, row.method)
+        if hasattr(mine, "queue"):
+            keys = {"queue": budget.queue or mine.queue, "momentum": budget.key_momentum or mine.momentum}
+            options = replace(options, **{row.method: replace(mine, **keys)})
         run = row.apply(
             PretrainConfig(
                 self.config.data, self.config.out, row.method, epochs=s.epochs, batch_size=s.batch_size,
                 image_size=s.image_size, seed=seed, augment=AugmentConfig(min_scale=s.min_scale), workers=s.workers,
+                options=options,
             )
         )  # fmt: skip
         return replace(run, out=self.config.out / f"{name}-{run.key()}")

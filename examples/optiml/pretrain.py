@@ -51,9 +51,11 @@ def pretrain(config: PretrainConfig, console: Console | None = None) -> Path | N
     console = (console or Console()) if world.first else Console(quiet=True)
     exported, last = config.out / BACKBONE, config.out / LAST
     index = open_index(config.data, config.val_fraction, config.split_seed)
+    # Built before a folder is taken, for options that do not fit together.
+    model = None if exported.exists() else build(config)
     if world.first:
         claim_run_folder(config, index.fingerprint())
-    if exported.exists():
+    if model is None:
         console.print(f"{config.out} is finished: {exported}")
         return exported
     if last.exists() and not zipfile.is_zipfile(last):
@@ -63,7 +65,6 @@ def pretrain(config: PretrainConfig, console: Console | None = None) -> Path | N
         loader = view_loader(train, config, world)
         if not len(loader):
             raise SystemExit(f"{len(train)} training images are fewer than one batch of {config.batch_size}")
-        model = build(config)
         trainer = make_trainer(config, console, loader, index, world)
         several = f" in {world.size} processes" if world.size > 1 else ""
         console.print(

@@ -1,9 +1,12 @@
-"""VICReg (Bardes, Ponce, LeCun 2022): the yardstick, through the same network, data and optimiser as OPTiML."""
+"""VICReg (Bardes, Ponce, LeCun 2022, arXiv 2105.04906): the yardstick; nearest to OPTiML of all the methods.
+
+Settings after github.com/facebookresearch/vicreg (main_vicreg.py); the expander is as wide as OPTiML's, not 8192.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from lightly.loss.vicreg_loss import covariance_loss, invariance_loss, variance_loss
@@ -30,6 +33,15 @@ class VICReg(Method):
     """Embeddings of two views agree; each dimension varies over the batch, and no two say the same."""
 
     Options = VICRegOptions
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "official": {
+            "optim.lr": 0.05,  # 0.2 for 256 images
+            "optim.weight_decay": 1e-6,
+            "optim.trust": 1e-3,
+            "optim.warmup_epochs": 10,
+            "expander.last_act": False,
+        }
+    }
 
     def __init__(self, config: PretrainConfig) -> None:
         super().__init__(config)
