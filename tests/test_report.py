@@ -21,7 +21,7 @@ from examples.optiml.data import read_index
 from examples.optiml.heatmap import HeatmapConfig, heatmap
 from examples.optiml.model import load_backbone
 from examples.optiml.paper import TABLE1, TABLE2, arm_of, paper_dataset
-from examples.optiml.report import build, report
+from examples.optiml.report import _made, _mixed, build, report
 from examples.optiml.start import Start
 from examples.optiml.tables import markdown
 from examples.optiml.xray import XrayConfig, xray
@@ -115,6 +115,19 @@ def test_the_report_leaves_blank_what_was_not_run() -> None:
     assert "| var+cov ✓, CV-SIM ✗ | 0.678 |  | 0.769 | 0.660 (1) |" in table3
     assert "| var+cov ✗, CV-SIM ✗ | 0.673 |  | 0.762 |  |" in table3
     assert "| OPTiML | 0.586 |  |  |  |" in fig3 and "| SimCLR |  |  |  |  |" in fig3
+
+
+def test_rows_that_average_over_different_settings_say_so() -> None:
+    records = [made("vicreg", "set", 0.1, seed, 0.6) for seed in range(3)]
+    options = {"method": "vicreg", "epochs": 3}
+    for seed, record in enumerate(records):
+        ordered = options if seed else dict(reversed(options.items()))  # which says nothing
+        record["pretraining"] = {**ordered, "seed": seed}
+    assert _mixed(records) == [] and _made(records).count("epochs of vicreg") == 3
+    records[0]["identity"] = {**records[0]["identity"], "train": {"epochs": 5}}
+    assert _mixed(records) == ["**Row vicreg on set evaluate finetune 10% mixes 2 versions of data or sizes.**\n"]
+    records[1]["pretraining"]["epochs"] = 4
+    assert _mixed(records)[0] == "**Row vicreg on set mixes 2 pretraining settings.**\n"
 
 
 def test_rows_and_columns_of_the_paper() -> None:

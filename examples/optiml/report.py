@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -58,8 +59,9 @@ def report(
         if table.key == "fig2":
             pictures = _heatmaps(records, out)
         else:
-            pictures = [f"{table.key}.png"]
-            draw_table(table, out / pictures[0])
+            pictures = [f"{table.key}.png"] if table.sections else []
+            for picture in pictures:
+                draw_table(table, out / picture)
         (out / f"{table.key}.csv").write_text(as_csv(table))
         parts.append(markdown(table) if table.sections else f"## {table.title}\n\nNot run.\n")
         parts += [f"![{table.title}]({picture})\n" for picture in pictures]
@@ -87,14 +89,19 @@ def _mixed(records: list[Record]) -> list[str]:
     """A warning where one row averages over runs of different settings."""
     settings: dict[tuple[str, str], set[str]] = defaultdict(set)
     for record in records:
-        settings[record["dataset"], record["arm"]].add(
-            str({key: value for key, value in record["pretraining"].items() if key != "seed"})
-        )
-    return [
-        f"**Row {arm} on {dataset} mixes {len(found)} pretraining settings.**\n"
-        for (dataset, arm), found in sorted(settings.items())
-        if len(found) > 1
-    ]
+        row = f"Row {record['arm']} on {record['dataset']}"
+        trained = {key: value for key, value in record["pretraining"].items() if key != "seed"}
+        settings[row, "pretraining settings"].add(_same(trained))
+        of = [str(record[key]) for key in ("protocol", "label") if key in record]
+        identity = {key: record["identity"].get(key) for key in ("data", "image_size", "train", "draws")}
+        where = " ".join([row, record["stage"], *of, f"{record['fraction']:.0%}"])
+        settings[where, "versions of data or sizes"].add(_same(identity))
+    return [f"**{where} mixes {len(s)} {what}.**\n" for (where, what), s in sorted(settings.items()) if len(s) > 1]
+
+
+def _same(settings: dict[str, Any]) -> str:
+    """Equal for equal settings, in whatever order they were written."""
+    return json.dumps(settings, sort_keys=True)
 
 
 def _heatmaps(records: list[Record], out: Path) -> list[str]:
@@ -124,7 +131,7 @@ def _made(records: list[Record]) -> str:
     if not records:
         return "No records.\n"
     trained = [record for record in records if record["pretraining"].get("method")]
-    runs = {(r["arm"], str(sorted(r["pretraining"].items(), key=str))): r["pretraining"] for r in trained}
+    runs = {(r["arm"], _same(r["pretraining"])): r["pretraining"] for r in trained}
     lines = ["## How it was made", ""]
     for (arm, _), run in sorted(runs.items()):
         lines.append(
