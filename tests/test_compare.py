@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -19,14 +20,16 @@ pytest.importorskip("captum", reason="the example needs otloss[examples]")
 
 from rich.console import Console
 
-from examples.optiml.compare import Budget, CompareConfig, compare, markers
+from examples.optiml.budget import Budget
+from examples.optiml.compare import CompareConfig, compare
 from examples.optiml.config import PretrainConfig
 from examples.optiml.data import read_index
-from examples.optiml.differences import auc_measures, difference_table, verdicts
+from examples.optiml.differences import Difference, auc_measures, difference_table, verdicts
 from examples.optiml.finetune import usable_classes
-from examples.optiml.kept import ranks
+from examples.optiml.kept import Kept, ranks
 from examples.optiml.layout import PhantomConfig, write_phantoms
 from examples.optiml.methods import METHODS
+from examples.optiml.page import markers
 from examples.optiml.paper import ABLATION, arm_of
 from examples.optiml.pretrain import pretrain
 from examples.optiml.rows import rows
@@ -111,6 +114,11 @@ def test_what_is_kept_is_not_made_again(done: CompareConfig, tmp_path: Path, mon
     compare(config, QUIET)  # on a machine that has nothing but the results
     compare(dataclasses.replace(config, report_only=True), QUIET)
     assert not pretrained and contents(config.results) == before
+    fewer = dataclasses.replace(TINY, fractions=(1.0,), heatmap_fractions=())
+    smaller = dataclasses.replace(config, sizes=fewer, report_only=True, segment_data=None, readme=None)
+    assert ", Effusion" not in compare(smaller, QUIET).read_text()
+    runs = {name: x for name, x in before.items() if name.startswith("runs/")}
+    assert contents(config.results).items() >= runs.items()  # what is not asked for stays
     compare(dataclasses.replace(config, rows="ablation", only=(), report_only=True, readme=None), QUIET)
     assert "− Sup.1 (random)" in (config.results / "ablation" / "report.md").read_text()  # what both share
 
@@ -119,13 +127,58 @@ def test_what_is_kept_is_not_made_again(done: CompareConfig, tmp_path: Path, mon
     (tmp_path / "none").write_text("\n".join(markers("methods")))
     old = kept(config, "vicreg")
     shutil.rmtree(config.out)
-    compare(changed, QUIET)
-    assert pretrained == ["vicreg"]
+    text = compare(changed, QUIET).read_text()
+    assert pretrained == ["vicreg"] and "mixes" not in text and text.count("epochs of vicreg") == 1
     again = {key for key, record in kept(config, "vicreg").items() if record != old[key]}
     assert again == {key for key in old if "finetune" in key or "heatmap" in key}
     assert "runs/optiml-seed0.json" in contents(config.results)  # which is not of these sizes, so:
     cells = csv.DictReader((config.results / "methods" / "differences.csv").read_text().splitlines())
     assert not any(cell["value"] for cell in cells)
+
+
+def test_records_of_another_pretraining_make_room(tmp_path: Path) -> None:
+    def record(start: str, stem: str) -> dict[str, Any]:
+        path = tmp_path / "work" / "set" / "row-seed0" / f"{stem}.json"
+        facts = {"stage": "evaluate", "dataset": "set", "protocol": "linear", "fraction": 0.01, "file": str(path)}
+        return {**facts, "identity": {"start": start, "image_size": 32}, "pretraining": {"of": start}}
+
+    files = Kept(tmp_path, "row-seed0")
+    for stem in ("linear-0.01-seed0", "linear-0.01-seed1"):
+        files.add(record("a", stem))
+    files.spend(5.0)
+    assert files.arrays_of([record("a", "linear-0.01-seed0")]) == {}
+    files = Kept(tmp_path, "row-seed0")  # known again, although it has no arrays
+    assert len(files.records) == 2 and files.seconds == 5.0
+    files.add(record("b", "linear-0.01-seed1"))
+    files = Kept(tmp_path, "row-seed0")
+    assert files.records.keys() == {"set/linear-0.01-seed1"} and files.pretraining == {"of": "b"}
+    assert files.seconds == 0.0
+
+
+def test_ranks_of_many_films() -> None:
+    scores = np.random.default_rng(0).permutation(70_000)[:, None]
+    assert np.array_equal(ranks(scores / 7), scores)
+
+
+def test_a_lone_row_is_reported(done: CompareConfig, tmp_path: Path) -> None:
+    """Nothing is there that it could be compared with."""
+    (tmp_path / "README.md").write_text("\n".join(markers("methods")))
+    config = dataclasses.replace(
+        done, results=tmp_path / "results", out=tmp_path / "out", report_only=True, readme=tmp_path / "README.md"
+    )
+    for path in (done.results / "runs").glob("optiml-*"):
+        (config.results / "runs").mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, config.results / "runs")
+    assert "## OPTiML minus each row: paired differences [95 %]\n\nNot run." in compare(config, QUIET).read_text()
+    assert "differences.png" not in (tmp_path / "README.md").read_text()
+
+
+def test_what_is_kept_can_be_committed() -> None:
+    root = Path(__file__).parents[1]
+    path = CompareConfig(Path()).results / "runs" / "optiml-seed0.json"
+    if not (root / ".git").exists():
+        pytest.skip("no git repository")
+    assert subprocess.run(["git", "check-ignore", "--quiet", path], cwd=root).returncode != 0
 
 
 def test_an_interruption_loses_nothing(done: CompareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,6 +223,8 @@ def test_paired_differences_find_the_better_row_and_nothing_in_a_row_itself(data
     good = test.labels + 0.6 * rng.standard_normal(test.labels.shape)
     bad = test.labels + 3.0 * rng.standard_normal(test.labels.shape)
     arrays = [{seed: {"set/linear-1-seed0/ranks": ranks(x)} for seed in (0, 1)} for x in (good, bad, good)]
+    nothing = {seed: np.full(3, np.nan) for seed in (0, 1)}
+    assert Difference.between(nothing, nothing) is None
     named, measures = dict(zip(("good", "bad", "same"), arrays, strict=True)), auc_measures(index, "set", 200)
     (section,) = difference_table("good", named, measures).sections
     (bad_within, bad_raw), (same_within, same_raw) = ([c.ours for c in row.cells] for row in section.rows)
@@ -195,3 +250,12 @@ def test_rows_are_named_as_in_the_paper_and_differ() -> None:
         assert any(name.startswith(f"optiml-{factor}-") for name in arms)
     with pytest.raises(ValueError, match=r"only must be among sup1, .*, not byol2"):
         CompareConfig(Path(), only=("byol2",))
+    with pytest.raises(ValueError, match=r"^seeds must be one or more different"):
+        CompareConfig(Path(), seeds=(0, 0))
+    with pytest.raises(ValueError, match=r"^fractions must be .* not 2$"):
+        CompareConfig(Path(), sizes=Budget(fractions=(2.0,)))
+
+
+def test_two_data_sets_of_one_name_are_refused(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="--data and --rsna-data have the same name 'phantoms'; give --dataset"):
+        compare(CompareConfig(data, tmp_path / "out", tmp_path / "results", rsna_data=data), QUIET)

@@ -6,12 +6,10 @@ where they have a record of every stage of a row and seed, that is not pretraine
 
 from __future__ import annotations
 
-import os
-import re
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,78 +17,26 @@ import numpy as np
 import tyro
 from rich.console import Console
 
+from .budget import BUDGETS, Budget
 from .callbacks import read_log
 from .config import AugmentConfig, MethodOptions, PretrainConfig
-from .data import ChestIndex, open_index, with_all_splits
-from .differences import auc_measures, dice_measure, difference_table, only_ran, verdicts
+from .data import open_index, with_all_splits
+from .differences import auc_measures, dice_measure, difference_table, verdicts
 from .figures import draw_curves
 from .kept import Kept
 from .masks import mask_set
+from .page import how, write_tables
 from .pretrain import BACKBONE, LAST, LOG, pretrain
 from .records import Record
 from .report import RECORDS, build, report
 from .rows import NOT_TRAINED, RECOMMENDED, Kind, Row, rows
 from .start import SUP1, SUP2, Start
-from .tables import Table, markdown
+from .subsets import check_seeds
+from .tables import Table, only_ran
 from .training import TrainConfig
 from .xray import XrayConfig, outlined, stages
 
 HERE = Path(__file__).parent
-
-
-@dataclass(frozen=True)
-class Budget:
-    """All sizes, the same for every row; what is unset is as the named budget has it."""
-
-    image_size: int | None = None
-    epochs: int | None = None
-    """Of pretraining."""
-    batch_size: int | None = None
-    min_scale: float | None = None
-    """Smallest share of the film that a crop of the pretraining shows. Unset: each method's own."""
-    queue: int | None = None
-    """Keys in the queues of methods that have any; more than there are films make a film its own negative."""
-    key_momentum: float | None = None
-    """Share of its weights that the key encoder of those keeps; 0.999 hardly moves it in a few hundred steps."""
-    fractions: tuple[float, ...] | None = None
-    """Shares of the labels, frozen and fine-tuned."""
-    small_seeds: tuple[int, ...] | None = None
-    """Label subsets of fractions below a tenth."""
-    large_seeds: tuple[int, ...] | None = None
-    """Of the other fractions; pretraining seeds add to the spread."""
-    heatmap_fractions: tuple[float, ...] | None = None
-    finetune_lr: float | None = None
-    finetune_epochs: int | None = None
-    finetune_steps: int | None = None
-    """At least so many."""
-    finetune_max_steps: int | None = None
-    segment_fractions: tuple[float, ...] | None = None
-    segment_seeds: tuple[int, ...] | None = None
-    unet_lr: float | None = None
-    unet_epochs: int | None = None
-    unet_steps: int | None = None
-    unet_max_steps: int | None = None
-    checks: int | None = None
-    """Looks at validation while fine-tuning or segmenting."""
-    figure_images: int | None = None
-    draws: int | None = None
-    """Bootstrap replicates."""
-
-
-BUDGETS = {
-    "small": Budget(
-        image_size=64, epochs=10, batch_size=64, queue=1024, key_momentum=0.99,
-        fractions=(0.01, 0.1, 1.0), small_seeds=(0, 1, 2), large_seeds=(0,),
-        heatmap_fractions=(0.01,), finetune_lr=1e-3, finetune_epochs=5, finetune_steps=60, segment_fractions=(1.0,),
-        segment_seeds=(0,), unet_lr=1e-3, unet_epochs=3, unet_steps=60, checks=5, figure_images=6, draws=2000,
-    ),
-    "paper": Budget(
-        image_size=224, epochs=300, batch_size=64, fractions=(0.01, 0.1, 1.0), small_seeds=(0, 1, 2, 3, 4),
-        large_seeds=(0, 1, 2), heatmap_fractions=(0.01,), finetune_lr=1e-4, finetune_epochs=30, finetune_steps=300,
-        segment_fractions=(1.0,), segment_seeds=(0, 1, 2), unet_lr=1e-3, unet_epochs=30, unet_steps=300, checks=10,
-        figure_images=6, draws=2000,
-    ),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -120,7 +66,7 @@ class CompareConfig:
     budget: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(BUDGETS) + "}")] = "small"
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of the pretraining, or of random weights."""
-    sizes: Annotated[Budget, tyro.conf.arg(name="")] = Budget()
+    sizes: Annotated[Budget, tyro.conf.arg(name="")] = field(default_factory=Budget)
     readme: Path | None = None
     """Write the tables between this file's markers. Unset: the package's, if ``results`` lie inside the package."""
     workers: int = 0
@@ -131,6 +77,8 @@ class CompareConfig:
         names = [row.name for row in rows(self.rows)]
         if unknown := sorted(set(self.only) - set(names)):
             raise ValueError(f"only must be among {', '.join(names)}, not {', '.join(unknown)}")
+        check_seeds("seeds", self.seeds)
+        self.stages()  # which has checks of its own
 
     def budgeted(self) -> Any:
         """The named budget, with what was set beside it."""
@@ -168,6 +116,8 @@ class Comparison:
             sets.append((config.rsna_data, None, replace(self.sizes, segment_data=None, heatmap_fractions=())))
         # What is wrong with a folder is worth knowing before hours of pretraining.
         self.sets = [(with_all_splits(open_index(path)), name or path.resolve().name, s) for path, name, s in sets]
+        if len(columns := [name for _, name, _ in self.sets]) > len(set(columns)):
+            raise SystemExit(f"--data and --rsna-data have the same name {columns[0]!r}; give --dataset")
         self.task = mask_set(open_index(config.segment_data), config.label) if config.segment_data else None
         # ImageNet's weights are the same under every seed; fine-tuning has seeds of its own.
         self.units = [(r, s) for s in config.seeds for r in self.rows if r.name != SUP2 or s == config.seeds[0]]
@@ -224,7 +174,6 @@ class Comparison:
                 for record in stages(sizes, start, name, work, self.console):
                     files.add(record)
                     found.append(record)
-            files.only(found)
         finally:
             if made:
                 files.spend(time.monotonic() - started)
@@ -275,7 +224,7 @@ class Comparison:
         )  # fmt: skip
         return [(replace(start, data=index.root, dataset=name), sizes) for index, name, sizes in self.sets]
 
-    def differences(self, kept: dict[str, dict[int, Kept]]) -> tuple[Table, str]:
+    def differences(self, records: list[Record], kept: dict[str, dict[int, Kept]]) -> tuple[Table, str]:
         """The recommended OPTiML minus each other row; and a line per row on whether it beats the untrained network."""
         draws, shown = self.sizes.draws, {row.name: row.shown for row in self.rows}
         measures = [measure for index, name, _ in self.sets for measure in auc_measures(index, name, draws)]
@@ -283,7 +232,7 @@ class Comparison:
             name = outlined(self.task.index.root, self.config.data, self.sets[0][1])
             measures.append(dice_measure(self.task, name, max(self.sizes.segment_fractions), draws))
         arrays = {
-            title: {seed: files.arrays for seed, files in kept[name].items()}
+            title: {seed: files.arrays_of(records) for seed, files in kept[name].items()}
             for name, title in shown.items()
             if name in kept
         }
@@ -300,8 +249,8 @@ def compare(config: CompareConfig, console: Console | None = None) -> Path:
     if not records:
         raise SystemExit(f"nothing to report: {', '.join(failed) or 'no row'} was made")
     console.rule("report")
-    table, lines = comparison.differences(kept)
-    lines += "\n" + _how(config, comparison.sets[0][0], records, kept)
+    table, lines = comparison.differences(records, kept)
+    lines += "\n" + how(config, comparison.sets[0][0], records, kept)
     out, final = config.out / f"report-{config.rows}", config.results / config.rows
     curves = {r.shown: [f.curves for f in kept[r.name].values() if f.curves] for r in comparison.rows if r.name in kept}
     if curves := {name: runs for name, runs in curves.items() if runs}:
@@ -312,50 +261,12 @@ def compare(config: CompareConfig, console: Console | None = None) -> Path:
     shutil.copytree(out, final, dirs_exist_ok=True, ignore=shutil.ignore_patterns(RECORDS))
     readme = config.readme or (HERE / "README.md" if config.results.resolve().is_relative_to(HERE) else None)
     if readme is not None:
-        ran = [markdown(only_ran(t)) for t in [*build(records), table] if only_ran(t).sections]
-        body = "\n".join([*ran, f"![{table.title}](differences.png)\n", lines]).replace(
-            "](", f"]({os.path.relpath(final, readme.parent)}/"
-        )
-        write_between(readme, config.rows, re.sub("^#", "###", body, flags=re.MULTILINE))
+        picture = f"![{table.title}](differences.png)\n\n" if only_ran(table).sections else ""
+        write_tables(readme, config.rows, [*build(records), table], picture + lines, final)
     console.print(f"Copied to {final}")
     if failed:
         raise SystemExit(f"not in the report: {', '.join(failed)}")
     return path
-
-
-def _how(config: CompareConfig, index: ChestIndex, records: list[Record], kept: dict[str, dict[int, Kept]]) -> str:
-    """The command, the sizes, where and how long."""
-    named = ("data", "dataset", "rsna_data", "segment_data", "label", "rows", "budget", "seeds")
-    settings = {**{name: getattr(config, name) for name in named}, **vars(config.sizes)}
-    given = [
-        f"--{name.replace('_', '-')} {' '.join(map(str, x)) if isinstance(x, tuple) else x}"
-        for name, x in settings.items()
-        if x is not None
-    ]
-    machines = sorted(
-        {f"{r['made']['device']} ({r['made']['machine']}, {r['made']['threads']} threads)" for r in records}
-    )
-    hours = sum(files.seconds for seeds in kept.values() for files in seeds.values()) / 3600
-    commits = sorted({str(r["made"]["commit"])[:10] for r in records})
-    return (
-        f"Made by `python -m examples.optiml compare {' '.join(given)}` in {hours:.1f} h on {', '.join(machines)} at "
-        f"commit {', '.join(commits)}: {len(index.split('train'))} training and {len(index.split('test'))} test films. "
-        "Differences are paired: same seeds, same resampled test patients.\n"
-    )
-
-
-def markers(kind: Kind) -> tuple[str, str]:
-    """Lines of a file between which a comparison's tables stand."""
-    return f"<!-- compare --rows {kind}: written by that command, do not edit -->", f"<!-- end of {kind} -->"
-
-
-def write_between(path: Path, kind: Kind, body: str) -> None:
-    """Replace what stands between the markers."""
-    text, (begin, end) = path.read_text(), markers(kind)
-    if begin not in text or end not in text:
-        raise SystemExit(f"{path} lacks the lines {begin!r} and {end!r}")
-    before, _, rest = text.partition(begin)
-    path.write_text(f"{before}{begin}\n\n{body}\n{end}{rest.partition(end)[2]}")
 
 
 def main(config: CompareConfig) -> None:

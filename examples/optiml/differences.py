@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,11 @@ from .masks import MaskSet
 from .metrics import Estimate, Floats, class_aucs, macro, patient_draws
 from .tables import Cell, Ours, Row, Section, Table
 
+#: What stands beside a difference.
+MEANING = (
+    "Mean over the pretraining seeds that both rows have ± deviation over these, 95 % interval over resampled test "
+    "patients (of these seeds: it does not say what other seeds would give), and the number of seeds."
+)
 #: Of one row, by pretraining seed: its figure on the test films as they are, then on each drawn set of patients.
 Replicates = dict[int, Floats]
 #: Of one row, by pretraining seed: what was kept of its test films, by DATASET/RECORD/ARRAY.
@@ -29,18 +33,21 @@ class Difference(Ours):
 
     @classmethod
     def between(cls, a: Replicates, b: Replicates) -> Difference | None:
-        """Over the seeds that both have; None where there are none."""
+        """Over the seeds that both have; None where there are none, or no figure."""
         seeds = sorted(a.keys() & b.keys())
         if not seeds:
             return None
         gaps = np.stack([a[seed] - b[seed] for seed in seeds])
         mean = gaps.mean(axis=0)
+        if np.isnan(mean[0]):  # nothing to find among the test films
+            return None
         deviation = gaps[:, 0].std(ddof=1) if len(seeds) > 1 else 0.0
         found = Estimate.of(mean[0], mean[1:])
         return cls(found.value, float(deviation), found.low, found.high, len(seeds))
 
     def text(self, digits: int) -> str:
-        return f"{self.value:+.{digits}f} [{self.low:+.{digits}f}, {self.high:+.{digits}f}]"
+        spread = f" ± {self.deviation:.{digits}f}" if self.seeds > 1 else ""
+        return f"{self.value:+.{digits}f}{spread} [{self.low:+.{digits}f}, {self.high:+.{digits}f}] ({self.seeds})"
 
     @property
     def verdict(self) -> str:
@@ -107,25 +114,20 @@ def difference_table(first: str, rows: dict[str, Arrays], measures: list[Measure
             found = {name: measure.replicates(arrays) for name, arrays in rows.items()}
             for name, line in cells.items():
                 line.append(Cell(measure.column, None, Difference.between(found.get(first, {}), found[name])))
-        sections.append(Section(title, [Row(f"− {name}", line) for name, line in cells.items()], "", 3, True))
+        sections.append(Section(title, [Row(f"− {name}", line) for name, line in cells.items()], MEANING, 3, True))
     return Table("differences", f"{first} minus each row: paired differences [95 %]", [s for s in sections if s.rows])
 
 
 def verdicts(untrained: str, rows: dict[str, Arrays], measure: Measure) -> str:
     """A line per row: whether it beats the untrained network."""
     found = {name: measure.replicates(arrays) for name, arrays in rows.items()}
-    lines = [f"## Against the untrained network ({measure.section}, {measure.column})", ""]
+    lines = [f"## Against the untrained network ({measure.section}, {measure.column})", "", MEANING, ""]
     for name in (name for name in rows if name != untrained):
         gap = Difference.between(found[name], found.get(untrained, {}))
-        lines.append(f"* {name}: " + (f"{gap.verdict} it, {gap.text(3)}" if gap else "not run"))
+        lines.append(f"* {name}: " + (f"{gap.verdict} it, {gap.text(3)}" if gap else "not compared"))
     return "\n".join(lines) + "\n"
 
 
 def _with_itself(patients: NDArray[np.str_], draws: int) -> Floats:
     """The test films as they are, then every drawn set."""
     return np.concatenate([np.ones((1, len(patients))), patient_draws(patients, draws)])
-
-
-def only_ran(table: Table) -> Table:
-    """Without sections in which nothing of ours stands."""
-    return dataclasses.replace(table, sections=[section for section in table.sections if section.ran])

@@ -22,23 +22,27 @@ from .records import Record
 FILMS = "films"
 
 
-def ranks(scores: NDArray[Any]) -> NDArray[np.uint16]:
-    """Each column's values by their place among its different values: all that an AUC depends on, in two bytes."""
+def ranks(scores: NDArray[Any]) -> NDArray[Any]:
+    """Each column's values by their place among its different values: all that an AUC depends on, in few bytes."""
     columns = [np.unique(column, return_inverse=True)[1] for column in scores.T]
-    return np.stack(columns, 1).astype(np.uint16)
+    return np.stack(columns, 1).astype(np.uint16 if len(scores) <= 2**16 else np.uint32)
 
 
 class Kept:
-    """Files of one row and seed in the folder of results; arrays go by DATASET/RECORD/ARRAY."""
+    """Files of one row and seed in the folder of results; arrays go by DATASET/RECORD/ARRAY.
+
+    All records are of one start. Sizes that a command does not ask for stay; another start's records take their place.
+    """
 
     def __init__(self, folder: Path, name: str) -> None:
         self.folder, self.name = folder, name
         self.path = folder / f"{name}.json"
         self.seconds, self.records, self.pretraining = 0.0, dict[str, Record](), dict[str, Any]()
-        self.arrays, self.films = _load(self.path.with_suffix(".npz")), _load(folder / f"{FILMS}.npz")
-        if self.path.exists() and self.arrays:
+        self.arrays, self.films = dict[str, NDArray[Any]](), _load(folder / f"{FILMS}.npz")
+        if self.path.exists() and self.path.with_suffix(".npz").exists():
             content = json.loads(self.path.read_text())
             self.seconds, self.records, self.pretraining = (content[k] for k in ("seconds", "records", "pretraining"))
+            self.arrays = _load(self.path.with_suffix(".npz"))
 
     @property
     def curves(self) -> list[dict[str, float]]:
@@ -57,11 +61,11 @@ class Kept:
 
     def add(self, record: Record) -> None:
         """Keep a record, and what is needed of the arrays beside it."""
-        path = Path(record["file"])
-        key = f"{record['dataset']}/{path.stem}"
+        key, path = _key(record), Path(record["file"])
         stripped = {name: value for name, value in record.items() if name not in ("file", "pretraining")}
         if self.records.get(key) == stripped:
             return
+        self._forget([name for name, known in self.records.items() if _start(known) != _start(record)])
         self.records[key], self.pretraining = stripped, record["pretraining"]
         if path.with_suffix(".npz").exists():
             self._take(key, record, _load(path.with_suffix(".npz")))
@@ -82,12 +86,16 @@ class Kept:
                 self.films |= films
                 _save(self.folder / f"{FILMS}.npz", self.films)
 
-    def only(self, found: list[Record]) -> None:
-        """Forget what belongs to none of these records."""
-        wanted = {f"{record['dataset']}/{Path(record['file']).stem}" for record in found}
-        self.records = {key: self.records[key] for key in self.records if key in wanted}
-        self.arrays = {name: x for name, x in self.arrays.items() if name.rpartition("/")[0] in wanted}
-        self.write()
+    def _forget(self, keys: list[str]) -> None:
+        """Drop records with their arrays; and the time it took, if none is left."""
+        self.records = {key: record for key, record in self.records.items() if key not in keys}
+        self.arrays = {name: x for name, x in self.arrays.items() if name.rpartition("/")[0] not in keys}
+        self.seconds = self.seconds if self.records else 0.0
+
+    def arrays_of(self, records: list[Record]) -> dict[str, NDArray[Any]]:
+        """The arrays that belong to those of these records that are of this row and seed."""
+        mine = {_key(record) for record in records if Path(record["file"]).parent.name == self.name}
+        return {name: x for name, x in self.arrays.items() if name.rpartition("/")[0] in mine}
 
     def spend(self, seconds: float) -> None:
         """Count the time that making it took."""
@@ -116,6 +124,15 @@ class Kept:
             writer.writerows(means)
 
 
+def _key(record: Record) -> str:
+    return f"{record['dataset']}/{Path(record['file']).stem}"
+
+
+def _start(record: Record) -> tuple[Any, Any]:
+    """Whose features its figures are of."""
+    return record["identity"]["start"], record["identity"]["image_size"]
+
+
 def _load(path: Path) -> dict[str, NDArray[Any]]:
     if not path.exists():
         return {}
@@ -125,6 +142,5 @@ def _load(path: Path) -> dict[str, NDArray[Any]]:
 
 def _save(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
     named: Any = arrays
-    if arrays:
-        with whole(path) as part, part.open("wb") as file:
-            np.savez_compressed(file, **named)
+    with whole(path) as part, part.open("wb") as file:
+        np.savez_compressed(file, **named)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -78,6 +79,11 @@ class Table:
     key: str
     title: str
     sections: list[Section] = field(default_factory=list)
+
+
+def only_ran(table: Table) -> Table:
+    """Without sections in which nothing of ours stands."""
+    return dataclasses.replace(table, sections=[section for section in table.sections if section.ran])
 
 
 def auc_table(key: str, title: str, records: list[Record], protocol: str, printed: dict[Any, str]) -> Table:

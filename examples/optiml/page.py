@@ -1,0 +1,55 @@
+"""What a comparison writes about itself: how it was made, and its tables between two lines of a page."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .data import ChestIndex
+from .kept import Kept
+from .records import Record
+from .rows import Kind
+from .tables import Table, markdown, only_ran
+
+if TYPE_CHECKING:
+    from .compare import CompareConfig
+
+
+def how(config: CompareConfig, index: ChestIndex, records: list[Record], kept: dict[str, dict[int, Kept]]) -> str:
+    """The command, the sizes, where and how long."""
+    named = ("data", "dataset", "rsna_data", "segment_data", "label", "rows", "budget", "seeds")
+    settings = {**{name: getattr(config, name) for name in named}, **vars(config.sizes)}
+    given = [
+        f"--{name.replace('_', '-')} {' '.join(map(str, x)) if isinstance(x, tuple) else x}"
+        for name, x in settings.items()
+        if x is not None
+    ]
+    machines = sorted(
+        {f"{r['made']['device']} ({r['made']['machine']}, {r['made']['threads']} threads)" for r in records}
+    )
+    hours = sum(files.seconds for seeds in kept.values() for files in seeds.values()) / 3600
+    commits = sorted({str(r["made"]["commit"])[:10] for r in records})
+    films = f"{len(index.split('train'))} training and {len(index.split('test'))} test films"
+    return (
+        f"Made by `python -m examples.optiml compare {' '.join(given)}` in {hours:.1f} h on {', '.join(machines)} at "
+        f"commit {', '.join(commits)}: {films}.\n"
+    )
+
+
+def markers(kind: Kind) -> tuple[str, str]:
+    """Lines of a file between which a comparison's tables stand."""
+    return f"<!-- compare --rows {kind}: written by that command, do not edit -->", f"<!-- end of {kind} -->"
+
+
+def write_tables(path: Path, kind: Kind, tables: list[Table], notes: str, folder: Path) -> None:
+    """Put what ran between the markers, a level of headings deeper; pictures are in ``folder``."""
+    ran = [markdown(table) for table in map(only_ran, tables) if table.sections]
+    body = "\n".join([*ran, notes]).replace("](", f"]({os.path.relpath(folder, path.parent)}/")
+    body = re.sub("^#", "###", body, flags=re.MULTILINE)
+    text, (begin, end) = path.read_text(), markers(kind)
+    if begin not in text or end not in text:
+        raise SystemExit(f"{path} lacks the lines {begin!r} and {end!r}")
+    before, _, rest = text.partition(begin)
+    path.write_text(f"{before}{begin}\n\n{body}\n{end}{rest.partition(end)[2]}")
