@@ -16,10 +16,15 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+
+pytest.importorskip("lightly", reason="the example needs otloss[examples]")
+pytest.importorskip("pytorch_lightning", reason="the example needs otloss[examples]")
+pytest.importorskip("tyro", reason="the example needs otloss[examples]")
+
 from PIL import Image
-from test_pretrain import interrupt_at, phantoms, small
 from torch import Tensor, nn
 from torch.utils.data import default_collate
+from xray_runs import interrupt_at, small
 
 from examples.optiml.augment import seeded
 from examples.optiml.callbacks import read_log
@@ -29,7 +34,6 @@ from examples.optiml.methods.momentum import Queue, cosine_momentum
 from examples.optiml.methods.simclr import nt_xent
 from examples.optiml.pretrain import build, pretrain
 
-__all__ = ["phantoms"]  # a fixture
 BATCH = 8
 WIDTHS = {"hidden": 24, "dim": 16, "bottleneck": 8, "queue": 2 * BATCH, "channels": (16, 8, 8, 8, 4)}
 
@@ -96,10 +100,10 @@ def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_trains_and_goes_on_bit_for_bit(
-    method: str, phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, few_phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped within an epoch and at the end of one; all that a method keeps is in the checkpoint."""
-    config = tiny(phantoms, tmp_path / "whole", method)
+    config = tiny(few_phantoms, tmp_path / "whole", method)
     start = build(config.resolve()).state_dict()
     assert pretrain(config)
     again = dataclasses.replace(config, out=tmp_path / "again")
@@ -117,7 +121,7 @@ def test_trains_and_goes_on_bit_for_bit(
     assert all(torch.equal(weights[name], other["state_dict"][name]) for name in start)
     moved = [name for name in start if not torch.equal(weights[name], start[name])]
     assert {"backbone.conv1.weight", "backbone.layer4.1.conv2.weight"} <= set(moved)
-    vicreg = build(tiny(phantoms, tmp_path, "vicreg").resolve()).backbone.state_dict()
+    vicreg = build(tiny(few_phantoms, tmp_path, "vicreg").resolve()).backbone.state_dict()
     assert all(torch.equal(x, start[f"backbone.{name}"]) for name, x in vicreg.items())  # all begin alike
     if method in ("moco", "densecl"):
         assert {"queue.keys", "queue.count", "target_head.network.layers.0.weight"} <= set(moved)

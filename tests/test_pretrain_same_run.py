@@ -22,9 +22,7 @@ pytest.importorskip("lightly", reason="the example needs otloss[examples]")
 pytest.importorskip("pytorch_lightning", reason="the example needs otloss[examples]")
 pytest.importorskip("tyro", reason="the example needs otloss[examples]")
 
-import pytorch_lightning as pl
-from pytorch_lightning.callbacks import Callback
-from xray_runs import small
+from xray_runs import interrupt_at, small
 
 from examples.optiml import pretrain as pretrain_module
 from examples.optiml.augment import EpochSampler
@@ -68,28 +66,6 @@ def assert_same_run(run: Path, whole: Path) -> None:
     assert [row["step"] for row in rows[0]] == [1, 2, 3, 4, 5, 6]
     for mine, other in zip(*rows, strict=True):
         assert {**mine, "seconds": 0} == {**other, "seconds": 0}
-
-
-class At(Callback):
-    """Does something after a step."""
-
-    def __init__(self, step: int, action: object) -> None:
-        self.step, self.action = step, action
-
-    def on_train_batch_start(self, trainer: pl.Trainer, *_: object) -> None:
-        if trainer.global_step + 1 == self.step:
-            self.action()  # type: ignore[operator]
-
-
-def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, action: object) -> None:
-    make = pretrain_module.make_trainer
-
-    def with_interrupt(*args: object) -> pl.Trainer:
-        trainer = make(*args)  # type: ignore[arg-type]
-        trainer.callbacks.insert(0, At(step, action))
-        return trainer
-
-    monkeypatch.setattr(pretrain_module, "make_trainer", with_interrupt)
 
 
 def interrupt_workers() -> None:

@@ -1,11 +1,15 @@
-"""Settings of the example's stages that take seconds."""
+"""Settings of the example's stages that take seconds, and a way to stop a pretraining at a step."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback
 from rich.console import Console
 
+from examples.optiml import pretrain as pretrain_module
 from examples.optiml.config import ExpanderConfig, MonitorConfig, PretrainConfig
 from examples.optiml.training import TrainConfig
 
@@ -20,3 +24,25 @@ def small(data: Path, out: Path, method: str = "vicreg", **changes: object) -> P
         "monitor": MonitorConfig(every=0),
     }  # fmt: skip
     return PretrainConfig(data, out, method, **{**settings, **changes})  # type: ignore[arg-type]
+
+
+class At(Callback):
+    """Does something after a step."""
+
+    def __init__(self, step: int, action: object) -> None:
+        self.step, self.action = step, action
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: object) -> None:
+        if trainer.global_step + 1 == self.step:
+            self.action()  # type: ignore[operator]
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, action: object) -> None:
+    make = pretrain_module.make_trainer
+
+    def with_interrupt(*args: object) -> pl.Trainer:
+        trainer = make(*args)  # type: ignore[arg-type]
+        trainer.callbacks.insert(0, At(step, action))
+        return trainer
+
+    monkeypatch.setattr(pretrain_module, "make_trainer", with_interrupt)
