@@ -9,6 +9,8 @@ factorisations, which the reference uses, cannot be trusted.
 * **Floor** of a whole step: the bytes of all iterations at the rate of reading, three products and two exponentials an
   entry at the rate of multiply-adds, over all cores. The gradient's own linear solve is not counted: a floor, no model.
 * **Phases**: where the time of a step goes, see `benchmarks.phases`.
+* **Scaling**: how much more all cores get done than one when each runs a probe for itself. Cores share a clock budget,
+  caches and memory; no solver on several threads gains more than that.
 * **Call**: microseconds of one forward and backward for a single problem of 8 points, beyond the same chain of plain
   PyTorch operations with the independent coupling in the solver's place.
 """
@@ -21,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -72,11 +75,25 @@ def probes(w: Workload) -> dict[str, float] | None:
     if kernels is None or not hasattr(kernels, "probe_read" + suffix):
         return None
     read, fma, products = (getattr(kernels, f"probe_{name}{suffix}") for name in ("read", "fma", "products"))
+    working_set, cores = max(4096, w.n * w.m * _item(w)), torch.get_num_threads()
     return {
-        "read_gb_s": read(max(4096, w.n * w.m * _item(w))),
+        "read_gb_s": read(working_set),
         "fma_gflop_s": fma(),
         "products_gflop_s": products(w.n, w.m, w.d),
+        "scaling_read": scaling(lambda: read(working_set), cores),
+        "scaling_fma": scaling(fma, cores),
     }
+
+
+def scaling(probe: Callable[[], Any], cores: int, times: int = 20) -> float:
+    """The work of ``cores`` threads, each by itself, over that of one in the same time; at best ``cores``."""
+
+    def work(threads: int) -> None:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(lambda _: [probe() for _ in range(times)], range(threads)))
+
+    taken = seconds({"one": lambda: work(1), "all": lambda: work(cores)}, rounds=5)
+    return cores * taken["one"] / taken["all"]
 
 
 def _item(w: Workload) -> int:

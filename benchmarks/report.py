@@ -84,8 +84,9 @@ def speedups(results: dict[str, Any]) -> list[str]:
 def limits(results: dict[str, Any]) -> list[str]:
     """Shares of what the machine allows."""
     lines = [
-        "| problems | iterations / reading of one core | products / FMA of one core | two threads | floor of a step |",
-        "|---|---|---|---|---|",
+        "| problems | iterations / reading of one core | products / FMA of one core | two threads "
+        "| two cores, each by itself (FMA; reading) | floor of a step |",
+        "|---|---|---|---|---|---|",
     ]
     for name in targets.SPEEDUPS:
         if (entry := results.get("limits", {}).get(name)) is None:
@@ -94,7 +95,11 @@ def limits(results: dict[str, Any]) -> list[str]:
         floor = "not measured"
         if "floor_s" in entry:
             floor = f"{seconds(entry['floor_s'])} of {seconds(entry['step_s'])}: {100 * entry['floor_share']:.0f} %"
-        lines.append(f"| {name} | {_percent(iterations)} | {_percent(products)} | {verdict(threads)} | {floor} |")
+        rates = entry.get("probes") or {}
+        alone = "; ".join(f"{rates[key]:.3g}×" if key in rates else "–" for key in ("scaling_fma", "scaling_read"))
+        lines.append(
+            f"| {name} | {_percent(iterations)} | {_percent(products)} | {verdict(threads)} | {alone} | {floor} |"
+        )
     call, step = targets.others(results)
     return [
         *lines,
