@@ -62,8 +62,8 @@ class Entrant:
         self.calls, self.step = [], None
 
 
-DEAR, SHORT = 12.0, 0.02
-"""Seconds above which a first run counts, and below which a run is repeated."""
+DEAR, SHORT, FEWEST = 12.0, 0.02, 5
+"""Seconds above which a first run counts, and below which a run is repeated; runs of ours beside each rival, at least."""
 
 Rival = tuple[Peer, int, int]
 """Who, of how many problems, how many a call."""
@@ -97,6 +97,8 @@ def alternate(rival: Entrant, ours: Entrant, rounds: int, budget: float) -> None
             rival.seconds.append(rival.run()[0])
         if time.perf_counter() - start > budget:
             break
+    while len(ours.seconds) < FEWEST:  # beside a slow rival, else one disturbed run of ours would be the ratio
+        ours.seconds.append(ours.run()[0])
     gc.unfreeze()
 
 
