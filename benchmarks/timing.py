@@ -63,7 +63,7 @@ class Entrant:
 
 
 DEAR, SHORT, FEWEST = 12.0, 0.02, 5
-"""Seconds above which a first run counts, and below which a run is repeated; runs of ours beside each rival, at least."""
+"""Seconds above which a first run counts, and below which a run is repeated; fewest runs of ours beside a rival."""
 
 Rival = tuple[Peer, int, int]
 """Who, of how many problems, how many a call."""
