@@ -8,7 +8,7 @@ as there (2048 for ResNet50), so 512; and without the dense loss this is MoCo v2
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..augment import Views, symmetric_views
 from ..model import FEATURE_DIM
 from .base import Method, StepOutput, spread
+from .moco import MoCo, MoCoOptions
 from .momentum import Queue, Target, contrast
 
 if TYPE_CHECKING:
@@ -25,18 +26,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class DenseCLOptions:
-    """Share of the dense loss; temperature, key encoder, queues and heads, of which there are two alike."""
+class DenseCLOptions(MoCoOptions):
+    """MoCo's, for two heads and two queues alike, and the share of the dense loss."""
 
     dense: float = 0.5
     """Weight of the dense loss; the global one has the rest."""
-    temperature: float = 0.2
-    momentum: float = 0.999
-    """Share of its old weights that the key encoder keeps in each step."""
-    queue: int = 65536
-    """Keys kept as negatives in each queue, a multiple of the batch."""
-    hidden: int = FEATURE_DIM
-    dim: int = 128
 
     def __post_init__(self) -> None:
         if not 0 <= self.dense <= 1:
@@ -51,15 +45,7 @@ class DenseCL(Method):
     """
 
     Options = DenseCLOptions
-    presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "official": {
-            "optim.optimizer": "sgd",
-            "optim.lr": 0.0075,  # 0.03 for 256 images
-            "optim.weight_decay": 1e-4,
-            "optim.warmup_epochs": 0,
-            "augment.min_scale": 0.2,
-        }
-    }
+    presets = MoCo.presets  # the same numbers in both repositories
 
     def __init__(self, config: PretrainConfig) -> None:
         super().__init__(config)
