@@ -17,7 +17,7 @@ from otloss.regularizers import CovarianceLoss, VarianceLoss
 __all__ = ["MarginalCollapseWarning", "OPTiMLLoss", "OPTiMLOutput"]
 
 MATCHES = ("channel", "position")
-MARGINALS = ("perplexity", "learned", "detached", "uniform")
+MARGINALS = ("perplexity", "hardest", "learned", "detached", "uniform")
 COLLAPSE = 0.05  # share of the way from 1 point to all below which the mean perplexity is called collapsed
 
 
@@ -74,6 +74,8 @@ class OPTiMLLoss(nn.Module):
     * ``"perplexity"`` (default): the softmax has a temperature, solved for each image so that the perplexity of the
       marginal is a given share of the points (`otloss.cvsim.log_softmax_with_perplexity`). CV-SIM says *where* the
       mass goes and cannot collapse it. The gradient includes that of the temperature.
+    * ``"hardest"``: as ``"perplexity"``, but CV-SIM is trained to *raise* L_OT (its gradient is reversed), and the maps
+      get no gradient through the marginals. The mass of the given perplexity moves to what the views match worst.
     * ``"learned"``: the plain softmax, as printed. It collapses onto few points; then a warning is given, once.
     * ``"detached"``: CV-SIM's marginals without gradient, to CV-SIM or through it. A module at random weights.
     * ``"uniform"``: equal masses and no CV-SIM.
@@ -88,8 +90,8 @@ class OPTiMLLoss(nn.Module):
         alpha, beta, eta: weights of the three terms; the paper's values.
         eps: strength of the entropy in the transport problem; the paper does not give it.
         match: ``"channel"`` or ``"position"``.
-        marginals: ``"perplexity"``, ``"learned"``, ``"detached"`` or ``"uniform"``.
-        perplexity: for the policy of that name, the wanted share of d (or of hw for positions), in (0, 1).
+        marginals: ``"perplexity"``, ``"hardest"``, ``"learned"``, ``"detached"`` or ``"uniform"``.
+        perplexity: for the first two of these, the wanted share of d (or of hw for positions), in (0, 1).
         num_heads, tokens: of CV-SIM, see `CVSIM`.
         shared: whether one CV-SIM serves both directions; else the second has its own weights.
         objective: what L_OT is: ``"transport_cost"`` (the paper's), ``"value"`` or ``"divergence"``, see
@@ -156,7 +158,7 @@ class OPTiMLLoss(nn.Module):
         if marginals != "uniform":
             self.cvsim = CVSIM(dim, num_heads, tokens)
             self.cvsim_t = None if shared else CVSIM(dim, num_heads, tokens)
-        self._marginals_learn = marginals in ("perplexity", "learned") and gradient != "none"
+        self._marginals_learn = marginals in ("perplexity", "hardest", "learned") and gradient != "none"
         if not self._marginals_learn:
             self.requires_grad_(False)
         self._collapse_reported, self._calls = False, 0
@@ -204,6 +206,8 @@ class OPTiMLLoss(nn.Module):
         """log mu and log nu, each ``(B, points)``, of maps ``(B, d, hw)``; None is uniform."""
         if self.cvsim is None:
             return None, None
+        if self.marginals == "hardest":  # the maps are not to become hard
+            maps_s, maps_t = maps_s.detach(), maps_t.detach()
         with torch.set_grad_enabled(self._marginals_learn and torch.is_grad_enabled()):
             weight_dtype = self.cvsim.query.weight.dtype
             g_s, g_t = (maps.mean(-1).to(weight_dtype) for maps in (maps_s, maps_t))
@@ -213,8 +217,9 @@ class OPTiMLLoss(nn.Module):
 
     def _to_log_mass(self, r: Tensor, maps: Tensor) -> Tensor:
         scores = r if self.match == "channel" else torch.einsum("bd,bdp->bp", r, maps) / self.dim**0.5
-        if self.marginals == "perplexity":
-            return log_softmax_with_perplexity(scores, self.perplexity * scores.shape[-1])
+        if self.marginals in ("perplexity", "hardest"):
+            log_mass = log_softmax_with_perplexity(scores, self.perplexity * scores.shape[-1])
+            return log_mass if self.marginals == "perplexity" else 2 * log_mass.detach() - log_mass  # gradient reversed
         return scores.log_softmax(-1)
 
     def _report_collapse(self, perplexity: Tensor, points: int) -> None:
@@ -253,7 +258,7 @@ class OPTiMLLoss(nn.Module):
             raise ValueError(f"z_s, z_t, q_s and q_t must hold equally many images, got {sizes}")
 
     def extra_repr(self) -> str:
-        share = f"perplexity={self.perplexity}, " if self.marginals == "perplexity" else ""
+        share = f"perplexity={self.perplexity}, " if self.marginals in ("perplexity", "hardest") else ""
         return (
             f"dim={self.dim}, alpha={self.alpha}, beta={self.beta}, eta={self.eta}, match={self.match!r}, "
             f"marginals={self.marginals!r}, {share}shared={self.cvsim_t is None}"

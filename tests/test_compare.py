@@ -246,7 +246,8 @@ def test_rows_are_named_as_in_the_paper_and_differ() -> None:
     assert all(arm_of(arms[name].identity()) == name for name in ABLATION)
     identities = [str(run.identity()) for run in arms.values()]
     assert len(set(identities)) == len(arms) == len(rows("ablation")) - 1
-    for factor in ("match", "tokens", "marginals", "gradient", "objective", "eps", "alpha", "last-act"):
+    factors = "invariance dense stage match tokens marginals gradient objective eps alpha last-act"
+    for factor in factors.split():
         assert any(name.startswith(f"optiml-{factor}-") for name in arms)
     with pytest.raises(ValueError, match=r"only must be among sup1, .*, not byol2"):
         CompareConfig(Path(), only=("byol2",))

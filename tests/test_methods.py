@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 from xray_runs import interrupt_at, small
 
+import otloss
 from examples.optiml.augment import seeded
 from examples.optiml.callbacks import read_log
 from examples.optiml.config import MethodOptions, PretrainConfig
@@ -171,6 +172,33 @@ def test_official_presets(method: str, tmp_path: Path) -> None:
     assert o.lr == pytest.approx(2 * lr) and (o.trust, o.momentum, config.augment.min_scale) == (1e-3, 0.9, scale)
     zero = [float(block.bn2.weight.detach().max()) for block in build(config).backbone.layer3]  # type: ignore[union-attr]
     assert zero == ([0.0, 0.0] if method == "simsiam" else [1.0, 1.0])
+
+
+@pytest.mark.parametrize("stage", [3, 4])
+@pytest.mark.parametrize("dense", [0, 16])
+def test_what_is_added_to_optiml(stage: int, dense: int) -> None:
+    """The invariance of VICReg; maps of another stage; a dense head with variance and covariance of its own."""
+    model = model_of("optiml", stage=stage, dense=dense, invariance=2.0, alpha=3.0, match="position")
+    first, second = batch_of("optiml")
+    out = model.step(first, second)
+    with torch.no_grad():  # in training mode, so statistics are the batch's here too
+        maps, pooled = zip(*((s[stage - 3], s[2]) for s in map(model.backbone.stages, (first, second))), strict=True)
+        q = [model.expander(g) for g in pooled]
+        z = [m.permute(0, 2, 3, 1).flatten(0, 2) for m in maps]  # (B·h·w, d)
+        assert maps[0].shape[1:] == ((256, 2, 2) if stage == 3 else (512, 1, 1))
+        extra = torch.tensor(0.0)
+        if dense:
+            z = [model.dense(x) for x in z]
+            extra = sum(25 * otloss.VarianceLoss()(x) + otloss.CovarianceLoss()(x) for x in z)
+        z = [x.unflatten(0, (BATCH, -1)).mT.reshape(BATCH, -1, *maps[0].shape[2:]) for x in z]
+        printed = model.criterion(*z, *q)
+        expected = printed.loss + 2.0 * (q[0] - q[1]).square().mean() + extra
+    assert float(out.loss) == pytest.approx(float(expected), rel=1e-4)
+    assert float(printed.loss) == pytest.approx(
+        float(3 * printed.ot + 25 * printed.variance + printed.covariance), rel=1e-5
+    )
+    out.loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.dense.parameters()) if dense else True
 
 
 def test_simclr_is_ntxent_over_both_directions() -> None:

@@ -16,7 +16,7 @@ from otloss.optiml import MarginalCollapseWarning, OPTiMLLoss, OPTiMLOutput
 from otloss.regularizers import CovarianceLoss, VarianceLoss
 
 F64 = torch.float64
-POLICIES = ("perplexity", "learned", "detached", "uniform")
+POLICIES = ("perplexity", "hardest", "learned", "detached", "uniform")
 
 
 def views(
@@ -44,7 +44,7 @@ def manual_marginals(loss: OPTiMLLoss, z_s: Tensor, z_t: Tensor) -> tuple[Tensor
     for r, z in ((loss.cvsim(g_s, g_t), z_s), (other(g_t, g_s), z_t)):
         if loss.match == "position":
             r = (r[:, :, None] * z.flatten(2)).sum(1) / 16**0.5
-        if loss.marginals == "perplexity":
+        if loss.marginals in ("perplexity", "hardest"):
             results.append(log_softmax_with_perplexity(r, loss.perplexity * count).exp())
         else:
             results.append(r.softmax(-1))
@@ -118,7 +118,7 @@ def test_who_gets_a_gradient(match: str, tokens: str, marginals: str) -> None:
     z_s, z_t, q_s, q_t = data
     assert z_s.grad.abs().max() > 1e-6 and z_t.grad.abs().max() > 1e-6
     assert q_s.grad is None and q_t.grad is None
-    learns = marginals in ("perplexity", "learned")
+    learns = marginals in ("perplexity", "hardest", "learned")
     assert (len(list(loss.parameters())) == 0) is (marginals == "uniform")
     for name, parameter in loss.named_parameters():
         assert parameter.requires_grad is learns, name
@@ -129,7 +129,7 @@ def test_who_gets_a_gradient(match: str, tokens: str, marginals: str) -> None:
 
 
 @pytest.mark.parametrize("match", ["channel", "position"])
-@pytest.mark.parametrize("marginals", POLICIES)
+@pytest.mark.parametrize("marginals", [policy for policy in POLICIES if policy != "hardest"])
 @pytest.mark.parametrize("gradient", ["implicit", "unroll"])
 def test_gradcheck(match: str, marginals: str, gradient: str) -> None:
     loss = make(
@@ -166,6 +166,25 @@ def test_detached_leaves_the_features_their_own_gradient() -> None:
     assert (other - got).abs().max() > 1e-3 * got.abs().max()
 
 
+@pytest.mark.parametrize("match", ["channel", "position"])
+def test_hardest_turns_cvsims_gradient_round_and_keeps_it_from_the_maps(match: str) -> None:
+    z_s, z_t, q_s, q_t = views(dtype=F64)
+    found = {}
+    for marginals in ("perplexity", "hardest"):
+        torch.manual_seed(1)
+        loss = make(marginals=marginals, match=match, tol=1e-10, max_iter=2000).double()
+        ot = loss(z_s, z_t, q_s, q_t).ot
+        found[marginals] = ot, torch.autograd.grad(ot, [*loss.parameters()], retain_graph=True)
+        (grad,) = torch.autograd.grad(ot, z_s)
+    torch.testing.assert_close(found["hardest"][0], found["perplexity"][0])
+    for easy, hard in zip(found["perplexity"][1], found["hardest"][1], strict=True):
+        torch.testing.assert_close(hard, -easy)
+    mu, nu = (mass.detach() for mass in manual_marginals(loss, z_s, z_t))
+    x, y = (z.flatten(2) if match == "channel" else z.flatten(2).mT for z in (z_s, z_t))
+    fixed = otloss.cosine_sinkhorn(x, y, mu, nu, eps=0.2, tol=1e-10, max_iter=2000).transport_cost.mean()
+    torch.testing.assert_close(grad, torch.autograd.grad(fixed, z_s)[0], rtol=1e-6, atol=1e-9)
+
+
 def test_gradient_none_freezes_cvsim() -> None:
     loss = make(gradient="none")
     assert not any(p.requires_grad for p in loss.parameters())
@@ -186,7 +205,7 @@ def test_training_holds_the_perplexity_where_plain_learning_collapses() -> None:
     """The known danger in small: only CV-SIM is trained, on fixed maps, to lower L_OT."""
     data = [t.detach() for t in views(batch=8, dim=32, side=3)]
     ends = {}
-    for marginals in ("learned", "perplexity"):
+    for marginals in ("learned", "perplexity", "hardest"):
         torch.manual_seed(0)
         loss = make(dim=32, marginals=marginals, eps=0.2, tol=1e-3)
         optimizer = torch.optim.Adam(loss.parameters(), lr=3e-2)
@@ -198,10 +217,10 @@ def test_training_holds_the_perplexity_where_plain_learning_collapses() -> None:
                 optimizer.zero_grad()
                 out.ot.backward()
                 optimizer.step()
-        assert out.ot < 0.9 * start.ot  # both learn
+        assert out.ot > 1.05 * start.ot if marginals == "hardest" else out.ot < 0.9 * start.ot  # all learn
         ends[marginals] = out.perplexity.item()
     assert ends["learned"] < 4
-    assert ends["perplexity"] == pytest.approx(16, rel=1e-4)
+    assert ends["perplexity"] == pytest.approx(16, rel=1e-4) and ends["hardest"] == pytest.approx(16, rel=1e-4)
 
 
 # --- warnings --------------------------------------------------------------------------------------------------------
@@ -295,7 +314,7 @@ def test_channels_last_maps() -> None:
 
 def test_state_dict_keys_are_stable() -> None:
     layers = [f"{layer}.{kind}" for layer in ("query", "key", "value", "out") for kind in ("weight", "bias")]
-    for marginals in ("perplexity", "learned", "detached"):
+    for marginals in ("perplexity", "hardest", "learned", "detached"):
         assert list(make(marginals=marginals).state_dict()) == [f"cvsim.{name}" for name in layers]
         keys = list(make(marginals=marginals, shared=False).state_dict())
         assert keys == [f"{module}.{name}" for module in ("cvsim", "cvsim_t") for name in layers]

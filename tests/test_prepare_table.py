@@ -64,6 +64,26 @@ def test_csv(tmp_path: Path) -> None:
     assert "split 'holdout' is none of train" in reasons(tmp_path / "out")["e.png"]
 
 
+def test_csv_part_of_a_table(tmp_path: Path) -> None:
+    table = own(
+        tmp_path / "own",
+        "a/x.png,p1,,h1,,1,0,",
+        "b/x.png,p1,,h2,,0,0,",
+        "c.png,p2,,h1,,0,0,Edema",
+        "d.png,p3,,h1,,?,0,",  # not asked what that means
+    )
+    some = {**OWN, "split_column": None, "where": ("hospital!=h2", "mass=0")}
+    result = run("csv", table.parent, tmp_path / "out", table=table, **some)
+    assert set(findings(result.index)) == {"c"}
+    assert reasons(tmp_path / "out") == {
+        "b/x.png": "not hospital!=h2", "a/x.png": "not mass=0", "d.png": "not mass=0"
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=r"has no column 'ward'; it has 'file', "):
+        run("csv", table.parent, tmp_path / "bad", table=table, **{**some, "where": ("ward=3",)})
+    with pytest.raises(ValueError, match="where must be COLUMN=VALUE or COLUMN!=VALUE, not 'h1'"):
+        run("csv", table.parent, tmp_path / "bad", table=table, **{**some, "where": ("h1",)})
+
+
 @pytest.mark.parametrize("uncertain", ["refuse", "negative", "positive", "skip"])
 def test_csv_blank_labels(tmp_path: Path, uncertain: Any) -> None:
     table = own(tmp_path / "own", "c.png,1", "d.png,", "e.png,-1.0", header="image,mass")

@@ -91,10 +91,10 @@ class CompareConfig:
         b = self.budgeted()
         return XrayConfig(
             self.data, self.out, epochs=b.epochs, batch_size=b.batch_size, image_size=b.image_size,
-            min_scale=b.min_scale, workers=self.workers, fractions=b.fractions, seeds=b.small_seeds,
-            large_seeds=b.large_seeds, heatmap_fractions=b.heatmap_fractions, segment_data=self.segment_data,
-            label=self.label, segment_fractions=b.segment_fractions, segment_seeds=b.segment_seeds,
-            figure_images=b.figure_images, draws=b.draws,
+            min_scale=b.min_scale, workers=self.workers, protocols=b.protocols, fractions=b.fractions,
+            seeds=b.small_seeds, large_seeds=b.large_seeds, heatmap_fractions=b.heatmap_fractions,
+            segment_data=self.segment_data, label=self.label, segment_fractions=b.segment_fractions,
+            segment_seeds=b.segment_seeds, figure_images=b.figure_images, draws=b.draws,
             finetune=TrainConfig(b.finetune_lr, epochs=b.finetune_epochs, min_steps=b.finetune_steps,
                                  max_steps=b.finetune_max_steps, checks=b.checks),
             unet=TrainConfig(b.unet_lr, batch_size=16, epochs=b.unet_epochs, min_steps=b.unet_steps,
@@ -193,7 +193,7 @@ class Comparison:
             PretrainConfig(
                 self.config.data, self.config.out, row.method, epochs=s.epochs, batch_size=s.batch_size,
                 image_size=s.image_size, seed=seed, augment=AugmentConfig(min_scale=s.min_scale), workers=s.workers,
-                options=options,
+                precision=budget.precision, options=options,
             )
         )  # fmt: skip
         return replace(run, out=self.config.out / f"{name}-{run.key()}")

@@ -15,23 +15,25 @@ from .files import write_json
 from .methods import METHODS
 from .model import Norm
 
+Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 #: What fills fields that were not set on the command line, and why (FAITHFULNESS.md has the whole story); a method may
 #: mean something else by a preset (``Method.presets``).
-#: ``recommended``: the rates of a working ResNet18 recipe (see README), and marginals that cannot collapse.
+#: ``recommended``: what did best in short runs (see README), among it marginals that cannot collapse.
 #: ``paper``: the sentences of the paper taken literally, with the trust coefficient LARS is usually given. Weights
 #: hardly move under it, and the marginals collapse.
 #: ``official``: each baseline as its own authors train it; for OPTiML, of which there is no code, the paper's.
 #: Learning rates are for 64 images per batch and scale with it.
 PRESETS: dict[str, dict[str, Any]] = {
     "recommended": {
-        "optim.optimizer": "lars",
-        "optim.lr": 0.3,
+        "optim.optimizer": "adamw",
+        "optim.lr": 1e-3,
         "optim.weight_decay": 1e-4,
         "optim.trust": 0.02,
         "optim.warmup_epochs": 2,
-        "augment.min_scale": 0.08,
+        "augment.min_scale": 0.6,
         "expander.last_act": False,
         "options.optiml.marginals": "perplexity",
+        "options.optiml.invariance": 25.0,
     },
     "paper": {
         "optim.optimizer": "lars",
@@ -42,6 +44,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "augment.min_scale": 0.08,
         "expander.last_act": True,
         "options.optiml.marginals": "learned",
+        "options.optiml.invariance": 0.0,
     },
 }
 PRESETS["official"] = PRESETS["paper"]
@@ -49,14 +52,14 @@ PRESETS["official"] = PRESETS["paper"]
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """Warm-up, then a cosine to a thousandth, under LARS or SGD. SGD decays every parameter, as its users do."""
+    """Warm-up, then a cosine to a thousandth. SGD decays every parameter, as its users do, the others matrices only."""
 
-    optimizer: Literal["lars", "sgd"] | None = None
+    optimizer: Literal["adamw", "lars", "sgd"] | None = None
     """Unset: the preset's."""
     lr: float | None = None
     """Learning rate as used; unset: the preset's, times batch size / 64."""
     weight_decay: float | None = None
-    """Decay of weight matrices; under LARS biases and batch-norm parameters have none. Unset: the preset's."""
+    """Decay of weight matrices; biases and batch-norm parameters have it under SGD only. Unset: the preset's."""
     trust: float | None = None
     """LARS's trust coefficient. Unset: the preset's."""
     momentum: float = 0.9
@@ -147,7 +150,7 @@ class PretrainConfig:
     expander: ExpanderConfig = ExpanderConfig()
     augment: AugmentConfig = AugmentConfig()
     monitor: MonitorConfig = MonitorConfig()
-    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    precision: Precision = "32-true"
     accelerator: str = "auto"
     workers: int = 0
     """Processes that prepare views, for each training process; 0 prepares them in that process."""

@@ -30,9 +30,15 @@ class Backbone(ResNet):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, 3, H, W) to maps (B, 512, H/32, W/32) and their global average (B, 512)."""
+        _, maps, pooled = self.stages(x)
+        return maps, pooled
+
+    def stages(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What :meth:`forward` gives, and before it the maps (B, 256, H/16, W/16) of the last stage but one."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        maps = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return maps, torch.flatten(self.avgpool(maps), 1)
+        third = self.layer3(self.layer2(self.layer1(x)))
+        maps = self.layer4(third)
+        return third, maps, torch.flatten(self.avgpool(maps), 1)
 
 
 def imagenet_weights() -> dict[str, Tensor]:
@@ -118,18 +124,23 @@ def set_norm(model: nn.Module, norm: Norm) -> None:
             setattr(parent, name, new)
 
 
-def expander(config: ExpanderConfig, in_dim: int = FEATURE_DIM) -> nn.Sequential:
-    """VICReg's expander: Linear-BN-ReLU blocks, then a bare Linear without bias.
+def mlp(in_dim: int, dim: int, layers: int, last_act: bool = False) -> nn.Sequential:
+    """Linear-BN-ReLU blocks, then a bare Linear without bias, unless ``last_act``."""
+    parts: list[nn.Module] = []
+    for i in range(layers):
+        last = i == layers - 1
+        parts.append(nn.Linear(in_dim, dim, bias=not last))
+        if not last or last_act:
+            parts += [nn.BatchNorm1d(dim), nn.ReLU(inplace=True)]
+        in_dim = dim
+    return nn.Sequential(*parts)
 
-    The paper's sentence ("three linear layers ... accompanied by ReLU and BN within each layer") can also be
+
+def expander(config: ExpanderConfig) -> nn.Sequential:
+    """VICReg's expander of pooled features.
+
+    The paper's sentence ("three linear layers, each 2048, accompanied by ReLU and BN within each layer") can also be
     read as a normalised, rectified last layer; ``last_act`` builds that. It makes embeddings non-negative,
     which the variance and covariance terms do not like, so it is off by default.
     """
-    layers: list[nn.Module] = []
-    for i in range(config.layers):
-        last = i == config.layers - 1
-        layers.append(nn.Linear(in_dim, config.dim, bias=not last))
-        if not last or config.last_act:
-            layers += [nn.BatchNorm1d(config.dim), nn.ReLU(inplace=True)]
-        in_dim = config.dim
-    return nn.Sequential(*layers)
+    return mlp(FEATURE_DIM, config.dim, config.layers, bool(config.last_act))

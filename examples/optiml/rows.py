@@ -21,13 +21,16 @@ PRINTED = {path: value for path, value in PRESETS["paper"].items() if path.start
 #: One factor at a time: a row for each of these values that is not the recommended one. Marginals without CV-SIM
 #: (uniform) are a row of Table III.
 FACTORS: dict[str, tuple[Any, ...]] = {
+    "options.optiml.invariance": (0.0, 25.0),
+    "options.optiml.dense": (0, 256),
+    "options.optiml.stage": (3, 4),
     "options.optiml.match": ("channel", "position"),
     "options.optiml.tokens": ("channel", "batch"),
-    "options.optiml.marginals": ("perplexity", "learned", "detached"),
+    "options.optiml.marginals": ("perplexity", "hardest", "learned", "detached"),
     "options.optiml.gradient": ("implicit", "unroll", "none"),
     "options.optiml.objective": ("transport_cost", "value", "divergence"),
     "options.optiml.eps": (0.01, 0.05, 0.2),
-    "options.optiml.alpha": (0.6, 6.0, 25.0),
+    "options.optiml.alpha": (0.0, 0.6, 6.0, 25.0),
     "expander.last_act": (False, True),
 }
 
@@ -82,6 +85,9 @@ def ablation() -> list[Row]:
             if _value(usual, path) != value:
                 name = f"optiml-{factor}-{value}".lower()
                 result.append(Row(name, "optiml", {path: value}, f"OPTiML, {factor} {value}"))
+    # Three at once, which make sense together only: local features, and a weight of their transport that counts.
+    local = {"options.optiml.dense": 256, "options.optiml.match": "position", "options.optiml.alpha": 25.0}
+    result.append(Row("optiml-local", "optiml", local, "OPTiML, dense 256, match position, alpha 25.0"))
     return result
 
 

@@ -149,6 +149,8 @@ class Method(pl.LightningModule):
         # be left alone, are groups of their own; a decay of 0 for matrices would switch LARS off unseen.
         for group in groups:
             group["weight_decay"] = max(optim.weight_decay, 1e-12) if group["matrices"] else 0.0
+        if optim.optimizer == "adamw":
+            return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.momentum, 0.999))
         return LARS(groups, lr=optim.lr, momentum=optim.momentum, trust_coefficient=optim.trust)
 
 

@@ -45,6 +45,8 @@ class PrepareConfig:
 
     table: Path | None = None
     """csv: the table, one row per image."""
+    where: tuple[str, ...] = ()
+    """csv: take only rows of which this holds, COLUMN=VALUE or COLUMN!=VALUE; of several, all."""
     image_column: str = "image"
     """csv: the image's path, relative to the root."""
     patient_column: str | None = None
@@ -91,6 +93,8 @@ class PrepareConfig:
             raise ValueError(f"overlap is for rsna and siim, whose images come from NIH, not for {self.dataset}")
         if self.dataset == "csv" and self.table is None:
             raise ValueError("dataset csv needs --table")
+        if bad := next((condition for condition in self.where if "=" not in condition), None):
+            raise ValueError(f"where must be COLUMN=VALUE or COLUMN!=VALUE, not {bad!r}")
         if self.box_space is not None and self.box_space < 1:
             raise ValueError(f"box_space must be a number of pixels, not {self.box_space}")
         if self.root is None and self.dataset != "phantom":
@@ -104,5 +108,6 @@ class PrepareConfig:
     def identity(self) -> dict[str, Any]:
         """The options that the result depends on; the tables' contents are compared by digest."""
         options = {k: v.name if isinstance(v, Path) else v for k, v in asdict(self).items()}
-        options["label_columns"], options["box_labels"] = list(self.label_columns), list(self.box_labels)
+        for name in ("label_columns", "box_labels", "where"):
+            options[name] = list(options[name])
         return {k: v for k, v in options.items() if k not in ("out", "root", "workers")}

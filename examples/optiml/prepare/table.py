@@ -32,7 +32,14 @@ def read_table(config: PrepareConfig) -> Listing:
     rows = _read(table)
     labels = dict(_parse(column, rows) for column in config.label_columns)
     named = (config.patient_column, config.split_column, config.source_column, config.mask_column)
-    _require(table, rows, (config.image_column, *filter(None, named), *labels))
+    conditions = [condition.partition("=") for condition in config.where]
+    asked = [column.removesuffix("!") for column, _, _ in conditions]
+    _require(table, rows, (config.image_column, *filter(None, named), *labels, *asked))
+    left_out: list[tuple[str, str]] = []
+    for column, (wanted, _, value) in zip(asked, conditions, strict=True):
+        holds = (rows[column] == value) != wanted.endswith("!")
+        left_out += [(image, f"not {wanted}={value}") for image in rows.loc[~holds, config.image_column]]
+        rows = rows[holds]
     blank = rows[config.image_column] == ""
     rows = rows[~blank].reset_index(drop=True)
 
@@ -46,8 +53,8 @@ def read_table(config: PrepareConfig) -> Listing:
 
     names = _names(rows[config.image_column])
     boxes = _boxes(config, tuple(classes))
-    records, skipped = [], [("", "no image path")] * int(blank.sum())
-    unlisted = sorted(boxes.keys() - set(rows[config.image_column].map(_posix)))
+    records, skipped = [], left_out + [("", "no image path")] * int(blank.sum())
+    unlisted = sorted(boxes.keys() - {_posix(image) for image in [*rows[config.image_column], *dict(left_out)]})
     skipped += [(image, "a box of an image that the table does not list") for image in unlisted]
     for i, row in enumerate(rows.to_dict("records")):
         image = row[config.image_column]
