@@ -53,8 +53,8 @@ class Budget:
 
 BUDGETS = {
     "small": Budget(
-        image_size=64, epochs=10, batch_size=64, queue=1024, key_momentum=0.99, precision="32-true", protocols=PROTOCOLS,
-        fractions=(0.01, 0.1, 1.0), small_seeds=(0, 1, 2), large_seeds=(0,),
+        image_size=64, epochs=10, batch_size=64, queue=1024, key_momentum=0.99, precision="32-true",
+        protocols=PROTOCOLS, fractions=(0.01, 0.1, 1.0), small_seeds=(0, 1, 2), large_seeds=(0,),
         heatmap_fractions=(0.01,), finetune_lr=1e-3, finetune_epochs=5, finetune_steps=60, segment_fractions=(1.0,),
         segment_seeds=(0,), unet_lr=1e-3, unet_epochs=3, unet_steps=60, checks=5, figure_images=6, draws=2000,
     ),
