@@ -46,8 +46,6 @@ def main(config: ExampleConfig) -> None:
         XrayConfig(
             data, config.out, dataset="phantoms", results=config.results, method=config.method,
             epochs=config.epochs, image_size=SIZE, pretrain_seeds=(config.seed,),
-            # Crops below a third of the film would often miss a finding of this size altogether.
-            min_scale=0.3,
             seeds=(0, 1, 2), large_seeds=(0,), segment_fractions=(1.0,), segment_seeds=(0,), label="Effusion",
             finetune=TrainConfig(lr=1e-3, epochs=4, min_steps=16, checks=2),
             unet=TrainConfig(lr=1e-3, batch_size=16, epochs=1, min_steps=40, checks=2),
