@@ -37,8 +37,9 @@ from examples.optiml.scores import Scored
 
 QUIET = Console(quiet=True)
 TINY = Budget(
-    image_size=32, epochs=1, batch_size=16, fractions=(0.1, 1.0), large_seeds=(0,), heatmap_fractions=(0.1,), draws=30,
-    finetune_epochs=1, finetune_steps=2, finetune_max_steps=2, unet_epochs=1, unet_steps=2, unet_max_steps=2, checks=1,
+    image_size=32, epochs=1, batch_size=16, precision="bf16-mixed", fractions=(0.1, 1.0), large_seeds=(0,),
+    heatmap_fractions=(0.1,), draws=30, finetune_epochs=1, finetune_steps=2, finetune_max_steps=2, unet_epochs=1,
+    unet_steps=2, unet_max_steps=2, checks=1,
 )  # fmt: skip
 
 
@@ -79,6 +80,8 @@ def test_a_comparison_is_kept_in_small_files(done: CompareConfig) -> None:
             "segment-Effusion-1-seed0",
         }  # fmt: skip
         assert len(files[f"runs/{name}-seed0.npz"]) < 30_000
+    saved = json.loads(files["runs/vicreg-seed0.json"])["pretraining"]
+    assert (saved["precision"], saved["epochs"]) == ("bf16-mixed", 1)
     assert b"std_q" in files["runs/vicreg-seed0.csv"] and "runs/sup1-seed0.csv" not in files
     assert {f"methods/{n}.png" for n in ("curves", "differences", "fig2-nih-phantoms-0.1", "fig3")} <= files.keys()
     assert not any(name.endswith((".pth", ".ckpt", "records.json")) for name in files)
@@ -244,6 +247,8 @@ def test_rows_are_named_as_in_the_paper_and_differ() -> None:
     arms = {row.name: row.apply(PretrainConfig(Path(), Path(), row.method or "optiml")) for row in rows("ablation")[1:]}
     assert list(arms)[: len(ABLATION)] == list(ABLATION)
     assert all(arm_of(arms[name].identity()) == name for name in ABLATION)
+    alone = arms["optiml-neither"].options.optiml
+    assert (alone.beta, alone.eta, alone.invariance, alone.marginals) == (0.0, 0.0, 0.0, "uniform")
     identities = [str(run.identity()) for run in arms.values()]
     assert len(set(identities)) == len(arms) == len(rows("ablation")) - 1
     factors = "invariance dense stage match tokens marginals gradient objective eps alpha last-act"

@@ -80,6 +80,11 @@ def test_csv_part_of_a_table(tmp_path: Path) -> None:
     }  # fmt: skip
     with pytest.raises(ValueError, match=r"has no column 'ward'; it has 'file', "):
         run("csv", table.parent, tmp_path / "bad", table=table, **{**some, "where": ("ward=3",)})
+    for mistyped in ("hospital!=H2", "hospital!==h2", "hospital=="):
+        with pytest.raises(ValueError, match=r"no row has '=?(H2|h2)?' in column 'hospital', but 'h1', 'h2'"):
+            run("csv", table.parent, tmp_path / "bad", table=table, **{**some, "where": ("mass=0", mistyped)})
+    with pytest.raises(ValueError, match="where is for csv, not for nih"):
+        run("nih", table.parent, tmp_path / "bad", where=("mass=0",))
     with pytest.raises(ValueError, match="where must be COLUMN=VALUE or COLUMN!=VALUE, not 'h1'"):
         run("csv", table.parent, tmp_path / "bad", table=table, **{**some, "where": ("h1",)})
 

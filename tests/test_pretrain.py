@@ -81,7 +81,18 @@ def test_torchrun_gives_the_curve_of_one_process(few_phantoms: Path, tmp_path: P
     one, two = (read_log(tmp_path / name / "metrics.csv") for name in ("one", "two"))
     assert len(one) == len(two) == 6
     for mine, other in zip(one, two, strict=True):
-        for name in ("loss", "ot", "variance", "covariance", "std_q", "grad_backbone", "perplexity", "lr"):
+        for name in (
+            "loss",
+            "ot",
+            "variance",
+            "covariance",
+            "invariance",
+            "map_std",
+            "std_q",
+            "grad_backbone",
+            "perplexity",
+            "lr",
+        ):
             # Sums in another order: float32 rounding (1e-6), which five more steps of training may amplify.
             assert mine[name] == pytest.approx(other[name], rel=1e-4), (name, mine["step"])
         assert mine["loss"] == pytest.approx(other["loss"], rel=1e-5)
@@ -128,6 +139,11 @@ def test_presets_fill_only_what_is_unset(tmp_path: Path) -> None:
     assert (paper.optim.lr, paper.optim.weight_decay, paper.epochs, paper.image_size) == (3e-4, 1e-4, 300, 224)
     assert paper.options.optiml.marginals == "learned" and paper.expander == ExpanderConfig(2048, 3, True)
     assert (paper.options.optiml.alpha, paper.options.optiml.beta, paper.options.optiml.eta) == (0.6, 25.0, 1.0)
+    assert (paper.optim.optimizer, paper.augment.min_scale, paper.options.optiml.invariance) == ("lars", 0.08, 0.0)
+    usual = PretrainConfig(tmp_path, tmp_path).resolve()
+    assert (usual.optim.optimizer, usual.augment.min_scale, usual.options.optiml.invariance) == ("adamw", 0.6, 25.0)
+    with pytest.raises(SystemExit, match=r"--optim.optimizer sgd needs --optim.lr; the preset's is for adamw"):
+        PretrainConfig(tmp_path, tmp_path, optim=OptimConfig("sgd")).resolve()
     mine = PretrainConfig(tmp_path, tmp_path, batch_size=128, optim=OptimConfig(trust=0.5)).resolve()
     assert (mine.optim.lr, mine.optim.trust, mine.options.optiml.marginals) == (2e-3, 0.5, "perplexity")
     assert PretrainConfig(tmp_path, tmp_path, optim=OptimConfig(lr=0.0)).resolve().optim.lr == 0.0

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .config import Precision
-from .evaluate import PROTOCOLS, Protocol
 
 
 @dataclass(frozen=True)
@@ -24,8 +23,6 @@ class Budget:
     """Share of its weights that the key encoder of those keeps; 0.999 hardly moves it in a few hundred steps."""
     precision: Precision | None = None
     """Of the pretraining."""
-    protocols: tuple[Protocol, ...] | None = None
-    """Frozen, fine-tuned, or both; heatmaps are of fine-tuned networks."""
     fractions: tuple[float, ...] | None = None
     """Shares of the labels, frozen and fine-tuned."""
     small_seeds: tuple[int, ...] | None = None
@@ -54,12 +51,12 @@ class Budget:
 BUDGETS = {
     "small": Budget(
         image_size=64, epochs=10, batch_size=64, queue=1024, key_momentum=0.99, precision="32-true",
-        protocols=PROTOCOLS, fractions=(0.01, 0.1, 1.0), small_seeds=(0, 1, 2), large_seeds=(0,),
+        fractions=(0.01, 0.1, 1.0), small_seeds=(0, 1, 2), large_seeds=(0,),
         heatmap_fractions=(0.01,), finetune_lr=1e-3, finetune_epochs=5, finetune_steps=60, segment_fractions=(1.0,),
         segment_seeds=(0,), unet_lr=1e-3, unet_epochs=3, unet_steps=60, checks=5, figure_images=6, draws=2000,
     ),
     "paper": Budget(
-        image_size=224, epochs=300, batch_size=64, precision="32-true", protocols=PROTOCOLS,
+        image_size=224, epochs=300, batch_size=64, precision="32-true",
         fractions=(0.01, 0.1, 1.0), small_seeds=(0, 1, 2, 3, 4), large_seeds=(0, 1, 2),
         heatmap_fractions=(0.01,), finetune_lr=1e-4, finetune_epochs=30, finetune_steps=300, segment_fractions=(1.0,),
         segment_seeds=(0, 1, 2), unet_lr=1e-3, unet_epochs=30, unet_steps=300, checks=10, figure_images=6, draws=2000,

@@ -91,7 +91,7 @@ class CompareConfig:
         b = self.budgeted()
         return XrayConfig(
             self.data, self.out, epochs=b.epochs, batch_size=b.batch_size, image_size=b.image_size,
-            min_scale=b.min_scale, workers=self.workers, protocols=b.protocols, fractions=b.fractions,
+            min_scale=b.min_scale, workers=self.workers, fractions=b.fractions,
             seeds=b.small_seeds, large_seeds=b.large_seeds, heatmap_fractions=b.heatmap_fractions,
             segment_data=self.segment_data, label=self.label, segment_fractions=b.segment_fractions,
             segment_seeds=b.segment_seeds, figure_images=b.figure_images, draws=b.draws,

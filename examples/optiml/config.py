@@ -16,9 +16,10 @@ from .methods import METHODS
 from .model import Norm
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
+
 #: What fills fields that were not set on the command line, and why (FAITHFULNESS.md has the whole story); a method may
 #: mean something else by a preset (``Method.presets``).
-#: ``recommended``: what did best in short runs (see README), among it marginals that cannot collapse.
+#: ``recommended``: what did best in short runs (SELECTION.md), among it marginals that cannot collapse.
 #: ``paper``: the sentences of the paper taken literally, with the trust coefficient LARS is usually given. Weights
 #: hardly move under it, and the marginals collapse.
 #: ``official``: each baseline as its own authors train it; for OPTiML, of which there is no code, the paper's.
@@ -55,7 +56,7 @@ class OptimConfig:
     """Warm-up, then a cosine to a thousandth. SGD decays every parameter, as its users do, the others matrices only."""
 
     optimizer: Literal["adamw", "lars", "sgd"] | None = None
-    """Unset: the preset's."""
+    """Another than the preset's needs a learning rate of its own. Unset: the preset's."""
     lr: float | None = None
     """Learning rate as used; unset: the preset's, times batch size / 64."""
     weight_decay: float | None = None
@@ -63,6 +64,7 @@ class OptimConfig:
     trust: float | None = None
     """LARS's trust coefficient. Unset: the preset's."""
     momentum: float = 0.9
+    """Under AdamW its first beta; the second is 0.999."""
     warmup_epochs: int | None = None
     """Epochs of linear warm-up, at most a fifth of all epochs. Unset: the preset's."""
 
@@ -170,6 +172,9 @@ class PretrainConfig:
         """With every unset field filled from the preset."""
         filled = self
         values = {**PRESETS[self.preset], **METHODS[self.method].presets.get(self.preset, {})}
+        usual = values["optim.optimizer"]
+        if self.optim.lr is None and self.optim.optimizer not in (None, usual):
+            raise SystemExit(f"--optim.optimizer {self.optim.optimizer} needs --optim.lr; the preset's is for {usual}")
         for path, value in values.items():
             value = value * self.batch_size / 64 if path == "optim.lr" else value
             filled = _fill(filled, path.split("."), value)

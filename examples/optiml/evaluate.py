@@ -25,7 +25,6 @@ from .subsets import check_fractions, check_seeds, default_seeds, label_fraction
 from .training import TrainConfig
 
 Protocol = Literal["linear", "finetune"]
-PROTOCOLS: tuple[Protocol, ...] = ("linear", "finetune")
 
 
 @dataclass(frozen=True)

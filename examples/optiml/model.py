@@ -139,7 +139,7 @@ def mlp(in_dim: int, dim: int, layers: int, last_act: bool = False) -> nn.Sequen
 def expander(config: ExpanderConfig) -> nn.Sequential:
     """VICReg's expander of pooled features.
 
-    The paper's sentence ("three linear layers, each 2048, accompanied by ReLU and BN within each layer") can also be
+    The paper's sentence ("three linear layers ... accompanied by ReLU and BN within each layer") can also be
     read as a normalised, rectified last layer; ``last_act`` builds that. It makes embeddings non-negative,
     which the variance and covariance terms do not like, so it is off by default.
     """

@@ -18,5 +18,5 @@ optiml prepare --dataset csv --root "$data/cxr-seg" --table "$data/cxr-seg/label
     --patient-column patient_id --label-columns label --mask-column mask --mask-label Lung --size 128 \
     --test-fraction 0.3 --val-fraction 0.1 --out data/seg-select
 optiml compare --data data/cxr-select --segment-data data/seg-select --label Lung --rows ablation --epochs 15 \
-    --precision bf16-mixed --protocols linear finetune --fractions 1.0 --heatmap-fractions --out runs/selection \
+    --precision bf16-mixed --fractions 1.0 --heatmap-fractions --out runs/selection \
     --results examples/optiml/results/selection --readme examples/optiml/SELECTION.md "$@"

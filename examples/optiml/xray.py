@@ -14,7 +14,7 @@ from rich.console import Console
 
 from .config import AugmentConfig, PretrainConfig
 from .data import open_index, with_all_splits
-from .evaluate import PROTOCOLS, EvaluateConfig, Evaluation, Protocol, evaluate, source_record
+from .evaluate import EvaluateConfig, Evaluation, evaluate, source_record
 from .heatmap import HeatmapConfig, drawn, heatmap, targets
 from .masks import has_outlines, mask_set
 from .pretrain import pretrain
@@ -55,8 +55,6 @@ class XrayConfig:
     pretrain_seeds: tuple[int, ...] = (0,)
     workers: int = 0
 
-    protocols: tuple[Protocol, ...] = PROTOCOLS
-    """Frozen features, fine-tuning, or both; heatmaps are of fine-tuned networks."""
     fractions: tuple[float, ...] = (0.01, 0.1, 1.0)
     seeds: tuple[int, ...] = SMALL_SEEDS
     """Of fractions below a tenth, where few patients decide."""
@@ -168,14 +166,12 @@ def stages(config: XrayConfig, start: Start, name: str, folder: Path, console: C
     small = tuple(f for f in config.fractions if f < SMALL)
     rest = tuple(f for f in config.fractions if f >= SMALL)
     plan = [(fs, seeds) for fs, seeds in ((small, config.seeds), (rest, config.large_seeds)) if fs]
-    if "linear" in config.protocols:
-        console.rule(f"evaluate, linear: {name}")
-    for fractions, seeds in plan if "linear" in config.protocols else ():
+    console.rule(f"evaluate, linear: {name}")
+    for fractions, seeds in plan:
         frozen = EvaluateConfig(start.data, fractions=fractions, seeds=seeds, draws=config.draws, out=out)
         yield from evaluate(frozen, console, start)
-    if "finetune" in config.protocols:
-        console.rule(f"evaluate, finetune: {name}")
-    for fractions, seeds in plan if "finetune" in config.protocols else ():
+    console.rule(f"evaluate, finetune: {name}")
+    for fractions, seeds in plan:
         tuned = EvaluateConfig(
             start.data, protocol="finetune", fractions=fractions, seeds=seeds, train=config.finetune,
             draws=config.draws, out=out,

@@ -145,12 +145,14 @@ class Method(pl.LightningModule):
         assert optim.lr is not None and optim.weight_decay is not None and optim.trust is not None
         if optim.optimizer == "sgd":
             return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay)
-        # lightly's LARS adapts a parameter if and only if its group decays, so biases and norms, which must
-        # be left alone, are groups of their own; a decay of 0 for matrices would switch LARS off unseen.
         for group in groups:
-            group["weight_decay"] = max(optim.weight_decay, 1e-12) if group["matrices"] else 0.0
+            group["weight_decay"] = optim.weight_decay if group["matrices"] else 0.0
         if optim.optimizer == "adamw":
             return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.momentum, 0.999))
+        # lightly's LARS adapts a parameter if and only if its group decays, so biases and norms, which must
+        # be left alone, are groups of their own; a decay of 0 for matrices would switch LARS off unseen.
+        for group in (group for group in groups if group["matrices"]):
+            group["weight_decay"] = max(optim.weight_decay, 1e-12)
         return LARS(groups, lr=optim.lr, momentum=optim.momentum, trust_coefficient=optim.trust)
 
 

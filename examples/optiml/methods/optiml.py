@@ -53,13 +53,18 @@ class OPTiMLOptions:
     the preset's."""
     dense: int = 0
     """Channels of a projection head at every position, whose maps are transported in place of the backbone's; variance
-    and covariance, over positions and images, keep them from collapsing. 0: the backbone's maps, as printed."""
+    and covariance over positions and images, weighted by beta and eta, are to keep them from collapsing. 0: the
+    backbone's maps, as printed."""
     stage: Literal[3, 4] = 4
     """Stage of the ResNet whose maps these are: the last, or the one before, with four times as many positions."""
 
+    def __post_init__(self) -> None:
+        if self.dense < 0 or self.dense % self.heads:
+            raise ValueError(f"dense must be a multiple of heads ({self.heads}), or 0, not {self.dense}")
+
 
 class OPTiML(Method):
-    """Eq. 3, and what it lacks: a term for the invariance of the embeddings, and a dense head that cannot collapse.
+    """Eq. 3, and what it lacks: a term for the invariance of the embeddings, and a head for the maps.
 
     Without both, as printed, all agreement between views comes from the transport of the backbone's maps.
     """
@@ -95,41 +100,36 @@ class OPTiML(Method):
         )
 
     def watched(self) -> dict[str, nn.Module | None]:
-        return {**super().watched(), "cvsim": self.criterion.cvsim}
+        return {**super().watched(), "cvsim": self.criterion.cvsim, "dense": self.dense}
 
     def step(self, first: Tensor, second: Tensor) -> StepOutput:
         o = self.options
         (*maps_s, g_s), (*maps_t, g_t) = self.backbone.stages(first), self.backbone.stages(second)
         q_s, q_t = self.expander(g_s), self.expander(g_t)
         z_s, z_t = maps_s[o.stage - 3], maps_t[o.stage - 3]
+        dense: dict[str, Tensor] = {}
         if self.dense is not None:
-            z_s, z_t = self._projected(z_s), self._projected(z_t)
+            (z_s, p_s), (z_t, p_t) = _projected(z_s, self.dense), _projected(z_t, self.dense)
+            dense["dense_variance"] = self.dense_variance(p_s) + self.dense_variance(p_t)
+            dense["dense_covariance"] = self.dense_covariance(p_s) + self.dense_covariance(p_t)
         out = self.criterion(z_s, z_t, q_s, q_t)
-        loss = out.loss
+        invariance = F.mse_loss(q_s.float(), q_t.float())
+        loss = out.loss + o.invariance * invariance
+        if dense:
+            loss = loss + o.beta * dense["dense_variance"] + o.eta * dense["dense_covariance"]
         parts = {name: value.detach() for name, value in out._asdict().items() if name != "loss"}
-        if o.invariance:
-            parts["invariance"] = F.mse_loss(q_s.float(), q_t.float())
-            loss = loss + o.invariance * parts["invariance"]
-        if self.dense is not None:
-            p_s, p_t = _positions(z_s), _positions(z_t)
-            parts["dense_variance"] = self.dense_variance(p_s) + self.dense_variance(p_t)
-            parts["dense_covariance"] = self.dense_covariance(p_s) + self.dense_covariance(p_t)
-            loss = loss + o.beta * parts["dense_variance"] + o.eta * parts["dense_covariance"]
-        parts["map_std"] = _map_deviation(z_s)
-        return StepOutput(loss, {**parts, "std_q": spread(q_s), "std_g": spread(g_s)})
-
-    def _projected(self, maps: Tensor) -> Tensor:
-        """The projection head at every position of maps (B, d, h, w)."""
-        assert self.dense is not None
-        return self.dense(_positions(maps)).unflatten(0, (len(maps), *maps.shape[2:])).permute(0, 3, 1, 2)
+        log = {**parts, "invariance": invariance, **dense, "map_std": _map_deviation(z_s)}
+        return StepOutput(loss, {**log, "std_q": spread(q_s), "std_g": spread(g_s)})
 
 
-def _positions(maps: Tensor) -> Tensor:
-    """Maps (B, d, h, w) as a row of d features per image and position."""
-    return maps.permute(0, 2, 3, 1).flatten(0, 2)
+def _projected(maps: Tensor, head: nn.Module) -> tuple[Tensor, Tensor]:
+    """Maps (B, d, h, w) through a head at every position: as maps, and as a row per image and position."""
+    rows = head(maps.permute(0, 2, 3, 1).flatten(0, 2))
+    return rows.unflatten(0, (len(maps), *maps.shape[2:])).permute(0, 3, 1, 2), rows
 
 
 def _map_deviation(z: Tensor) -> Tensor:
-    """Deviation over positions as a share of the root mean square: near 0 means maps that are constant in space."""
+    """Deviation over positions as a share of the root mean square, per image: near 0 for maps constant in space."""
     z = z.detach().float().flatten(2)
-    return z.std(dim=2, correction=0).square().mean().sqrt() / z.square().mean().sqrt().clamp_min(1e-12)
+    share = z.std(dim=2, correction=0).square().mean(1) / z.square().mean((1, 2)).clamp_min(1e-12)
+    return share.sqrt().mean()

@@ -41,7 +41,6 @@ class PCRLv2(Method):
     Options = PCRLv2Options
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         # Global crops that show less than local ones may would be another method, whatever the optimiser.
-        "recommended": {"augment.min_scale": 0.3},
         "paper": {"augment.min_scale": 0.3},
         "official": {
             "optim.optimizer": "sgd",

@@ -95,6 +95,8 @@ class PrepareConfig:
             raise ValueError("dataset csv needs --table")
         if bad := next((condition for condition in self.where if "=" not in condition), None):
             raise ValueError(f"where must be COLUMN=VALUE or COLUMN!=VALUE, not {bad!r}")
+        if self.where and self.dataset != "csv":
+            raise ValueError(f"where is for csv, not for {self.dataset}")
         if self.box_space is not None and self.box_space < 1:
             raise ValueError(f"box_space must be a number of pixels, not {self.box_space}")
         if self.root is None and self.dataset != "phantom":

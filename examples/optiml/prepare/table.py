@@ -32,14 +32,8 @@ def read_table(config: PrepareConfig) -> Listing:
     rows = _read(table)
     labels = dict(_parse(column, rows) for column in config.label_columns)
     named = (config.patient_column, config.split_column, config.source_column, config.mask_column)
-    conditions = [condition.partition("=") for condition in config.where]
-    asked = [column.removesuffix("!") for column, _, _ in conditions]
-    _require(table, rows, (config.image_column, *filter(None, named), *labels, *asked))
-    left_out: list[tuple[str, str]] = []
-    for column, (wanted, _, value) in zip(asked, conditions, strict=True):
-        holds = (rows[column] == value) != wanted.endswith("!")
-        left_out += [(image, f"not {wanted}={value}") for image in rows.loc[~holds, config.image_column]]
-        rows = rows[holds]
+    _require(table, rows, (config.image_column, *filter(None, named), *labels))
+    rows, left_out = _where(config, rows)
     blank = rows[config.image_column] == ""
     rows = rows[~blank].reset_index(drop=True)
 
@@ -108,6 +102,23 @@ def _require(table: Path, rows: pd.DataFrame, columns: Iterable[str]) -> None:
     for column in columns:
         if column not in rows:
             raise ValueError(f"{table} has no column {column!r}; it has {', '.join(map(repr, rows.columns))}")
+
+
+def _where(config: PrepareConfig, rows: pd.DataFrame) -> tuple[pd.DataFrame, list[tuple[str, str]]]:
+    """The rows of which all conditions hold, and the images of the others with the first that does not."""
+    assert config.table is not None
+    holds, reasons = pd.Series(True, rows.index), pd.Series("", rows.index)
+    for condition in config.where:
+        column, _, value = (part.strip() for part in condition.partition("="))
+        negated, column = column.endswith("!"), column.removesuffix("!").strip()
+        _require(config.table, rows, (column,))
+        equal = rows[column] == value
+        if not equal.any():  # a slip of the pen must not take every row
+            known = ", ".join(map(repr, sorted(set(rows[column]))[:5]))
+            raise ValueError(f"--where {condition}: no row has {value!r} in column {column!r}, but {known}")
+        reasons[holds & (equal == negated)] = f"not {condition}"
+        holds &= equal != negated
+    return rows[holds], list(zip(rows.loc[~holds, config.image_column], reasons[~holds], strict=True))
 
 
 def _boxes(config: PrepareConfig, classes: tuple[str, ...]) -> dict[str, tuple[Box, ...]]:
