@@ -58,7 +58,7 @@ class CompareConfig:
     label: str = "Pneumothorax"
     """What to segment: a finding, or whatever else there are masks of, such as Lung."""
     rows: Kind = "methods"
-    """methods: Tables I and II, Figs 2 and 3. ablation: Table III, and one factor at a time."""
+    """methods: Tables I and II, Figs 2 and 3. ablation: Table III, one factor at a time, VICReg."""
     only: tuple[str, ...] = ()
     """Make these rows and no others; those that are there are reported all the same."""
     report_only: bool = False

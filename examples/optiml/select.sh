@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What the recommended OPTiML was chosen by: the rows of the ablation on films of the two sets' training lists alone, cut
-# anew into train, validation and a part that is scored. No test film of cxr-dev or cxr-seg is read.
+# What the recommended OPTiML was chosen by: the rows of the ablation on all but the two sets' test films, cut anew into
+# train, validation and a part that is scored. No test film of cxr-dev or cxr-seg is read.
 #
 #   bash examples/optiml/select.sh DATA [OPTIONS OF compare ...]
 #
