@@ -28,17 +28,19 @@ class MarginalCollapseWarning(UserWarning):
 class OPTiMLOutput(NamedTuple):
     """What `OPTiMLLoss` returns; every field is a scalar tensor.
 
-    The first five are part of the graph, the others are diagnostics without gradient.
+    The first six are part of the graph, the others are diagnostics without gradient.
     """
 
     loss: Tensor
-    """alpha·ot + beta·variance + eta·covariance."""
+    """alpha·ot + beta·variance + eta·covariance + invariance weight·invariance."""
     ot: Tensor
     """L_OT: mean over images of the objective."""
     variance: Tensor
     """v(q_s) + v(q_t)."""
     covariance: Tensor
     """c(q_s) + c(q_t)."""
+    invariance: Tensor
+    """Mean squared difference of q_s and q_t."""
     transport_cost: Tensor
     """Mean over images of <T, M>; the same tensor as ``ot`` when that is the objective."""
     independent_cost: Tensor
@@ -82,6 +84,9 @@ class OPTiMLLoss(nn.Module):
 
     Parameters that get no gradient under a policy (CV-SIM when detached, or with ``gradient="none"``) are frozen.
 
+    **What Eq. 3 lacks** (``invariance``). No term of it compares q_s with q_t; that two views of one image be alike is
+    asked by L_OT alone. A weight above 0 adds the mean of :math:`(q_s - q_t)^2`, as VICReg does with a weight of 25.
+
     Everything is computed in float32 (float64 for float64 input), also under autocast. The module has parameters
     (CV-SIM's): move it to the device and give them to the optimiser.
 
@@ -92,6 +97,7 @@ class OPTiMLLoss(nn.Module):
         match: ``"channel"`` or ``"position"``.
         marginals: ``"perplexity"``, ``"hardest"``, ``"learned"``, ``"detached"`` or ``"uniform"``.
         perplexity: for the first two of these, the wanted share of d (or of hw for positions), in (0, 1).
+        invariance: weight of the mean squared difference of q_s and q_t; 0 is Eq. 3.
         num_heads, tokens: of CV-SIM, see `CVSIM`.
         shared: whether one CV-SIM serves both directions; else the second has its own weights.
         objective: what L_OT is: ``"transport_cost"`` (the paper's), ``"value"`` or ``"divergence"``, see
@@ -127,6 +133,7 @@ class OPTiMLLoss(nn.Module):
         objective: str = "transport_cost",
         *,
         perplexity: float = 0.5,
+        invariance: float = 0.0,
         num_heads: int = 8,
         tokens: str = "channel",
         shared: bool = True,
@@ -138,7 +145,7 @@ class OPTiMLLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_cvsim(dim, num_heads, tokens)  # also where the marginals do without one
-        for name, weight in (("alpha", alpha), ("beta", beta), ("eta", eta)):
+        for name, weight in (("alpha", alpha), ("beta", beta), ("eta", eta), ("invariance", invariance)):
             check_number(name, weight, positive=False)
         check_choice("match", match, MATCHES)
         check_choice("marginals", marginals, MARGINALS)
@@ -147,7 +154,7 @@ class OPTiMLLoss(nn.Module):
             raise ValueError(
                 f"perplexity must be a share below 1, got {perplexity}; for equal masses take marginals='uniform'"
             )
-        self.dim, self.alpha, self.beta, self.eta = dim, alpha, beta, eta
+        self.dim, self.alpha, self.beta, self.eta, self.invariance = dim, alpha, beta, eta, invariance
         self.match, self.marginals, self.perplexity = match, marginals, perplexity
         self.transport = CosineSinkhornLoss(eps, objective, max_iter, tol, gradient, reduction="none", backend=backend)
         self.variance = VarianceLoss(gather=gather)
@@ -185,7 +192,9 @@ class OPTiMLLoss(nn.Module):
                 self.variance(q_s) + self.variance(q_t),
                 self.covariance(q_s) + self.covariance(q_t),
             )
-            loss = self.alpha * ot + self.beta * variance + self.eta * covariance
+            q_dtype = working_dtype(q_s=q_s, q_t=q_t)
+            invariance = (q_s.to(q_dtype) - q_t.to(q_dtype)).square().mean()
+            loss = self.alpha * ot + self.beta * variance + self.eta * covariance + self.invariance * invariance
             transport_cost = ot if self.transport.objective == "transport_cost" else solved.transport_cost.mean()
             with torch.no_grad():
                 perplexity, independent_cost = _describe(x, y, log_mu, log_nu)
@@ -195,6 +204,7 @@ class OPTiMLLoss(nn.Module):
             ot=ot,
             variance=variance,
             covariance=covariance,
+            invariance=invariance,
             transport_cost=transport_cost,
             independent_cost=independent_cost,
             perplexity=perplexity,
@@ -253,6 +263,8 @@ class OPTiMLLoss(nn.Module):
             check_tensor(name, q, 2, "(B, D)")
             if q.dim() != 2:
                 raise ValueError(f"{name} must have shape (B, D), got {tuple(q.shape)}")
+        if q_s.shape[1] != q_t.shape[1]:
+            raise ValueError(f"q_s and q_t must be equally wide, got {tuple(q_s.shape)} and {tuple(q_t.shape)}")
         sizes = [len(t) for t in (z_s, z_t, q_s, q_t)]
         if len(set(sizes)) > 1:
             raise ValueError(f"z_s, z_t, q_s and q_t must hold equally many images, got {sizes}")
@@ -260,8 +272,8 @@ class OPTiMLLoss(nn.Module):
     def extra_repr(self) -> str:
         share = f"perplexity={self.perplexity}, " if self.marginals in ("perplexity", "hardest") else ""
         return (
-            f"dim={self.dim}, alpha={self.alpha}, beta={self.beta}, eta={self.eta}, match={self.match!r}, "
-            f"marginals={self.marginals!r}, {share}shared={self.cvsim_t is None}"
+            f"dim={self.dim}, alpha={self.alpha}, beta={self.beta}, eta={self.eta}, invariance={self.invariance}, "
+            f"match={self.match!r}, marginals={self.marginals!r}, {share}shared={self.cvsim_t is None}"
         )
 
 

@@ -199,7 +199,8 @@ def test_what_is_added_to_optiml(stage: int, dense: int) -> None:
             extra = sum(25 * otloss.VarianceLoss()(x) + otloss.CovarianceLoss()(x) for x in z)
         z = [x.unflatten(0, (BATCH, -1)).mT.reshape(BATCH, -1, *maps[0].shape[2:]) for x in z]
         printed = model.criterion(*z, *q)
-        expected = printed.loss + 2.0 * (q[0] - q[1]).square().mean() + extra
+        expected = 3 * printed.ot + 25 * printed.variance + printed.covariance + extra
+        expected += 2.0 * (q[0] - q[1]).square().mean()
     assert out.loss.item() == pytest.approx(float(expected), rel=1e-4)
     out.loss.backward()
     assert not dense or all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.dense.parameters())

@@ -57,7 +57,9 @@ def manual_marginals(loss: OPTiMLLoss, z_s: Tensor, z_t: Tensor) -> tuple[Tensor
 def test_equation_three(match: str, marginals: str, shared: bool) -> None:
     z_s, z_t, q_s, q_t = views(dtype=F64)
     solver = {"eps": 0.2, "tol": 1e-10, "max_iter": 2000}
-    loss = make(alpha=0.7, beta=3.0, eta=2.0, match=match, marginals=marginals, shared=shared, **solver).double()
+    loss = make(
+        alpha=0.7, beta=3.0, eta=2.0, invariance=1.5, match=match, marginals=marginals, shared=shared, **solver
+    ).double()
     out = loss(z_s, z_t, q_s, q_t)
 
     mu, nu = manual_marginals(loss, z_s, z_t)
@@ -68,7 +70,8 @@ def test_equation_three(match: str, marginals: str, shared: bool) -> None:
     solved = otloss.sinkhorn(cost, mu, nu, **solver)
     variance = VarianceLoss()(q_s) + VarianceLoss()(q_t)
     covariance = CovarianceLoss()(q_s) + CovarianceLoss()(q_t)
-    expected = 0.7 * solved.transport_cost.mean() + 3 * variance + 2 * covariance
+    invariance = (q_s - q_t).square().mean()
+    expected = 0.7 * solved.transport_cost.mean() + 3 * variance + 2 * covariance + 1.5 * invariance
     entropies = torch.special.entr(torch.stack([mu, nu])).sum(-1)
 
     close = {"rtol": 1e-7, "atol": 1e-9}
@@ -77,6 +80,7 @@ def test_equation_three(match: str, marginals: str, shared: bool) -> None:
     torch.testing.assert_close(out.transport_cost, out.ot, **close)
     torch.testing.assert_close(out.variance, variance, **close)
     torch.testing.assert_close(out.covariance, covariance, **close)
+    torch.testing.assert_close(out.invariance, invariance, **close)
     torch.testing.assert_close(out.independent_cost, (mu[:, :, None] * nu[:, None] * cost).sum((1, 2)).mean(), **close)
     torch.testing.assert_close(out.perplexity, entropies.exp().mean(), **close)
     assert out.marginal_error < 1e-10 and out.converged == 1.0
@@ -101,7 +105,7 @@ def test_objectives(objective: str) -> None:
 
 def test_defaults_are_the_papers() -> None:
     loss = OPTiMLLoss(32)
-    assert (loss.alpha, loss.beta, loss.eta) == (0.6, 25.0, 1.0)
+    assert (loss.alpha, loss.beta, loss.eta, loss.invariance) == (0.6, 25.0, 1.0, 0.0)
     assert loss.match == "channel" and loss.marginals == "perplexity" and loss.transport.objective == "transport_cost"
 
 
@@ -198,7 +202,9 @@ def test_diagnostics_carry_no_graph() -> None:
     assert isinstance(out, OPTiMLOutput)
     for name, value in out._asdict().items():
         assert value.shape == (), name
-        assert value.requires_grad is (name in ("loss", "ot", "variance", "covariance", "transport_cost")), name
+        assert value.requires_grad is (
+            name in ("loss", "ot", "variance", "covariance", "invariance", "transport_cost")
+        ), name
 
 
 def test_training_holds_the_perplexity_where_plain_learning_collapses() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import otloss
@@ -90,6 +89,7 @@ class OPTiML(Method):
             match=o.match,
             marginals=o.marginals,
             perplexity=o.perplexity,
+            invariance=o.invariance,
             tokens=o.tokens,
             num_heads=o.heads,
             shared=o.shared,
@@ -113,12 +113,11 @@ class OPTiML(Method):
             dense["dense_variance"] = self.dense_variance(p_s) + self.dense_variance(p_t)
             dense["dense_covariance"] = self.dense_covariance(p_s) + self.dense_covariance(p_t)
         out = self.criterion(z_s, z_t, q_s, q_t)
-        invariance = F.mse_loss(q_s.float(), q_t.float())
-        loss = out.loss + o.invariance * invariance
+        loss = out.loss
         if dense:
             loss = loss + o.beta * dense["dense_variance"] + o.eta * dense["dense_covariance"]
         parts = {name: value.detach() for name, value in out._asdict().items() if name != "loss"}
-        log = {**parts, "invariance": invariance, **dense, "map_std": _map_deviation(z_s)}
+        log = {**parts, **dense, "map_std": _map_deviation(z_s)}
         return StepOutput(loss, {**log, "std_q": spread(q_s), "std_g": spread(g_s)})
 
 
