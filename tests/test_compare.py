@@ -176,6 +176,22 @@ def test_a_lone_row_is_reported(done: CompareConfig, tmp_path: Path) -> None:
     assert "differences.png" not in (tmp_path / "README.md").read_text()
 
 
+def test_a_command_for_one_seed_reports_them_all(done: CompareConfig, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("\n".join(markers("methods")))
+    config = dataclasses.replace(
+        done, results=tmp_path / "results", out=tmp_path / "out", only=("sup1",), seeds=(2,),
+        readme=tmp_path / "README.md",
+    )  # fmt: skip
+    shutil.copytree(done.results, config.results)
+    compare(config, QUIET)
+    runs = {path.stem for path in (config.results / "runs").glob("*.json")}
+    assert runs == {"sup1-seed0", "vicreg-seed0", "optiml-seed0", "sup1-seed2"}
+    text = (tmp_path / "README.md").read_text()
+    assert "--seeds 0 2 " in text and "* VICReg: " in text
+    cells = csv.DictReader((config.results / "methods" / "table2.csv").read_text().splitlines())
+    assert {c["seeds"] for c in cells if c["row"].startswith("Sup.1") and c["seeds"]} == {"2"}
+
+
 def test_what_is_kept_can_be_committed() -> None:
     root = Path(__file__).parents[1]
     path = CompareConfig(Path()).results / "runs" / "optiml-seed0.json"

@@ -37,6 +37,8 @@ from .training import TrainConfig
 from .xray import XrayConfig, outlined, stages
 
 HERE = Path(__file__).parent
+#: Of ``results``, what is kept of each row and seed.
+RUNS = "runs"
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,12 @@ class CompareConfig:
     rows: Kind = "methods"
     """methods: Tables I and II, Figs 2 and 3. ablation: Table III, one factor at a time, VICReg."""
     only: tuple[str, ...] = ()
-    """Make these rows and no others; those that are there are reported all the same."""
+    """Make these rows and no others. All that are there are reported."""
     report_only: bool = False
-    """Make nothing, only report."""
+    """Make nothing, only report what is there."""
     budget: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(BUDGETS) + "}")] = "small"
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Of the pretraining, or of random weights."""
+    """Of the pretraining, or of random weights: those to make. All that are there are reported."""
     sizes: Annotated[Budget, tyro.conf.arg(name="")] = field(default_factory=Budget)
     readme: Path | None = None
     """Write the tables between this file's markers. Unset: the package's, if ``results`` lie inside the package."""
@@ -102,6 +104,13 @@ class CompareConfig:
         )  # fmt: skip
 
 
+def seeds_there(runs: Path, known: list[Row]) -> set[int]:
+    """Those that something is kept of, by any of these rows."""
+    names = {row.name for row in known}
+    split = (path.stem.rpartition("-seed") for path in runs.glob("*-seed*.json"))
+    return {int(seed) for name, _, seed in split if name in names and seed.isdecimal()}
+
+
 class LeftOut(SystemExit):
     """A row that was not to be made is not there."""
 
@@ -119,16 +128,19 @@ class Comparison:
         if len(columns := [name for _, name, _ in self.sets]) > len(set(columns)):
             raise SystemExit(f"--data and --rsna-data have the same name {columns[0]!r}; give --dataset")
         self.task = mask_set(open_index(config.segment_data), config.label) if config.segment_data else None
+        self.seeds = sorted({*config.seeds, *seeds_there(config.results / RUNS, self.rows)})
         # ImageNet's weights are the same under every seed; fine-tuning has seeds of its own.
-        self.units = [(r, s) for s in config.seeds for r in self.rows if r.name != SUP2 or s == config.seeds[0]]
+        self.units = [(r, s) for s in self.seeds for r in self.rows if r.name != SUP2 or s == self.seeds[0]]
 
-    def wanted(self, row: Row) -> bool:
-        return not self.config.report_only and (not self.config.only or row.name in self.config.only)
+    def wanted(self, row: Row, seed: int) -> bool:
+        """Whether to make what is not there of it."""
+        named = not self.config.only or row.name in self.config.only
+        return named and not self.config.report_only and (row.name == SUP2 or seed in self.config.seeds)
 
     def all(self) -> tuple[list[Record], dict[str, dict[int, Kept]], list[str]]:
         """Every row and seed, made or found: records, kept files by row and seed, and which of them failed."""
         records, kept, failed = list[Record](), dict[str, dict[int, Kept]](), list[str]()
-        left = sum(self.wanted(row) for row, _ in self.units)
+        left = sum(self.wanted(row, seed) for row, seed in self.units)
         took: list[float] = []
         self.console.print(f"{left} rows and seeds to go through; what is in {self.config.results} is not made again")
         for row, seed in self.units:
@@ -143,7 +155,7 @@ class Comparison:
                 self.console.print(f"{name} is left out: {stop.code}", soft_wrap=True)
                 failed += [] if row.name == SUP2 else [name]
                 continue
-            left -= self.wanted(row)
+            left -= self.wanted(row, seed)
             records += found
             kept.setdefault(row.name, {})[seed] = files
             if made:
@@ -156,13 +168,13 @@ class Comparison:
     def one(self, row: Row, seed: int, name: str, left: int, made: list[float]) -> tuple[list[Record], Kept]:
         """One row under one seed; ``made`` gets an entry when something has to be made."""
         work, started = self.config.out / "downstream", time.monotonic()
-        files = Kept(self.config.results / "runs", name)
+        wanted, files = self.wanted(row, seed), Kept(self.config.results / RUNS, name)
         files.restore(work)
         run = None if row.name in NOT_TRAINED else self._pretraining(row, seed, name)
 
         def make() -> None:
             """Called whenever weights are needed, so never where all is there."""
-            if not self.wanted(row):
+            if not wanted:
                 raise LeftOut(f"{name} is not there")
             if not made and run is not None:
                 self._pretrain(run, files, left)
@@ -171,7 +183,7 @@ class Comparison:
         found = []
         try:
             for start, sizes in self._starts(row, seed, run, make):
-                for record in stages(sizes, start, name, work, self.console):
+                for record in stages(sizes, start, name, work, self.console if wanted else Console(quiet=True)):
                     files.add(record)
                     found.append(record)
         finally:
@@ -237,7 +249,7 @@ class Comparison:
             if name in kept
         }
         if alone := arrays.get(shown.get(SUP2, "")):
-            arrays[shown[SUP2]] = dict.fromkeys(self.config.seeds, next(iter(alone.values())))
+            arrays[shown[SUP2]] = dict.fromkeys(self.seeds, next(iter(alone.values())))
         return difference_table(shown[RECOMMENDED], arrays, measures), verdicts(shown[SUP1], arrays, measures[0])
 
 

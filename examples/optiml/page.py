@@ -21,6 +21,7 @@ def how(config: CompareConfig, index: ChestIndex, records: list[Record], kept: d
     """The command, the sizes, where and how long."""
     named = ("data", "dataset", "rsna_data", "segment_data", "label", "rows", "budget", "seeds")
     settings = {**{name: getattr(config, name) for name in named}, **vars(config.sizes)}
+    settings["seeds"] = tuple(sorted(set().union(*kept.values())))  # all that are reported
     given = [
         f"--{name.replace('_', '-')} {' '.join(map(str, x)) if isinstance(x, tuple) else x}"
         for name, x in settings.items()
