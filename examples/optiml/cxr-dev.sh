@@ -10,14 +10,7 @@ report=${2:-report}
 shift "$(($# < 2 ? $# : 2))"
 optiml() { "${PYTHON:-python}" -m examples.optiml "$@"; }
 
-optiml prepare --dataset nih --root "$data/cxr-dev" --out data/cxr-dev
-# By NIH's official list, so that validation is cut from train as pretraining cuts it: it has seen none of those patients.
-optiml prepare --dataset csv --root "$data/cxr-dev" --table "$data/cxr-dev/labels.csv" --patient-column patient_id \
-    --split-column nih_official_list --label-columns rsna_target=Pneumonia --uncertain skip --source-column source \
-    --box-table "$data/cxr-dev/boxes.csv" --box-space 1024 --box-labels "Lung Opacity=Pneumonia" --out data/rsna-cxr-dev
-optiml prepare --dataset csv --root "$data/cxr-seg" --table "$data/cxr-seg/labels.csv" --patient-column patient_id \
-    --split-column split --label-columns label --mask-column mask --mask-label Lung --size 128 --out data/cxr-seg
-
+bash "$(dirname "$0")/cxr-dev-prepare.sh" "$data"
 # Pretrained once; RSNA's films are NIH's, so the same network serves both columns.
 optiml xray --data data/cxr-dev --dataset nih-cxr-dev --segment-data data/cxr-seg --label Lung --out runs/cxr-dev "$@"
 optiml xray --data data/rsna-cxr-dev --dataset rsna-cxr-dev --run runs/cxr-dev/*-seed* --out runs/rsna-cxr-dev "$@"

@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# The comparison of README.md under the small budget: the methods and the ablation on cxr-dev, the methods on phantoms.
+#
+#   bash examples/optiml/compare.sh methods|ablation DATA [OPTIONS OF compare ...]
+#   bash examples/optiml/compare.sh phantoms [OPTIONS OF compare ...]
+#
+# DATA holds the folders cxr-dev and cxr-seg. Run it in the repository's root; stop it and repeat it at will. A row and
+# seed takes about a quarter of an hour on one core; --only ROW ... --seeds SEED ... makes some of them.
+set -eu
+what=${1:-}
+shift "$(($# < 1 ? $# : 1))"
+optiml() { "${PYTHON:-python}" -m examples.optiml "$@"; }
+precision=bf16-mixed  # which is only fast on CPUs that have it
+
+case $what in
+methods | ablation)
+    data=${1:?say which folder holds cxr-dev and cxr-seg}
+    shift
+    bash "$(dirname "$0")/cxr-dev-prepare.sh" "$data"
+    optiml compare --data data/cxr-dev --dataset nih-cxr-dev --rsna-data data/rsna-cxr-dev --segment-data data/cxr-seg \
+        --label Lung --rows "$what" --precision $precision "$@"
+    ;;
+phantoms)
+    optiml prepare --dataset phantom --phantom-train 2000 --phantom-test 600 --phantom-size 64 --out data/phantoms
+    optiml compare --data data/phantoms --segment-data data/phantoms --label Effusion --rows methods \
+        --precision $precision --out runs/compare-phantoms --results examples/optiml/results/compare-phantoms \
+        --readme examples/optiml/PHANTOMS.md "$@"
+    ;;
+*)
+    echo "say methods, ablation or phantoms, not '$what'" >&2
+    exit 2
+    ;;
+esac
