@@ -29,7 +29,7 @@ from examples.optiml.finetune import usable_classes
 from examples.optiml.kept import Kept, ranks
 from examples.optiml.layout import PhantomConfig, write_phantoms
 from examples.optiml.methods import METHODS
-from examples.optiml.page import markers
+from examples.optiml.page import ends, markers
 from examples.optiml.paper import ABLATION, arm_of
 from examples.optiml.pretrain import pretrain
 from examples.optiml.rows import rows
@@ -82,11 +82,13 @@ def test_a_comparison_is_kept_in_small_files(done: CompareConfig) -> None:
         assert len(files[f"runs/{name}-seed0.npz"]) < 30_000
     saved = json.loads(files["runs/vicreg-seed0.json"])["pretraining"]
     assert (saved["precision"], saved["epochs"]) == ("bf16-mixed", 1)
-    assert b"std_q" in files["runs/vicreg-seed0.csv"] and "runs/sup1-seed0.csv" not in files
+    (epoch,) = csv.DictReader(files["runs/vicreg-seed0.csv"].decode().splitlines())
+    assert float(epoch["std_q"]) > 0 and float(epoch["effective_rank"]) > 1 and 0 < float(epoch["knn_auc_within"]) < 1
+    assert "runs/sup1-seed0.csv" not in files
     assert {f"methods/{n}.png" for n in ("curves", "differences", "fig2-nih-phantoms-0.1", "fig3")} <= files.keys()
     assert not any(name.endswith((".pth", ".ckpt", "records.json")) for name in files)
     text = files["methods/report.md"].decode()
-    for row in ("− Sup.1 (random)", "− VICReg", "* VICReg: ", "* OPTiML: "):
+    for row in ("− Sup.1 (random)", "− VICReg", "* VICReg: ", "* OPTiML: ", "| VICReg | "):
         assert row in text
     readme = done.readme.read_text() if done.readme else ""
     assert readme.startswith("before\n<!-- compare") and readme.endswith("after\n") and "stale" not in readme
@@ -156,6 +158,21 @@ def test_records_of_another_pretraining_make_room(tmp_path: Path) -> None:
     files = Kept(tmp_path, "row-seed0")
     assert files.records.keys() == {"set/linear-0.01-seed1"} and files.pretraining == {"of": "b"}
     assert files.seconds == 0.0
+
+
+def test_curves_have_what_was_measured_where_it_was(tmp_path: Path) -> None:
+    steps = [f"{epoch},{2 * epoch + i},{epoch + i}" for epoch in (1, 2, 3) for i in (0, 1)]
+    (tmp_path / "log.csv").write_text("\n".join(["epoch,step,loss", *steps]) + "\n")
+    (tmp_path / "monitor.csv").write_text("epoch,step,knn_auc,std,loss\n2,5,0.7,1.5,9\n3,7,0.8,1.5,9\n")
+    files = Kept(tmp_path, "row-seed0")
+    files.keep_curves(tmp_path / "log.csv", tmp_path / "monitor.csv")
+    assert files.curves == [
+        {"epoch": 1, "step": 2.5, "loss": 1.5},
+        {"epoch": 2, "step": 4.5, "loss": 2.5, "knn_auc": 0.7},
+        {"epoch": 3, "step": 6.5, "loss": 3.5, "knn_auc": 0.8},
+    ]
+    text = ends({"A": [files.curves, files.curves], "B": [[{"loss": 0.25}]]})
+    assert "| | loss | kNN AUC |\n| --- | ---: | ---: |\n| A | 3.5 | 0.8 |\n| B | 0.25 |  |\n" in text
 
 
 def test_ranks_of_many_films() -> None:

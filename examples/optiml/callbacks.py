@@ -90,11 +90,11 @@ class TensorBoard(Callback):
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
-    """The rows of a run's log."""
+    """The rows of a run's log; what is blank in a row is not in it."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
-        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
 
 
 def epoch_means(rows: list[dict[str, float]], epoch: int) -> dict[str, float]:

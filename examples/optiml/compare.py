@@ -19,14 +19,14 @@ from rich.console import Console
 
 from .budget import BUDGETS, Budget
 from .callbacks import read_log
-from .config import AugmentConfig, MethodOptions, PretrainConfig
+from .config import AugmentConfig, MethodOptions, MonitorConfig, PretrainConfig
 from .data import open_index, with_all_splits
 from .differences import auc_measures, dice_measure, difference_table, verdicts
 from .figures import draw_curves
 from .kept import Kept
 from .masks import mask_set
-from .page import how, write_tables
-from .pretrain import BACKBONE, LAST, LOG, pretrain
+from .page import ends, how, write_tables
+from .pretrain import BACKBONE, LAST, LOG, MONITOR, pretrain
 from .records import Record
 from .report import RECORDS, build, report
 from .rows import NOT_TRAINED, RECOMMENDED, Kind, Row, rows
@@ -39,6 +39,8 @@ from .xray import XrayConfig, outlined, stages
 HERE = Path(__file__).parent
 #: Of ``results``, what is kept of each row and seed.
 RUNS = "runs"
+#: Measurements with labels while a row is pretrained.
+LOOKS = 5
 
 
 @dataclass(frozen=True)
@@ -205,7 +207,7 @@ class Comparison:
             PretrainConfig(
                 self.config.data, self.config.out, row.method, epochs=s.epochs, batch_size=s.batch_size,
                 image_size=s.image_size, seed=seed, augment=AugmentConfig(min_scale=s.min_scale), workers=s.workers,
-                precision=budget.precision, options=options,
+                precision=budget.precision, options=options, monitor=MonitorConfig(every=max(1, s.epochs // LOOKS)),
             )
         )  # fmt: skip
         return replace(run, out=self.config.out / f"{name}-{run.key()}")
@@ -214,7 +216,7 @@ class Comparison:
         if pretrain(run, self.console) is None:
             raise SystemExit(f"{run.out} did not finish; the same command goes on")
         log = read_log(run.out / LOG)
-        files.keep_curves(run.out / LOG)
+        files.keep_curves(run.out / LOG, run.out / MONITOR)
         hours = float(np.median([step["seconds"] for step in log])) * len(log) / 3600
         self.console.print(
             f"{len(log)} steps took {hours * 60:.1f} min; as many for {left - 1} more: {hours * (left - 1):.1f} h"
@@ -268,7 +270,7 @@ def compare(config: CompareConfig, console: Console | None = None) -> Path:
     if curves := {name: runs for name, runs in curves.items() if runs}:
         out.mkdir(parents=True, exist_ok=True)
         draw_curves(curves, out / "curves.png")
-        lines = f"## Pretraining\n\n![Loss and deviation of embeddings](curves.png)\n\n{lines}"
+        lines = f"## Pretraining\n\n{ends(curves)}\n![Loss, deviations and kNN over steps](curves.png)\n\n{lines}"
     path = report(records, out, console, (table,), lines)
     shutil.copytree(out, final, dirs_exist_ok=True, ignore=shutil.ignore_patterns(RECORDS))
     readme = config.readme or (HERE / "README.md" if config.results.resolve().is_relative_to(HERE) else None)

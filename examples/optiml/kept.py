@@ -1,8 +1,8 @@
 """What is kept of a row and seed: small files from which it is known, without its weights, that nothing is to be done.
 
 ``NAME.json`` holds the records of all stages, ``NAME.npz`` what the records do not say and paired comparisons and the
-figure of heatmaps need, ``NAME.csv`` the pretraining's log as means over epochs. ``films.npz`` has the films of the
-figure, once for all rows.
+figure of heatmaps need, ``NAME.csv`` the pretraining's log as means over epochs, and what its monitor measured.
+``films.npz`` has the films of the figure, once for all rows.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from .files import whole, write_json
 from .records import Record
 
 FILMS = "films"
+#: What is kept of the monitor's columns.
+MEASURED = ("knn_auc", "knn_auc_within", "effective_rank")
 
 
 def ranks(scores: NDArray[Any]) -> NDArray[Any]:
@@ -113,13 +115,18 @@ class Kept:
             with whole(self.path) as part:
                 part.write_text(text)
 
-    def keep_curves(self, log: Path) -> None:
-        """Means over epochs of a run's log."""
-        steps = read_log(log)
-        epochs = sorted({int(row["epoch"]) for row in steps})
-        means = [{name: f"{x:.5g}" for name, x in epoch_means(steps, epoch).items()} for epoch in epochs]
+    def keep_curves(self, log: Path, monitor: Path) -> None:
+        """Means over epochs of a run's log, and what was measured after an epoch, where it was."""
+        steps, measured = read_log(log), {row["epoch"]: row for row in read_log(monitor)}
+        epochs = sorted({row["epoch"] for row in steps})
+        rows = [
+            epoch_means(steps, epoch) | {name: x for name, x in measured.get(epoch, {}).items() if name in MEASURED}
+            for epoch in epochs
+        ]
+        means = [{name: f"{x:.5g}" for name, x in row.items()} for row in rows]
         with whole(self.path.with_suffix(".csv")) as part, part.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(means[0]), lineterminator="\n")
+            names = list(dict.fromkeys(name for row in means for name in row))
+            writer = csv.DictWriter(file, names, lineterminator="\n")
             writer.writeheader()
             writer.writerows(means)
 

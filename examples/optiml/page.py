@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from .data import ChestIndex
 from .kept import Kept
 from .records import Record
@@ -37,6 +39,28 @@ def how(config: CompareConfig, index: ChestIndex, records: list[Record], kept: d
         f"Made by `python -m examples.optiml compare {' '.join(given)}` in {hours:.1f} h on {', '.join(machines)} at "
         f"commit {', '.join(commits)}: {films}.\n"
     )
+
+
+#: Columns of the table of how pretraining ended, by their names in the log.
+ENDS = {
+    "loss": "loss", "std_q": "std of embeddings", "std_g": "std of pooled features", "effective_rank": "effective rank",
+    "map_std": "std over a map", "perplexity": "perplexity of marginals", "knn_auc_within": "kNN AUC, within source",
+    "knn_auc": "kNN AUC",
+}  # fmt: skip
+
+
+def ends(curves: dict[str, list[list[dict[str, float]]]]) -> str:
+    """How each row's pretraining ended, as a table in Markdown."""
+    names = [name for name in ENDS if any(name in run[-1] for runs in curves.values() for run in runs)]
+    lines = [
+        "Means over the last epoch, then over seeds; after it: effective rank of the pooled features of the training "
+        "films, and a vote of the nearest of these on the validation films.", "",
+        "| | " + " | ".join(ENDS[name] for name in names) + " |", "| --- |" + " ---: |" * len(names),
+    ]  # fmt: skip
+    for row, runs in curves.items():
+        found = [[run[-1][name] for run in runs if name in run[-1]] for name in names]
+        lines.append(f"| {row} | " + " | ".join(f"{np.mean(x):.3g}" if x else "" for x in found) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def markers(kind: Kind) -> tuple[str, str]:
