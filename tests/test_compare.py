@@ -88,17 +88,21 @@ def test_a_comparison_is_kept_in_small_files(done: CompareConfig) -> None:
     assert {f"methods/{n}.png" for n in ("curves", "differences", "fig2-nih-phantoms-0.1", "fig3")} <= files.keys()
     assert not any(name.endswith((".pth", ".ckpt", "records.json")) for name in files)
     text = files["methods/report.md"].decode()
-    for row in ("− Sup.1 (random)", "− VICReg", "* VICReg: ", "* OPTiML: ", "| VICReg | "):
+    for row in ("− Sup.1 (random)", "− VICReg", "| VICReg | ", "| OPTiML | "):
         assert row in text
     readme = done.readme.read_text() if done.readme else ""
     assert readme.startswith("before\n<!-- compare") and readme.endswith("after\n") and "stale" not in readme
     assert "− VICReg" in readme and "VinBig" not in readme and "](results/methods/curves.png)" in readme
 
     cells = list(csv.DictReader(files["methods/differences.csv"].decode().splitlines()))
-    assert len(cells) == 2 * 3
+    assert len(cells) == 2 * 5
     key, dice = "nih-phantoms/linear-1-seed0", "nih-phantoms/segment-Effusion-1-seed0"
+    tuned = "nih-phantoms/finetune-1-seed0"
     both = [
-        (r[key]["within_source"]["macro"]["value"], r[key]["macro_auc"], r[dice]["positives"]["value"])
+        [
+            *(x for k in (key, tuned) for x in (r[k]["within_source"]["macro"]["value"], r[k]["macro_auc"])),
+            r[dice]["positives"]["value"],
+        ]
         for r in (kept(done, "optiml"), kept(done, "vicreg"))
     ]
     found = [float(cell["value"]) for cell in cells if cell["row"] == "− VICReg"]
@@ -204,7 +208,7 @@ def test_a_command_for_one_seed_reports_them_all(done: CompareConfig, tmp_path: 
     runs = {path.stem for path in (config.results / "runs").glob("*.json")}
     assert runs == {"sup1-seed0", "vicreg-seed0", "optiml-seed0", "sup1-seed2"}
     text = (tmp_path / "README.md").read_text()
-    assert "--seeds 0 2 " in text and "* VICReg: " in text
+    assert "--seeds 0 2 " in text and "− VICReg" in text
     cells = csv.DictReader((config.results / "methods" / "table2.csv").read_text().splitlines())
     assert {c["seeds"] for c in cells if c["row"].startswith("Sup.1") and c["seeds"]} == {"2"}
 
@@ -263,16 +267,16 @@ def test_paired_differences_find_the_better_row_and_nothing_in_a_row_itself(data
     assert Difference.between(nothing, nothing) is None
     named, measures = dict(zip(("good", "bad", "same"), arrays, strict=True)), auc_measures(index, "set", 200)
     (section,) = difference_table("good", named, measures).sections
-    (bad_within, bad_raw), (same_within, same_raw) = ([c.ours for c in row.cells] for row in section.rows)
+    (bad_within, bad_raw), (same_within, same_raw) = ([c.ours for c in row.cells[:2]] for row in section.rows)
     for cell in (same_within, same_raw):
         assert cell is not None and cell.value == cell.low == cell.high == cell.deviation == 0 and cell.seeds == 2
     scored = [Scored(test, x, usable_classes(index.split("train"))) for x in (good, bad)]
     for cell, within in ((bad_within, True), (bad_raw, False)):
         assert cell is not None and cell.low > 0
         assert cell.value == pytest.approx(float(np.subtract(*(s.macro(within)[0] for s in scored))), abs=1e-12)
-    lines = verdicts("bad", named, measures[0])
-    assert "* good: beats it, +" in lines and "* same: beats it" in lines
-    assert "* bad: is below it" in verdicts("good", named, measures[0])
+    lines = verdicts("bad", named, measures)
+    assert "| good | beats it, +" in lines and "| same | beats it" in lines
+    assert "| bad | is below it" in verdicts("good", named, measures)
 
 
 def test_rows_are_named_as_in_the_paper_and_differ() -> None:

@@ -239,9 +239,10 @@ class Comparison:
         return [(replace(start, data=index.root, dataset=name), sizes) for index, name, sizes in self.sets]
 
     def differences(self, records: list[Record], kept: dict[str, dict[int, Kept]]) -> tuple[Table, str]:
-        """The recommended OPTiML minus each other row; and a line per row on whether it beats the untrained network."""
+        """The recommended OPTiML minus each other row; and on whether each beats the untrained network."""
         draws, shown = self.sizes.draws, {row.name: row.shown for row in self.rows}
-        measures = [measure for index, name, _ in self.sets for measure in auc_measures(index, name, draws)]
+        of_sets = [auc_measures(index, name, draws) for index, name, _ in self.sets]
+        measures = [measure for measures in of_sets for measure in measures]
         if self.task is not None:
             name = outlined(self.task.index.root, self.config.data, self.sets[0][1])
             measures.append(dice_measure(self.task, name, max(self.sizes.segment_fractions), draws))
@@ -252,7 +253,7 @@ class Comparison:
         }
         if alone := arrays.get(shown.get(SUP2, "")):
             arrays[shown[SUP2]] = dict.fromkeys(self.seeds, next(iter(alone.values())))
-        return difference_table(shown[RECOMMENDED], arrays, measures), verdicts(shown[SUP1], arrays, measures[0])
+        return difference_table(shown[RECOMMENDED], arrays, measures), verdicts(shown[SUP1], arrays, of_sets[0])
 
 
 def compare(config: CompareConfig, console: Console | None = None) -> Path:

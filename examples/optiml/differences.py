@@ -79,17 +79,21 @@ class Measure:
 
 
 def auc_measures(index: ChestIndex, dataset: str, draws: int) -> list[Measure]:
-    """Frozen macro AUC with all labels: within sources, where these are known, and raw."""
+    """Macro AUC with all labels, frozen, then fine-tuned: within sources, where these are known, and raw."""
     test, usable = index.split("test"), usable_classes(index.split("train"))
     weights = _with_itself(test.patients, draws)
 
     def auc(groups: NDArray[np.str_] | None) -> Callable[[NDArray[Any]], Floats]:
         return lambda x: macro(class_aucs(x.astype(float), test.labels, groups, weights), usable)
 
-    kinds: list[tuple[str, NDArray[np.str_] | None]] = [("frozen AUC, raw", None)]
+    kinds: list[tuple[str, NDArray[np.str_] | None]] = [("raw", None)]
     if test.sources is not None:
-        kinds.insert(0, ("frozen AUC, within source", test.sources))
-    return [Measure(dataset, name, f"{dataset}/linear-1-", "/ranks", auc(groups)) for name, groups in kinds]
+        kinds.insert(0, ("within source", test.sources))
+    return [
+        Measure(dataset, f"{name} AUC, {kind}", f"{dataset}/{protocol}-1-", "/ranks", auc(groups))
+        for protocol, name in (("linear", "frozen"), ("finetune", "fine-tuned"))
+        for kind, groups in kinds
+    ]
 
 
 def dice_measure(task: MaskSet, dataset: str, fraction: float, draws: int) -> Measure:
@@ -118,13 +122,17 @@ def difference_table(first: str, rows: dict[str, Arrays], measures: list[Measure
     return Table("differences", f"{first} minus each row: paired differences [95 %]", [s for s in sections if s.rows])
 
 
-def verdicts(untrained: str, rows: dict[str, Arrays], measure: Measure) -> str:
-    """A line per row: whether it beats the untrained network."""
-    found = {name: measure.replicates(arrays) for name, arrays in rows.items()}
-    lines = [f"## Against the untrained network ({measure.section}, {measure.column})", "", MEANING, ""]
-    for name in (name for name in rows if name != untrained):
-        gap = Difference.between(found[name], found.get(untrained, {}))
-        lines.append(f"* {name}: " + (f"{gap.verdict} it, {gap.text(3)}" if gap else "not compared"))
+def verdicts(untrained: str, rows: dict[str, Arrays], measures: list[Measure]) -> str:
+    """A table in Markdown, a line per row: whether it beats the untrained network by each measure."""
+    lines = [
+        f"## Against the untrained network ({measures[0].section})", "", MEANING, "",
+        f"| | {' | '.join(measure.column for measure in measures)} |", f"| --- |{' --- |' * len(measures)}",
+    ]  # fmt: skip
+    found = {name: [measure.replicates(arrays) for measure in measures] for name, arrays in rows.items()}
+    base = found.pop(untrained, [{} for _ in measures])
+    for name, mine in found.items():
+        gaps = [Difference.between(x, y) for x, y in zip(mine, base, strict=True)]
+        lines.append(f"| {name} | {' | '.join(f'{gap.verdict} it, {gap.text(3)}' if gap else '' for gap in gaps)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -64,6 +64,7 @@ def _dots(axes: Axes, section: Section, column: int, labelled: set[str]) -> None
     if column == 0:
         axes.set_title(f"{section.title}\n", loc="left", fontsize=9, fontweight="bold")
     axes.tick_params(axis="x", labelsize=8)
+    axes.locator_params(axis="x", nbins=5)
     axes.grid(axis="x", color="#e3e3e3", lw=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

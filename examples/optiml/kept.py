@@ -74,7 +74,7 @@ class Kept:
         self.write()
 
     def _take(self, key: str, record: Record, arrays: dict[str, NDArray[Any]]) -> None:
-        if record["stage"] == "evaluate" and (record["protocol"], record["fraction"]) == ("linear", 1.0):
+        if record["stage"] == "evaluate" and record["fraction"] == 1.0:
             self.arrays[f"{key}/ranks"] = ranks(arrays["scores"])
         elif record["stage"] == "segment":
             self.arrays[f"{key}/dice"] = arrays["dice"].astype(np.float16)
