@@ -26,7 +26,7 @@ from examples.optiml.config import PretrainConfig
 from examples.optiml.data import read_index
 from examples.optiml.differences import Difference, auc_measures, difference_table, verdicts
 from examples.optiml.finetune import usable_classes
-from examples.optiml.kept import Kept, ranks
+from examples.optiml.kept import Kept, curves_of, ranks
 from examples.optiml.layout import PhantomConfig, write_phantoms
 from examples.optiml.methods import METHODS
 from examples.optiml.page import ends, markers
@@ -84,7 +84,8 @@ def test_a_comparison_is_kept_in_small_files(done: CompareConfig) -> None:
     assert (saved["precision"], saved["epochs"]) == ("bf16-mixed", 1)
     (epoch,) = csv.DictReader(files["runs/vicreg-seed0.csv"].decode().splitlines())
     assert float(epoch["std_q"]) > 0 and float(epoch["effective_rank"]) > 1 and 0 < float(epoch["knn_auc_within"]) < 1
-    assert "runs/sup1-seed0.csv" not in files
+    (before,) = csv.DictReader(files["runs/sup1-seed0.csv"].decode().splitlines())
+    assert before["epoch"] == "0" and float(before["effective_rank"]) > 1 and "loss" not in before
     assert {f"methods/{n}.png" for n in ("curves", "differences", "fig2-nih-phantoms-0.1", "fig3")} <= files.keys()
     assert not any(name.endswith((".pth", ".ckpt", "records.json")) for name in files)
     text = files["methods/report.md"].decode()
@@ -169,7 +170,7 @@ def test_curves_have_what_was_measured_where_it_was(tmp_path: Path) -> None:
     (tmp_path / "log.csv").write_text("\n".join(["epoch,step,loss", *steps]) + "\n")
     (tmp_path / "monitor.csv").write_text("epoch,step,knn_auc,std,loss\n2,5,0.7,1.5,9\n3,7,0.8,1.5,9\n")
     files = Kept(tmp_path, "row-seed0")
-    files.keep_curves(tmp_path / "log.csv", tmp_path / "monitor.csv")
+    files.keep_curves(curves_of(tmp_path / "log.csv", tmp_path / "monitor.csv"))
     assert files.curves == [
         {"epoch": 1, "step": 2.5, "loss": 1.5},
         {"epoch": 2, "step": 4.5, "loss": 2.5, "knn_auc": 0.7},

@@ -23,8 +23,10 @@ from .config import AugmentConfig, MethodOptions, MonitorConfig, PretrainConfig
 from .data import open_index, with_all_splits
 from .differences import auc_measures, dice_measure, difference_table, verdicts
 from .figures import draw_curves
-from .kept import Kept
+from .kept import Kept, curves_of, of_interest
 from .masks import mask_set
+from .model import load_backbone
+from .monitor import measure, some
 from .page import ends, how, write_tables
 from .pretrain import BACKBONE, LAST, LOG, MONITOR, pretrain
 from .records import Record
@@ -180,6 +182,8 @@ class Comparison:
                 raise LeftOut(f"{name} is not there")
             if not made and run is not None:
                 self._pretrain(run, files, left)
+            elif not made and row.name == SUP1:
+                files.keep_curves([{"epoch": 0, "step": 0, **of_interest(self._untrained(seed))}])
             made.append(started)
 
         found = []
@@ -216,11 +220,18 @@ class Comparison:
         if pretrain(run, self.console) is None:
             raise SystemExit(f"{run.out} did not finish; the same command goes on")
         log = read_log(run.out / LOG)
-        files.keep_curves(run.out / LOG, run.out / MONITOR)
+        files.keep_curves(curves_of(run.out / LOG, run.out / MONITOR))
         hours = float(np.median([step["seconds"] for step in log])) * len(log) / 3600
         self.console.print(
             f"{len(log)} steps took {hours * 60:.1f} min; as many for {left - 1} more: {hours * (left - 1):.1f} h"
         )
+
+    def _untrained(self, seed: int) -> dict[str, float]:
+        """What the monitor would say before the first step."""
+        (index, _, sizes), config = self.sets[0], MonitorConfig()
+        assert sizes.image_size is not None
+        bank, queries = (some(index.split(name), config.images) for name in ("train", "val"))
+        return measure(load_backbone(None, seed), bank, queries, sizes.image_size, config)
 
     def _starts(
         self, row: Row, seed: int, run: PretrainConfig | None, make: Callable[[], None]
@@ -268,9 +279,10 @@ def compare(config: CompareConfig, console: Console | None = None) -> Path:
     lines += "\n" + how(config, comparison.sets[0][0], records, kept)
     out, final = config.out / f"report-{config.rows}", config.results / config.rows
     curves = {r.shown: [f.curves for f in kept[r.name].values() if f.curves] for r in comparison.rows if r.name in kept}
-    if curves := {name: runs for name, runs in curves.items() if runs}:
+    trained = {name: runs for name, runs in curves.items() if runs and "loss" in runs[0][0]}
+    if trained:
         out.mkdir(parents=True, exist_ok=True)
-        draw_curves(curves, out / "curves.png")
+        draw_curves(trained, out / "curves.png")
         lines = f"## Pretraining\n\n{ends(curves)}\n![Loss, deviations and kNN over steps](curves.png)\n\n{lines}"
     path = report(records, out, console, (table,), lines)
     shutil.copytree(out, final, dirs_exist_ok=True, ignore=shutil.ignore_patterns(RECORDS))

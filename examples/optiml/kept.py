@@ -20,8 +20,6 @@ from .files import whole, write_json
 from .records import Record
 
 FILMS = "films"
-#: What is kept of the monitor's columns.
-MEASURED = ("knn_auc", "knn_auc_within", "effective_rank")
 
 
 def ranks(scores: NDArray[Any]) -> NDArray[Any]:
@@ -48,7 +46,7 @@ class Kept:
 
     @property
     def curves(self) -> list[dict[str, float]]:
-        """A row per epoch of the pretraining; empty where there was none."""
+        """A row per epoch of the pretraining; of the untrained network, one."""
         return read_log(self.path.with_suffix(".csv"))
 
     def restore(self, folder: Path) -> None:
@@ -115,20 +113,25 @@ class Kept:
             with whole(self.path) as part:
                 part.write_text(text)
 
-    def keep_curves(self, log: Path, monitor: Path) -> None:
-        """Means over epochs of a run's log, and what was measured after an epoch, where it was."""
-        steps, measured = read_log(log), {row["epoch"]: row for row in read_log(monitor)}
-        epochs = sorted({row["epoch"] for row in steps})
-        rows = [
-            epoch_means(steps, epoch) | {name: x for name, x in measured.get(epoch, {}).items() if name in MEASURED}
-            for epoch in epochs
-        ]
-        means = [{name: f"{x:.5g}" for name, x in row.items()} for row in rows]
+    def keep_curves(self, rows: list[dict[str, float]]) -> None:
+        """A row per epoch; a column is blank where a row lacks it."""
+        names = list(dict.fromkeys(name for row in rows for name in row))
         with whole(self.path.with_suffix(".csv")) as part, part.open("w", newline="") as file:
-            names = list(dict.fromkeys(name for row in means for name in row))
             writer = csv.DictWriter(file, names, lineterminator="\n")
             writer.writeheader()
-            writer.writerows(means)
+            writer.writerows({name: f"{x:.5g}" for name, x in row.items()} for row in rows)
+
+
+def curves_of(log: Path, monitor: Path) -> list[dict[str, float]]:
+    """Means over epochs of a run's log, with what was measured after an epoch, where it was."""
+    steps, measured = read_log(log), {row["epoch"]: row for row in read_log(monitor)}
+    epochs = sorted({int(row["epoch"]) for row in steps})
+    return [epoch_means(steps, epoch) | of_interest(measured.get(epoch, {})) for epoch in epochs]
+
+
+def of_interest(measured: dict[str, float]) -> dict[str, float]:
+    """What is kept of the monitor's figures."""
+    return {name: x for name, x in measured.items() if name in ("knn_auc", "knn_auc_within", "effective_rank")}
 
 
 def _key(record: Record) -> str:

@@ -20,6 +20,7 @@ from .data import ChestIndex
 from .features import extract
 from .methods import Method
 from .metrics import class_aucs, macro
+from .model import Backbone
 
 
 def knn_scores(bank: Tensor, labels: Tensor, queries: Tensor, neighbours: int, temperature: float) -> Tensor:
@@ -47,6 +48,20 @@ def some(index: ChestIndex, count: int) -> ChestIndex:
         return index
     rows: NDArray[np.intp] = np.sort(np.random.default_rng(0).permutation(len(index))[:count])
     return index.take(rows)
+
+
+def measure(
+    backbone: Backbone, bank: ChestIndex, queries: ChestIndex, image_size: int, config: MonitorConfig
+) -> dict[str, float]:
+    """How the features of ``queries`` fare by their neighbours in ``bank``, and how the latter spread."""
+    x, y = (extract(backbone, index, image_size) for index in (bank, queries))
+    scores = knn_scores(x, torch.from_numpy(bank.labels), y, config.neighbours, config.temperature)
+    result = {}
+    for name, groups in (("knn_auc", None), ("knn_auc_within", queries.sources)):
+        if name == "knn_auc" or groups is not None:
+            aucs = class_aucs(scores.double().numpy(), queries.labels, groups)
+            result[name] = float(macro(aucs, bank.labels.max(axis=0) > 0)[0])
+    return {**result, "effective_rank": effective_rank(x), "std": float(x.std(dim=0).mean())}
 
 
 class Monitor(Callback):
@@ -80,7 +95,8 @@ class Monitor(Callback):
         epoch = trainer.current_epoch + 1
         if epoch % self.config.every and epoch != trainer.max_epochs:
             return
-        row = self.measure(pl_module)
+        backbone = copy.deepcopy(pl_module.backbone)  # which leaves training as it was
+        row = measure(backbone, self.bank, self.queries, self.image_size, self.config)
         of_epoch = epoch_means(read_log(self.log_file), epoch)
         row.update({name: of_epoch[name] for name in ("loss", "perplexity") if name in of_epoch})
         self.table.append({"epoch": epoch, "step": trainer.global_step, **row})
@@ -88,16 +104,3 @@ class Monitor(Callback):
             self.board.add("monitor", row, trainer.global_step)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in row.items())
         self.console.print(f"  epoch {epoch}  {shown}", highlight=False, soft_wrap=True)
-
-    def measure(self, model: Method) -> dict[str, float]:
-        """The figures of the model as it is; works on a copy, and so leaves training as it was."""
-        backbone = copy.deepcopy(model.backbone)
-        bank, queries = (extract(backbone, index, self.image_size) for index in (self.bank, self.queries))
-        labels = torch.from_numpy(self.bank.labels)
-        scores = knn_scores(bank, labels, queries, self.config.neighbours, self.config.temperature)
-        result = {}
-        for name, groups in (("knn_auc", None), ("knn_auc_within", self.queries.sources)):
-            if name == "knn_auc" or groups is not None:
-                aucs = class_aucs(scores.double().numpy(), self.queries.labels, groups)
-                result[name] = float(macro(aucs, self.bank.labels.max(axis=0) > 0)[0])
-        return {**result, "effective_rank": effective_rank(bank), "std": float(bank.std(dim=0).mean())}

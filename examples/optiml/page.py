@@ -54,10 +54,10 @@ def ends(curves: dict[str, list[list[dict[str, float]]]]) -> str:
     names = [name for name in ENDS if any(name in run[-1] for runs in curves.values() for run in runs)]
     lines = [
         "Means over the last epoch, then over seeds; after it: effective rank of the pooled features of the training "
-        "films, and a vote of the nearest of these on the validation films.", "",
+        "films, and a vote of the nearest of these on the validation films. Both also of the untrained network.", "",
         "| | " + " | ".join(ENDS[name] for name in names) + " |", "| --- |" + " ---: |" * len(names),
     ]  # fmt: skip
-    for row, runs in curves.items():
+    for row, runs in ((row, runs) for row, runs in curves.items() if runs):
         found = [[run[-1][name] for run in runs if name in run[-1]] for name in names]
         lines.append(f"| {row} | " + " | ".join(f"{np.mean(x):.3g}" if x else "" for x in found) + " |")
     return "\n".join(lines) + "\n"
