@@ -24,7 +24,7 @@ from examples.optiml.budget import Budget
 from examples.optiml.compare import CompareConfig, compare
 from examples.optiml.config import PretrainConfig
 from examples.optiml.data import read_index
-from examples.optiml.differences import Difference, auc_measures, difference_table, verdicts
+from examples.optiml.differences import Difference, auc_measures, difference_table, replicated, verdicts
 from examples.optiml.finetune import usable_classes
 from examples.optiml.kept import Kept, curves_of, ranks
 from examples.optiml.layout import PhantomConfig, write_phantoms
@@ -266,18 +266,19 @@ def test_paired_differences_find_the_better_row_and_nothing_in_a_row_itself(data
     arrays = [{seed: {"set/linear-1-seed0/ranks": ranks(x)} for seed in (0, 1)} for x in (good, bad, good)]
     nothing = {seed: np.full(3, np.nan) for seed in (0, 1)}
     assert Difference.between(nothing, nothing) is None
-    named, measures = dict(zip(("good", "bad", "same"), arrays, strict=True)), auc_measures(index, "set", 200)
-    (section,) = difference_table("good", named, measures).sections
-    (bad_within, bad_raw), (same_within, same_raw) = ([c.ours for c in row.cells[:2]] for row in section.rows)
+    found = replicated(auc_measures(index, "set", 200), dict(zip(("good", "bad", "same"), arrays, strict=True)))
+    assert [measure.column for measure in found] == ["frozen AUC, within source", "frozen AUC, raw"]  # not fine-tuned
+    (section,) = difference_table("good", found).sections
+    (bad_within, bad_raw), (same_within, same_raw) = ([c.ours for c in row.cells] for row in section.rows)
     for cell in (same_within, same_raw):
         assert cell is not None and cell.value == cell.low == cell.high == cell.deviation == 0 and cell.seeds == 2
     scored = [Scored(test, x, usable_classes(index.split("train"))) for x in (good, bad)]
     for cell, within in ((bad_within, True), (bad_raw, False)):
         assert cell is not None and cell.low > 0
         assert cell.value == pytest.approx(float(np.subtract(*(s.macro(within)[0] for s in scored))), abs=1e-12)
-    lines = verdicts("bad", named, measures)
+    lines = verdicts("bad", found)
     assert "| good | beats it, +" in lines and "| same | beats it" in lines
-    assert "| bad | is below it" in verdicts("good", named, measures)
+    assert "| bad | is below it" in verdicts("good", found)
 
 
 def test_rows_are_named_as_in_the_paper_and_differ() -> None:

@@ -21,7 +21,7 @@ from .budget import BUDGETS, Budget
 from .callbacks import read_log
 from .config import AugmentConfig, MethodOptions, MonitorConfig, PretrainConfig
 from .data import open_index, with_all_splits
-from .differences import auc_measures, dice_measure, difference_table, verdicts
+from .differences import auc_measures, dice_measure, difference_table, replicated, verdicts
 from .figures import draw_curves
 from .kept import Kept, curves_of, of_interest
 from .masks import mask_set
@@ -252,8 +252,7 @@ class Comparison:
     def differences(self, records: list[Record], kept: dict[str, dict[int, Kept]]) -> tuple[Table, str]:
         """The recommended OPTiML minus each other row; and on whether each beats the untrained network."""
         draws, shown = self.sizes.draws, {row.name: row.shown for row in self.rows}
-        of_sets = [auc_measures(index, name, draws) for index, name, _ in self.sets]
-        measures = [measure for measures in of_sets for measure in measures]
+        measures = [measure for index, name, _ in self.sets for measure in auc_measures(index, name, draws)]
         if self.task is not None:
             name = outlined(self.task.index.root, self.config.data, self.sets[0][1])
             measures.append(dice_measure(self.task, name, max(self.sizes.segment_fractions), draws))
@@ -264,7 +263,8 @@ class Comparison:
         }
         if alone := arrays.get(shown.get(SUP2, "")):
             arrays[shown[SUP2]] = dict.fromkeys(self.seeds, next(iter(alone.values())))
-        return difference_table(shown[RECOMMENDED], arrays, measures), verdicts(shown[SUP1], arrays, of_sets[0])
+        found = replicated(measures, arrays)
+        return difference_table(shown[RECOMMENDED], found), verdicts(shown[SUP1], found) if found else ""
 
 
 def compare(config: CompareConfig, console: Console | None = None) -> Path:

@@ -78,6 +78,10 @@ class Measure:
         return {seed: np.mean([self.of(x) for x in all_of], axis=0) for seed, all_of in found.items() if all_of}
 
 
+#: By measure, then row.
+Replicated = dict[Measure, dict[str, Replicates]]
+
+
 def auc_measures(index: ChestIndex, dataset: str, draws: int) -> list[Measure]:
     """Macro AUC with all labels, frozen, then fine-tuned: within sources, where these are known, and raw."""
     test, usable = index.split("test"), usable_classes(index.split("train"))
@@ -109,29 +113,39 @@ def dice_measure(task: MaskSet, dataset: str, fraction: float, draws: int) -> Me
     )
 
 
-def difference_table(first: str, rows: dict[str, Arrays], measures: list[Measure]) -> Table:
+def replicated(measures: list[Measure], rows: dict[str, Arrays]) -> Replicated:
+    """Every row by every measure that any row has."""
+    found = {measure: {name: measure.replicates(arrays) for name, arrays in rows.items()} for measure in measures}
+    return {measure: of_rows for measure, of_rows in found.items() if any(of_rows.values())}
+
+
+def difference_table(first: str, found: Replicated) -> Table:
     """Row ``first`` minus each other one, a section per data set; rows by the names in the report."""
     sections = []
-    for title in dict.fromkeys(measure.section for measure in measures):
-        cells: dict[str, list[Cell]] = {name: [] for name in rows if name != first}
-        for measure in (m for m in measures if m.section == title):
-            found = {name: measure.replicates(arrays) for name, arrays in rows.items()}
-            for name, line in cells.items():
-                line.append(Cell(measure.column, None, Difference.between(found.get(first, {}), found[name])))
-        sections.append(Section(title, [Row(f"− {name}", line) for name, line in cells.items()], MEANING, 3, True))
+    for title in dict.fromkeys(measure.section for measure in found):
+        here = {measure.column: of_rows for measure, of_rows in found.items() if measure.section == title}
+        names = dict.fromkeys(name for of_rows in here.values() for name in of_rows if name != first)
+        lines = [
+            Row(
+                f"− {name}",
+                [Cell(column, None, Difference.between(x.get(first, {}), x[name])) for column, x in here.items()],
+            )
+            for name in names
+        ]
+        sections.append(Section(title, lines, MEANING, 3, True))
     return Table("differences", f"{first} minus each row: paired differences [95 %]", [s for s in sections if s.rows])
 
 
-def verdicts(untrained: str, rows: dict[str, Arrays], measures: list[Measure]) -> str:
-    """A table in Markdown, a line per row: whether it beats the untrained network by each measure."""
+def verdicts(untrained: str, found: Replicated) -> str:
+    """A table in Markdown, a line per row: whether it beats the untrained network, on the first data set."""
+    section = next(iter(found)).section
+    here = {measure.column: of_rows for measure, of_rows in found.items() if measure.section == section}
     lines = [
-        f"## Against the untrained network ({measures[0].section})", "", MEANING, "",
-        f"| | {' | '.join(measure.column for measure in measures)} |", f"| --- |{' --- |' * len(measures)}",
+        f"## Against the untrained network ({section})", "", MEANING, "",
+        f"| | {' | '.join(here)} |", f"| --- |{' --- |' * len(here)}",
     ]  # fmt: skip
-    found = {name: [measure.replicates(arrays) for measure in measures] for name, arrays in rows.items()}
-    base = found.pop(untrained, [{} for _ in measures])
-    for name, mine in found.items():
-        gaps = [Difference.between(x, y) for x, y in zip(mine, base, strict=True)]
+    for name in (name for name in next(iter(here.values())) if name != untrained):
+        gaps = [Difference.between(x[name], x.get(untrained, {})) for x in here.values()]
         lines.append(f"| {name} | {' | '.join(f'{gap.verdict} it, {gap.text(3)}' if gap else '' for gap in gaps)} |")
     return "\n".join(lines) + "\n"
 
