@@ -66,12 +66,12 @@ class CompareConfig:
     rows: Kind = "methods"
     """methods: Tables I and II, Figs 2 and 3. ablation: Table III, one factor at a time, VICReg."""
     only: tuple[str, ...] = ()
-    """Make these rows and no others. All that are there are reported."""
+    """Make these rows and no others. All that are complete are reported."""
     report_only: bool = False
-    """Make nothing, only report what is there."""
+    """Make nothing, only report what is complete."""
     budget: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(BUDGETS) + "}")] = "small"
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Of the pretraining, or of random weights: those to make. All that are there are reported."""
+    """Of the pretraining, or of random weights: those to make. All that are complete are reported."""
     sizes: Annotated[Budget, tyro.conf.arg(name="")] = field(default_factory=Budget)
     readme: Path | None = None
     """Write the tables between this file's markers. Unset: the package's, if ``results`` lie inside the package."""
@@ -132,9 +132,11 @@ class Comparison:
         if len(columns := [name for _, name, _ in self.sets]) > len(set(columns)):
             raise SystemExit(f"--data and --rsna-data have the same name {columns[0]!r}; give --dataset")
         self.task = mask_set(open_index(config.segment_data), config.label) if config.segment_data else None
-        self.seeds = sorted({*config.seeds, *seeds_there(config.results / RUNS, self.rows)})
+        runs = config.results / RUNS
+        self.seeds = sorted({*config.seeds, *seeds_there(runs, self.rows)})
         # ImageNet's weights are the same under every seed; fine-tuning has seeds of its own.
-        self.units = [(r, s) for s in self.seeds for r in self.rows if r.name != SUP2 or s == self.seeds[0]]
+        once = min(seeds_there(runs, [Row(SUP2)]), default=config.seeds[0])
+        self.units = [(r, s) for s in self.seeds for r in self.rows if r.name != SUP2 or s == once]
 
     def wanted(self, row: Row, seed: int) -> bool:
         """Whether to make what is not there of it."""
@@ -152,6 +154,8 @@ class Comparison:
             try:
                 found, files = self.one(row, seed, name, left, made)
             except LeftOut:
+                if Kept(self.config.results / RUNS, name).records:
+                    self.console.print(f"{name} is left out: it is not complete, or of other settings")
                 continue
             except SystemExit as stop:
                 if not isinstance(stop.code, str):  # told to stop
@@ -182,11 +186,11 @@ class Comparison:
                 raise LeftOut(f"{name} is not there")
             if not made and run is not None:
                 self._pretrain(run, files, left)
-            elif not made and row.name == SUP1:
-                files.keep_curves([{"epoch": 0, "step": 0, **of_interest(self._untrained(seed))}])
             made.append(started)
 
         found = []
+        if wanted and row.name == SUP1 and not files.curves:
+            files.keep_curves([{"epoch": 0, "step": 0, **of_interest(self._untrained(seed))}])
         try:
             for start, sizes in self._starts(row, seed, run, make):
                 for record in stages(sizes, start, name, work, self.console if wanted else Console(quiet=True)):
@@ -283,7 +287,7 @@ def compare(config: CompareConfig, console: Console | None = None) -> Path:
     if trained:
         out.mkdir(parents=True, exist_ok=True)
         draw_curves(trained, out / "curves.png")
-        lines = f"## Pretraining\n\n{ends(curves)}\n![Loss, deviations and kNN over steps](curves.png)\n\n{lines}"
+        lines = f"## Pretraining\n\n{ends(curves)}\n![Loss, deviations and kNN over epochs](curves.png)\n\n{lines}"
     path = report(records, out, console, (table,), lines)
     shutil.copytree(out, final, dirs_exist_ok=True, ignore=shutil.ignore_patterns(RECORDS))
     readme = config.readme or (HERE / "README.md" if config.results.resolve().is_relative_to(HERE) else None)

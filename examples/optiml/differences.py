@@ -137,17 +137,17 @@ def difference_table(first: str, found: Replicated) -> Table:
 
 
 def verdicts(untrained: str, found: Replicated) -> str:
-    """A table in Markdown, a line per row: whether it beats the untrained network, on the first data set."""
-    section = next(iter(found)).section
-    here = {measure.column: of_rows for measure, of_rows in found.items() if measure.section == section}
-    lines = [
-        f"## Against the untrained network ({section})", "", MEANING, "",
-        f"| | {' | '.join(here)} |", f"| --- |{' --- |' * len(here)}",
-    ]  # fmt: skip
-    for name in (name for name in next(iter(here.values())) if name != untrained):
-        gaps = [Difference.between(x[name], x.get(untrained, {})) for x in here.values()]
-        lines.append(f"| {name} | {' | '.join(f'{gap.verdict} it, {gap.text(3)}' if gap else '' for gap in gaps)} |")
-    return "\n".join(lines) + "\n"
+    """A table in Markdown per data set, a line per row: whether it beats the untrained network."""
+    lines = ["## Against the untrained network", "", MEANING, ""]
+    for section in dict.fromkeys(measure.section for measure in found):
+        here = {measure.column: of_rows for measure, of_rows in found.items() if measure.section == section}
+        lines += [f"| {section} | {' | '.join(here)} |", f"| --- |{' --- |' * len(here)}"]
+        for name in (name for name in next(iter(here.values())) if name != untrained):
+            gaps = [Difference.between(x[name], x.get(untrained, {})) for x in here.values()]
+            texts = [f"{gap.verdict} it, {gap.text(3)}" if gap else "" for gap in gaps]
+            lines.append(f"| {name} | {' | '.join(texts)} |")
+        lines.append("")
+    return "\n".join(lines)
 
 
 def _with_itself(patients: NDArray[np.str_], draws: int) -> Floats:

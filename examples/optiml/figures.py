@@ -75,20 +75,23 @@ def draw_curves(curves: dict[str, list[list[dict[str, float]]]], path: Path) -> 
     figure = Figure(figsize=(10, 1.25 * len(curves) + 0.7), layout="constrained")
     grid = figure.subplots(len(curves), 3, squeeze=False, sharex=True)
     epochs = [epoch for runs in curves.values() for run in runs for epoch in run]
-    knn = "knn_auc_within" if any("knn_auc_within" in epoch for epoch in epochs) else "knn_auc"
-    reached = [epoch[knn] for epoch in epochs if knn in epoch] or [0.5]
+    known = {
+        name: [epoch[name] for epoch in epochs if np.isfinite(epoch.get(name, np.nan))]
+        for name in ("knn_auc_within", "knn_auc")
+    }
+    knn, reached = next(((name, x) for name, x in known.items() if x), ("knn_auc", [0.5]))
     spreads = sorted({name for runs in curves.values() for run in runs for name in run[0] if name.startswith("std")})
     colours = dict(zip(spreads, (OURS, PAPER, WITHIN, "#555555", "#999999"), strict=False))
     for (left, middle, right), (title, runs) in zip(grid, curves.items(), strict=True):
         for run in runs:
-            steps = [epoch["step"] for epoch in run]
-            left.plot(steps, [epoch["loss"] for epoch in run], color=OURS, lw=1.1, marker=".", ms=3)
+            number = [epoch["epoch"] for epoch in run]
+            left.plot(number, [epoch["loss"] for epoch in run], color=OURS, lw=1.1, marker=".", ms=3)
             for name in (name for name in colours if name in run[0]):
                 label = None if name in middle.get_legend_handles_labels()[1] else name
                 middle.plot(
-                    steps, [epoch[name] for epoch in run], color=colours[name], lw=1.1, marker=".", ms=3, label=label
+                    number, [epoch[name] for epoch in run], color=colours[name], lw=1.1, marker=".", ms=3, label=label
                 )
-            measured = [(epoch["step"], epoch[knn]) for epoch in run if knn in epoch]
+            measured = [(epoch["epoch"], epoch[knn]) for epoch in run if knn in epoch]
             right.plot(*np.reshape(measured, (-1, 2)).T, color=OURS, lw=1.1, marker=".", ms=3)
         left.set_title(title, loc="left", fontsize=8, fontweight="bold")
         middle.set_ylim(bottom=0)
@@ -98,7 +101,7 @@ def draw_curves(curves: dict[str, list[list[dict[str, float]]]], path: Path) -> 
             axes.tick_params(labelsize=7)
             axes.spines[["top", "right"]].set_visible(False)
     for axes, name in zip(grid[-1], ("loss", "deviation", "kNN AUC on validation"), strict=True):
-        axes.set_xlabel(f"{name} over steps", fontsize=8)
+        axes.set_xlabel(f"{name} over epochs", fontsize=8)
     _save(figure, path)
 
 

@@ -82,6 +82,7 @@ class Kept:
                 return  # the figure shows one seed
             self.arrays[f"{key}/maps"] = arrays["maps"]
             films = {f"{key}/{name}": x for name, x in arrays.items() if name != "maps"}
+            self.films = _load(self.folder / f"{FILMS}.npz")  # to which another command may have added
             if any(name not in self.films or not np.array_equal(x, self.films[name]) for name, x in films.items()):
                 self.films |= films
                 _save(self.folder / f"{FILMS}.npz", self.films)

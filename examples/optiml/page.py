@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .data import ChestIndex
+from .files import whole
 from .kept import Kept
 from .records import Record
 from .rows import Kind
@@ -51,14 +52,16 @@ ENDS = {
 
 def ends(curves: dict[str, list[list[dict[str, float]]]]) -> str:
     """How each row's pretraining ended, as a table in Markdown."""
-    names = [name for name in ENDS if any(name in run[-1] for runs in curves.values() for run in runs)]
+    ended = [run[-1] for runs in curves.values() for run in runs]
+    names = [name for name in ENDS if any(np.isfinite(epoch.get(name, np.nan)) for epoch in ended)]
     lines = [
         "Means over the last epoch, then over seeds; after it: effective rank of the pooled features of the training "
-        "films, and a vote of the nearest of these on the validation films. Both also of the untrained network.", "",
+        "films, and a vote of the nearest of these on the validation films. Embeddings of SimCLR, MoCo v2, DenseCL, "
+        "BYOL and SimSiam have length 1, so that their deviation is at most 1 / √dim.", "",
         "| | " + " | ".join(ENDS[name] for name in names) + " |", "| --- |" + " ---: |" * len(names),
     ]  # fmt: skip
     for row, runs in ((row, runs) for row, runs in curves.items() if runs):
-        found = [[run[-1][name] for run in runs if name in run[-1]] for name in names]
+        found = [[run[-1][name] for run in runs if np.isfinite(run[-1].get(name, np.nan))] for name in names]
         lines.append(f"| {row} | " + " | ".join(f"{np.mean(x):.3g}" if x else "" for x in found) + " |")
     return "\n".join(lines) + "\n"
 
@@ -77,4 +80,5 @@ def write_tables(path: Path, kind: Kind, tables: list[Table], notes: str, folder
     if begin not in text or end not in text:
         raise SystemExit(f"{path} lacks the lines {begin!r} and {end!r}")
     before, _, rest = text.partition(begin)
-    path.write_text(f"{before}{begin}\n\n{body}\n{end}{rest.partition(end)[2]}")
+    with whole(path) as part:
+        part.write_text(f"{before}{begin}\n\n{body}\n{end}{rest.partition(end)[2]}")
