@@ -277,8 +277,8 @@ def test_paired_differences_find_the_better_row_and_nothing_in_a_row_itself(data
         assert cell is not None and cell.low > 0
         assert cell.value == pytest.approx(float(np.subtract(*(s.macro(within)[0] for s in scored))), abs=1e-12)
     lines = verdicts("bad", found)
-    assert "| good | beats it, +" in lines and "| same | beats it" in lines
-    assert "| bad | is below it" in verdicts("good", found)
+    assert "| good | **above +" in lines and "| same | **above +" in lines
+    assert "| bad | **below -" in verdicts("good", found)
 
 
 def test_rows_are_named_as_in_the_paper_and_differ() -> None:

@@ -51,10 +51,9 @@ class Difference(Ours):
 
     @property
     def verdict(self) -> str:
-        """What the interval says of the first row."""
-        if self.low > 0:
-            return "beats"
-        return "is below" if self.high < 0 else "cannot be told from"
+        """The difference, in bold where its interval says that the first row is above or below."""
+        word = "above " if self.low > 0 else "below " if self.high < 0 else ""
+        return f"**{word}{self.text(3)}**" if word else self.text(3)
 
 
 @dataclass(frozen=True)
@@ -137,14 +136,14 @@ def difference_table(first: str, found: Replicated) -> Table:
 
 
 def verdicts(untrained: str, found: Replicated) -> str:
-    """A table in Markdown per data set, a line per row: whether it beats the untrained network."""
-    lines = ["## Against the untrained network", "", MEANING, ""]
+    """A table in Markdown per data set, a line per row: this minus the untrained network."""
+    lines = ["## Each row minus the untrained network", "", f"{MEANING} In bold where that leaves out 0.", ""]
     for section in dict.fromkeys(measure.section for measure in found):
         here = {measure.column: of_rows for measure, of_rows in found.items() if measure.section == section}
         lines += [f"| {section} | {' | '.join(here)} |", f"| --- |{' --- |' * len(here)}"]
         for name in (name for name in next(iter(here.values())) if name != untrained):
             gaps = [Difference.between(x[name], x.get(untrained, {})) for x in here.values()]
-            texts = [f"{gap.verdict} it, {gap.text(3)}" if gap else "" for gap in gaps]
+            texts = [gap.verdict if gap else "" for gap in gaps]
             lines.append(f"| {name} | {' | '.join(texts)} |")
         lines.append("")
     return "\n".join(lines)
