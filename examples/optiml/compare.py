@@ -116,7 +116,7 @@ def seeds_there(runs: Path, known: list[Row]) -> set[int]:
 
 
 class LeftOut(SystemExit):
-    """A row that was not to be made is not there."""
+    """A row that was not to be made is not there; says why, if some of it is."""
 
 
 class Comparison:
@@ -153,9 +153,9 @@ class Comparison:
             name, started, made = f"{row.name}-seed{seed}", time.monotonic(), list[float]()
             try:
                 found, files = self.one(row, seed, name, left, made)
-            except LeftOut:
-                if Kept(self.config.results / RUNS, name).records:
-                    self.console.print(f"{name} is left out: it is not complete, or of other settings")
+            except LeftOut as reason:
+                if reason.code:
+                    self.console.print(reason.code)
                 continue
             except SystemExit as stop:
                 if not isinstance(stop.code, str):  # told to stop
@@ -183,7 +183,8 @@ class Comparison:
         def make() -> None:
             """Called whenever weights are needed, so never where all is there."""
             if not wanted:
-                raise LeftOut(f"{name} is not there")
+                known = f"{name} is left out: it is not complete, or of other settings" if files.records else None
+                raise LeftOut(known)
             if not made and run is not None:
                 self._pretrain(run, files, left)
             made.append(started)

@@ -121,8 +121,7 @@ def replicated(measures: list[Measure], rows: dict[str, Arrays]) -> Replicated:
 def difference_table(first: str, found: Replicated) -> Table:
     """Row ``first`` minus each other one, a section per data set; rows by the names in the report."""
     sections = []
-    for title in dict.fromkeys(measure.section for measure in found):
-        here = {measure.column: of_rows for measure, of_rows in found.items() if measure.section == title}
+    for title, here in _by_section(found):
         names = dict.fromkeys(name for of_rows in here.values() for name in of_rows if name != first)
         lines = [
             Row(
@@ -138,8 +137,7 @@ def difference_table(first: str, found: Replicated) -> Table:
 def verdicts(untrained: str, found: Replicated) -> str:
     """A table in Markdown per data set, a line per row: this minus the untrained network."""
     lines = ["## Each row minus the untrained network", "", f"{MEANING} In bold where that leaves out 0.", ""]
-    for section in dict.fromkeys(measure.section for measure in found):
-        here = {measure.column: of_rows for measure, of_rows in found.items() if measure.section == section}
+    for section, here in _by_section(found):
         lines += [f"| {section} | {' | '.join(here)} |", f"| --- |{' --- |' * len(here)}"]
         for name in (name for name in next(iter(here.values())) if name != untrained):
             gaps = [Difference.between(x[name], x.get(untrained, {})) for x in here.values()]
@@ -147,6 +145,12 @@ def verdicts(untrained: str, found: Replicated) -> str:
             lines.append(f"| {name} | {' | '.join(texts)} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def _by_section(found: Replicated) -> list[tuple[str, dict[str, dict[str, Replicates]]]]:
+    """Each data set's title, and by the columns of its measures all rows."""
+    titles = dict.fromkeys(measure.section for measure in found)
+    return [(title, {m.column: of_rows for m, of_rows in found.items() if m.section == title}) for title in titles]
 
 
 def _with_itself(patients: NDArray[np.str_], draws: int) -> Floats:
