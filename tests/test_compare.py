@@ -20,7 +20,7 @@ pytest.importorskip("captum", reason="the example needs otloss[examples]")
 
 from rich.console import Console
 
-from examples.optiml.budget import Budget
+from examples.optiml.budget import Budget, fast_precision
 from examples.optiml.compare import CompareConfig, compare
 from examples.optiml.config import PretrainConfig
 from examples.optiml.data import read_index
@@ -29,7 +29,7 @@ from examples.optiml.finetune import usable_classes
 from examples.optiml.kept import Kept, curves_of, ranks
 from examples.optiml.layout import PhantomConfig, write_phantoms
 from examples.optiml.methods import METHODS
-from examples.optiml.page import ends, markers
+from examples.optiml.page import ends, markers, precisions
 from examples.optiml.paper import ABLATION, arm_of
 from examples.optiml.pretrain import pretrain
 from examples.optiml.rows import rows
@@ -37,7 +37,7 @@ from examples.optiml.scores import Scored
 
 QUIET = Console(quiet=True)
 TINY = Budget(
-    image_size=32, epochs=1, batch_size=16, precision="bf16-mixed", fractions=(0.1, 1.0), large_seeds=(0,),
+    image_size=32, epochs=1, batch_size=16, fractions=(0.1, 1.0), large_seeds=(0,),
     heatmap_fractions=(0.1,), draws=30, finetune_epochs=1, finetune_steps=2, finetune_max_steps=2, unet_epochs=1,
     unet_steps=2, unet_max_steps=2, checks=1,
 )  # fmt: skip
@@ -81,7 +81,7 @@ def test_a_comparison_is_kept_in_small_files(done: CompareConfig) -> None:
         }  # fmt: skip
         assert len(files[f"runs/{name}-seed0.npz"]) < 30_000
     saved = json.loads(files["runs/vicreg-seed0.json"])["pretraining"]
-    assert (saved["precision"], saved["epochs"]) == ("bf16-mixed", 1)
+    assert (saved["precision"], saved["epochs"]) == (fast_precision(), 1)
     (epoch,) = csv.DictReader(files["runs/vicreg-seed0.csv"].decode().splitlines())
     assert float(epoch["std_q"]) > 0 and float(epoch["effective_rank"]) > 1 and 0 < float(epoch["knn_auc_within"]) < 1
     (before,) = csv.DictReader(files["runs/sup1-seed0.csv"].decode().splitlines())
@@ -123,6 +123,8 @@ def test_what_is_kept_is_not_made_again(done: CompareConfig, tmp_path: Path, mon
     before = contents(config.results)
     compare(config, QUIET)  # on a machine that has nothing but the results
     compare(dataclasses.replace(config, report_only=True), QUIET)
+    for precision in ("32-true", "bf16-mixed"):  # machines that compute in one and the other
+        compare(dataclasses.replace(config, sizes=dataclasses.replace(TINY, precision=precision)), QUIET)
     assert not pretrained and contents(config.results) == before
     fewer = dataclasses.replace(TINY, fractions=(1.0,), heatmap_fractions=())
     smaller = dataclasses.replace(config, sizes=fewer, report_only=True, segment_data=None, readme=None)
@@ -178,6 +180,25 @@ def test_curves_have_what_was_measured_where_it_was(tmp_path: Path) -> None:
     ]
     text = ends({"A": [files.curves, files.curves], "B": [[{"loss": 0.25}]]})
     assert "| | loss | kNN AUC |\n| --- | ---: | ---: |\n| A | 3.5 | 0.8 |\n| B | 0.25 |  |\n" in text
+
+
+def test_the_page_says_what_was_pretrained_in_which_precision(tmp_path: Path) -> None:
+    def row(name: str, precision: str | None) -> Kept:
+        files = Kept(tmp_path, name)
+        files.pretraining = {"precision": precision} if precision else {"seed": 0}
+        return files
+
+    half, single = "bf16-mixed", "32-true"
+    rows_of = {"sup1": {0: row("sup1-seed0", None)}, "a": {0: row("a-seed0", half), 1: row("a-seed1", single)}}
+    assert precisions({"sup1": rows_of["sup1"]}) == ""
+    assert precisions(rows_of | {"b": {0: row("b-seed0", half)}}) == " Pretrained in bf16-mixed, in 32-true a-seed1."
+
+
+def test_this_machine_computes_in_its_own_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for known in ("avx512_bf16", "amx_bf16", "avx2"):
+        monkeypatch.setattr("torch.cpu.get_capabilities", lambda known=known: {known: True}, raising=False)
+        assert fast_precision() == ("32-true" if known == "avx2" else "bf16-mixed")
 
 
 def test_ranks_of_many_films() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from .config import Precision
 
 
@@ -22,7 +24,8 @@ class Budget:
     key_momentum: float | None = None
     """Share of its weights that the key encoder of those keeps; 0.999 hardly moves it in a few hundred steps."""
     precision: Precision | None = None
-    """Of the pretraining."""
+    """Of the pretraining. Unset: each budget's own; small takes bf16-mixed where the processor computes in it, else
+    32-true. What is kept counts whatever it was made in, and goes on in that."""
     fractions: tuple[float, ...] | None = None
     """Shares of the labels, frozen and fine-tuned."""
     small_seeds: tuple[int, ...] | None = None
@@ -50,7 +53,7 @@ class Budget:
 
 BUDGETS = {
     "small": Budget(
-        image_size=64, epochs=10, batch_size=64, queue=1024, key_momentum=0.99, precision="32-true",
+        image_size=64, epochs=10, batch_size=64, queue=1024, key_momentum=0.99,
         fractions=(0.01, 0.1, 1.0), small_seeds=(0, 1, 2), large_seeds=(0,),
         heatmap_fractions=(0.01,), finetune_lr=1e-3, finetune_epochs=5, finetune_steps=60, segment_fractions=(1.0,),
         segment_seeds=(0,), unet_lr=1e-3, unet_epochs=3, unet_steps=60, checks=5, figure_images=6, draws=2000,
@@ -62,3 +65,10 @@ BUDGETS = {
         segment_seeds=(0, 1, 2), unet_lr=1e-3, unet_epochs=30, unet_steps=300, checks=10, figure_images=6, draws=2000,
     ),
 }  # fmt: skip
+
+
+def fast_precision() -> Precision:
+    """bfloat16 on processors that multiply in it: there a step takes less time, on others many times as much."""
+    known = getattr(torch.cpu, "get_capabilities", dict)()  # which older PyTorch does not have
+    fast = not torch.cuda.is_available() and (known.get("avx512_bf16") or known.get("amx_bf16"))
+    return "bf16-mixed" if fast else "32-true"

@@ -17,7 +17,7 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from .budget import BUDGETS, Budget
+from .budget import BUDGETS, Budget, fast_precision
 from .callbacks import read_log
 from .config import AugmentConfig, MethodOptions, MonitorConfig, PretrainConfig
 from .data import open_index, with_all_splits
@@ -216,10 +216,21 @@ class Comparison:
             PretrainConfig(
                 self.config.data, self.config.out, row.method, epochs=s.epochs, batch_size=s.batch_size,
                 image_size=s.image_size, seed=seed, augment=AugmentConfig(min_scale=s.min_scale), workers=s.workers,
-                precision=budget.precision, options=options, monitor=MonitorConfig(every=max(1, s.epochs // LOOKS)),
+                precision=budget.precision or fast_precision(), options=options,
+                monitor=MonitorConfig(every=max(1, s.epochs // LOOKS)),
             )
         )  # fmt: skip
+        run = self._as_kept(run, Kept(self.config.results / RUNS, name).pretraining)
         return replace(run, out=self.config.out / f"{name}-{run.key()}")
+
+    def _as_kept(self, run: PretrainConfig, saved: dict[str, Any]) -> PretrainConfig:
+        """``run`` in the precision of what is kept of it: it is the machine's choice and makes no other row."""
+        same = replace(run, precision=saved.get("precision", run.precision))
+        return same if self._saved(same) == saved else run
+
+    def _saved(self, run: PretrainConfig) -> dict[str, Any]:
+        """What records say of a pretraining."""
+        return {**run.identity(), "data_fingerprint": self.sets[0][0].fingerprint()}
 
     def _pretrain(self, run: PretrainConfig, files: Kept, left: int) -> None:
         if pretrain(run, self.console) is None:
@@ -245,7 +256,7 @@ class Comparison:
         like = run or PretrainConfig(self.config.data, self.config.out)
         saved: dict[str, Any] = {"seed": seed} if row.name == SUP1 else {}
         if run is not None:
-            saved = {**run.identity(), "data_fingerprint": self.sets[0][0].fingerprint()}
+            saved = self._saved(run)
         assert self.sizes.image_size is not None
         start = Start(
             row.name, "", self.sizes.image_size, like.val_fraction, like.split_seed, self.config.data,

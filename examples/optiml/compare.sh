@@ -10,7 +10,6 @@ set -eu
 what=${1:-}
 shift "$(($# < 1 ? $# : 1))"
 optiml() { "${PYTHON:-python}" -m examples.optiml "$@"; }
-precision=bf16-mixed  # which is only fast on CPUs that have it
 
 case $what in
 methods | ablation)
@@ -18,12 +17,12 @@ methods | ablation)
     shift
     bash "$(dirname "$0")/cxr-dev-prepare.sh" "$data"
     optiml compare --data data/cxr-dev --dataset nih-cxr-dev --rsna-data data/rsna-cxr-dev --segment-data data/cxr-seg \
-        --label Lung --rows "$what" --precision $precision "$@"
+        --label Lung --rows "$what" "$@"
     ;;
 phantoms)
     optiml prepare --dataset phantom --phantom-train 2000 --phantom-test 600 --phantom-size 64 --out data/phantoms
     optiml compare --data data/phantoms --segment-data data/phantoms --label Effusion --rows methods \
-        --precision $precision --out runs/compare-phantoms --results examples/optiml/results/compare-phantoms \
+        --out runs/compare-phantoms --results examples/optiml/results/compare-phantoms \
         --readme examples/optiml/PHANTOMS.md "$@"
     ;;
 *)

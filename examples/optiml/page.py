@@ -25,6 +25,7 @@ def how(config: CompareConfig, index: ChestIndex, records: list[Record], kept: d
     named = ("data", "dataset", "rsna_data", "segment_data", "label", "rows", "budget", "seeds")
     settings = {**{name: getattr(config, name) for name in named}, **vars(config.sizes)}
     settings["seeds"] = tuple(sorted(set().union(*kept.values())))  # all that are reported
+    settings["precision"] = None  # which says below what was, not what would be
     given = [
         f"--{name.replace('_', '-')} {' '.join(map(str, x)) if isinstance(x, tuple) else x}"
         for name, x in settings.items()
@@ -38,8 +39,20 @@ def how(config: CompareConfig, index: ChestIndex, records: list[Record], kept: d
     films = f"{len(index.split('train'))} training and {len(index.split('test'))} test films"
     return (
         f"Made by `python -m examples.optiml compare {' '.join(given)}` in {hours:.1f} h on {', '.join(machines)} at "
-        f"commit {', '.join(commits)}: {films}.\n"
+        f"commit {', '.join(commits)}: {films}.{precisions(kept)}\n"
     )
+
+
+def precisions(kept: dict[str, dict[int, Kept]]) -> str:
+    """What was pretrained in which precision: the most frequent one, and what was in another."""
+    found: dict[str, list[str]] = {}
+    for files in (files for seeds in kept.values() for files in seeds.values()):
+        if precision := files.pretraining.get("precision"):
+            found.setdefault(precision, []).append(files.name)
+    if not found:
+        return ""
+    usual, *others = sorted(found, key=lambda precision: -len(found[precision]))
+    return f" Pretrained in {usual}" + "".join(f", in {p} {', '.join(found[p])}" for p in others) + "."
 
 
 #: Columns of the table of how pretraining ended, by their names in the log.

@@ -5,7 +5,7 @@
 #   bash examples/optiml/select.sh DATA [OPTIONS OF compare ...]
 #
 # DATA holds the folders cxr-dev and cxr-seg. Run it in the repository's root; stop it and repeat it at will. A row and
-# seed takes about ten minutes on one core; --only ROW ... makes some of them. (bf16 is only fast on CPUs that have it.)
+# seed takes about ten minutes on one core; --only ROW ... makes some of them.
 set -eu
 data=${1:?say which folder holds cxr-dev and cxr-seg}
 shift
@@ -18,5 +18,5 @@ optiml prepare --dataset csv --root "$data/cxr-seg" --table "$data/cxr-seg/label
     --patient-column patient_id --label-columns label --mask-column mask --mask-label Lung --size 128 \
     --test-fraction 0.3 --val-fraction 0.1 --out data/seg-select
 optiml compare --data data/cxr-select --segment-data data/seg-select --label Lung --rows ablation --epochs 15 \
-    --precision bf16-mixed --fractions 1.0 --heatmap-fractions --out runs/selection \
+    --fractions 1.0 --heatmap-fractions --out runs/selection \
     --results examples/optiml/results/selection --readme examples/optiml/SELECTION.md "$@"
