@@ -67,12 +67,30 @@ template <class T> struct Adjoint {
 
   // M, A, S and the right-hand side, each block of rows of cost as soon as it exists. C becomes R.
   void assemble() {
+    center_dead_columns();
     team.each(cost.parts.count, [&](int part) {
       T *mass = S + size_t(part) * cost.cols, *side = h + size_t(part) * cost.cols;
       for (int i0 = cost.parts.begin(part); i0 < cost.parts.end(part); i0 += block) assemble_block(i0, mass, side);
     });
     add_parts(S, cost.parts.count, cost.cols);
     add_parts(h, cost.parts.count, cost.cols);
+  }
+
+  // V_j of a dead column does not depend on the scale of its k_ij, which is exp(g_j/eps); where g_j is known to whole
+  // multiples of eps only, because the costs are huge, it moves so that the largest k_ij is 1.
+  void center_dead_columns() {
+    const T known = 1 / (4 * std::numeric_limits<T>::epsilon());
+    bool lost = false;
+    for (int j = 0; j < cost.m; ++j) lost |= live[j] == 0 && !(std::fabs(g[j]) < known * p.eps);
+    if (!lost) return;
+    for (int j = 0; j < cost.cols; ++j) work[j] = none;
+    for (int i0 = 0; i0 < cost.n; i0 += block) {
+      cost.fill(i0);
+      for (int i = i0; i < std::min(i0 + block, cost.n); ++i)
+        for (int j = 0; j < cost.m && log_a[i] != none; ++j) work[j] = std::max(work[j], (g[j] + f[i]) - cost.row(i)[j]);
+    }
+    for (int j = 0; j < cost.m; ++j)
+      if (live[j] == 0 && work[j] != none) g[j] -= work[j];
   }
 
   void assemble_block(int i0, T* mass, T* side) {
@@ -84,7 +102,7 @@ template <class T> struct Adjoint {
       T *R = cost.row(i), *k = M + size_t(i) * cost.ld;
       vec<T> total{}, cost_sum{};
       for (int j = 0; j < cost.cols; j += lanes<T>) {
-        const vec<T> reduced = (load(R + j) - f[i]) - load(g + j), e = exp2<T>(load(log_c + j) - reduced * scale);
+        const vec<T> reduced = (load(R + j) - f[i]) - load(g + j), e = exp2<T>(min(splat(bound<T>), load(log_c + j) - reduced * scale));
         const vec<T> alive = e * load(live + j);
         store<T>(R + j, reduced);
         store<T>(k + j, e);
@@ -108,9 +126,11 @@ template <class T> struct Adjoint {
       repeat<block>(OTLOSS_EACH(r) {
         const size_t at = r * size_t(cost.ld) + j;
         const vec<T> e = i0 + r < cost.n ? load(k + at) * factor[r] : vec<T>{};
+        const vec<T> reduced = e != 0 ? load(R + at) : vec<T>{};  // else one near the largest number makes 0 * inf
         store<T>(k + at, e);
+        store<T>(R + at, reduced);
         s += A[i0 + r] * e;
-        t += e * (Aw[r] * load(R + at) - rest[r]);
+        t += e * (Aw[r] * reduced - rest[r]);
       });
       store<T>(mass + j, s);
       store<T>(side + j, t);

@@ -49,10 +49,11 @@ template <class T> struct LaneAdjoint : Lanes<T> {
       set(A, i, mass);
       set(y, i, average);
       for (int j = 0; j < m; ++j) {
-        const V e = entry(M, i, j) * factor;
+        const V e = entry(M, i, j) * factor, reduced = e != 0 ? entry(C, i, j) : V{};  // as in Adjoint::assemble_block
         set(M, i, j, e);
+        set(C, i, j, reduced);
         set(S, j, at(S, j) + mass * e);
-        set(h, j, at(h, j) + e * (slope * entry(C, i, j) - rest));
+        set(h, j, at(h, j) + e * (slope * reduced - rest));
       }
     }
   }

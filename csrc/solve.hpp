@@ -197,7 +197,7 @@ void solve(const Problem<T>& p, Arena& arena, const Team& team, int64_t max_iter
     for (int j = 0; j < cost.cols; j += lanes<T>) {
       const vec<T> b = load(s.b + j), gj = load(g + j);
       repeat<block>(OTLOSS_EACH(r) {
-        const vec<T> c = load(cost.row(i0 + r) + j), k = exp2<T>(((f[i0 + r] + gj) - c) * s.scale) * b;
+        const vec<T> c = load(cost.row(i0 + r) + j), k = exp2<T>(min(splat(bound<T>), ((f[i0 + r] + gj) - c) * s.scale)) * b;
         t[r] += k;
         tc[r] += k * c;
         tg[r] += k * gj;
@@ -212,6 +212,7 @@ void solve(const Problem<T>& p, Arena& arena, const Team& team, int64_t max_iter
   });
   double sharp = 0, potential = 0, mass = 0, missed = 0;
   for (int i = 0; i < cost.n; ++i) {
+    if (s.a[i] == 0) continue;  // whose sums may have overflowed
     const double a = s.a[i], row = mass_of[i];
     sharp += a * sharp_of[i];
     potential += a * (f[i] * row + potential_of[i]);

@@ -48,7 +48,8 @@ void unrolled_gradient(const Problem<T>& p, Arena& arena, int64_t n_iter, const 
     vec<T> lift{}, share{};
     for (int j = 0; j < cost.cols; j += lanes<T>) {
       const vec<T> k = exp2<T>(min(splat(bound<T>), exponent(c, gk, j, fk[i], scale))), kb = k * load(s.b + j), ka = k * s.a[i];
-      const vec<T> d = w * load(c + j) + v * (fk[i] + load(gk + j)), t = ka * load(s.b + j);
+      const vec<T> outer = w * load(c + j) + v * (fk[i] + load(gk + j)), d = k != 0 ? outer : vec<T>{};  // not 0 * inf
+      const vec<T> t = ka * load(s.b + j);
       lift += kb * d;
       share += kb;
       store<T>(D + size_t(i) * cost.ld + j, t * ((w + v) - d * ie));

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -66,16 +67,16 @@ def working_dtype(**tensors: Tensor | None) -> torch.dtype:
 
 
 def check_number(name: str, value: object, *, positive: bool) -> None:
-    """``value`` is a finite number, positive or at least not negative."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    """``value`` is a finite number, NumPy's included, positive or at least not negative."""
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not math.isfinite(value) or value < 0 or (positive and value == 0):
         raise ValueError(f"{name} must be {'positive' if positive else 'at least 0'} and finite, got {value}")
 
 
 def check_count(name: str, value: object) -> None:
-    """``value`` is a positive integer."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    """``value`` is a positive integer, NumPy's included."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")

@@ -55,6 +55,7 @@ class Sinkhorn(torch.autograd.Function):
         a: Tensor,
         b: Tensor,
         log_totals: Tensor,
+        given: str,
         mass_tol: float,
         eps: float,
         max_iter: int,
@@ -63,12 +64,12 @@ class Sinkhorn(torch.autograd.Function):
         mode: str,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        options = (mass_tol, eps, max_iter, tol, keep, backend)
+        options = (given, mass_tol, eps, max_iter, tol, keep, backend)
         return operators.solve(left, right, a, b, log_totals, *options)  # type: ignore[no-any-return]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        left, right, a, b, _, _, eps, max_iter, _, _, mode, backend = inputs
+        left, right, a, b, _, _, _, eps, max_iter, _, _, mode, backend = inputs
         f, g, _, _, n_iter, _, kept = output
         ctx.save_for_backward(left, right, a, b, f, g, n_iter, kept)
         ctx.eps, ctx.max_iter, ctx.mode, ctx.backend = eps, max_iter, mode, backend
@@ -82,7 +83,7 @@ class Sinkhorn(torch.autograd.Function):
         need_left, need_right, need_a, need_b = ctx.needs_input_grad[:4]
         need_cost = need_left or need_right
         if p is None and q is None and w is None and w_value is None:
-            return (None,) * 12
+            return (None,) * 13
         if ctx.mode == "unroll":
             run = (n_iter, w, w_value, ctx.eps, need_cost, ctx.max_iter)
             grad = _call("unrolled_gradient", ctx.backend, ctx.mode, left, right, a, b, *run)
@@ -100,7 +101,7 @@ class Sinkhorn(torch.autograd.Function):
             grad[1] if need_right else None,
             grad[2] if need_a else None,
             grad[3] if need_b else None,
-            *(None,) * 8,
+            *(None,) * 9,
         )
 
 

@@ -40,16 +40,19 @@ def _finite(x: Tensor) -> bool:
     return not x.numel() or all(math.isfinite(float(end)) for end in x.aminmax())  # a NaN is both ends
 
 
-def _check_marginals(a: Tensor, b: Tensor, log_totals: Tensor, mass_tol: float) -> None:
+def _check_marginals(a: Tensor, b: Tensor, log_totals: Tensor, given: str, mass_tol: float) -> None:
     if not a.numel() or not b.numel():
         return
     # Masses are normalised: what is not finite in them or their totals has become NaN, which fails every comparison.
     gap = (log_totals[:, 0] - log_totals[:, 1]).abs().max()
     if float(a.min()) >= 0 and float(b.min()) >= 0 and float(gap) <= mass_tol:
         return
-    for name, mass, total in (("a", a, log_totals[:, 0]), ("b", b, log_totals[:, 1])):
+    sides = {"a": (a, log_totals[:, 0]), "b": (b, log_totals[:, 1])}
+    for name in given.split():
+        mass, total = sides[name[-1]]
         if not (torch.isfinite(total).all() and torch.isfinite(mass).all()):
-            raise ValueError(f"{name} must be finite masses with a positive total in every problem")
+            kind = "finite masses" if name in sides else "logarithms of finite masses"
+            raise ValueError(f"{name} must be {kind} with a positive total in every problem")
         if (mass < 0).any():
             raise ValueError(f"{name} must not hold negative mass")
     gap = (log_totals[:, 0] - log_totals[:, 1]).abs()
@@ -89,6 +92,7 @@ def solve(
     a: Tensor,
     b: Tensor,
     log_totals: Tensor,
+    given: str,
     mass_tol: float,
     eps: float,
     max_iter: int,
@@ -98,11 +102,12 @@ def solve(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """f, g, transport cost, value, iterations, error, and what is kept for the gradient (empty where nothing is).
 
-    ``log_totals (B, 2)`` are of the masses before normalising; ``keep`` says that an implicit gradient may follow.
+    ``log_totals (B, 2)`` are of the masses before normalising, ``given`` the names by which they came ("log_a b"),
+    empty where they are uniform by default. ``keep`` says that an implicit gradient may follow.
     """
     checked = _checks_on(left)
     if checked:
-        _check_marginals(a, b, log_totals, mass_tol)
+        _check_marginals(a, b, log_totals, given, mass_tol)
     kept = room_to_keep(left, right, a, keep, backend)
     with no_autocast(left):
         f, g, cost, value, n_iter, error = get_backend(backend).solve(
@@ -121,7 +126,7 @@ def solve(
 
 
 @solve.register_fake
-def _(left, right, a, b, log_totals, mass_tol, eps, max_iter, tol, keep, backend):  # type: ignore[no-untyped-def]
+def _(left, right, a, b, log_totals, given, mass_tol, eps, max_iter, tol, keep, backend):  # type: ignore[no-untyped-def]
     scalar = a.new_empty(a.shape[0])
     return (
         torch.empty_like(a, memory_format=torch.contiguous_format),
@@ -157,7 +162,7 @@ def implicit_gradient(
         *grads, residual = get_backend(backend).implicit_gradient(
             left, right, a, b, f, g, grad_cost, grad_value, grad_f, grad_g, eps, adjoint, need_cost, **_if_kept(kept)
         )
-    if _checks_on(left) and residual.numel() and float(residual.max()) > 1e-2:
+    if _checks_on(left) and residual.numel() and not float(residual.max()) <= 1e-2:  # nor where it is NaN
         _warn(
             f"the gradient's linear system was left with a relative residual above 1e-2 at eps={eps:g}: "
             "the plan is close to a permutation of blocks; raise eps or use float64"

@@ -87,8 +87,8 @@ class OPTiMLLoss(nn.Module):
     **What Eq. 3 lacks** (``invariance``). No term of it compares q_s with q_t; that two views of one image be alike is
     asked by L_OT alone. A weight above 0 adds the mean of :math:`(q_s - q_t)^2`, as VICReg does with a weight of 25.
 
-    Everything is computed in float32 (float64 for float64 input), also under autocast. The module has parameters
-    (CV-SIM's): move it to the device and give them to the optimiser.
+    Everything is computed in float32 (float64 for float64 input), also under autocast, but CV-SIM in its parameters'
+    dtype. Move the module to the device and give its parameters to the optimiser.
 
     Args:
         dim: number of channels d of the feature maps.
@@ -177,8 +177,8 @@ class OPTiMLLoss(nn.Module):
         (after gathering).
 
         Raises:
-            TypeError: an input is no floating-point tensor, or float64 is mixed with another dtype.
-            ValueError: an input's shape does not fit, or the batch has one image only.
+            TypeError: an input is no floating-point tensor, or one view is in float64 and the other is not.
+            ValueError: an input's shape does not fit, the batch has one image only, or a map is not finite.
         """
         self._check(z_s, z_t, q_s, q_t)
         with no_autocast(z_s):
@@ -186,7 +186,13 @@ class OPTiMLLoss(nn.Module):
             maps_s, maps_t = (z.to(dtype).flatten(2) for z in (z_s, z_t))  # (B, d, hw)
             x, y = (maps_s, maps_t) if self.match == "channel" else (maps_s.mT, maps_t.mT)
             log_mu, log_nu = self._log_marginals(maps_s, maps_t)
-            per_image, solved = self.transport.per_problem(x, y, log_a=log_mu, log_b=log_nu)
+            try:
+                per_image, solved = self.transport.per_problem(x, y, log_a=log_mu, log_b=log_nu)
+            except ValueError as error:  # which names arguments of the solver
+                for name, z in (("z_s", z_s), ("z_t", z_t)):
+                    if not torch.isfinite(z).all():
+                        raise ValueError(f"{name} must be finite, got NaN or inf: has training diverged?") from error
+                raise
             ot, variance, covariance = (
                 per_image.mean(),
                 self.variance(q_s) + self.variance(q_t),

@@ -40,7 +40,7 @@ class SinkhornOutput:
         plan: ``(B, n, m)``, built on first use.
 
     Each output that requires a gradient carries its own exact one; what the mode cannot differentiate does not require
-    any.
+    any, nor does anything of a problem that was solved under ``torch.no_grad``.
     """
 
     def __init__(self, problem: _Problem, solution: tuple[Tensor, ...], gradient: str, tol: float) -> None:
@@ -57,7 +57,7 @@ class SinkhornOutput:
         """The plan ``(B, n, m)``. Any function of it is differentiable in mode "implicit"."""
         if self._plan is not None:
             return self._plan
-        plan = self._problem.plan(self.f, self.g, constant=self._gradient != "implicit")
+        plan = self._problem.plan(self.f, self.g, self._gradient)
         if plan.requires_grad or not self.f.requires_grad:  # else built under no_grad, perhaps only for a log
             self._plan = plan
         return plan
@@ -73,12 +73,22 @@ class _Problem:
     def __init__(self, left: Tensor, right: Tensor | None, batch: torch.Size, a: Tensor, b: Tensor, eps: float) -> None:
         self.left, self.right, self.batch, self.a, self.b, self.eps = left, right, batch, a, b, eps
         self._versions = None if torch.compiler.is_compiling() else self._count_writes()
+        self._tracked = self._tracks_gradients()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ = state
+        self._versions = self._count_writes()  # which begin anew in a copy
+
+    def _tracks_gradients(self) -> list[bool]:
+        """Of cost or features and the masses: whether what is computed from them now gets a gradient by them."""
+        given = (t for t in (self.left, self.right, self.a, self.b) if t is not None)
+        return [torch.is_grad_enabled() and t.requires_grad for t in given]
 
     def _count_writes(self) -> list[int]:
         """How often cost or features were written in place; they may share memory with the caller's tensors."""
         return [t._version for t in (self.left, self.right) if t is not None and not t.is_inference()]
 
-    def plan(self, f: Tensor, g: Tensor, constant: bool) -> Tensor:
+    def plan(self, f: Tensor, g: Tensor, gradient: str) -> Tensor:
         if self._versions is not None and not torch.compiler.is_compiling() and self._count_writes() != self._versions:
             what = "the cost was" if self.right is None else "x or y were"
             raise RuntimeError(f"{what} changed in place after the problem was solved; read out.plan before that")
@@ -86,7 +96,9 @@ class _Problem:
             cost = self.left.to(f.dtype)
             cost = cost if self.right is None else cosine_cost(cost, self.right.to(f.dtype))
             f, g, a, b = f.reshape(self.a.shape), g.reshape(self.b.shape), self.a, self.b
-            if constant:
+            # Potentials that do not follow what asks for a gradient now would leave their share out of it.
+            late = any(now and not then for now, then in zip(self._tracks_gradients(), self._tracked, strict=True))
+            if gradient != "implicit" or late:
                 cost, a, b, f, g = (operand.detach() for operand in (cost, a, b, f, g))
             plan = transport_plan(cost, a, b, f, g, self.eps)
         return plan.reshape(*self.batch, *plan.shape[1:])
@@ -147,11 +159,11 @@ def _solve(
     check_choice("gradient", gradient, MODES)
     features = ("x", "y") if right is not None else ("cost",)
     named: dict[str, Any] = dict(zip(features, (left, right), strict=False))
-    named |= {"a": a, "b": b, "log_a": log_a, "log_b": log_b}
+    masses = {name: x for name, x in (("a", a), ("log_a", log_a), ("b", b), ("log_b", log_b)) if x is not None}
+    for name, mass in masses.items():
+        check_tensor(name, mass, 1, "(B, n)" if name.endswith("a") else "(B, m)")
+    named |= masses
     check_device(**named)
-    for name in ("a", "b", "log_a", "log_b"):
-        if named[name] is not None:
-            check_tensor(name, named[name], 1, "(B, n)")
     dtype = working_dtype(**named)
     chosen = choose_backend(backend, left.device.type)
     batch = left.shape[:-2]
@@ -167,14 +179,15 @@ def _solve(
             p, q = p.detach(), q.detach()
         totals = [total for total in (log_total_a, log_total_b) if total is not None] or [like.new_zeros(len(left), 1)]
         log_totals = torch.cat((totals[0], totals[-1]), dim=-1)
-        half = any(named[name] is not None and named[name].dtype in HALF for name in ("a", "b", "log_a", "log_b"))
+        half = any(mass.dtype in HALF for mass in masses.values())
         mass_tol = 2e-2 if half else 1e-6
         # Whether it pays depends on the sizes, which an exported graph may leave open.
         keep = gradient != "unroll" and torch.is_grad_enabled() and not _exporting()
         solution = Sinkhorn.apply(
-            left, right, p, q, log_totals, mass_tol, float(eps), max_iter, float(tol), keep, gradient, chosen
-        )
-    return SinkhornOutput(_Problem(left, right, batch, p, q, eps), solution, gradient, tol)
+            left, right, p, q, log_totals, " ".join(masses), mass_tol, float(eps), int(max_iter), float(tol), keep,
+            gradient, chosen,
+        )  # fmt: skip
+    return SinkhornOutput(_Problem(left, right, batch, p, q, float(eps)), solution, gradient, float(tol))
 
 
 def sinkhorn(
@@ -219,9 +232,11 @@ def sinkhorn(
     Raises:
         TypeError: an argument is of the wrong type or dtype; float64 is mixed with another dtype.
         ValueError: shapes, devices or options do not fit; a mass is negative, totals differ, the cost is not finite.
+            The values are looked at on a CPU; on a GPU that would stop its queue, so there only if the environment
+            sets ``OTLOSS_CHECK_VALUES=1``.
 
     Warns:
-        ConvergenceWarning: a problem did not reach ``tol``; ``converged`` says which.
+        ConvergenceWarning: a problem did not reach ``tol``; ``converged`` says which. Given where values are looked at.
 
     Example:
         >>> import torch, otloss
@@ -256,8 +271,9 @@ def cosine_sinkhorn(
 ) -> SinkhornOutput:
     r"""Entropic optimal transport between sets of features under the cosine cost.
 
-    The cost is not stored (the reference backend excepted), unless a gradient may follow and it is at most half as
-    large as the features, where n and m are small beside d.
+    The costs of the batch are not stored (the reference backend excepted; the CPU backend holds that of one problem
+    per thread), unless a gradient may follow and they are at most half as large as the features, where n and m are
+    small beside d.
 
     .. math:: C_{ij} = 1 - \cos(x_i, y_j)
 

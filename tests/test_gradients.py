@@ -10,7 +10,8 @@ from conftest import random_problem, relative
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from otloss import cosine_sinkhorn, sinkhorn
+from otloss import cosine_sinkhorn, operators, sinkhorn
+from otloss.operators import ConvergenceWarning
 
 EXACT = {"eps": 0.2, "tol": 1e-13, "max_iter": 10_000}
 OUTPUTS = ("transport_cost", "value", "plan", "f", "g")
@@ -189,6 +190,53 @@ def test_masked_problems_have_the_cropped_gradient(backend: str, dtype: torch.dt
     slack = 1e-4 if dtype == torch.float32 else 1e-10
     for got, want in zip(grads, expected, strict=True):
         assert got.isfinite().all() and relative(got, want) < slack
+
+
+@pytest.mark.parametrize("size", [5, 70])
+@pytest.mark.parametrize("scale", [1e6, 1e9, 1e12])
+@pytest.mark.parametrize("side", ["rows", "columns", "both"])
+def test_huge_costs_without_mass_do_not_reach_the_others(backend: str, side: str, scale: float, size: int) -> None:
+    """In float32 a potential of 1e9 is known to a thousand times eps only, and what follows from it must not matter."""
+    cost, a, b = random_problem(n=size, m=size, dtype=torch.float32)
+    live_a, live_b = (slice(None, -2) if side in (name, "both") else slice(None) for name in ("rows", "columns"))
+    for mass, live in ((a, live_a), (b, live_b)):
+        if live.stop:
+            mass[-2:] = 0
+            mass /= mass.sum()
+    huge = torch.ones(size, size, dtype=torch.bool)
+    huge[live_a, live_b] = False
+    cost[huge] = scale * (1 + 0.1 * torch.rand(int(huge.sum())))
+
+    def gradients(*args: Tensor) -> tuple[Tensor, ...]:
+        args = tuple(x.clone().requires_grad_() for x in args)
+        out = sinkhorn(*args, backend=backend, max_iter=2000)
+        return torch.autograd.grad(out.transport_cost + out.value, args)
+
+    masked, cropped = gradients(cost, a, b), gradients(cost[live_a, live_b], a[live_a], b[live_b])
+    assert all(x.isfinite().all() for x in masked)
+    for got, want in zip((masked[0][live_a, live_b], masked[1][live_a], masked[2][live_b]), cropped, strict=True):
+        assert relative(got, want) < 1e-3
+
+
+@pytest.mark.parametrize("size", [2, 80])
+@pytest.mark.parametrize("gradient", ["implicit", "unroll", "none"])
+def test_pairs_may_be_forbidden_by_the_largest_number(backend: str, gradient: str, size: int) -> None:
+    cost = torch.full((size, size), torch.finfo(torch.float32).max).fill_diagonal_(0).requires_grad_()
+    out = sinkhorn(cost, gradient=gradient, backend=backend)
+    (grad,) = torch.autograd.grad(30 * out.transport_cost, cost)
+    assert torch.allclose(grad, 30 / size * torch.eye(size), atol=1e-5)
+
+
+def test_a_gradient_that_is_not_a_number_is_reported() -> None:
+    cost, a, b = random_problem(1, n=3, m=4)
+    f, g, w = (
+        torch.full((1, 3), torch.nan, dtype=torch.float64),
+        torch.zeros_like(b),
+        torch.ones(1, dtype=torch.float64),
+    )
+    args = (cost, None, a, b, f, g, cost.new_empty(0), w, None, None, None, 0.1, True, True, "reference")
+    with pytest.warns(ConvergenceWarning, match="linear system"):
+        operators.implicit_gradient(*args)
 
 
 def test_dead_features_get_gradient_zero(backend: str) -> None:

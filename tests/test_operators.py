@@ -134,8 +134,8 @@ def test_opcheck(backend: str, dimension: int | None, permuted: bool) -> None:
         a, cost = a.T.contiguous().T, cost.mT.contiguous().mT
     left, right = (torch.randn(2, 4, dimension), torch.randn(2, 5, dimension)) if dimension else (cost, None)
     totals = torch.zeros(2, 2)
-    opcheck(operators.solve, (left, right, a, b, totals, 1e-6, 0.1, 50, 0.0, True, backend))
-    f, g, _, _, n_iter, _, kept = operators.solve(left, right, a, b, totals, 1e-6, 0.1, 50, 0.0, True, backend)
+    opcheck(operators.solve, (left, right, a, b, totals, "a b", 1e-6, 0.1, 50, 0.0, True, backend))
+    f, g, _, _, n_iter, _, kept = operators.solve(left, right, a, b, totals, "a b", 1e-6, 0.1, 50, 0.0, True, backend)
     assert kept.numel() == (40 if dimension == 16 and backend == "cpu" else 0)
     w, p, q = torch.rand(2), torch.rand(2, 4), torch.rand(2, 5)
     q = q * p.sum(-1, keepdim=True) / q.sum(-1, keepdim=True)

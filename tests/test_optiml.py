@@ -278,6 +278,16 @@ def test_autocast_and_half_precision(marginals: str) -> None:
     assert all(t.grad.dtype == torch.bfloat16 and t.grad.isfinite().all() for t in half)
 
 
+@pytest.mark.parametrize("marginals", ["perplexity", "uniform"])
+def test_a_map_that_is_not_finite_is_named(marginals: str) -> None:
+    loss, maps, q = OPTiMLLoss(8, num_heads=2, marginals=marginals), torch.rand(4, 8, 2, 2), torch.randn(4, 6)
+    bad = maps.clone()
+    bad[1, 2] = torch.nan
+    for views, name in (((bad, maps), "z_s"), ((maps, bad), "z_t")):
+        with pytest.raises(ValueError, match=f"^{name} must be finite"):
+            loss(*views, q, q)
+
+
 def test_dead_and_constant_maps_are_finite() -> None:
     """All-zero maps (every channel dead) make CV-SIM's scores constant and every cosine zero."""
     for match in ("channel", "position"):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
 import warnings
 
+import numpy as np
 import ot
 import pytest
 import torch
@@ -230,7 +232,11 @@ BAD = [
     (lambda c, a: sinkhorn(c, a - a.amax()), ValueError, "a must"),
     (lambda c, a: sinkhorn(c, torch.tensor([0.5, 0.7, -0.2, 0.0])), ValueError, "a must not hold negative mass"),
     (lambda c, a: sinkhorn(c, a * float("nan")), ValueError, "a must be finite"),
-    (lambda c, a: sinkhorn(c, log_a=torch.full((4,), -torch.inf)), ValueError, "positive total"),
+    (lambda c, a: sinkhorn(c, log_a=torch.full((4,), -torch.inf)), ValueError, "^log_a must be .* a positive total"),
+    (lambda c, a: sinkhorn(c, b=torch.full((5,), torch.nan)), ValueError, "^b must be finite"),
+    (lambda c, a: sinkhorn(c, log_a=a, log_b=torch.full((5,), torch.nan)), ValueError, "^log_b must be log"),
+    (lambda c, a: sinkhorn(c, a.numpy()), TypeError, r"a must be a tensor of shape \(B, n\), got ndarray"),
+    (lambda c, a: sinkhorn(c, b=[0.2] * 5), TypeError, r"b must be a tensor of shape \(B, m\), got list"),
     (lambda c, a: sinkhorn(c.masked_fill(c > 0.5, torch.nan)), ValueError, "cost must be finite, got NaN"),
     (lambda c, a: sinkhorn(c.masked_fill(c > 0.5, torch.inf)), ValueError, "cost must be finite, got inf"),
     (lambda c, a: sinkhorn(c.masked_fill(c > 0.5, -torch.inf)), ValueError, "cost must be finite"),
@@ -283,6 +289,37 @@ def test_plan_read_without_gradients_does_not_lose_them() -> None:
     with torch.no_grad():
         assert not out.plan.requires_grad
     assert out.plan.requires_grad and out.plan is out.plan
+
+
+@pytest.mark.parametrize("unbatched", [False, True])
+def test_plan_of_a_problem_solved_without_gradients_has_none(backend: str, unbatched: bool) -> None:
+    """Its potentials do not follow the cost, so that what the plan would pass on is a part of the gradient only."""
+    shape = (3, 4) if unbatched else (2, 3, 4)
+    cost, late = torch.rand(shape, requires_grad=True), torch.rand(shape)
+    with torch.no_grad():
+        constant = sinkhorn(cost, backend=backend)
+    with torch.inference_mode():
+        inferred = sinkhorn(cost, backend=backend)
+    before = sinkhorn(late, backend=backend)
+    late.requires_grad_()
+    assert not constant.plan.requires_grad and not inferred.plan.requires_grad and not before.plan.requires_grad
+    assert torch.equal(constant.plan, inferred.plan)
+    frozen = torch.rand(shape)
+    weights = torch.rand(3, requires_grad=True)
+    assert torch.autograd.grad(sinkhorn(frozen, weights, backend=backend).plan.square().sum(), weights)[0].any()
+
+
+def test_outputs_can_be_pickled() -> None:
+    cost = torch.rand(3, 4).add_(1)  # written in place before it was solved
+    out = sinkhorn(cost)
+    again = pickle.loads(pickle.dumps(out))
+    assert torch.equal(again.plan, out.plan)
+
+
+def test_numbers_may_be_of_numpy() -> None:
+    cost = torch.rand(3, 4)
+    out = sinkhorn(cost, eps=np.float32(0.25), max_iter=np.int64(50), tol=np.float64(1e-4))
+    assert torch.equal(out.plan, sinkhorn(cost, eps=0.25, max_iter=50, tol=1e-4).plan)
 
 
 def test_large_totals_are_compared_exactly() -> None:

@@ -38,10 +38,31 @@ def log_mass(mass: Tensor) -> Tensor:
     return torch.where(alive, torch.where(alive, mass, 1.0).log(), -torch.inf)
 
 
+def _exponent(cost: Tensor, f: Tensor, g: Tensor, eps: float) -> Tensor:
+    return ((f.unsqueeze(-1) + g.unsqueeze(-2)) - cost) / eps
+
+
+def _bounded_exp(exponent: Tensor) -> Tensor:
+    """Bounded so that a pair without mass cannot turn 0 * inf into NaN."""
+    return exponent.clamp(max=60.0 if exponent.dtype == torch.float32 else 600.0).exp()
+
+
 def kernel(cost: Tensor, f: Tensor, g: Tensor, eps: float) -> Tensor:
-    """k_ij = T_ij / (a_i b_j), bounded so that a pair without mass cannot turn 0 * inf into NaN."""
-    bound = 60.0 if cost.dtype == torch.float32 else 600.0
-    return (((f.unsqueeze(-1) + g.unsqueeze(-2)) - cost) / eps).clamp(max=bound).exp()
+    """k_ij = T_ij / (a_i b_j)."""
+    return _bounded_exp(_exponent(cost, f, g, eps))
+
+
+def _normalised_kernel(cost: Tensor, a: Tensor, b: Tensor, f: Tensor, g: Tensor, eps: float) -> Tensor:
+    """k_ij, scaled where a row or column has no mass, so that the sum with the others' masses is 1.
+
+    It is that by definition of its potential. Rounding puts the potential, hence the sum, off by any factor where the
+    costs that have no mass are huge, as they may be.
+    """
+    exponent = _exponent(cost, f, g, eps)
+    rows = torch.logsumexp(exponent + log_mass(b).unsqueeze(-2), -1)
+    columns = torch.logsumexp(exponent + log_mass(a).unsqueeze(-1), -2)
+    exponent = exponent - torch.where(live(a), 0.0, rows).unsqueeze(-1)
+    return _bounded_exp(exponent - torch.where(live(b), 0.0, columns).unsqueeze(-2))
 
 
 def transport_plan(cost: Tensor, a: Tensor, b: Tensor, f: Tensor, g: Tensor, eps: float) -> Tensor:
@@ -174,7 +195,7 @@ def implicit_gradient(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of cost or features, a and b, and the adjoint's relative residual; see ``otloss/gradients.py``."""
     cost = dense_cost(left, right)
-    k = kernel(cost, f, g, eps)
+    k = _normalised_kernel(cost, a, b, f, g, eps)
     plan = a.unsqueeze(-1) * k * b.unsqueeze(-2)
     w, w_value = _column(grad_cost, cost), _column(grad_value, cost)
     grad = (w + w_value) * plan
@@ -185,7 +206,7 @@ def implicit_gradient(
         q = torch.zeros_like(g) if grad_g is None else grad_g
         rows = (k * b.unsqueeze(-2)).sum(-1)
         columns = (k * a.unsqueeze(-1)).sum(-2)
-        reduced = w * (cost - f.unsqueeze(-1) - g.unsqueeze(-2))
+        reduced = torch.where(k > 0, w * (cost - f.unsqueeze(-1) - g.unsqueeze(-2)), 0.0)  # not 0 * inf
         from_q = eps * (k * q.unsqueeze(-2)).sum(-1)
         from_p = eps * (k * p.unsqueeze(-1)).sum(-2)
         r = (reduced * plan).sum(-1) - a * from_q
@@ -228,7 +249,7 @@ def unrolled_gradient(
     w, w_value = _column(grad_cost, cost), _column(grad_value, cost)
     k = kernel(cost, f, g, eps)
     plan = a.unsqueeze(-1) * k * b.unsqueeze(-2)
-    outer = w * cost + w_value * (f.unsqueeze(-1) + g.unsqueeze(-2))
+    outer = torch.where(k > 0, w * cost + w_value * (f.unsqueeze(-1) + g.unsqueeze(-2)), 0.0)  # not 0 * inf
     grad = (w + w_value) * plan - outer * plan / eps
     by_b = k * b.unsqueeze(-2)
     grad_a = (outer * by_b).sum(-1) - eps * w_value[..., 0] * (by_b.sum(-1) - 1)
