@@ -20,7 +20,8 @@ class Budget:
     min_scale: float | None = None
     """Smallest share of the film that a crop of the pretraining shows. Unset: each method's own."""
     queue: int | None = None
-    """Keys in the queues of methods that have any; more than there are films make a film its own negative."""
+    """Keys in the queues of methods that have any. A film is its own negative while its last key is queued: always
+    where there are more keys than films, else where it came late in one epoch and early in the next."""
     key_momentum: float | None = None
     """Share of its weights that the key encoder of those keeps; 0.999 hardly moves it in a few hundred steps."""
     precision: Precision | None = None

@@ -59,11 +59,8 @@ class CsvLog(Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         assert isinstance(pl_module, Method)
-        row = {
-            "epoch": trainer.current_epoch + 1,
-            "step": trainer.global_step,
-            "lr": trainer.optimizers[0].param_groups[0]["lr"],
-        }
+        scheduled = next(group for group in trainer.optimizers[0].param_groups if not group["constant"])
+        row = {"epoch": trainer.current_epoch + 1, "step": trainer.global_step, "lr": scheduled["lr"]}
         self.table.append({**row, **pl_module.last_log, "seconds": time.perf_counter() - self.started})
 
 

@@ -1,7 +1,8 @@
 """SimCLR (Chen, Kornblith, Norouzi, Hinton 2020, arXiv 2002.05709): find the other view among the batch's images.
 
 Settings after github.com/google-research/simclr (run.py, model_util.py, objective.py). As there, batch norm and
-negatives span all processes. Its code adds the losses of the two directions; this is their mean, as in the paper.
+negatives span all processes; but each view is normalised by itself, as in all methods here, there both together. Its
+code adds the losses of the two directions; this is their mean, as in the paper.
 """
 
 from __future__ import annotations

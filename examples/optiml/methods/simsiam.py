@@ -38,7 +38,8 @@ class SimSiamOptions:
 class SimSiam(Method):
     """Without negatives and without a second network: the stopped gradient and the predictor prevent collapse.
 
-    ``std_q`` is near 1/√dim while embeddings fill the sphere, and near 0 after a collapse.
+    ``std_q`` is near 1/√dim while embeddings are spread over the sphere, and near 0 after a collapse onto a point. It
+    does not see one onto few dimensions: the projector's last norm stretches each dimension by itself.
     """
 
     Options = SimSiamOptions
