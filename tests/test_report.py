@@ -122,7 +122,7 @@ def test_rows_that_average_over_different_settings_say_so() -> None:
     options = {"method": "vicreg", "epochs": 3}
     for seed, record in enumerate(records):
         ordered = options if seed else dict(reversed(options.items()))  # which says nothing
-        record["pretraining"] = {**ordered, "seed": seed}
+        record["pretraining"] = {**ordered, "seed": seed, "precision": "bf16-mixed" if seed else "32-true"}
     assert _mixed(records) == [] and _made(records).count("epochs of vicreg") == 3
     records[0]["identity"] = {**records[0]["identity"], "train": {"epochs": 5}}
     assert _mixed(records) == ["**Row vicreg on set evaluate finetune 10% mixes 2 versions of data or sizes.**\n"]

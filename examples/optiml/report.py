@@ -86,11 +86,11 @@ def check(records: list[Record]) -> None:
 
 
 def _mixed(records: list[Record]) -> list[str]:
-    """A warning where one row averages over runs of different settings."""
+    """A warning where one row averages over runs of different settings; precision is the machine's choice, and none."""
     settings: dict[tuple[str, str], set[str]] = defaultdict(set)
     for record in records:
         row = f"Row {record['arm']} on {record['dataset']}"
-        trained = {key: value for key, value in record["pretraining"].items() if key != "seed"}
+        trained = {key: value for key, value in record["pretraining"].items() if key not in ("seed", "precision")}
         settings[row, "pretraining settings"].add(_same(trained))
         of = [str(record[key]) for key in ("protocol", "label") if key in record]
         identity = {key: record["identity"].get(key) for key in ("data", "image_size", "train", "draws")}
