@@ -67,7 +67,7 @@ template <class T> struct Adjoint {
 
   // M, A, S and the right-hand side, each block of rows of cost as soon as it exists. C becomes R.
   void assemble() {
-    center_dead_columns();
+    normalise_dead_columns();
     team.each(cost.parts.count, [&](int part) {
       T *mass = S + size_t(part) * cost.cols, *side = h + size_t(part) * cost.cols;
       for (int i0 = cost.parts.begin(part); i0 < cost.parts.end(part); i0 += block) assemble_block(i0, mass, side);
@@ -76,21 +76,28 @@ template <class T> struct Adjoint {
     add_parts(h, cost.parts.count, cost.cols);
   }
 
-  // V_j of a dead column does not depend on the scale of its k_ij, which is exp(g_j/eps); where g_j is known to whole
-  // multiples of eps only, because the costs are huge, it moves so that the largest k_ij is 1.
-  void center_dead_columns() {
-    const T known = 1 / (4 * std::numeric_limits<T>::epsilon());
+  // g_j of a dead column is such that sum_i a_i k_ij = 1. Rounding of huge costs puts it, hence that sum, off by any factor; c_j
+  // takes the factor back.
+  void normalise_dead_columns() {
+    const T known = 1 / (4096 * std::numeric_limits<T>::epsilon()), scale = exponent_scale(p.eps);
     bool lost = false;
     for (int j = 0; j < cost.m; ++j) lost |= live[j] == 0 && !(std::fabs(g[j]) < known * p.eps);
     if (!lost) return;
-    for (int j = 0; j < cost.cols; ++j) work[j] = none;
-    for (int i0 = 0; i0 < cost.n; i0 += block) {
-      cost.fill(i0);
-      for (int i = i0; i < std::min(i0 + block, cost.n); ++i)
-        for (int j = 0; j < cost.m && log_a[i] != none; ++j) work[j] = std::max(work[j], (g[j] + f[i]) - cost.row(i)[j]);
-    }
+    T *peak = work, *total = v;
+    for (int j = 0; j < cost.cols; ++j) peak[j] = none, total[j] = 0;
+    for (int pass = 0; pass < 2; ++pass)
+      for (int i0 = 0; i0 < cost.n; i0 += block) {
+        cost.fill(i0);
+        for (int i = i0; i < std::min(i0 + block, cost.n); ++i)
+          for (int j = 0; j < cost.m && log_a[i] != none; ++j) {
+            const T z = log_a[i] - ((cost.row(i)[j] - f[i]) - g[j]) * scale;
+            if (pass == 0) peak[j] = std::max(peak[j], z);
+            else total[j] += std::exp2(z - peak[j]);
+          }
+      }
     for (int j = 0; j < cost.m; ++j)
-      if (live[j] == 0 && work[j] != none) g[j] -= work[j];
+      if (live[j] == 0 && peak[j] > none) log_c[j] = -(peak[j] + std::log2(total[j]));
+    for (int j = 0; j < cost.cols; ++j) peak[j] = total[j] = 0;
   }
 
   void assemble_block(int i0, T* mass, T* side) {
@@ -118,7 +125,8 @@ template <class T> struct Adjoint {
       if (solve && up.g) q_sum = dot(k, qg, cost.cols);
       y[i] = (w * sharp - p.eps * q_sum) * factor[r];
       Aw[r] = A[i] * w;
-      rest[r] = A[i] * y[i] + p.eps * rho[i] * pf[i];
+      // rho_i is 1 by definition where there is no mass, and rounding of huge costs would make it anything.
+      rest[r] = A[i] * y[i] + p.eps * (log_a[i] != none ? rho[i] : T(1)) * pf[i];
     }
     T *R = cost.row(i0), *k = M + size_t(i0) * cost.ld;
     for (int j = 0; j < cost.cols; j += lanes<T>) {

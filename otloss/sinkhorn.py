@@ -75,31 +75,44 @@ class _Problem:
         self._versions = None if torch.compiler.is_compiling() else self._count_writes()
         self._tracked = self._tracks_gradients()
 
+    def __getstate__(self) -> dict[str, Any]:
+        self._check_unchanged()
+        return dict(self.__dict__)
+
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ = state
+        self.__dict__.update(state)
         self._versions = self._count_writes()  # which begin anew in a copy
+        self._tracked = [False] * len(self._tracked)  # a copy's potentials follow nothing
+
+    def _operands(self) -> list[Tensor]:
+        """Cost or features, and the masses."""
+        return [t for t in (self.left, self.right, self.a, self.b) if t is not None]
 
     def _tracks_gradients(self) -> list[bool]:
-        """Of cost or features and the masses: whether what is computed from them now gets a gradient by them."""
-        given = (t for t in (self.left, self.right, self.a, self.b) if t is not None)
-        return [torch.is_grad_enabled() and t.requires_grad for t in given]
+        """Of each operand, whether what is computed from it now gets a gradient by it."""
+        return [torch.is_grad_enabled() and t.requires_grad for t in self._operands()]
 
     def _count_writes(self) -> list[int]:
         """How often cost or features were written in place; they may share memory with the caller's tensors."""
         return [t._version for t in (self.left, self.right) if t is not None and not t.is_inference()]
 
-    def plan(self, f: Tensor, g: Tensor, gradient: str) -> Tensor:
+    def _check_unchanged(self) -> None:
         if self._versions is not None and not torch.compiler.is_compiling() and self._count_writes() != self._versions:
             what = "the cost was" if self.right is None else "x or y were"
             raise RuntimeError(f"{what} changed in place after the problem was solved; read out.plan before that")
+
+    def plan(self, f: Tensor, g: Tensor, gradient: str) -> Tensor:
+        self._check_unchanged()
+        constant = gradient != "implicit"
         with no_autocast(f):
-            cost = self.left.to(f.dtype)
-            cost = cost if self.right is None else cosine_cost(cost, self.right.to(f.dtype))
-            f, g, a, b = f.reshape(self.a.shape), g.reshape(self.b.shape), self.a, self.b
-            # Potentials that do not follow what asks for a gradient now would leave their share out of it.
-            late = any(now and not then for now, then in zip(self._tracks_gradients(), self._tracked, strict=True))
-            if gradient != "implicit" or late:
-                cost, a, b, f, g = (operand.detach() for operand in (cost, a, b, f, g))
+            # The potentials do not follow what has come to ask for a gradient since: a part of it would be missing.
+            tracked = zip(self._operands(), self._tracks_gradients(), self._tracked, strict=True)
+            *points, a, b = (t.detach() if constant or (now and not then) else t for t, now, then in tracked)
+            f, g = f.reshape(a.shape), g.reshape(b.shape)
+            if constant:
+                f, g = f.detach(), g.detach()
+            points = [t.to(f.dtype) for t in points]
+            cost = points[0] if len(points) == 1 else cosine_cost(points[0], points[1])
             plan = transport_plan(cost, a, b, f, g, self.eps)
         return plan.reshape(*self.batch, *plan.shape[1:])
 

@@ -218,6 +218,27 @@ def test_huge_costs_without_mass_do_not_reach_the_others(backend: str, side: str
         assert relative(got, want) < 1e-3
 
 
+@pytest.mark.parametrize("size", [5, 70])
+@pytest.mark.parametrize("scale", [1e5, 1e6, 1e9])
+def test_potentials_of_huge_costs_without_mass_have_their_gradient(backend: str, scale: float, size: int) -> None:
+    cost, a, b = random_problem(n=size, m=size, dtype=torch.float32)
+    for mass in (a, b):
+        mass[-2:] = 0
+        mass /= mass.sum()
+    cost[-2:], cost[:, -2:] = (scale * (1 + 0.1 * torch.rand(shape)) for shape in ((2, size), (size, 2)))
+    weights = torch.randn(2, size)
+
+    def gradients(dtype: torch.dtype, backend: str, tol: float) -> tuple[Tensor, ...]:
+        args = tuple(x.to(dtype).requires_grad_() for x in (cost.clone(), a.clone(), b.clone()))
+        out = sinkhorn(*args, backend=backend, max_iter=3000, tol=tol)
+        return torch.autograd.grad((weights.to(dtype) * torch.stack((out.f, out.g))).sum(), args)
+
+    got, want = gradients(torch.float32, backend, 1e-6), gradients(torch.float64, "reference", 1e-12)
+    for mine, exact in zip(got, want, strict=True):
+        live = tuple(slice(None, -2) for _ in mine.shape)
+        assert mine.isfinite().all() and relative(mine[live].double(), exact[live]) < 1e-3
+
+
 @pytest.mark.parametrize("size", [2, 80])
 @pytest.mark.parametrize("gradient", ["implicit", "unroll", "none"])
 def test_pairs_may_be_forbidden_by_the_largest_number(backend: str, gradient: str, size: int) -> None:

@@ -304,9 +304,11 @@ def test_plan_of_a_problem_solved_without_gradients_has_none(backend: str, unbat
     late.requires_grad_()
     assert not constant.plan.requires_grad and not inferred.plan.requires_grad and not before.plan.requires_grad
     assert torch.equal(constant.plan, inferred.plan)
-    frozen = torch.rand(shape)
-    weights = torch.rand(3, requires_grad=True)
-    assert torch.autograd.grad(sinkhorn(frozen, weights, backend=backend).plan.square().sum(), weights)[0].any()
+    x, y = torch.rand(3, 2, requires_grad=True), torch.rand(4, 2)
+    partly, whole = (cosine_sinkhorn(x, y, backend=backend) for _ in range(2))
+    expected = torch.autograd.grad(whole.plan.square().sum(), x)
+    y.requires_grad_()
+    assert torch.equal(torch.autograd.grad(partly.plan.square().sum(), (x, y), allow_unused=True)[0], expected[0])
 
 
 def test_outputs_can_be_pickled() -> None:
@@ -314,6 +316,13 @@ def test_outputs_can_be_pickled() -> None:
     out = sinkhorn(cost)
     again = pickle.loads(pickle.dumps(out))
     assert torch.equal(again.plan, out.plan)
+    tracked = torch.rand(3, 4, requires_grad=True)
+    copy, solved = pickle.loads(pickle.dumps((tracked, sinkhorn(tracked))))
+    # Its potentials no longer follow the cost, so that the plan does not either.
+    assert torch.autograd.grad(solved.plan.square().sum(), copy, allow_unused=True) == (None,)
+    cost.mul_(2)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        pickle.dumps(out)
 
 
 def test_numbers_may_be_of_numpy() -> None:
