@@ -57,7 +57,7 @@ class SinkhornOutput:
         """The plan ``(B, n, m)``. Any function of it is differentiable in mode "implicit"."""
         if self._plan is not None:
             return self._plan
-        plan = self._problem.plan(self.f, self.g, self._gradient)
+        plan = self._problem.plan(self.f, self.g, constant=self._gradient != "implicit")
         if plan.requires_grad or not self.f.requires_grad:  # else built under no_grad, perhaps only for a log
             self._plan = plan
         return plan
@@ -101,9 +101,8 @@ class _Problem:
             what = "the cost was" if self.right is None else "x or y were"
             raise RuntimeError(f"{what} changed in place after the problem was solved; read out.plan before that")
 
-    def plan(self, f: Tensor, g: Tensor, gradient: str) -> Tensor:
+    def plan(self, f: Tensor, g: Tensor, constant: bool) -> Tensor:
         self._check_unchanged()
-        constant = gradient != "implicit"
         with no_autocast(f):
             # The potentials do not follow what has come to ask for a gradient since: a part of it would be missing.
             tracked = zip(self._operands(), self._tracks_gradients(), self._tracked, strict=True)

@@ -250,11 +250,7 @@ def test_pairs_may_be_forbidden_by_the_largest_number(backend: str, gradient: st
 
 def test_a_gradient_that_is_not_a_number_is_reported() -> None:
     cost, a, b = random_problem(1, n=3, m=4)
-    f, g, w = (
-        torch.full((1, 3), torch.nan, dtype=torch.float64),
-        torch.zeros_like(b),
-        torch.ones(1, dtype=torch.float64),
-    )
+    f, g, w = torch.full_like(a, torch.nan), torch.zeros_like(b), torch.ones_like(a[:, 0])
     args = (cost, None, a, b, f, g, cost.new_empty(0), w, None, None, None, 0.1, True, True, "reference")
     with pytest.warns(ConvergenceWarning, match="linear system"):
         operators.implicit_gradient(*args)

@@ -77,17 +77,10 @@ def test_torchrun_gives_the_curve_of_one_process(few_phantoms: Path, tmp_path: P
     )
     assert several.returncode == 0, several.stdout + several.stderr
     assert "in 2 processes" in several.stdout
-    optim = OptimConfig("lars", lr=0.01)
-    options = MethodOptions(optiml=OPTiMLOptions(tokens="channel", eps=0.5))
     alone = small(
-        few_phantoms,
-        tmp_path / "one",
-        "optiml",
-        norm="group",
-        optim=optim,
-        monitor=MonitorConfig(every=2),
-        options=options,
-    )
+        few_phantoms, tmp_path / "one", "optiml", norm="group", optim=OptimConfig("lars", lr=0.01),
+        monitor=MonitorConfig(every=2), options=MethodOptions(optiml=OPTiMLOptions(tokens="channel", eps=0.5)),
+    )  # fmt: skip
     assert pretrain(alone)
     one, two = (read_log(tmp_path / name / "metrics.csv") for name in ("one", "two"))
     assert len(one) == len(two) == 6

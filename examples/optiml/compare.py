@@ -178,7 +178,7 @@ class Comparison:
         work, started = self.config.out / "downstream", time.monotonic()
         wanted, files = self.wanted(row, seed), Kept(self.config.results / RUNS, name)
         files.restore(work)
-        run = None if row.name in NOT_TRAINED else self._pretraining(row, seed, name)
+        run = None if row.name in NOT_TRAINED else self._pretraining(row, seed, name, files.pretraining)
 
         def make() -> None:
             """Called whenever weights are needed, so never where all is there."""
@@ -204,8 +204,11 @@ class Comparison:
             path.unlink(missing_ok=True)  # large, and no stage needs it any more
         return found, files
 
-    def _pretraining(self, row: Row, seed: int, name: str) -> PretrainConfig:
-        """A run folder of its own for everything that its result depends on."""
+    def _pretraining(self, row: Row, seed: int, name: str, kept: dict[str, Any]) -> PretrainConfig:
+        """A run folder of its own for everything that its result depends on.
+
+        In the precision of what is ``kept`` of it: that is the machine's choice and makes no other row.
+        """
         s, budget, options = self.sizes, self.config.budgeted(), MethodOptions()
         assert row.method is not None and s.image_size is not None
         mine = getattr(options, row.method)
@@ -220,13 +223,9 @@ class Comparison:
                 monitor=MonitorConfig(every=max(1, s.epochs // LOOKS)),
             )
         )  # fmt: skip
-        run = self._as_kept(run, Kept(self.config.results / RUNS, name).pretraining)
+        same = replace(run, precision=kept.get("precision", run.precision))
+        run = same if self._saved(same) == kept else run
         return replace(run, out=self.config.out / f"{name}-{run.key()}")
-
-    def _as_kept(self, run: PretrainConfig, saved: dict[str, Any]) -> PretrainConfig:
-        """``run`` in the precision of what is kept of it: it is the machine's choice and makes no other row."""
-        same = replace(run, precision=saved.get("precision", run.precision))
-        return same if self._saved(same) == saved else run
 
     def _saved(self, run: PretrainConfig) -> dict[str, Any]:
         """What records say of a pretraining."""
