@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from math import comb
 from pathlib import Path
 from typing import Any
 
@@ -111,8 +112,16 @@ def test_boxes_hits_and_chance_by_hand() -> None:
     maps[1, 9, 0] = 1.0
     pointing, iou = hits(maps, np.stack([mask] * 3))
     assert pointing.tolist() == [1, 0, 0] and iou[0] == pytest.approx(5 / 15) and iou[2] == 0
-    point, overlap = chance(mask[None])
-    assert point[0] == pytest.approx(0.1) and overlap[0] == pytest.approx(0.01 / 0.19)
+    point, overlap = chance(mask[None], 10, 10)
+    shared = [comb(10, k) * comb(90, 10 - k) / comb(100, 10) * k / (20 - k) for k in range(11)]
+    assert point == pytest.approx(0.1) and overlap == pytest.approx(sum(shared), abs=0.006)
+
+
+def test_a_position_at_the_edge_can_hit() -> None:
+    maps = np.zeros((2, 4, 4))
+    maps[0, 0, 0] = maps[1, 3, 2] = 1.0
+    masks = np.stack([box_mask([Box("c0", x, y, 0.1, 0.1)], 64) for x, y in ((0.08, 0.08), (0.58, 0.83))])
+    assert hits(maps, masks)[0].tolist() == [1, 1] and hits(maps[::-1].copy(), masks)[0].tolist() == [0, 0]
 
 
 def test_grad_cam_finds_a_planted_spot() -> None:

@@ -3,10 +3,10 @@
 The paper names no method; this is Grad-CAM (Selvaraju 2017) by captum, on the deepest stage whose map still has
 :data:`MIN_SIDE` positions a side (``layer4`` from 128 px on). Two figures per image and boxed finding:
 
-* pointing game: the map's largest value lies in a box of that finding;
-* IoU of the boxes' union with the tenth of the image where the map is largest.
+* pointing game: the centre of the map's largest position lies in a box of that finding;
+* IoU of the boxes' union with the tenth of the image where the enlarged map is largest.
 
-Beside them stands what a map that knows nothing would get: a random point, a random tenth.
+Beside them stand what maps of random values would get, and how many maps are zero everywhere, which hit nothing.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .records import Record, finished, write_record
 from .start import Start, StartConfig, default_out, resolve
 from .subsets import check_fractions, check_seeds
 
-MIN_SIDE, TOP = 4, 0.1
+MIN_SIDE, TOP, RANDOM_MAPS = 4, 0.1, 1000
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def cam_layer(model: Classifier, image_size: int) -> torch.nn.Module:
 def grad_cam(
     model: Classifier, images: ImageStore, size: int, rows: NDArray[np.intp], classes: NDArray[np.intp]
 ) -> Floats:
-    """Maps (n, size, size), non-negative, of one class per film."""
+    """Maps (n, h, w) as coarse as the layer, non-negative, of one class per film."""
     from captum.attr import LayerGradCam  # seconds to import: not at the start of every command
 
     model = model.to(device())
@@ -107,16 +107,32 @@ def grad_cam(
     for part in np.array_split(np.arange(len(rows)), max(1, -(-len(rows) // 32))):
         x = grey_batch(images, rows[part], size)
         target = torch.from_numpy(classes[part])
-        coarse = cam.attribute(x.to(device()), target=target.to(device()), relu_attributions=True).detach().cpu()
-        maps.append(interpolate(coarse, (size, size), mode="bilinear", align_corners=False)[:, 0])
-    return torch.cat(maps).double().numpy()
+        maps.append(cam.attribute(x.to(device()), target=target.to(device()), relu_attributions=True).detach().cpu())
+    return torch.cat(maps)[:, 0].double().numpy()
+
+
+def enlarged(maps: Floats, size: int) -> Floats:
+    """Maps (n, h, w) as large as the films, (n, size, size)."""
+    large = interpolate(torch.from_numpy(maps)[:, None], (size, size), mode="bilinear", align_corners=False)
+    return large[:, 0].numpy()
+
+
+def at_centres(masks: NDArray[np.bool_], h: int, w: int) -> NDArray[np.bool_]:
+    """Masks (n, size, size) at the centres of h x w positions: (n, h w)."""
+    down, across = (((np.arange(k) + 0.5) * masks.shape[-1] / k).astype(int) for k in (h, w))
+    return masks[:, down[:, None], across].reshape(len(masks), -1)
 
 
 def hits(maps: Floats, masks: NDArray[np.bool_]) -> tuple[Floats, Floats]:
-    """Pointing game (0 or 1) and IoU per map; a map that is zero everywhere points nowhere and overlaps nothing."""
-    flat, inside = maps.reshape(len(maps), -1), masks.reshape(len(masks), -1)
-    alive = flat.max(axis=1) > 0
-    pointing = inside[np.arange(len(flat)), flat.argmax(axis=1)] & alive
+    """Pointing game (0 or 1) and IoU per map; a map that is zero everywhere points nowhere and overlaps nothing.
+
+    It is the position of the coarse map that points: enlarged, one at the edge is largest on the image's outline,
+    which no box holds.
+    """
+    alive = maps.any(axis=(1, 2))
+    largest = maps.reshape(len(maps), -1).argmax(axis=1)
+    pointing = at_centres(masks, *maps.shape[1:])[np.arange(len(maps)), largest] & alive
+    flat, inside = enlarged(maps, masks.shape[-1]).reshape(len(maps), -1), masks.reshape(len(masks), -1)
     top = np.zeros_like(inside)
     count = max(1, round(TOP * flat.shape[1]))
     np.put_along_axis(top, np.argsort(-flat, axis=1, kind="stable")[:, :count], True, axis=1)
@@ -125,10 +141,11 @@ def hits(maps: Floats, masks: NDArray[np.bool_]) -> tuple[Floats, Floats]:
     return pointing.astype(np.float64), iou
 
 
-def chance(masks: NDArray[np.bool_]) -> tuple[Floats, Floats]:
-    """The same two for a random point, and for a random tenth of the image (ratio of expected areas)."""
-    area = masks.reshape(len(masks), -1).mean(axis=1)
-    return area, TOP * area / (TOP + area - TOP * area)
+def chance(masks: NDArray[np.bool_], h: int, w: int) -> tuple[float, float]:
+    """Means of the same two over h x w maps of independent uniform values; the first is exact."""
+    rng, rounds = np.random.default_rng(0), -(-RANDOM_MAPS // len(masks))
+    overlaps = [hits(rng.random((len(masks), h, w)), masks)[1].mean() for _ in range(rounds)]
+    return float(at_centres(masks, h, w).mean()), float(np.mean(overlaps))
 
 
 def heatmap(config: HeatmapConfig, console: Console | None = None, start: Start | None = None) -> list[Record]:
@@ -201,14 +218,13 @@ def _score(
     masks = np.stack([box_mask(target.boxes, size) for target in which])
     patients = index.patients[[target.row for target in which]]
     weights = patient_draws(patients, draws)
-    scored = dict(zip(("pointing", "iou"), hits(maps, masks), strict=True))
+    scored = dict(zip(("pointing", "iou", "empty"), (*hits(maps, masks), ~maps.any(axis=(1, 2))), strict=True))
     labels = np.array([target.label for target in which])
-    guess = dict(zip(("pointing", "iou"), chance(masks), strict=True))
     figures: dict[str, Any] = {
         name: dataclasses.asdict(Estimate.of(values.mean(), weights @ values / weights.sum(axis=1)))
         for name, values in scored.items()
     }
-    figures["chance"] = {name: float(values.mean()) for name, values in guess.items()}
+    figures["chance"] = dict(zip(("pointing", "iou"), chance(masks, *maps.shape[1:]), strict=True))
     figures["per_class"] = {
         str(label): {
             "findings": int((labels == label).sum()),
@@ -235,7 +251,7 @@ def _save_figure_maps(
     path: Path, model: Classifier, images: ImageStore, size: int, index: ChestIndex, shown: list[Target]
 ) -> None:
     """Films, boxes and maps (255 where each is largest) for the report, which draws all arms side by side."""
-    maps = _cams(model, images, size, index, shown)
+    maps = enlarged(_cams(model, images, size, index, shown), size)
     top = maps.max(axis=(1, 2), keepdims=True)
     pixels = [np.asarray(images[t.row].resize((size, size), resample=2)) for t in shown]
     np.savez_compressed(

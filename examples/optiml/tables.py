@@ -14,6 +14,8 @@ import numpy as np
 from .paper import ABLATION, DATASETS, FIG3, FRACTIONS, ROWS, TABLE3, paper_dataset
 from .records import Record
 
+HEATMAP_COLUMNS = {"pointing": "pointing game", "iou": "IoU", "empty": "empty maps"}
+
 
 @dataclass(frozen=True)
 class Ours:
@@ -156,17 +158,17 @@ def heatmap_table(records: list[Record]) -> Table:
         here = [r for r in mine if r["dataset"] == dataset]
         for f in sorted({r["fraction"] for r in here}):
             rows = []
+            # Where no finding was learnt nothing is scored; records of an earlier pointing game know no empty maps.
+            scored = [r for r in here if r["fraction"] == f and "empty" in r]
             for arm, name in _arms(here, every=False):
-                runs = [r for r in here if r["arm"] == arm and r["fraction"] == f and "iou" in r]
-                cells = [Cell("pointing game", None, Ours.of([r["pointing"] for r in runs]))]
-                cells.append(Cell("IoU", None, Ours.of([r["iou"] for r in runs])))
+                runs = [r for r in scored if r["arm"] == arm]
+                cells = [Cell(title, None, Ours.of([r[key] for r in runs])) for key, title in HEATMAP_COLUMNS.items()]
                 rows.append(Row(name, cells))
-            scored = [r for r in here if r["fraction"] == f and "chance" in r]
             if scored:
-                by_chance = [np.mean([r["chance"][key] for r in scored]) for key in ("pointing", "iou")]
-                cells = [Cell(column, None, Ours(float(v), 0, float(v), float(v), 1))
-                         for column, v in zip(("pointing game", "IoU"), by_chance, strict=True)]  # fmt: skip
-                rows.append(Row("chance", cells))
+                means = [np.mean([r["chance"].get(key, np.nan) for r in scored]) for key in HEATMAP_COLUMNS]
+                known = [None if np.isnan(x) else Ours(float(x), 0, float(x), float(x), 1) for x in means]
+                pairs = zip(HEATMAP_COLUMNS.values(), known, strict=True)
+                rows.append(Row("chance", [Cell(title, None, ours) for title, ours in pairs]))
             counts = [r["scored_findings"] for r in here if r["fraction"] == f]
             span = " to ".join(map(str, sorted({min(counts), max(counts)})))
             note = f"{span} of {here[0]['boxed_findings']} boxed findings, whose class was among the labels."
