@@ -218,7 +218,8 @@ def _score(
     masks = np.stack([box_mask(target.boxes, size) for target in which])
     patients = index.patients[[target.row for target in which]]
     weights = patient_draws(patients, draws)
-    scored = dict(zip(("pointing", "iou", "empty"), (*hits(maps, masks), ~maps.any(axis=(1, 2))), strict=True))
+    empty = (~maps.any(axis=(1, 2))).astype(np.float64)
+    scored = dict(zip(("pointing", "iou", "empty"), (*hits(maps, masks), empty), strict=True))
     labels = np.array([target.label for target in which])
     figures: dict[str, Any] = {
         name: dataclasses.asdict(Estimate.of(values.mean(), weights @ values / weights.sum(axis=1)))
