@@ -340,6 +340,14 @@ def test_the_verb(regime: str, gradient: str) -> None:
         assert got is None or torch.allclose(got, want, atol=1e-9)
 
 
+@pytest.mark.parametrize("gradient", ["implicit", "unroll"])
+def test_pairs_may_be_forbidden_by_the_largest_number(regime: str, gradient: str) -> None:
+    cost = torch.full((5, 5), torch.finfo(torch.float32).max).fill_diagonal_(0).requires_grad_()
+    out = otloss.sinkhorn(cost, gradient=gradient, backend="triton")
+    (grad,) = torch.autograd.grad(30 * out.transport_cost, cost)
+    assert torch.allclose(grad, 6 * torch.eye(5), atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["positions", "channels-dense", "pot-example"])
 def test_the_benchmark_of_a_device(name: str) -> None:
     """What ``benchmarks/gpu.py`` runs on a device, on the CPU: errors of ours, and a step of each peer that is here."""

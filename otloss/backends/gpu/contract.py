@@ -28,8 +28,9 @@ def unrolled_tile(
     DTYPE: tl.constexpr = cost.dtype
     fi = vector(f + n_iter * stride_i, i, n, DTYPE)
     gj = vector(g + n_iter * stride_j, j, m, DTYPE)
-    weighted = w * cost + w_value * (fi[:, None] + gj[None, :])
-    grad = a[:, None] * b[None, :] * kernel_tile(cost, fi, gj, inv) * (w + w_value - weighted / eps)
+    k = kernel_tile(cost, fi, gj, inv)
+    weighted = tl.where(k > 0.0, w * cost + w_value * (fi[:, None] + gj[None, :]), 0.0)  # not 0 * inf
+    grad = a[:, None] * b[None, :] * k * (w + w_value - weighted / eps)
     for t in range(1, n_iter + 1):
         fi = vector(f + t * stride_i, i, n, DTYPE)
         gj = vector(g + t * stride_j, j, m, DTYPE)
@@ -68,15 +69,17 @@ def gradient_tile(
         )  # fmt: skip
     else:
         fi, gj = vector(f + at_i, i, n, DTYPE), vector(g + at_j, j, m, DTYPE)
+        k = kernel_tile(cost, fi, gj, inv)
         weight = bj[None, :] * (sharp + value)
         if u is not None:
             bracket = vector(u + at_i, i, n, DTYPE)[:, None] + vector(v + at_j, j, m, DTYPE)[None, :]
             bracket -= sharp * (cost - fi[:, None] - gj[None, :])
+            bracket = tl.where(k > 0.0, bracket, 0.0)  # not 0 * inf
             weight += bj[None, :] * bracket / eps + vector(q_j + at_j, j, m, DTYPE)[None, :]
         weight *= ai[:, None]
         if u is not None:
             weight += vector(q_i + at_i, i, n, DTYPE)[:, None] * bj[None, :]
-        grad = kernel_tile(cost, fi, gj, inv) * weight
+        grad = k * weight
     return tl.where((i < n)[:, None] & (j < m)[None, :], grad, 0.0)
 
 
