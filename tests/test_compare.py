@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 from urllib.error import URLError
 
 import numpy as np
@@ -24,12 +25,13 @@ from examples.optiml.budget import Budget, fast_precision
 from examples.optiml.compare import CompareConfig, compare
 from examples.optiml.config import PretrainConfig
 from examples.optiml.data import read_index
-from examples.optiml.differences import Difference, auc_measures, difference_table, replicated, verdicts
+from examples.optiml.differences import Difference, auc_measures, beyond_zero, difference_table, replicated, verdicts
 from examples.optiml.finetune import usable_classes
 from examples.optiml.kept import Kept, curves_of, ranks
 from examples.optiml.layout import PhantomConfig, write_phantoms
 from examples.optiml.methods import METHODS
-from examples.optiml.page import ends, markers, precisions
+from examples.optiml.metrics import comparable_patients
+from examples.optiml.page import ends, markers, precisions, seeds_of
 from examples.optiml.paper import ABLATION, arm_of
 from examples.optiml.pretrain import pretrain
 from examples.optiml.rows import rows
@@ -179,7 +181,8 @@ def test_curves_have_what_was_measured_where_it_was(tmp_path: Path) -> None:
         {"epoch": 3, "step": 6.5, "loss": 3.5, "knn_auc": 0.8},
     ]
     text = ends({"A": [files.curves, files.curves], "B": [[{"loss": 0.25}]]})
-    assert "| | loss | kNN AUC |\n| --- | ---: | ---: |\n| A | 3.5 | 0.8 |\n| B | 0.25 |  |\n" in text
+    table = "| | seeds | loss | kNN AUC |\n| --- | ---: | ---: | ---: |\n| A | 2 | 3.5 | 0.8 |\n| B | 1 | 0.25 |  |\n"
+    assert table in text
 
 
 def test_the_page_says_what_was_pretrained_in_which_precision(tmp_path: Path) -> None:
@@ -192,6 +195,7 @@ def test_the_page_says_what_was_pretrained_in_which_precision(tmp_path: Path) ->
     rows_of = {"sup1": {0: row("sup1-seed0", None)}, "a": {0: row("a-seed0", half), 1: row("a-seed1", single)}}
     assert precisions({"sup1": rows_of["sup1"]}) == ""
     assert precisions(rows_of | {"b": {0: row("b-seed0", half)}}) == " Pretrained in bf16-mixed, in 32-true a-seed1."
+    assert seeds_of(rows_of) == " Seeds 0: sup1; 0, 1: a." and seeds_of({"a": rows_of["a"]}) == ""
 
 
 def test_this_machine_computes_in_its_own_precision(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,10 +292,13 @@ def test_paired_differences_find_the_better_row_and_nothing_in_a_row_itself(data
     nothing = {seed: np.full(3, np.nan) for seed in (0, 1)}
     assert Difference.between(nothing, nothing) is None
     found = replicated(auc_measures(index, "set", 200), dict(zip(("good", "bad", "same"), arrays, strict=True)))
-    assert [measure.column for measure in found] == ["frozen AUC, within source", "frozen AUC, raw"]  # not fine-tuned
-    (section,) = difference_table("good", found).sections
-    (bad_within, bad_raw), (same_within, same_raw) = ([c.ours for c in row.cells] for row in section.rows)
-    for cell in (same_within, same_raw):
+    columns = [measure.column for measure in found]  # not fine-tuned
+    assert columns == [f"frozen AUC, {x}" for x in ("within source", "within source, firm classes (1)", "raw")]
+    table = difference_table("good", found)
+    assert beyond_zero(table).startswith("Of the 6 intervals of good minus each row, 2 leave out 0. ")
+    (section,) = table.sections
+    (bad_within, _, bad_raw), same = ([c.ours for c in row.cells] for row in section.rows)
+    for cell in same:
         assert cell is not None and cell.value == cell.low == cell.high == cell.deviation == 0 and cell.seeds == 2
     scored = [Scored(test, x, usable_classes(index.split("train"))) for x in (good, bad)]
     for cell, within in ((bad_within, True), (bad_raw, False)):
@@ -300,6 +307,28 @@ def test_paired_differences_find_the_better_row_and_nothing_in_a_row_itself(data
     lines = verdicts("bad", found)
     assert "| good | **above +" in lines and "| same | **above +" in lines
     assert "| bad | **below -" in verdicts("good", found)
+
+
+def test_a_difference_is_beyond_zero_only_where_the_seeds_agree() -> None:
+    nothing = dict.fromkeys((0, 1), np.zeros(100))
+    above, mixed = ({0: np.full(100, first), 1: np.full(100, 0.3)} for first in (0.1, -0.1))
+    gaps = [Difference.between(row, nothing) for row in (above, mixed)]
+    assert [gap.verdict if gap else None for gap in gaps] == [
+        "**above +0.200 ± 0.141 [+0.200, +0.200] (2)**", "+0.100 ± 0.283 [+0.100, +0.100] (2)",
+    ]  # fmt: skip
+
+
+def test_classes_of_few_patients_are_left_out_of_the_firm_average() -> None:
+    index = MagicMock(labels=np.array([[1, 0], [0, 1]] * 12 + [[1, 1]], np.uint8), sources=np.array(["a"] * 24 + ["b"]))
+    index.patients = np.array([*map(str, range(3)), *["one of many films"] * 9, *map(str, range(12, 25))])
+    index.split.return_value, index.__len__.return_value = index, 25
+    assert comparable_patients(index.labels, index.sources, index.patients).tolist() == [9, 8]
+    assert len(auc_measures(index, "set", 10)) == 2 * 2  # no class is firm
+    index.sources[-1] = "a"
+    assert comparable_patients(index.labels, index.sources, index.patients).tolist() == [10, 9]
+    firm = auc_measures(index, "set", 10)[1]
+    assert firm.column == "frozen AUC, within source, firm classes (1)"
+    assert firm.of(index.labels * np.array([1, -1]))[0] == 1
 
 
 def test_rows_are_named_as_in_the_paper_and_differ() -> None:

@@ -21,7 +21,7 @@ from .budget import BUDGETS, Budget, fast_precision
 from .callbacks import read_log
 from .config import AugmentConfig, MethodOptions, MonitorConfig, PretrainConfig
 from .data import open_index, with_all_splits
-from .differences import auc_measures, dice_measure, difference_table, replicated, verdicts
+from .differences import auc_measures, beyond_zero, dice_measure, difference_table, replicated, verdicts
 from .figures import draw_curves
 from .kept import Kept, curves_of, of_interest
 from .masks import mask_set
@@ -279,7 +279,8 @@ class Comparison:
         if alone := arrays.get(shown.get(SUP2, "")):
             arrays[shown[SUP2]] = dict.fromkeys(self.seeds, next(iter(alone.values())))
         found = replicated(measures, arrays)
-        return difference_table(shown[RECOMMENDED], found), verdicts(shown[SUP1], found) if found else ""
+        table = difference_table(shown[RECOMMENDED], found)
+        return table, f"{beyond_zero(table)}\n{verdicts(shown[SUP1], found)}" if found else ""
 
 
 def compare(config: CompareConfig, console: Console | None = None) -> Path:

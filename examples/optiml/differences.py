@@ -13,13 +13,16 @@ from .data import ChestIndex
 from .dice import weighted_mean
 from .finetune import usable_classes
 from .masks import MaskSet
-from .metrics import Estimate, Floats, class_aucs, macro, patient_draws
+from .metrics import Estimate, Floats, class_aucs, comparable_patients, macro, patient_draws
 from .tables import Cell, Ours, Row, Section, Table
 
+#: A class whose within-source AUC rests on fewer positive patients is left out of the firmer of the two averages.
+FEW_PATIENTS = 10
 #: What stands beside a difference.
 MEANING = (
     "Mean over the pretraining seeds that both rows have ± deviation over these, 95 % interval over resampled test "
-    "patients (of these seeds: it does not say what other seeds would give), and the number of seeds."
+    "patients (of these seeds: it does not say what other seeds would give), and the number of seeds. Firm classes: "
+    f"those of which {FEW_PATIENTS} test patients or more have a film that its source has a negative for."
 )
 #: Of one row, by pretraining seed: its figure on the test films as they are, then on each drawn set of patients.
 Replicates = dict[int, Floats]
@@ -30,6 +33,9 @@ Arrays = dict[int, dict[str, NDArray[Any]]]
 @dataclass(frozen=True)
 class Difference(Ours):
     """One row minus another."""
+
+    agreed: bool
+    """Whether it has one sign under every seed."""
 
     @classmethod
     def between(cls, a: Replicates, b: Replicates) -> Difference | None:
@@ -43,16 +49,22 @@ class Difference(Ours):
             return None
         deviation = gaps[:, 0].std(ddof=1) if len(seeds) > 1 else 0.0
         found = Estimate.of(mean[0], mean[1:])
-        return cls(found.value, float(deviation), found.low, found.high, len(seeds))
+        agreed = len(set(np.sign(gaps[:, 0]))) == 1
+        return cls(found.value, float(deviation), found.low, found.high, len(seeds), agreed)
 
     def text(self, digits: int) -> str:
         spread = f" ± {self.deviation:.{digits}f}" if self.seeds > 1 else ""
         return f"{self.value:+.{digits}f}{spread} [{self.low:+.{digits}f}, {self.high:+.{digits}f}] ({self.seeds})"
 
     @property
+    def beyond(self) -> bool:
+        """Whether its interval leaves out 0."""
+        return self.low > 0 or self.high < 0
+
+    @property
     def verdict(self) -> str:
-        """The difference, in bold where its interval says that the first row is above or below."""
-        word = "above " if self.low > 0 else "below " if self.high < 0 else ""
+        """The difference, in bold where its interval and all seeds say that the first row is above or below."""
+        word = ("above " if self.low > 0 else "below ") if self.beyond and self.agreed else ""
         return f"**{word}{self.text(3)}**" if word else self.text(3)
 
 
@@ -86,16 +98,21 @@ def auc_measures(index: ChestIndex, dataset: str, draws: int) -> list[Measure]:
     test, usable = index.split("test"), usable_classes(index.split("train"))
     weights = _with_itself(test.patients, draws)
 
-    def auc(groups: NDArray[np.str_] | None) -> Callable[[NDArray[Any]], Floats]:
-        return lambda x: macro(class_aucs(x.astype(float), test.labels, groups, weights), usable)
+    def auc(groups: NDArray[np.str_] | None, classes: NDArray[np.bool_]) -> Callable[[NDArray[Any]], Floats]:
+        return lambda x: macro(class_aucs(x.astype(float), test.labels, groups, weights), classes)
 
-    kinds: list[tuple[str, NDArray[np.str_] | None]] = [("raw", None)]
+    kinds = {}
     if test.sources is not None:
-        kinds.insert(0, ("within source", test.sources))
+        kinds["within source"] = auc(test.sources, usable)
+        founded = comparable_patients(test.labels, test.sources, test.patients)
+        firm = usable & (founded >= FEW_PATIENTS)
+        if firm.any() and (usable & (founded > 0) & ~firm).any():
+            kinds[f"within source, firm classes ({firm.sum()})"] = auc(test.sources, firm)
+    kinds["raw"] = auc(None, usable)
     return [
-        Measure(dataset, f"{name} AUC, {kind}", f"{dataset}/{protocol}-1-", "/ranks", auc(groups))
+        Measure(dataset, f"{name} AUC, {kind}", f"{dataset}/{protocol}-1-", "/ranks", of)
         for protocol, name in (("linear", "frozen"), ("finetune", "fine-tuned"))
-        for kind, groups in kinds
+        for kind, of in kinds.items()
     ]
 
 
@@ -136,7 +153,8 @@ def difference_table(first: str, found: Replicated) -> Table:
 
 def verdicts(untrained: str, found: Replicated) -> str:
     """A table in Markdown per data set, a line per row: this minus the untrained network."""
-    lines = ["## Each row minus the untrained network", "", f"{MEANING} In bold where that leaves out 0.", ""]
+    lines = ["## Each row minus the untrained network", ""]
+    lines += [f"{MEANING} In bold where that leaves out 0 and the seeds agree in the sign.", ""]
     for section, here in _by_section(found):
         lines += [f"| {section} | {' | '.join(here)} |", f"| --- |{' --- |' * len(here)}"]
         for name in (name for name in next(iter(here.values())) if name != untrained):
@@ -145,6 +163,19 @@ def verdicts(untrained: str, found: Replicated) -> str:
             lines.append(f"| {name} | {' | '.join(texts)} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def beyond_zero(table: Table) -> str:
+    """How many intervals leave out 0, which some do by chance."""
+    cells = [cell.ours for section in table.sections for row in section.rows for cell in row.cells]
+    gaps = [gap for gap in cells if isinstance(gap, Difference)]
+    if not gaps:
+        return ""
+    found = sum(gap.beyond for gap in gaps)
+    return (
+        f"Of the {len(gaps)} intervals of {table.title.partition(':')[0]}, {found} leave out 0. They are not corrected "
+        f"for their number: were all rows alike, about {len(gaps) / 20:.2g} would.\n"
+    )
 
 
 def _by_section(found: Replicated) -> list[tuple[str, dict[str, dict[str, Replicates]]]]:

@@ -17,7 +17,7 @@ OURS, PAPER, WITHIN, BOX = "#1f5fa8", "#b0483a", "#6aa9d8", "#5dff6a"
 
 
 def draw_table(table: Table, path: Path) -> None:
-    """Dots per row and column: the paper's value, ours with its 95 % interval, ours within sources."""
+    """Dots per row and column: the paper's value, ours with its 95 % interval (of runs: their mean), within sources."""
     sections = [s for s in table.sections if s.ran] or table.sections
     columns = max(len(s.rows[0].cells) for s in sections)
     heights = [0.9 + 0.27 * len(s.rows) for s in sections]
@@ -45,12 +45,13 @@ def _dots(axes: Axes, section: Section, column: int, labelled: set[str]) -> None
         labelled.add(label)
         return label if new else None
 
+    interval = "ours, 95 % interval" if section.differences else "ours, mean of the runs' 95 % intervals"
     for y, row in enumerate(section.rows):
         cell = row.cells[column]
         if cell.paper:
             axes.plot(float(cell.paper), y, "D", mfc="none", mec=PAPER, ms=5, label=once("paper"))
         for ours, colour, offset, label in (
-            (cell.ours, OURS, 0.0, "ours, 95 % interval"), (cell.within, WITHIN, 0.25, "ours, within source"),
+            (cell.ours, OURS, 0.0, interval), (cell.within, WITHIN, 0.25, "ours, within source"),
         ):  # fmt: skip
             if ours:
                 ends = [[ours.value - min(ours.low, ours.value)], [max(ours.high, ours.value) - ours.value]]

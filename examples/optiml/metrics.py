@@ -58,6 +58,17 @@ def class_aucs(
     return result
 
 
+def comparable_patients(
+    labels: NDArray[np.uint8], groups: NDArray[np.str_], patients: NDArray[np.str_]
+) -> NDArray[np.intp]:
+    """Of how many patients each class has a positive that its own group has a negative for: what its AUC rests on."""
+    mixed = np.zeros(labels.shape, bool)
+    for group in np.unique(groups):
+        rows = groups == group
+        mixed[rows] = (labels[rows] == 1) & (labels[rows] == 0).any(axis=0)
+    return np.array([len(np.unique(patients[column])) for column in mixed.T])
+
+
 def macro(aucs: Floats, mask: NDArray[np.bool_] | None = None) -> Floats:
     """Mean over classes that have an AUC (and are in ``mask``): (R, classes) -> (R,)."""
     kept = aucs if mask is None else np.where(mask, aucs, np.nan)

@@ -39,8 +39,19 @@ def how(config: CompareConfig, index: ChestIndex, records: list[Record], kept: d
     films = f"{len(index.split('train'))} training and {len(index.split('test'))} test films"
     return (
         f"Made by `python -m examples.optiml compare {' '.join(given)}` in {hours:.1f} h on {', '.join(machines)} at "
-        f"commit {', '.join(commits)}: {films}.{precisions(kept)}\n"
+        f"commit {', '.join(commits)}: {films}.{seeds_of(kept)}{precisions(kept)}\n"
     )
+
+
+def seeds_of(kept: dict[str, dict[int, Kept]]) -> str:
+    """Which rows were made under which seeds, where not all have the same."""
+    rows: dict[tuple[int, ...], list[str]] = {}
+    for name, files in kept.items():
+        rows.setdefault(tuple(sorted(files)), []).append(name)
+    if len(rows) < 2:
+        return ""
+    parts = [f"{', '.join(map(str, seeds))}: {', '.join(rows[seeds])}" for seeds in sorted(rows)]
+    return f" Seeds {'; '.join(parts)}."
 
 
 def precisions(kept: dict[str, dict[int, Kept]]) -> str:
@@ -71,11 +82,12 @@ def ends(curves: dict[str, list[list[dict[str, float]]]]) -> str:
         "Means over the last epoch, then over seeds; after it: effective rank of the pooled features of the training "
         "films, and a vote of the nearest of these on the validation films. Embeddings of SimCLR, MoCo v2, DenseCL, "
         "BYOL and SimSiam have length 1, so that their deviation is at most 1 / √dim.", "",
-        "| | " + " | ".join(ENDS[name] for name in names) + " |", "| --- |" + " ---: |" * len(names),
+        "| | seeds | " + " | ".join(ENDS[name] for name in names) + " |", "| --- |" + " ---: |" * (1 + len(names)),
     ]  # fmt: skip
     for row, runs in ((row, runs) for row, runs in curves.items() if runs):
         found = [[run[-1][name] for run in runs if np.isfinite(run[-1].get(name, np.nan))] for name in names]
-        lines.append(f"| {row} | " + " | ".join(f"{np.mean(x):.3g}" if x else "" for x in found) + " |")
+        means = [f"{np.mean(x):.3g}" if x else "" for x in found]
+        lines.append(f"| {' | '.join([row, str(len(runs)), *means])} |")
     return "\n".join(lines) + "\n"
 
 

@@ -257,8 +257,10 @@ def _sizes(records: list[Record]) -> str:
     """How much our figures rest on."""
     if not records:
         return "Not run."
-    trained = {r["fraction"]: r["train_images"] for r in records}
-    sizes = " / ".join(str(trained[f]) for f in sorted(trained))
+    trained: dict[float, set[int]] = {}
+    for record in records:
+        trained.setdefault(record["fraction"], set()).add(record["train_images"])
+    sizes = " / ".join(" or ".join(map(str, sorted(trained[f]))) for f in sorted(trained))
     pixels = sorted({r["identity"]["image_size"] for r in records} - {0})
     return (
         f"Ours: {sizes} labelled training films, {records[0]['images']} test films, "
