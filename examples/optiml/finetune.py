@@ -1,6 +1,6 @@
 """End-to-end fine-tuning: backbone and a linear classifier together, the paper's Table I.
 
-From random weights with all labels it is plain supervised training, which shows what a data set's labels teach in that many steps.
+From random weights with all labels it is plain supervised training: what a data set's labels teach in that many steps.
 """
 
 from __future__ import annotations
