@@ -181,10 +181,10 @@ template <class T> struct Adjoint {
 
   static constexpr T cg_target = sizeof(T) == 4 ? T(5e-7) : T(1e-12), cg_noise = 8 * std::numeric_limits<T>::epsilon();
   static constexpr int cg_patience = 60;
-  static constexpr int cg_cap(int n, int m) { return 10 * (n + m) < 2000 ? 10 * (n + m) : 2000; }
+  static constexpr int cg_cap(int64_t n, int64_t m) { return int(std::min<int64_t>(10 * (n + m), 2000)); }
 
-  // Conjugate gradients from 0; keeps the best iterate and gives up when it stops improving. Returns the squared size
-  // of the right-hand side, 0 if there is nothing to solve.
+  // Conjugate gradients from 0; keeps the best iterate and gives up when it stops improving. The right-hand side is divided by
+  // its largest entry, `unit`: its square might not exist. Returns its squared size, 0 if there is nothing to solve.
   T conjugate_gradients() {
     const int m = cost.cols, cap = cg_cap(cost.n, cost.m);
     for (int j = 0; j < m; ++j) {
@@ -193,9 +193,13 @@ template <class T> struct Adjoint {
       res[j] = h[j] * unroot[j];
     }
     project(res);
+    unit = 0;
+    for (int j = 0; j < m; ++j) unit = std::max(unit, std::fabs(res[j]));
+    if (unit == 0) return 0;
+    for (int j = 0; j < m; ++j) res[j] /= unit;
     const T start = dot(res, res, m);
     T norm = start, least = start, terms = 0;
-    for (int i = 0; i < cost.n; ++i) terms += A[i] * y[i] * y[i];
+    for (int i = 0; i < cost.n; ++i) terms += A[i] * (y[i] / unit) * (y[i] / unit);
     if (start <= cg_noise * cg_noise * terms) return 0;  // h is the rounding of terms that cancel: V = 0 solves it
     for (int j = 0; j < m; ++j) dir[j] = res[j];
     for (int k = 0, last = 0; k < cap && norm > cg_target * cg_target * start && k - last < cg_patience; ++k) {
@@ -216,7 +220,7 @@ template <class T> struct Adjoint {
         std::memcpy(best, z, sizeof(T) * m);
       }
     }
-    for (int j = 0; j < m; ++j) V[j] = unroot[j] * best[j];
+    for (int j = 0; j < m; ++j) V[j] = unroot[j] * best[j] * unit;
     return start;
   }
 
@@ -228,6 +232,7 @@ template <class T> struct Adjoint {
     for (int j = 0; j < cost.cols; ++j) {
       if (live[j] != 0) {
         res[j] = (h[j] + work[j] - S[j] * V[j]) * unroot[j];
+        if (start != 0) res[j] /= unit;
       } else {
         res[j] = 0;
         if (S[j] > 0) V[j] = (h[j] + work[j]) / S[j];
@@ -274,6 +279,7 @@ template <class T> struct Adjoint {
   }
 
  private:
+  T unit = 0;
   static constexpr T none = -std::numeric_limits<T>::infinity();
   bool up_ = false;
 };

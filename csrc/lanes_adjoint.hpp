@@ -13,6 +13,7 @@ template <class T> struct LaneAdjoint : Lanes<T> {
   const T eps, scale;
   const bool solve;
   V w{}, level{};  // upstream, by lane: of the transport cost, and of it and the value
+  V unit{};
   T *M, *A, *y, *f, *fu, *S, *h, *v, *g, *root, *unroot, *z, *res, *dir, *work, *best;
 
   LaneAdjoint(const Problem<T>* p, int count, Arena& arena, const T* const* f_in, const T* const* g_in, const Upstream<T>* up, bool solve)
@@ -89,8 +90,11 @@ template <class T> struct LaneAdjoint : Lanes<T> {
       set(res, j, at(h, j) * at(unroot, j));
     }
     project(res);
+    for (int j = 0; j < m; ++j) unit = max(max(at(res, j), -at(res, j)), unit);
+    unit = unit == 0 ? unit + 1 : unit;
+    for (int j = 0; j < m; ++j) set(res, j, at(res, j) / unit);
     V terms{};
-    for (int i = 0; i < n; ++i) terms += at(A, i) * at(y, i) * at(y, i);
+    for (int i = 0; i < n; ++i) terms += at(A, i) * (at(y, i) / unit) * (at(y, i) / unit);
     V start = inner(res, res);
     const mask<T> trivial = start <= noise * noise * terms;
     start = trivial ? V{} : start;
@@ -119,7 +123,7 @@ template <class T> struct LaneAdjoint : Lanes<T> {
       last = better ? mask<T>{} + k : last;
       for (int j = 0; j < m; ++j) set(best, j, better ? at(z, j) : at(best, j));
     }
-    for (int j = 0; j < m; ++j) set(best, j, at(unroot, j) * at(best, j));
+    for (int j = 0; j < m; ++j) set(best, j, at(unroot, j) * at(best, j) * unit);
     return start;
   }
 
@@ -127,7 +131,7 @@ template <class T> struct LaneAdjoint : Lanes<T> {
   V multipliers() {
     const V start = conjugate_gradients();
     normal(best, work);
-    for (int j = 0; j < m; ++j) set(res, j, (at(h, j) + at(work, j) - at(S, j) * at(best, j)) * at(unroot, j));
+    for (int j = 0; j < m; ++j) set(res, j, (at(h, j) + at(work, j) - at(S, j) * at(best, j)) * at(unroot, j) / unit);
     project(res);
     for (int i = 0; i < n; ++i) set(fu, i, at(y, i) - at(fu, i));
     return start == 0 ? V{} : Base::square_root(inner(res, res) / start);

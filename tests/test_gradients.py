@@ -325,6 +325,22 @@ def test_second_derivative_of_a_kernel_raises_with_advice(backend: str) -> None:
         torch.autograd.grad(grad.sum(), za)
 
 
+@pytest.mark.parametrize("n, m", [(5, 7), (80, 70)])
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e20, 1e30])
+def test_the_size_of_loss_and_cost_is_free(backend: str, n: int, m: int, scale: float) -> None:
+    """In float32, where the squares of such numbers do not exist."""
+    cost, _, _ = random_problem(3, n=n, m=m, dtype=torch.float32)
+
+    def gradient(cost: Tensor, eps: float, weight: float) -> Tensor:
+        leaf = cost.clone().requires_grad_()
+        out = sinkhorn(leaf, eps=eps, tol=1e-6, max_iter=2000, backend=backend)
+        return torch.autograd.grad(weight * out.transport_cost.sum(), leaf)[0]
+
+    want = gradient(cost, 0.2, 1.0)
+    assert relative(gradient(cost, 0.2, scale) / scale, want) < 1e-5
+    assert relative(gradient(scale * cost, scale * 0.2, 1.0), want) < 1e-5
+
+
 def test_shift_invariance_of_the_gradient(backend: str) -> None:
     """By the marginals, <T, C> changes under C + p ⊕ q exactly by <a, p> + <b, q>, and so does its gradient."""
     cost, za, zb = inputs(7, 6)

@@ -340,6 +340,20 @@ def test_the_verb(regime: str, gradient: str) -> None:
         assert got is None or torch.allclose(got, want, atol=1e-9)
 
 
+@pytest.mark.parametrize("weight", [1e-22, 1e22])
+def test_the_size_of_the_loss_is_free(regime: str, weight: float) -> None:
+    left, right, a, b = problem("dense", 6, 5, torch.float32)
+    f, g = reference.solve(*wide(left, right, a, b), 0.2, 300, 1e-12)[:2]
+    solved = (left, right, a, b, f.float(), g.float())
+
+    def gradients(w: float) -> tuple[Tensor, ...]:
+        return triton.implicit_gradient(*solved, torch.full((2,), w), None, None, None, 0.2, True, True)
+
+    (*got, residual), (*want, _) = gradients(weight), gradients(1.0)
+    assert all(torch.allclose(x / weight, y, rtol=1e-4, atol=1e-6) for x, y in zip(got, want, strict=True))
+    assert (residual < 1e-5).all()
+
+
 @pytest.mark.parametrize("gradient", ["implicit", "unroll"])
 def test_pairs_may_be_forbidden_by_the_largest_number(regime: str, gradient: str) -> None:
     cost = torch.full((5, 5), torch.finfo(torch.float32).max).fill_diagonal_(0).requires_grad_()

@@ -80,12 +80,11 @@ def _multipliers(
     root = torch.where(live_b, s.sqrt(), 0.0)
     unroot = torch.where(root > 0, 1 / root, 0.0)
 
-    terms = (a * rho * y * y).sum(-1)
-    v, start, solved = _conjugate_gradients(problem, f, g, a / rho, scale * unroot, root, h * unroot, terms)
-    v = unroot * v
+    z, unit, start, solved = _conjugate_gradients(problem, f, g, a / rho, scale * unroot, root, h * unroot, a * rho, y)
+    v = unroot * z
     product = problem.sums(problem.rows, f, g, scale * v)[0] / rho
     back = h + scale * problem.sums(problem.columns, g, f, a * product)[0]
-    left_over = _without((back - s * v) * unroot, root)
+    left_over = _without((back - s * v) * unroot / unit, root)
     v = torch.where(live_b, v, torch.where(s > 0, back / s, 0.0))
     size = torch.where(start > 0, start, 1.0).sqrt()
     residual = torch.where(solved, 0.0, torch.linalg.vector_norm(left_over, dim=-1) / size)
@@ -100,12 +99,17 @@ def _conjugate_gradients(
     scale: Tensor,
     root: Tensor,
     right_side: Tensor,
-    terms: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """z of (I - L'L) z = right_side, its squared size, and where that is the rounding of terms that cancel."""
+    mass: Tensor,
+    y: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """z of (I - L'L) z = right_side, its largest entry and, in units of that, which may have no square, its squared
+    size; and where that is the rounding of the terms ``mass y^2``, which cancel."""
     count, n, m, d = problem.count, problem.n, problem.m, problem.d
-    res = _without(right_side, root).contiguous()
-    start = res.square().sum(-1)
+    res = _without(right_side, root)
+    unit = res.abs().amax(-1, keepdim=True)
+    unit = torch.where(unit > 0, unit, 1.0)
+    res = (res / unit).contiguous()
+    start, terms = res.square().sum(-1), (mass * (y / unit).square()).sum(-1)
     solved = start <= (8 * torch.finfo(res.dtype).eps) ** 2 * terms
     running = ((start > 0) & ~solved).to(torch.int32)
     nothing = torch.zeros_like(start)
@@ -138,7 +142,7 @@ def _conjugate_gradients(
 
     if count:
         iterate(step, cap, running)
-    return best, start, solved
+    return best * unit, unit, start, solved
 
 
 def _contract(

@@ -178,8 +178,12 @@ def adjoint_small(
     k = k * (1.0 / rho)[:, None] * (scale / stretch)[None, :]  # M S^-1/2, or M in a column without mass
     size = tl.sum(root * root, 0)
     res = without(tl.where(root > 0.0, h / stretch, 0.0), root, size)
+    unit = tl.max(tl.abs(res), 0)  # of which there may be no square
+    unit = tl.where(unit > 0.0, unit, 1.0)
+    res = res / unit
     start = tl.sum(res * res, 0)
-    solved = start <= NOISE * NOISE * tl.sum(rows * y * y, 0)  # h is the rounding of terms that cancel
+    terms = tl.sum(rows * (y / unit) * (y / unit), 0)
+    solved = start <= NOISE * NOISE * terms  # h is the rounding of terms that cancel
     norm, least = start, start
     z = tl.zeros([M], DTYPE)
     # What the loop does not need, and the best z so far, stay in memory.
@@ -217,12 +221,12 @@ def adjoint_small(
         go = (curvature > 0.0) & (norm > TARGET * start) & (step < cap) & (step - last < 60)
 
     tl.debug_barrier()
-    z = vector(v_out, j, m, DTYPE)
+    z = vector(v_out, j, m, DTYPE) * unit
     tl.debug_barrier()
     product = tl.sum(k * z[None, :], 1)
     stretch = tl.where(root > 0.0, root, 1.0)
     work = vector(h_out, j, m, DTYPE) / stretch + tl.sum(k * (rows * product)[:, None], 0)
-    left_over = without(tl.where(root > 0.0, work - z, 0.0), root, size)
+    left_over = without(tl.where(root > 0.0, (work - z) / unit, 0.0), root, size)
     columns = tl.sum(k * rows[:, None], 0)  # S of a column without mass
     v = tl.where(root > 0.0, z / stretch, tl.where(columns > 0.0, work / tl.where(columns > 0.0, columns, 1.0), 0.0))
     residual = tl.where(solved, 0.0, tl.sqrt(tl.sum(left_over * left_over, 0) / tl.where(start > 0.0, start, 1.0)))
