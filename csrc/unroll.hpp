@@ -56,7 +56,7 @@ void unrolled_gradient(const Problem<T>& p, Arena& arena, int64_t n_iter, const 
       store<T>(kappa + j, load(kappa + j) + t * d * ie);
       store<T>(db + j, load(db + j) + ka * (d - v * p.eps));
     }
-    lambda[i] = s.a[i] * sum<T>(lift) * ie;
+    lambda[i] = s.a[i] > 0 ? s.a[i] * sum<T>(lift) * ie : T(0);  // not 0 * inf
     da[i] = sum<T>(lift) - p.eps * v * (sum<T>(share) - 1);
   }
   for (int64_t k = n_iter; k >= 1; --k) {
