@@ -79,6 +79,7 @@ class Pool {
         if (self >= wanted_) continue;
       }
       work();
+      scratch().trim();
       std::lock_guard<std::mutex> lock(mutex_);
       if (--busy_ == 0) done_.notify_one();
     }
@@ -124,6 +125,13 @@ Pool& pool() {
 }  // namespace
 
 void parallel(int64_t count, int threads, const Task& task) {
+  thread_local int depth = 0;  // a task that spreads one problem over the threads comes here too, and still uses its scratch
+  struct Call {
+    Call() { ++depth; }
+    ~Call() {
+      if (--depth == 0) scratch().trim();
+    }
+  } const call;
   if (threads > count) threads = static_cast<int>(count);
   if (threads > 1) return pool().run(count, threads, task);
   for (int64_t i = 0; i < count; ++i) task(i, scratch());

@@ -63,14 +63,15 @@ inline void want_large_pages(void* data, size_t bytes) {
 #endif
 }
 
-// Scratch of one thread: a bump allocator that grows to the largest problem seen. Call reset() with the whole need first.
+// Scratch of one thread: a bump allocator that grows to the largest problem seen. Call reset() with the whole need first, and
+// trim() when a call is done.
 class Arena {
  public:
   Arena() = default;
   Arena(const Arena&) = delete;
   ~Arena() { release(); }
   void reset(size_t bytes) {
-    if (bytes > size_ || size_ > keep) {
+    if (bytes > size_) {
       release();
       const size_t size = (bytes + large_page - 1) / large_page * large_page;
       data_ = static_cast<char*>(::operator new(size, std::align_val_t(large_page)));
@@ -78,6 +79,9 @@ class Arena {
       want_large_pages(data_, size_);
     }
     used_ = 0;
+  }
+  void trim() {
+    if (size_ > keep) release();
   }
   size_t used() const { return used_; }
   void rewind(size_t used) { used_ = used; }  // gives back what was taken since
@@ -91,7 +95,7 @@ class Arena {
   template <class T> static constexpr inline __attribute__((always_inline)) size_t bytes(size_t count) { return (count * sizeof(T) + 63) / 64 * 64; }
 
  private:
-  static constexpr size_t keep = size_t(256) << 20;  // more than this is given back by the next problem
+  static constexpr size_t keep = size_t(256) << 20;  // more than this is given back
   void release() {
     if (data_) ::operator delete(data_, std::align_val_t(large_page));
     data_ = nullptr;

@@ -17,6 +17,7 @@ from torch import Tensor
 TWICE_DIFFERENTIABLE = False
 KEEPS_COST = True
 READS_HALF = False
+MOST_POINTS = 1 << 30  # rounded up to vectors, in 32 bits
 
 # Read once, so that torch.compile sees plain strings.
 _C: ModuleType | None
@@ -57,6 +58,8 @@ class _Problem:
         self.right = None if right is None else right.contiguous()
         self.count, self.n, last = left.shape
         self.m, d = (last, 0) if right is None else (right.shape[1], last)
+        if max(self.n, self.m, d) >= MOST_POINTS:
+            raise ValueError(f"the cpu backend takes less than 2^30 points and features, got {(self.n, self.m, d)}")
         self.suffix = "float32" if left.dtype == torch.float32 else "float64"
         self.inputs = _C.Inputs(
             self.left.data_ptr(),
