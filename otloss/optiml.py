@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from otloss.checks import check_choice, check_number, check_tensor, no_autocast, working_dtype
+from otloss.checks import check_choice, check_device, check_number, check_tensor, no_autocast, warn, working_dtype
 from otloss.cost import unit_rows
 from otloss.cvsim import CVSIM, check_cvsim, log_softmax_with_perplexity
 from otloss.losses import CosineSinkhornLoss
-from otloss.regularizers import CovarianceLoss, VarianceLoss
+from otloss.regularizers import CovarianceLoss, VarianceLoss, whole_batch
 
 __all__ = ["MarginalCollapseWarning", "OPTiMLLoss", "OPTiMLOutput"]
 
@@ -157,8 +156,7 @@ class OPTiMLLoss(nn.Module):
         self.dim, self.alpha, self.beta, self.eta, self.invariance = dim, alpha, beta, eta, invariance
         self.match, self.marginals, self.perplexity = match, marginals, perplexity
         self.transport = CosineSinkhornLoss(eps, objective, max_iter, tol, gradient, reduction="none", backend=backend)
-        self.variance = VarianceLoss(gather=gather)
-        self.covariance = CovarianceLoss(gather=gather)
+        self.variance, self.covariance, self.gather = VarianceLoss(), CovarianceLoss(), gather
 
         self.cvsim: CVSIM | None = None
         self.cvsim_t: CVSIM | None = None  # the other direction's own, unless shared
@@ -193,11 +191,10 @@ class OPTiMLLoss(nn.Module):
                     if not torch.isfinite(z).all():
                         raise ValueError(f"{name} must be finite, got NaN or inf: has training diverged?") from error
                 raise
-            ot, variance, covariance = (
-                per_image.mean(),
-                self.variance(q_s) + self.variance(q_t),
-                self.covariance(q_s) + self.covariance(q_t),
-            )
+            ot = per_image.mean()
+            all_s, all_t = whole_batch("q_s", q_s, self.gather), whole_batch("q_t", q_t, self.gather)
+            variance = self.variance(all_s) + self.variance(all_t)
+            covariance = self.covariance(all_s) + self.covariance(all_t)
             q_dtype = working_dtype(q_s=q_s, q_t=q_t)
             invariance = (q_s.to(q_dtype) - q_t.to(q_dtype)).square().mean()
             loss = self.alpha * ot + self.beta * variance + self.eta * covariance + self.invariance * invariance
@@ -246,13 +243,16 @@ class OPTiMLLoss(nn.Module):
         self._calls += 1
         if perplexity.device.type != "cpu" and self._calls % 100:
             return
-        if perplexity - 1 < COLLAPSE * (points - 1):
+        try:
+            collapsed = bool(perplexity - 1 < COLLAPSE * (points - 1))
+        except RuntimeError:  # under vmap there is no one number
+            return
+        if collapsed:
             self._collapse_reported = True
-            warnings.warn(
+            warn(
                 f"the marginals have collapsed: their mean perplexity is {float(perplexity):.1f} of {points} points, "
                 "so L_OT compares almost nothing; take marginals='perplexity'",
                 MarginalCollapseWarning,
-                stacklevel=3,
             )
 
     def _check(self, z_s: Tensor, z_t: Tensor, q_s: Tensor, q_t: Tensor) -> None:
@@ -269,6 +269,7 @@ class OPTiMLLoss(nn.Module):
             check_tensor(name, q, 2, "(B, D)")
             if q.dim() != 2:
                 raise ValueError(f"{name} must have shape (B, D), got {tuple(q.shape)}")
+        check_device(z_s=z_s, z_t=z_t, q_s=q_s, q_t=q_t)
         if q_s.shape[1] != q_t.shape[1]:
             raise ValueError(f"q_s and q_t must be equally wide, got {tuple(q_s.shape)} and {tuple(q_t.shape)}")
         sizes = [len(t) for t in (z_s, z_t, q_s, q_t)]
@@ -279,7 +280,8 @@ class OPTiMLLoss(nn.Module):
         share = f"perplexity={self.perplexity}, " if self.marginals in ("perplexity", "hardest") else ""
         return (
             f"dim={self.dim}, alpha={self.alpha}, beta={self.beta}, eta={self.eta}, invariance={self.invariance}, "
-            f"match={self.match!r}, marginals={self.marginals!r}, {share}shared={self.cvsim_t is None}"
+            f"match={self.match!r}, marginals={self.marginals!r}, {share}shared={self.cvsim_t is None}, "
+            f"gather={self.gather}"
         )
 
 

@@ -54,7 +54,7 @@ class VarianceLoss(nn.Module):
             TypeError: ``z`` is no floating-point tensor.
             ValueError: ``z`` is not of shape ``(B, D)`` with at least two rows (after gathering) and one column.
         """
-        z = _whole_batch(z, self.gather)
+        z = whole_batch("z", z, self.gather)
         with no_autocast(z):
             return torch.relu(self.gamma - (z.var(dim=0) + self.eps).sqrt()).mean()
 
@@ -90,7 +90,7 @@ class CovarianceLoss(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """c(Z) of ``z (B, D)``: a scalar; dtype and errors as in `VarianceLoss`."""
-        z = _whole_batch(z, self.gather)
+        z = whole_batch("z", z, self.gather)
         with no_autocast(z):
             (batch, dim), dtype = z.shape, z.dtype
             z = (z - z.mean(dim=0)) / (batch - 1) ** 0.5
@@ -106,16 +106,16 @@ class CovarianceLoss(nn.Module):
         return f"gather={self.gather}"
 
 
-def _whole_batch(z: Tensor, gather: bool) -> Tensor:
+def whole_batch(name: str, z: Tensor, gather: bool) -> Tensor:
     """Check ``z (B, D)``, collect it from all processes if asked, and widen half precision."""
-    check_tensor("z", z, 2, "(B, D)")
+    check_tensor(name, z, 2, "(B, D)")
     if z.dim() != 2 or z.shape[1] == 0:
-        raise ValueError(f"z must have shape (B, D) with D at least 1, got {tuple(z.shape)}")
+        raise ValueError(f"{name} must have shape (B, D) with D at least 1, got {tuple(z.shape)}")
     z = z if z.dtype == torch.float64 else z.float()
     if gather and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         z = _Gather.apply(z)
     if len(z) < 2:
-        raise ValueError(f"z must have at least 2 rows, since a variance needs two samples, got {tuple(z.shape)}")
+        raise ValueError(f"{name} must have at least 2 rows, since a variance needs two samples, got {tuple(z.shape)}")
     return z
 
 

@@ -250,6 +250,14 @@ def test_collapse_warns_once(marginals: str) -> None:
         loss(*data)
 
 
+def test_collapse_under_vmap_is_not_reported() -> None:
+    loss, data = collapsed("learned"), views(dim=32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", MarginalCollapseWarning)
+        got = torch.vmap(lambda *views: loss(*views).loss)(*(t[None] for t in data))
+    assert torch.allclose(got[0], loss(*data).loss)
+
+
 def test_no_collapse_no_warning() -> None:
     data = views(dim=32)
     with warnings.catch_warnings():
@@ -392,6 +400,8 @@ def test_bad_options(options: dict, error: type[Exception], message: str) -> Non
         ({0: torch.ones(4, 16, 3, 3).int()}, TypeError, "z_s must be a floating-point tensor, got torch.int32"),
         ({0: torch.rand(4, 16, 3, 3).double()}, TypeError, "float64 does not mix"),
         ({3: None}, TypeError, "q_t must be a tensor"),
+        ({2: torch.rand(4, 0), 3: torch.rand(4, 0)}, ValueError, r"q_s must have shape \(B, D\) with D at least 1"),
+        ({1: torch.rand(4, 16, 3, 3, device="meta")}, ValueError, "on one device, got z_s on cpu, z_t on meta"),
     ],
 )
 def test_bad_input(changed: dict, error: type[Exception], message: str) -> None:
@@ -403,7 +413,7 @@ def test_bad_input(changed: dict, error: type[Exception], message: str) -> None:
 
 
 def test_one_image_is_refused() -> None:
-    with pytest.raises(ValueError, match="at least 2 rows, since a variance needs two samples"):
+    with pytest.raises(ValueError, match="q_s must have at least 2 rows, since a variance needs two samples"):
         make()(*views(batch=1))
 
 
