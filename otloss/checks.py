@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import math
+import os
+import sys
+import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from numbers import Integral, Real
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-HALF = (torch.float16, torch.bfloat16)
+_INSIDE = tuple(f"{Path(str(file)).parent}{os.sep}" for file in (__file__, torch.__file__))
 
 
-def no_autocast(like: Tensor) -> torch.autocast:
+def no_autocast(like: Tensor) -> AbstractContextManager[object]:
     """A context in which products of ``like``'s device keep their dtype; autocast would make them bfloat16."""
-    return torch.autocast(like.device.type, enabled=False)
+    kind = like.device.type
+    known = kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)  # elsewhere it cannot even be switched off
+    return torch.autocast(kind, enabled=False) if known else nullcontext()
+
+
+def warn(message: str, category: type[Warning]) -> None:
+    """Warn of the line that called: the nearest one that is neither PyTorch's nor ours, as filters go by modules."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
+        frame = frame.f_back
+    place = (frame.f_code.co_filename, frame.f_lineno, frame.f_globals.get("__name__"))
+    warnings.warn_explicit(message, category, *place, frame.f_globals.setdefault("__warningregistry__", {}))
 
 
 def wide(x: Tensor) -> Tensor:
@@ -68,9 +84,10 @@ def working_dtype(**tensors: Tensor | None) -> torch.dtype:
 
 def check_number(name: str, value: object, *, positive: bool) -> None:
     """``value`` is a finite number, NumPy's included, positive or at least not negative."""
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if isinstance(value, bool) or not isinstance(value, (Real, torch.SymFloat)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value) or value < 0 or (positive and value == 0):
+    # No math.isfinite, which a compiler's numbers lack. Real has no order for the type checker.
+    if not (0 < value < math.inf or (value == 0 and not positive)):  # type: ignore[operator]
         raise ValueError(f"{name} must be {'positive' if positive else 'at least 0'} and finite, got {value}")
 
 

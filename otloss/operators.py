@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -16,15 +15,11 @@ import torch
 from torch import Tensor
 
 from otloss.backends import get_backend
-from otloss.checks import no_autocast
+from otloss.checks import no_autocast, warn
 
 
 class ConvergenceWarning(UserWarning):
     """A problem did not reach ``tol`` within ``max_iter``, or its gradient's linear system was left inaccurate."""
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, ConvergenceWarning, stacklevel=3)
 
 
 def _contiguous(*tensors: Tensor) -> Any:
@@ -50,9 +45,11 @@ def _check_marginals(a: Tensor, b: Tensor, log_totals: Tensor, given: str, mass_
     sides = {"a": (a, log_totals[:, 0]), "b": (b, log_totals[:, 1])}
     for name in given.split():
         mass, total = sides[name[-1]]
-        if not (torch.isfinite(total).all() and torch.isfinite(mass).all()):
+        bad = ~(torch.isfinite(total) & torch.isfinite(mass).all(-1))
+        if bad.any():
             kind = "finite masses" if name in sides else "logarithms of finite masses"
-            raise ValueError(f"{name} must be {kind} with a positive total in every problem")
+            first = int(bad.int().argmax())
+            raise ValueError(f"{name} must be {kind} with a positive total in every problem, unlike problem {first}")
         if (mass < 0).any():
             raise ValueError(f"{name} must not hold negative mass")
     gap = (log_totals[:, 0] - log_totals[:, 1]).abs()
@@ -69,7 +66,8 @@ def _explain_nonfinite(left: Tensor, right: Tensor | None, eps: float) -> str:
     for name, value in named:
         if not torch.isfinite(value).all():
             kind = "NaN" if torch.isnan(value).any() else "inf"
-            return f"{name} must be finite, got {kind}; to forbid a pair, give its row or column no mass instead"
+            instead = "give its row or column no mass and finite entries" if right is None else "give its row no mass"
+            return f"{name} must be finite, got {kind}; to leave a point out, {instead}"
     return f"the cost is too large for {left.dtype} at eps {eps:g}, results are not finite; rescale both"
 
 
@@ -118,9 +116,10 @@ def solve(
             raise ValueError(_explain_nonfinite(left, right, eps))
         if tol > 0 and error.numel() and float(error.max()) >= tol:
             # No figures of this call in the text: Python shows each text once.
-            _warn(
+            warn(
                 f"problems did not reach tol={tol:g} in max_iter={max_iter} iterations at eps={eps:g} "
-                "(see converged and marginal_error); raise max_iter, tol or eps"
+                "(see converged and marginal_error); raise max_iter, tol or eps",
+                ConvergenceWarning,
             )
     return _contiguous(f, g, cost, value, n_iter, error, kept)
 
@@ -163,9 +162,10 @@ def implicit_gradient(
             left, right, a, b, f, g, grad_cost, grad_value, grad_f, grad_g, eps, adjoint, need_cost, **_if_kept(kept)
         )
     if _checks_on(left) and residual.numel() and not float(residual.max()) <= 1e-2:  # nor where it is NaN
-        _warn(
+        warn(
             f"the gradient's linear system was left with a relative residual above 1e-2 at eps={eps:g}: "
-            "the plan is close to a permutation of blocks; raise eps or use float64"
+            "the plan is close to a permutation of blocks; raise eps or use float64",
+            ConvergenceWarning,
         )
     return _contiguous(*grads)
 

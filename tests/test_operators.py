@@ -104,6 +104,31 @@ def test_export() -> None:
     assert torch.allclose(exported.module()(*DENSE), dense_loss(*DENSE))
 
 
+def test_export_with_a_free_batch() -> None:
+    class Cost(torch.nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return otloss.cosine_sinkhorn(x, y).transport_cost
+
+    free = {0: torch.export.Dim("B", min=2, max=100)}
+    exported = torch.export.export(Cost(), FEATURES[:2], dynamic_shapes=(free, free)).module()
+    more = [t.repeat(3, 1, 1) for t in FEATURES[:2]]
+    assert torch.allclose(exported(*more), Cost()(*more))
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compile_while_eps_changes(dynamic: bool | None) -> None:
+    torch._dynamo.reset()
+
+    def loss(cost: Tensor, eps: float) -> Tensor:
+        return otloss.sinkhorn(cost, eps=eps).transport_cost
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for eps in (0.5, 0.4, 0.3):
+        assert torch.allclose(compiled(DENSE[0], eps), loss(DENSE[0], eps))
+    with pytest.raises(ValueError, match="eps must be positive and finite"):
+        loss(DENSE[0], float("nan"))
+
+
 def test_vmap_of_nothing() -> None:
     assert vmap(lambda cost: otloss.sinkhorn(cost).transport_cost)(torch.empty(0, 3, 4)).shape == (0,)
     assert vmap(lambda cost: otloss.sinkhorn(cost).transport_cost)(torch.empty(2, 0, 3, 4)).shape == (2, 0)

@@ -138,8 +138,9 @@ def test_marginal_error_and_iterations_are_reported(backend: str) -> None:
 
 def test_not_converged_warns_and_says_so(backend: str) -> None:
     cost, a, b = random_problem(3, n=12, m=9)
-    with pytest.warns(otloss.ConvergenceWarning, match="did not reach tol"):
+    with pytest.warns(otloss.ConvergenceWarning, match="did not reach tol") as caught:
         out = sinkhorn(cost, a, b, eps=0.01, max_iter=2, backend=backend)
+    assert caught[0].filename == __file__  # of the caller's line, not PyTorch's
     assert not out.converged.any() and (out.n_iter == 2).all()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -334,8 +335,20 @@ def test_numbers_may_be_of_numpy() -> None:
 def test_large_totals_are_compared_exactly() -> None:
     a = torch.tensor([1.1e7, 3.3e6, 1.2e6, 0.7e6])
     assert sinkhorn(torch.rand(4, 4), a, a.flip(0)).plan.sum() == pytest.approx(1, abs=1e-5)
-    with pytest.raises(ValueError, match="same total mass"):
-        sinkhorn(torch.rand(4, 4), a, a * 1.00001)
+    for masses, off in ((a, 1.001), (a.double(), 1.00001)):
+        with pytest.raises(ValueError, match="same total mass"):
+            sinkhorn(torch.rand(4, 4, dtype=masses.dtype), masses, masses * off)
+    log_a = 1e4 + a.log()  # a float32 of this size is known to 5e-4
+    assert sinkhorn(torch.rand(4, 4), log_a=log_a, log_b=log_a.flip(0)).plan.sum() == pytest.approx(1, abs=1e-5)
+
+
+def test_a_softmax_over_many_points_has_total_one() -> None:
+    """Logits of two values round alike: in float32 the masses of PyTorch's own softmax are 2e-6 off together."""
+    logits = torch.where(torch.rand(4, 4096) < 0.5, 0.0, 0.1)
+    b, cost = torch.full((3,), 1 / 3), torch.rand(4, 4096, 3)
+    assert (logits.softmax(-1).double().sum(-1) - 1).abs().max() > 1e-6
+    for masses in ({"a": logits.softmax(-1)}, {"log_a": logits.log_softmax(-1)}):
+        assert sinkhorn(cost, **masses, b=b, eps=0.5).converged.all()
 
 
 def test_rows_too_small_to_have_a_direction_are_zero(backend: str) -> None:
@@ -345,6 +358,10 @@ def test_rows_too_small_to_have_a_direction_are_zero(backend: str) -> None:
     zero = x.index_fill(1, torch.tensor(1), 0.0)
     assert torch.equal(out.transport_cost, cosine_sinkhorn(zero, y, max_iter=1000, backend=backend).transport_cost)
     assert torch.allclose(out.plan.sum(-1), torch.full((2, 5), 0.2), atol=1e-4)
+
+
+def test_a_device_without_autocast() -> None:
+    assert sinkhorn(torch.rand(3, 4, 5, device="meta"), backend="reference").plan.shape == (3, 4, 5)
 
 
 def test_repr_counts_the_converged() -> None:
