@@ -195,7 +195,7 @@ template <class T> struct Adjoint {
     project(res);
     unit = 0;
     for (int j = 0; j < m; ++j) unit = std::max(unit, std::fabs(res[j]));
-    if (unit == 0) return 0;
+    if (unit == 0) unit = 1;
     for (int j = 0; j < m; ++j) res[j] /= unit;
     const T start = dot(res, res, m);
     T norm = start, least = start, terms = 0;
@@ -232,7 +232,7 @@ template <class T> struct Adjoint {
     for (int j = 0; j < cost.cols; ++j) {
       if (live[j] != 0) {
         res[j] = (h[j] + work[j] - S[j] * V[j]) * unroot[j];
-        if (start != 0) res[j] /= unit;
+        res[j] /= unit;
       } else {
         res[j] = 0;
         if (S[j] > 0) V[j] = (h[j] + work[j]) / S[j];
