@@ -354,6 +354,22 @@ def test_the_size_of_the_loss_is_free(regime: str, weight: float) -> None:
     assert (residual < 1e-5).all()
 
 
+@pytest.mark.parametrize("size", [1e10, 1e20, 1e30])
+def test_huge_costs_without_mass_do_not_reach_the_others(regime: str, size: float) -> None:
+    cost, _, a, b = problem("dense", 5, 3, torch.float32, masked=False)
+    a[:, 4] = 0
+    a = a / a.sum(-1, keepdim=True)
+    cost[:, 4] = size * (1 + torch.rand(2, 3))
+
+    def gradient(cost: Tensor, a: Tensor) -> Tensor:
+        leaf = cost.clone().requires_grad_()
+        out = otloss.sinkhorn(leaf, a, b, eps=0.2, tol=1e-6, max_iter=50, backend="triton")
+        return torch.autograd.grad(out.transport_cost.sum(), leaf)[0]
+
+    got, want = gradient(cost, a), gradient(cost[:, :4], a[:, :4])
+    assert torch.allclose(got[:, :4], want, atol=1e-5) and not got[:, 4].any()
+
+
 @pytest.mark.parametrize("gradient", ["implicit", "unroll"])
 def test_pairs_may_be_forbidden_by_the_largest_number(regime: str, gradient: str) -> None:
     cost = torch.full((5, 5), torch.finfo(torch.float32).max).fill_diagonal_(0).requires_grad_()

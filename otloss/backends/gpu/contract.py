@@ -74,7 +74,7 @@ def gradient_tile(
         if u is not None:
             bracket = vector(u + at_i, i, n, DTYPE)[:, None] + vector(v + at_j, j, m, DTYPE)[None, :]
             bracket -= sharp * (cost - fi[:, None] - gj[None, :])
-            bracket = tl.where(k > 0.0, bracket, 0.0)  # not 0 * inf
+            bracket = tl.where((k > 0.0) & (ai > 0.0)[:, None], bracket, 0.0)  # not 0 * inf
             weight += bj[None, :] * bracket / eps + vector(q_j + at_j, j, m, DTYPE)[None, :]
         weight *= ai[:, None]
         if u is not None:

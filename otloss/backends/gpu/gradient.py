@@ -74,6 +74,7 @@ def _multipliers(
     a, b = torch.where(live(problem.a), problem.a, 0.0), torch.where(live_b, problem.b, 0.0)
     rho, cost_row, q_row = problem.sums(problem.rows, f, g, b, b, q, reduced=True)
     y = (sharp * cost_row - eps * q_row) / rho
+    y = torch.where(live(problem.a) | y.isfinite(), y, 0.0)  # of a huge cost without mass
     sigma, cost_column, p_column = problem.sums(problem.columns, g, f, a, a, a * y + eps * p, reduced=True)
     scale = torch.where(live_b, b, 1.0)
     h, s = scale * (sharp * cost_column - p_column), sigma * scale
