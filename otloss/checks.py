@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_INSIDE = tuple(f"{Path(str(file)).parent}{os.sep}" for file in (__file__, torch.__file__))
+_INSIDE = ("<eval_with_key>", *(f"{Path(str(file)).parent}{os.sep}" for file in (__file__, torch.__file__)))
 
 
 def no_autocast(like: Tensor) -> AbstractContextManager[object]:
@@ -24,12 +24,19 @@ def no_autocast(like: Tensor) -> AbstractContextManager[object]:
     return torch.autocast(kind, enabled=False) if known else nullcontext()
 
 
+def _is_inside(file: str) -> bool:
+    return file.startswith(_INSIDE) or f"{os.sep}torchinductor_" in file
+
+
 def warn(message: str, category: type[Warning]) -> None:
-    """Warn of the line that called: the nearest one that is neither PyTorch's nor ours, as filters go by modules."""
+    """Warn of the line that called: the nearest one that is neither PyTorch's, nor compiled, nor ours.
+
+    Filters go by modules, and one for PyTorch's warnings is not meant for these.
+    """
     frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
+    while frame.f_back is not None and _is_inside(frame.f_code.co_filename):
         frame = frame.f_back
-    place = (frame.f_code.co_filename, frame.f_lineno, frame.f_globals.get("__name__"))
+    place = (frame.f_code.co_filename, frame.f_lineno, frame.f_globals.get("__name__", "<string>"))
     warnings.warn_explicit(message, category, *place, frame.f_globals.setdefault("__warningregistry__", {}))
 
 

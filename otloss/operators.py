@@ -66,8 +66,7 @@ def _explain_nonfinite(left: Tensor, right: Tensor | None, eps: float) -> str:
     for name, value in named:
         if not torch.isfinite(value).all():
             kind = "NaN" if torch.isnan(value).any() else "inf"
-            instead = "give its row or column no mass and finite entries" if right is None else "give its row no mass"
-            return f"{name} must be finite, got {kind}; to leave a point out, {instead}"
+            return f"{name} must be finite, got {kind}; to leave a point out, give it no mass and finite entries"
     return f"the cost is too large for {left.dtype} at eps {eps:g}, results are not finite; rescale both"
 
 

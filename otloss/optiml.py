@@ -156,7 +156,8 @@ class OPTiMLLoss(nn.Module):
         self.dim, self.alpha, self.beta, self.eta, self.invariance = dim, alpha, beta, eta, invariance
         self.match, self.marginals, self.perplexity = match, marginals, perplexity
         self.transport = CosineSinkhornLoss(eps, objective, max_iter, tol, gradient, reduction="none", backend=backend)
-        self.variance, self.covariance, self.gather = VarianceLoss(), CovarianceLoss(), gather
+        self.variance, self.covariance = VarianceLoss(), CovarianceLoss()
+        self.gather = gather  # in forward, once for both
 
         self.cvsim: CVSIM | None = None
         self.cvsim_t: CVSIM | None = None  # the other direction's own, unless shared

@@ -82,6 +82,15 @@ def test_an_output_leaves_a_compiled_function() -> None:
     assert torch.allclose(out.plan, otloss.sinkhorn(DENSE[0]).plan)
 
 
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compile_warns_of_the_callers_line(compiler: str) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda cost: otloss.sinkhorn(cost, eps=0.01, max_iter=2).value, backend=compiler)
+    with pytest.warns(otloss.ConvergenceWarning) as caught:
+        compiled(DENSE[0])
+    assert {warning.filename for warning in caught if warning.category is otloss.ConvergenceWarning} == {__file__}
+
+
 def test_compile_checks_values() -> None:
     torch._dynamo.reset()
     compiled = torch.compile(dense_loss, fullgraph=True, backend="aot_eager")

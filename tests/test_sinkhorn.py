@@ -141,6 +141,8 @@ def test_not_converged_warns_and_says_so(backend: str) -> None:
     with pytest.warns(otloss.ConvergenceWarning, match="did not reach tol") as caught:
         out = sinkhorn(cost, a, b, eps=0.01, max_iter=2, backend=backend)
     assert caught[0].filename == __file__  # of the caller's line, not PyTorch's
+    with pytest.warns(otloss.ConvergenceWarning):
+        exec("sinkhorn(cost, eps=0.01, max_iter=2)", {"sinkhorn": sinkhorn, "cost": cost})
     assert not out.converged.any() and (out.n_iter == 2).all()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -338,8 +340,6 @@ def test_large_totals_are_compared_exactly() -> None:
     for masses, off in ((a, 1.001), (a.double(), 1.00001)):
         with pytest.raises(ValueError, match="same total mass"):
             sinkhorn(torch.rand(4, 4, dtype=masses.dtype), masses, masses * off)
-    log_a = 1e4 + a.log()  # a float32 of this size is known to 5e-4
-    assert sinkhorn(torch.rand(4, 4), log_a=log_a, log_b=log_a.flip(0)).plan.sum() == pytest.approx(1, abs=1e-5)
 
 
 def test_a_softmax_over_many_points_has_total_one() -> None:
