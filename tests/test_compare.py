@@ -309,7 +309,7 @@ def test_paired_differences_find_the_better_row_and_nothing_in_a_row_itself(data
     assert "| bad | **below -" in verdicts("good", found)
 
 
-def test_a_difference_is_beyond_zero_only_where_the_seeds_agree() -> None:
+def test_a_difference_is_in_bold_only_where_the_seeds_agree() -> None:
     nothing = dict.fromkeys((0, 1), np.zeros(100))
     above, mixed = ({0: np.full(100, first), 1: np.full(100, 0.3)} for first in (0.1, -0.1))
     gaps = [Difference.between(row, nothing) for row in (above, mixed)]

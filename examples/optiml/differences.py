@@ -154,7 +154,7 @@ def difference_table(first: str, found: Replicated) -> Table:
 def verdicts(untrained: str, found: Replicated) -> str:
     """A table in Markdown per data set, a line per row: this minus the untrained network."""
     lines = ["## Each row minus the untrained network", ""]
-    lines += [f"{MEANING} In bold where that leaves out 0 and the seeds agree in the sign.", ""]
+    lines += [f"{MEANING} In bold where that leaves out 0 and all seeds, if there are several, agree in the sign.", ""]
     for section, here in _by_section(found):
         lines += [f"| {section} | {' | '.join(here)} |", f"| --- |{' --- |' * len(here)}"]
         for name in (name for name in next(iter(here.values())) if name != untrained):
@@ -174,7 +174,8 @@ def beyond_zero(table: Table) -> str:
     found = sum(gap.beyond for gap in gaps)
     return (
         f"Of the {len(gaps)} intervals of {table.title.partition(':')[0]}, {found} leave out 0. They are not corrected "
-        f"for their number: were all rows alike, about {len(gaps) / 20:.2g} would.\n"
+        f"for their number: about {len(gaps) / 20:.2g} would even if these networks were all equally good, and more if "
+        "the methods were, as seeds scatter.\n"
     )
 
 

@@ -169,8 +169,8 @@ def heatmap_table(records: list[Record]) -> Table:
                 known = [None if np.isnan(x) else Ours(float(x), 0, float(x), float(x), 1) for x in means]
                 pairs = zip(HEATMAP_COLUMNS.values(), known, strict=True)
                 rows.append(Row("chance", [Cell(title, None, ours) for title, ours in pairs]))
-            counts = [r["scored_findings"] for r in here if r["fraction"] == f]
-            span = " to ".join(map(str, sorted({min(counts), max(counts)})))
+            counts = sorted({r["scored_findings"] for r in scored}) or [0]
+            span = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
             note = f"{span} of {here[0]['boxed_findings']} boxed findings, whose class was among the labels."
             title = f"{_title(dataset)}, networks fine-tuned with {f:.0%} of the labels"
             sections.append(Section(title, rows, note, 3))
