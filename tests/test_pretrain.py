@@ -66,10 +66,10 @@ def test_a_batch_that_cannot_be_shared_is_refused() -> None:
 def test_torchrun_gives_the_curve_of_one_process(few_phantoms: Path, tmp_path: Path) -> None:
     """OPTiML in two processes on CPU against one with the same batches: transport, gathered variance, covariance."""
     command = ["-m", "examples.optiml", "pretrain", "--data", str(few_phantoms), *SMALL, "--norm", "group"]
-    # AdamW takes a step of full length also where the gradient is nothing but rounding; and where the transport has not
-    # converged, at a small eps, its gradient is that of an ill-conditioned system, which amplifies rounding.
-    command += ["--optim.optimizer", "lars", "--optim.lr", "0.01"]
-    command += ["--optiml.tokens", "channel", "--optiml.eps", "0.5", "--monitor.every", "2"]
+    # AdamW takes a step of full length also where the gradient is nothing but rounding; and at a rate ten times as high
+    # units switch on and off between the two curves, which then part a hundredfold with every step.
+    command += ["--optim.optimizer", "lars", "--optim.lr", "0.001"]
+    command += ["--optiml.tokens", "channel", "--monitor.every", "2"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     several = subprocess.run(
@@ -78,8 +78,8 @@ def test_torchrun_gives_the_curve_of_one_process(few_phantoms: Path, tmp_path: P
     assert several.returncode == 0, several.stdout + several.stderr
     assert "in 2 processes" in several.stdout
     alone = small(
-        few_phantoms, tmp_path / "one", "optiml", norm="group", optim=OptimConfig("lars", lr=0.01),
-        monitor=MonitorConfig(every=2), options=MethodOptions(optiml=OPTiMLOptions(tokens="channel", eps=0.5)),
+        few_phantoms, tmp_path / "one", "optiml", norm="group", optim=OptimConfig("lars", lr=0.001),
+        monitor=MonitorConfig(every=2), options=MethodOptions(optiml=OPTiMLOptions(tokens="channel")),
     )  # fmt: skip
     assert pretrain(alone)
     one, two = (read_log(tmp_path / name / "metrics.csv") for name in ("one", "two"))
@@ -97,7 +97,7 @@ def test_torchrun_gives_the_curve_of_one_process(few_phantoms: Path, tmp_path: P
             "perplexity",
             "lr",
         ):
-            # Sums in another order: float32 rounding (1e-6), which five more steps of training may amplify.
+            # Sums in another order: float32 rounding (1e-6), which five more steps of training amplify a little.
             assert mine[name] == pytest.approx(other[name], rel=1e-4), (name, mine["step"])
         assert mine["loss"] == pytest.approx(other["loss"], rel=1e-5)
     a, b = (torch.load(tmp_path / name / "backbone.pth", weights_only=True) for name in ("one", "two"))
