@@ -14,7 +14,7 @@ namespace otloss::OTLOSS_LEVEL {
 // blocks fit in the first-level cache the next one is fetched while the shares of this one are added.
 template <class T, class Weight>
 OTLOSS_INLINE void sweep_rows(const T* K, int begin, int end, int cols, int ld, bool up, const T* v, T* acc, Weight weight) {
-  const bool ahead = 2 * block * ld * sizeof(T) <= 40 << 10;
+  const bool ahead = 2 * size_t(block) * ld * sizeof(T) <= 40 << 10;
   for (int step = 0; step < end - begin; step += block) {
     const int i0 = up ? end - block - step : begin + step;
     const T* k = K + i0 * std::ptrdiff_t(ld);

@@ -48,13 +48,13 @@ void unrolled_gradient(const Problem<T>& p, Arena& arena, int64_t n_iter, const 
     vec<T> lift{}, share{};
     for (int j = 0; j < cost.cols; j += lanes<T>) {
       const vec<T> k = exp2<T>(min(splat(bound<T>), exponent(c, gk, j, fk[i], scale))), kb = k * load(s.b + j), ka = k * s.a[i];
-      const vec<T> outer = w * load(c + j) + v * (fk[i] + load(gk + j)), d = k != 0 ? outer : vec<T>{};  // not 0 * inf
-      const vec<T> t = ka * load(s.b + j);
-      lift += kb * d;
+      const vec<T> outer = w * load(c + j) + v * (fk[i] + load(gk + j)), t = ka * load(s.b + j), none{};
+      const vec<T> d = t != 0 ? outer : none;  // not 0 * inf
+      lift += kb != 0 ? kb * outer : none;
       share += kb;
       store<T>(D + size_t(i) * cost.ld + j, t * ((w + v) - d * ie));
       store<T>(kappa + j, load(kappa + j) + t * d * ie);
-      store<T>(db + j, load(db + j) + ka * (d - v * p.eps));
+      store<T>(db + j, load(db + j) + (ka != 0 ? ka * (outer - v * p.eps) : none));
     }
     lambda[i] = s.a[i] > 0 ? s.a[i] * sum<T>(lift) * ie : T(0);  // not 0 * inf
     da[i] = sum<T>(lift) - p.eps * v * (sum<T>(share) - 1);
@@ -82,12 +82,13 @@ void unrolled_gradient(const Problem<T>& p, Arena& arena, int64_t n_iter, const 
     }
     for (size_t j = 0; j < cols; ++j) {
       db[j] -= p.eps * next[j];
-      kappa[j] = -s.b[j] * next[j];
+      kappa[j] = s.b[j] > 0 ? -s.b[j] * next[j] : T(0);
     }
   }
 
-  for (int i = 0; i < p.n; ++i) out.a[i] = da[i];
-  for (int j = 0; j < p.m; ++j) out.b[j] = db[j];
+  // Without mass, potentials are of the size of the costs, however large: what is lost by that counts as 0.
+  for (int i = 0; i < p.n; ++i) out.a[i] = s.a[i] > 0 || std::isfinite(da[i]) ? da[i] : T(0);
+  for (int j = 0; j < p.m; ++j) out.b[j] = s.b[j] > 0 || std::isfinite(db[j]) ? db[j] : T(0);
   if (!out.left) return;
   for (int i0 = 0; i0 < cost.n; i0 += tile_rows) {
     cost.pull(D + size_t(i0) * cost.ld, i0, tile_rows, out);

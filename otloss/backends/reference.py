@@ -32,6 +32,11 @@ def live(mass: Tensor) -> Tensor:
     return mass > negligible(mass.dtype)
 
 
+def known(x: Tensor, live: Tensor) -> Tensor:
+    """``x``, but 0 where a point without mass has lost it: its potential is of the size of its costs, however large."""
+    return torch.where(live | x.isfinite(), x, 0.0)
+
+
 def log_mass(mass: Tensor) -> Tensor:
     """log(mass), -inf where there is none."""
     alive = live(mass)
@@ -249,13 +254,13 @@ def unrolled_gradient(
     w, w_value = _column(grad_cost, cost), _column(grad_value, cost)
     k = kernel(cost, f, g, eps)
     plan = a.unsqueeze(-1) * k * b.unsqueeze(-2)
-    outer = torch.where(k > 0, w * cost + w_value * (f.unsqueeze(-1) + g.unsqueeze(-2)), 0.0)  # not 0 * inf
-    grad = (w + w_value) * plan - outer * plan / eps
-    by_b = k * b.unsqueeze(-2)
-    grad_a = (outer * by_b).sum(-1) - eps * w_value[..., 0] * (by_b.sum(-1) - 1)
-    by_a = k * a.unsqueeze(-1)
-    grad_b = (outer * by_a).sum(-2) - eps * w_value[..., 0] * (by_a.sum(-2) - 1)
-    grad_f, grad_g = (outer * plan).sum(-1) / eps, (outer * plan).sum(-2) / eps
+    outer = w * cost + w_value * (f.unsqueeze(-1) + g.unsqueeze(-2))
+    by_b, by_a = k * b.unsqueeze(-2), k * a.unsqueeze(-1)
+    of_plan, of_b, of_a = (torch.where(x != 0, outer * x, 0.0) for x in (plan, by_b, by_a))  # not 0 * inf
+    grad = (w + w_value) * plan - of_plan / eps
+    grad_a = of_b.sum(-1) - eps * w_value[..., 0] * (by_b.sum(-1) - 1)
+    grad_b = of_a.sum(-2) - eps * w_value[..., 0] * (by_a.sum(-2) - 1)
+    grad_f, grad_g = of_plan.sum(-1) / eps, of_plan.sum(-2) / eps
     for iteration in range(len(history) - 1, 0, -1):
         running = (iteration <= n_iter)[:, None, None]
         (f, g), g_before = history[iteration], history[iteration - 1][1]
@@ -270,5 +275,6 @@ def unrolled_gradient(
         grad_b = grad_b - eps * step.sum(-2)
         grad_g = torch.where(running[..., 0], -(b.unsqueeze(-2) * step).sum(-2), grad_g)
         grad_f = torch.where(running[..., 0], 0.0, grad_f)
+    grad_a, grad_b = known(grad_a, live(a)), known(grad_b, live(b))
     grad_left, grad_right = _pull_back(grad, left, right) if need_cost else (cost.new_empty(0), cost.new_empty(0))
     return grad_left, grad_right, grad_a, grad_b

@@ -29,8 +29,9 @@ def unrolled_tile(
     fi = vector(f + n_iter * stride_i, i, n, DTYPE)
     gj = vector(g + n_iter * stride_j, j, m, DTYPE)
     k = kernel_tile(cost, fi, gj, inv)
-    weighted = tl.where(k > 0.0, w * cost + w_value * (fi[:, None] + gj[None, :]), 0.0)  # not 0 * inf
-    grad = a[:, None] * b[None, :] * k * (w + w_value - weighted / eps)
+    plan = a[:, None] * b[None, :] * k
+    weighted = tl.where(plan != 0.0, w * cost + w_value * (fi[:, None] + gj[None, :]), 0.0)  # not 0 * inf
+    grad = plan * (w + w_value - weighted / eps)
     for t in range(1, n_iter + 1):
         fi = vector(f + t * stride_i, i, n, DTYPE)
         gj = vector(g + t * stride_j, j, m, DTYPE)
@@ -74,7 +75,7 @@ def gradient_tile(
         if u is not None:
             bracket = vector(u + at_i, i, n, DTYPE)[:, None] + vector(v + at_j, j, m, DTYPE)[None, :]
             bracket -= sharp * (cost - fi[:, None] - gj[None, :])
-            bracket = tl.where((k > 0.0) & (ai > 0.0)[:, None], bracket, 0.0)  # not 0 * inf
+            bracket = tl.where((k > 0.0) & (ai > 0.0)[:, None] & (bj > 0.0)[None, :], bracket, 0.0)  # not 0 * inf
             weight += bj[None, :] * bracket / eps + vector(q_j + at_j, j, m, DTYPE)[None, :]
         weight *= ai[:, None]
         if u is not None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from otloss.backends.gpu import adjoint, config, contract, rows, small, stream
 from otloss.backends.gpu.launch import Problem, View, iterate, launch
-from otloss.backends.reference import live
+from otloss.backends.reference import known, live
 
 # Potentials, masses, multipliers and weights of the rows and columns that ``contract.py`` takes.
 Side = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
@@ -70,26 +70,29 @@ def _multipliers(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """U, V, p/rho, q/sigma and the residual by conjugate gradients; ``adjoint.py`` has the equations."""
     eps, sharp = problem.eps, w.unsqueeze(-1)
-    live_b = live(problem.b)
-    a, b = torch.where(live(problem.a), problem.a, 0.0), torch.where(live_b, problem.b, 0.0)
+    live_a, live_b = live(problem.a), live(problem.b)
+    a, b = torch.where(live_a, problem.a, 0.0), torch.where(live_b, problem.b, 0.0)
     rho, cost_row, q_row = problem.sums(problem.rows, f, g, b, b, q, reduced=True)
-    y = (sharp * cost_row - eps * q_row) / rho
-    y = torch.where(live(problem.a) | y.isfinite(), y, 0.0)  # of a huge cost without mass
-    sigma, cost_column, p_column = problem.sums(problem.columns, g, f, a, a, a * y + eps * p, reduced=True)
+    by_rho = known(1 / rho, live_a)
+    y = known((sharp * cost_row - eps * q_row) * by_rho, live_a)
+    by_p = a * y + eps * p * torch.where(live_a, 1.0, by_rho)
+    sigma, cost_column, p_column = problem.sums(problem.columns, g, f, a, a, by_p, reduced=True)
     scale = torch.where(live_b, b, 1.0)
-    h, s = scale * (sharp * cost_column - p_column), sigma * scale
+    h, s = known(scale * (sharp * cost_column - p_column), live_b), sigma * scale
     root = torch.where(live_b, s.sqrt(), 0.0)
     unroot = torch.where(root > 0, 1 / root, 0.0)
 
-    z, unit, start, solved = _conjugate_gradients(problem, f, g, a / rho, scale * unroot, root, h * unroot, a * rho, y)
+    z, unit, start, solved = _conjugate_gradients(
+        problem, f, g, a * by_rho, scale * unroot, root, h * unroot, a * rho, torch.where(live_a, y, 0.0)
+    )
     v = unroot * z
-    product = problem.sums(problem.rows, f, g, scale * v)[0] / rho
+    product = problem.sums(problem.rows, f, g, scale * v)[0] * by_rho
     back = h + scale * problem.sums(problem.columns, g, f, a * product)[0]
     left_over = _without((back - s * v) * unroot / unit, root)
-    v = torch.where(live_b, v, torch.where(s > 0, back / s, 0.0))
+    v = torch.where(live_b, v, known(back / s, live_b))
     size = torch.where(start > 0, start, 1.0).sqrt()
     residual = torch.where(solved, 0.0, torch.linalg.vector_norm(left_over, dim=-1) / size)
-    return y - product, v, p / rho, q / sigma, residual
+    return known(y - product, live_a), v, p * by_rho, q * known(1 / sigma, live_b), residual
 
 
 def _conjugate_gradients(
@@ -204,7 +207,8 @@ def unrolled_gradient(
     """
     count, n, m, eps = problem.count, problem.n, problem.m, problem.eps
     w, w_value, n_iter = problem.scalars(grad_cost), problem.scalars(grad_value), n_iter.contiguous()
-    a, b = torch.where(live(problem.a), problem.a, 0.0), torch.where(live(problem.b), problem.b, 0.0)
+    live_a, live_b = live(problem.a), live(problem.b)
+    a, b = torch.where(live_a, problem.a, 0.0), torch.where(live_b, problem.b, 0.0)
     f, u = problem.zeros(longest + 1, count, n), problem.zeros(longest + 1, count, n)
     g, v = problem.zeros(longest + 1, count, m), problem.zeros(longest + 1, count, m)
     for t in range(1, longest + 1):
@@ -217,13 +221,14 @@ def unrolled_gradient(
     f_last, g_last = f.gather(0, at_f)[0], g.gather(0, at_g)[0]
     lift, share = _outer(problem, problem.rows, f_last, g_last, b, sharp, value)
     grad_a = lift - eps * value * (share - 1)
-    u.scatter_(0, at_f, (a * lift / eps).unsqueeze(0))
+    u.scatter_(0, at_f, (a * known(lift, live_a) / eps).unsqueeze(0))
     lift, share = _outer(problem, problem.columns, g_last, f_last, a, sharp, value)
     grad_b = lift - eps * value * (share - 1)
-    v.scatter_(0, at_g, (b * lift / eps).unsqueeze(0))
+    v.scatter_(0, at_g, (b * known(lift, live_b) / eps).unsqueeze(0))
     for t in range(longest, 0, -1):
         _reverse(problem, problem.rows, f[t], g[t], a, v[t], u[t], grad_a, n_iter, t)
         _reverse(problem, problem.columns, g[t - 1], f[t], b, u[t], v[t - 1], grad_b, n_iter, t)
+    grad_a, grad_b = known(grad_a, live_a), known(grad_b, live_b)
     if not need_cost:
         return problem.empty(0), problem.empty(0), grad_a, grad_b
     left, right = _contract(problem, (f, a, u, None), (g, b, v, None), w, w_value, n_iter)

@@ -33,6 +33,7 @@ from otloss.backends.gpu.tiles import (
     cost_tile,
     is_live,
     kernel_tile,
+    known,
     of_problem,
     stream_step,
     vector,
@@ -77,7 +78,7 @@ def solve_small(
         go = ((n_iter == 0) | (error >= bound)) & (n_iter < max_iter)  # NaN stops
         if go:
             n_iter += 1
-            next_phi = 1.0 / s
+            next_phi = tl.where(mass_a > 0.0, 1.0 / s, 1.0)
             t = tl.sum(k * (mass_a * next_phi)[:, None], 0)
             spread = tl.maximum(
                 tl.max(tl.where(mass_a > 0.0, tl.maximum(next_phi, s), 1.0), 0),
@@ -125,8 +126,9 @@ def solve_small(
         row += tl.sum(share, 1)
         by_cost += tl.sum(share * cost, 1)
         by_g += tl.sum(share * gc[None, :], 1)
-    value = tl.sum(mass_a * (f * row + by_g), 0) - tl.full([], eps, DTYPE) * (tl.sum(mass_a * row, 0) - 1.0)
-    tl.store(cost_out + p, tl.sum(mass_a * by_cost, 0))
+    total = known(f * row + by_g, mass_a > 0.0)
+    value = tl.sum(mass_a * total, 0) - tl.full([], eps, DTYPE) * (tl.sum(mass_a * row, 0) - 1.0)
+    tl.store(cost_out + p, tl.sum(mass_a * known(by_cost, mass_a > 0.0), 0))
     tl.store(value_out + p, value)
     tl.store(error_out + p, error)
     tl.store(n_iter_out + p, n_iter.to(tl.int64))
@@ -155,8 +157,8 @@ def adjoint_small(
     step_eps = tl.full([], eps, DTYPE)
     mass_a = vector(a + prob * n, i, n, DTYPE)
     mass_b = vector(b + prob * m, j, m, DTYPE)
-    live_b = is_live(mass_b)
-    mass_a, mass_b = tl.where(is_live(mass_a), mass_a, 0.0), tl.where(live_b, mass_b, 0.0)
+    live_a, live_b = is_live(mass_a), is_live(mass_b)
+    mass_a, mass_b = tl.where(live_a, mass_a, 0.0), tl.where(live_b, mass_b, 0.0)
     pf = vector(f + prob * n, i, n, DTYPE)
     pg = vector(g + prob * m, j, m, DTYPE)
     grad_p = vector(p_grad + prob * n, i, n, DTYPE)
@@ -165,24 +167,28 @@ def adjoint_small(
 
     cost = cost_tile(left, right, i, j, n, m, d, m, 1, N, M, K, "ieee", DTYPE)
     k = tl.where(real_i[:, None] & real_j[None, :], kernel_tile(cost, pf, pg, base2(eps, DTYPE)), 0.0)
-    reduced = k * (cost - pf[:, None] - pg[None, :])
+    reduced = cost - pf[:, None] - pg[None, :]
     rho = tl.where(real_i, tl.sum(k * mass_b[None, :], 1), 1.0)
     sigma = tl.where(real_j, tl.sum(k * mass_a[:, None], 0), 1.0)
-    y = (weight * tl.sum(reduced * mass_b[None, :], 1) - step_eps * tl.sum(k * grad_q[None, :], 1)) / rho
+    by_rho, by_sigma = known(1.0 / rho, live_a), known(1.0 / sigma, live_b)
+    y = weight * tl.sum((k * mass_b[None, :]) * reduced, 1) - step_eps * tl.sum(k * grad_q[None, :], 1)
+    y = known(y * by_rho, live_a)
     scale = tl.where(live_b, mass_b, tl.where(real_j, 1.0, 0.0))
-    h = weight * tl.sum(reduced * mass_a[:, None], 0) - tl.sum(k * (mass_a * y + step_eps * grad_p)[:, None], 0)
-    h *= scale
+    by_p = mass_a * y + step_eps * grad_p * tl.where(live_a, 1.0, by_rho)
+    h = weight * tl.sum((k * mass_a[:, None]) * reduced, 0) - tl.sum(k * by_p[:, None], 0)
+    h = known(h * scale, live_b)
     rows = mass_a * rho
     root = tl.where(live_b, tl.sqrt(sigma * scale), 0.0)
     stretch = tl.where(root > 0.0, root, 1.0)
-    k = k * (1.0 / rho)[:, None] * (scale / stretch)[None, :]  # M S^-1/2, or M in a column without mass
+    k = k * by_rho[:, None] * (scale / stretch)[None, :]  # M S^-1/2, or M in a column without mass
     size = tl.sum(root * root, 0)
     res = without(tl.where(root > 0.0, h / stretch, 0.0), root, size)
     unit = tl.max(tl.abs(res), 0)  # of which there may be no square
     unit = tl.where(unit > 0.0, unit, 1.0)
     res = res / unit
     start = tl.sum(res * res, 0)
-    terms = tl.sum(rows * (y / unit) * (y / unit), 0)
+    y_units = tl.where(live_a, y / unit, 0.0)
+    terms = tl.sum(rows * y_units * y_units, 0)
     solved = start <= NOISE * NOISE * terms  # h is the rounding of terms that cancel
     norm, least = start, start
     z = tl.zeros([M], DTYPE)
@@ -193,8 +199,8 @@ def adjoint_small(
     tl.store(u_out + i, y, mask=real_i)
     tl.store(v_out + j, z, mask=real_j)
     tl.store(h_out + j, h, mask=real_j)
-    tl.store(p_out + prob * n + i, grad_p / rho, mask=real_i)
-    tl.store(q_out + prob * m + j, grad_q / sigma, mask=real_j)
+    tl.store(p_out + prob * n + i, grad_p * by_rho, mask=real_i)
+    tl.store(q_out + prob * m + j, grad_q * by_sigma, mask=real_j)
     tl.debug_barrier()
     direction = res
     step = 0
@@ -230,6 +236,6 @@ def adjoint_small(
     columns = tl.sum(k * rows[:, None], 0)  # S of a column without mass
     v = tl.where(root > 0.0, z / stretch, tl.where(columns > 0.0, work / tl.where(columns > 0.0, columns, 1.0), 0.0))
     residual = tl.where(solved, 0.0, tl.sqrt(tl.sum(left_over * left_over, 0) / tl.where(start > 0.0, start, 1.0)))
-    tl.store(u_out + i, vector(u_out, i, n, DTYPE) - product, mask=real_i)
-    tl.store(v_out + j, v, mask=real_j)
+    tl.store(u_out + i, known(vector(u_out, i, n, DTYPE) - product, live_a), mask=real_i)
+    tl.store(v_out + j, known(v, live_b), mask=real_j)
     tl.store(residual_out + prob, residual)

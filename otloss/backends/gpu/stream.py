@@ -137,7 +137,7 @@ def sums(
         if beta is not None:
             if REDUCED:
                 cost = cost - fi[:, None] - gj[None, :]
-            by_beta += tl.sum(k * cost * vector(beta + p * m, j, end, DTYPE)[None, :], 1)
+            by_beta += tl.sum(k * vector(beta + p * m, j, end, DTYPE)[None, :] * cost, 1)
         if gamma is not None:
             by_gamma += tl.sum(k * vector(gamma + p * m, j, end, DTYPE)[None, :], 1)
     CHANNELS: tl.constexpr = 1 + (beta is not None) + (gamma is not None)

@@ -29,6 +29,12 @@ def is_live(mass):
 
 
 @triton.jit
+def known(x, live):
+    """``x``, but 0 where a point without mass has lost it: its potential is of the size of its costs, however large."""
+    return tl.where(live | (tl.abs(x) < float("inf")), x, 0.0)
+
+
+@triton.jit
 def log2_mass(mass):
     """log2 of a mass, -inf where there is none."""
     live = is_live(mass)
