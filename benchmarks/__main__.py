@@ -113,7 +113,7 @@ def dispatch(args: argparse.Namespace) -> None:
 
 def main() -> None:
     warnings.filterwarnings("ignore", message=".*did not converge.*")
-    warnings.filterwarnings("ignore", module=r"(geomloss|ot|jax|torch)(\.|$)")
+    warnings.filterwarnings("ignore", module=r"(geomloss|ot|ott|jax|torch)(\.|$)")
     try:
         dispatch(parse())
     except KeyboardInterrupt:

@@ -17,15 +17,20 @@ from torch import Tensor
 _INSIDE = ("<eval_with_key>", *(f"{Path(str(file)).parent}{os.sep}" for file in (__file__, torch.__file__)))
 
 
+def has_autocast(kind: str) -> bool:
+    """Whether this type of device knows autocast; elsewhere it cannot even be asked about."""
+    return kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)
+
+
 def no_autocast(like: Tensor) -> AbstractContextManager[object]:
     """A context in which products of ``like``'s device keep their dtype; autocast would make them bfloat16."""
     kind = like.device.type
-    known = kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)  # elsewhere it cannot even be switched off
-    return torch.autocast(kind, enabled=False) if known else nullcontext()
+    return torch.autocast(kind, enabled=False) if has_autocast(kind) else nullcontext()
 
 
 def _is_inside(file: str) -> bool:
-    return file.startswith(_INSIDE) or f"{os.sep}torchinductor_" in file
+    compiled = os.environ.get("TORCHINDUCTOR_CACHE_DIR", f"{os.sep}torchinductor_")
+    return file.startswith(_INSIDE) or (bool(compiled) and compiled in file)
 
 
 def warn(message: str, category: type[Warning]) -> None:

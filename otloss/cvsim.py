@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from otloss.checks import check_choice, check_count, check_number, check_tensor, no_autocast, wide
+from otloss.checks import check_choice, check_count, check_number, check_tensor, has_autocast, no_autocast, wide
 
 __all__ = ["CVSIM", "log_softmax_with_perplexity"]
 
@@ -97,7 +97,8 @@ class CVSIM(nn.Module):
             if g.dim() != 2 or g.shape[1] != self.dim:
                 raise ValueError(f"{name} must have shape (B, {self.dim}), got {tuple(g.shape)}")
             weight = self.query.weight.dtype
-            if g.dtype != weight and not torch.is_autocast_enabled(g.device.type):
+            kind = g.device.type
+            if g.dtype != weight and not (has_autocast(kind) and torch.is_autocast_enabled(kind)):
                 raise TypeError(f"{name} must have the dtype of the module's weights, {weight}, got {g.dtype}")
         if g_query.shape != g_context.shape:
             raise ValueError(

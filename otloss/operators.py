@@ -66,7 +66,7 @@ def _explain_nonfinite(left: Tensor, right: Tensor | None, eps: float) -> str:
     for name, value in named:
         if not torch.isfinite(value).all():
             kind = "NaN" if torch.isnan(value).any() else "inf"
-            return f"{name} must be finite, got {kind}; to leave a point out, give it no mass and finite entries"
+            return f"{name} must be finite, got {kind}; to leave a point out, give it no mass and entries such as 0"
     return f"the cost is too large for {left.dtype} at eps {eps:g}, results are not finite; rescale both"
 
 

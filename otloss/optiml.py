@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -188,9 +189,11 @@ class OPTiMLLoss(nn.Module):
             try:
                 per_image, solved = self.transport.per_problem(x, y, log_a=log_mu, log_b=log_nu)
             except ValueError as error:  # which names arguments of the solver
-                for name, z in (("z_s", z_s), ("z_t", z_t)):
-                    if not torch.isfinite(z).all():
-                        raise ValueError(f"{name} must be finite, got NaN or inf: has training diverged?") from error
+                with suppress(RuntimeError):  # under vmap there is no one answer
+                    for name, z in (("z_s", z_s), ("z_t", z_t)):
+                        if not torch.isfinite(z).all():
+                            message = f"{name} must be finite, got NaN or inf: has training diverged?"
+                            raise ValueError(message) from error
                 raise
             ot = per_image.mean()
             all_s, all_t = whole_batch("q_s", q_s, self.gather), whole_batch("q_t", q_t, self.gather)

@@ -131,6 +131,7 @@ def test_bad_options(arguments: dict, error: type[Exception], message: str) -> N
         (torch.randn(2, 8), torch.randn(3, 8), ValueError, r"one shape, got \(2, 8\) and \(3, 8\)"),
         (torch.ones(2, 8).long(), torch.randn(2, 8), TypeError, "g_query must be a floating-point tensor"),
         (torch.randn(2, 8), None, TypeError, "g_context must be a tensor"),
+        (torch.randn(2, 8, dtype=torch.double, device="meta"), torch.randn(2, 8), TypeError, "must have the dtype"),
     ],
 )
 def test_bad_input(g_query: Tensor, g_context: Tensor, error: type[Exception], message: str) -> None:

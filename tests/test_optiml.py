@@ -259,6 +259,12 @@ def test_collapse_under_vmap_is_not_reported() -> None:
         assert torch.allclose(got[0], loss(*data).loss)
 
 
+def test_a_nan_under_vmap_is_refused() -> None:
+    (z_s, *others), loss = views(dim=32), collapsed("learned")
+    with pytest.raises(ValueError, match="must be logarithms of finite masses"):  # which of the maps is not known there
+        torch.vmap(lambda *views: loss(*views).loss)(*(t[None] for t in (z_s * torch.nan, *others)))
+
+
 def test_no_collapse_no_warning() -> None:
     data = views(dim=32)
     with warnings.catch_warnings():

@@ -149,6 +149,14 @@ def test_not_converged_warns_and_says_so(backend: str) -> None:
         sinkhorn(cost, a, b, eps=0.01, max_iter=2, tol=0.0, backend=backend)  # asked for: no warning
 
 
+def test_warns_of_the_caller_where_compiled_code_lies_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/scratch/kernels")
+    call = compile("sinkhorn(cost, eps=0.01, max_iter=2)", "/scratch/kernels/ab/cab.py", "exec")
+    with pytest.warns(otloss.ConvergenceWarning) as caught:
+        exec(call, {"sinkhorn": sinkhorn, "cost": random_problem(3, n=12, m=9)[0]})
+    assert caught[0].filename == __file__
+
+
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
 def test_half_precision_is_solved_in_float32(backend: str, half: torch.dtype) -> None:
     cost = torch.rand(2, 6, 5).to(half).requires_grad_()
