@@ -134,6 +134,8 @@ def test_compile_while_eps_changes(dynamic: bool | None) -> None:
     compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for eps in (0.5, 0.4, 0.3):
         assert torch.allclose(compiled(DENSE[0], eps), loss(DENSE[0], eps))
+    with pytest.raises(ValueError, match="eps must be positive and finite"):
+        loss(DENSE[0], float("nan"))
     with pytest.raises(torch._dynamo.exc.Unsupported, match="Observed exception"):
         compiled(DENSE[0], float("nan"))
 

@@ -354,28 +354,29 @@ def test_the_size_of_the_loss_is_free(regime: str, weight: float) -> None:
     assert (residual < 1e-5).all()
 
 
-@pytest.mark.parametrize("size", [1e10, 1e30])
+@pytest.mark.parametrize("size", [1e10, 1e20, 1e30])
 @pytest.mark.parametrize("side", ["rows", "columns"])
 @pytest.mark.parametrize("gradient", ["implicit", "unroll"])
 def test_huge_costs_without_mass_do_not_reach_the_others(regime: str, gradient: str, side: str, size: float) -> None:
-    cost, _, a, b = problem("dense", 5, 5, torch.float32, batch=4, masked=False)
+    batch = 8 if regime == "small" else 2  # cheap there, and a row whose kernel vanishes does not come in every problem
+    cost, _, a, b = problem("dense", 5, 5, torch.float32, batch, masked=False)
     dead = a if side == "rows" else b
     dead[:, 4] = 0
     dead /= dead.sum(-1, keepdim=True)
     live = (slice(None), slice(4 if side == "rows" else 5), slice(4 if side == "columns" else 5))
-    (cost if side == "rows" else cost.mT)[:, 4] = size * (1 + torch.rand(4, 5))
+    (cost if side == "rows" else cost.mT)[:, 4] = size * (1 + torch.rand(batch, 5))
 
     def results(*given: Tensor) -> tuple[Tensor, ...]:
         given = tuple(x.clone().requires_grad_() for x in given)
-        options = {"eps": 0.5, "tol": 0.0, "max_iter": 3, "gradient": gradient, "backend": "triton"}
-        out = otloss.sinkhorn(*given, **options)
+        stop = {"tol": 1e-6, "max_iter": 50} if gradient == "implicit" else {"tol": 0.0, "max_iter": 3}
+        out = otloss.sinkhorn(*given, eps=0.2, gradient=gradient, backend="triton", **stop)
         return out.transport_cost, out.value, *torch.autograd.grad((out.transport_cost + out.value).sum(), given)
 
     got, want = results(cost, a, b), results(cost[live], a[live[:2]], b[:, live[2]])
     assert not got[2][:, 4].any() if side == "rows" else not got[2][:, :, 4].any()
     assert all(x.isfinite().all() for x in got)
     got = (*got[:2], got[2][live], got[3][live[:2]], got[4][:, live[2]])
-    assert all(torch.allclose(x, y, atol=2e-5) for x, y in zip(got, want, strict=True))
+    assert all(torch.allclose(x, y, atol=1e-5) for x, y in zip(got, want, strict=True))
 
 
 @pytest.mark.parametrize("gradient", ["implicit", "unroll"])
