@@ -2,8 +2,8 @@
 
 Sizes are bucketed by powers of two, so that a handful of variants serves all shapes and the first call of a size
 compiles them in seconds. The defaults were chosen without a GPU, so that no register spills (products 16 features
-deep: the three TF32 products hold both operands in registers twice) but a few of ``adjoint_small``'s largest tile. With ``OTLOSS_TRITON_AUTOTUNE=1`` the
-streaming passes time ``STREAM_CANDIDATES`` instead, once per bucket and process.
+deep: the three TF32 products hold both operands in registers twice) but a few of ``adjoint_small``'s largest tile.
+With ``OTLOSS_TRITON_AUTOTUNE=1`` the streaming passes time ``STREAM_CANDIDATES`` instead, once per bucket and process.
 """
 
 from __future__ import annotations
