@@ -57,7 +57,9 @@ def _pot(group: int) -> tuple[tuple[Tensor, Tensor, Tensor], Solved]:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("group", range(len(GROUPS)))
-def test_agrees_with_pot(backend: str, group: int, dtype: torch.dtype, capsys: pytest.CaptureFixture[str]) -> None:
+def test_agrees_with_pot(
+    backend: str, group: int, dtype: torch.dtype, record_property: Callable[[str, object], None]
+) -> None:
     (cost, za, zb), (pot_cost, pot_value, pot_plan, pot_grads) = _pot(group)
     batch, n, m, eps, span, iterations = GROUPS[group]
     leaves = [t.to(dtype).requires_grad_() for t in (cost, za, zb)]
@@ -73,9 +75,8 @@ def test_agrees_with_pot(backend: str, group: int, dtype: torch.dtype, capsys: p
         "plan": float((plan - pot_plan).abs().sum((-1, -2)).max()),
         "gradient": max(relative(one, other) for one, other in zip(grads, pot_grads, strict=True)),
     }
-    with capsys.disabled():
-        print(f"\n  {backend} {dtype}, {batch} of {n}x{m}, eps {eps}, span {span}: ", end="")
-        print(", ".join(f"{name} {error:.1e}" for name, error in errors.items()), end="")
+    found = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
+    record_property("against POT", f"{backend} {dtype}, {batch} of {n}x{m}, eps {eps}, span {span}: {found}")
     if dtype == torch.float64:
         bounds = {"cost": 1e-7, "value": 1e-7, "plan": 1e-6, "gradient": 1e-5}
     else:  # a rounding of the potentials and the cost moves every exponent by a few 2^-24 / eps
