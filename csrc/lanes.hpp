@@ -53,8 +53,8 @@ template <class T> struct Lanes {
       for (int j = 0; j < m; ++j) put(b, j, lane, used ? p[lane].b[j] : 1 / T(m));
       if (!used) out[lane] = -1;
     }
-    for (int i = 0; i < n; ++i) out |= ~(at(a, i) >= dead_mass<T>);
-    for (int j = 0; j < m; ++j) out |= ~(at(b, j) >= dead_mass<T>);
+    for (int i = 0; i < n; ++i) out |= ~(at(a, i) > dead_mass<T>);
+    for (int j = 0; j < m; ++j) out |= ~(at(b, j) > dead_mass<T>);
   }
 
   T* matrix() const {  // with room for a square beyond the last row; what is not an entry is 0

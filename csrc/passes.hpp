@@ -113,7 +113,7 @@ template <class T> void log_cols(const Team& team, const Cost<T>& cost, const T*
 template <class T> bool log_masses(const T* mass, int count, int padded, T* out) {
   bool dead = false;
   for (int i = 0; i < padded; ++i) {
-    const bool none = i >= count || mass[i] < dead_mass<T>;
+    const bool none = i >= count || mass[i] <= dead_mass<T>;
     out[i] = none ? -std::numeric_limits<T>::infinity() : std::log2(mass[i]);
     dead |= none && i < count;
   }

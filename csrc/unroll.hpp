@@ -69,15 +69,15 @@ void unrolled_gradient(const Problem<T>& p, Arena& arena, int64_t n_iter, const 
       for (int j = 0; j < cost.cols; j += lanes<T>) {
         const vec<T> t = exp2<T>(min(splat(bound<T>), exponent(c, gk, j, fk[i], scale))) * load(kappa + j);
         back += t;
-        store<T>(d + j, load(d + j) + a * t);
+        if (a > 0) store<T>(d + j, load(d + j) + a * t);  // not 0 * inf
       }
-      const T total = sum<T>(back), l = lambda[i] - a * total;
+      const T total = sum<T>(back), l = a > 0 ? lambda[i] - a * total : T(0);
       lambda[i] = 0;
       da[i] -= p.eps * total;
       for (int j = 0; j < cost.cols; j += lanes<T>) {
-        const vec<T> t = exp2<T>(min(splat(bound<T>), exponent(c, g0, j, fk[i], scale))) * l;
-        store<T>(d + j, load(d + j) + t * load(s.b + j));
-        store<T>(next + j, load(next + j) + t);
+        const vec<T> k = exp2<T>(min(splat(bound<T>), exponent(c, g0, j, fk[i], scale)));
+        store<T>(d + j, load(d + j) + k * load(s.b + j) * l);  // the mass first: without any, k * l may overflow
+        store<T>(next + j, load(next + j) + k * l);
       }
     }
     for (size_t j = 0; j < cols; ++j) {
@@ -86,9 +86,11 @@ void unrolled_gradient(const Problem<T>& p, Arena& arena, int64_t n_iter, const 
     }
   }
 
-  // Without mass, potentials are of the size of the costs, however large: what is lost by that counts as 0.
-  for (int i = 0; i < p.n; ++i) out.a[i] = s.a[i] > 0 || std::isfinite(da[i]) ? da[i] : T(0);
-  for (int j = 0; j < p.m; ++j) out.b[j] = s.b[j] > 0 || std::isfinite(db[j]) ? db[j] : T(0);
+  // Without mass, potentials are of the size of the costs, however large: where rounding of that may move an exponent by
+  // a sixteenth or more, the gradient is not known and counts as 0.
+  const T reach = p.eps / (8 * std::numeric_limits<T>::epsilon());
+  for (int i = 0; i < p.n; ++i) out.a[i] = s.a[i] > 0 || std::fabs(fk[i]) < reach ? da[i] : T(0);
+  for (int j = 0; j < p.m; ++j) out.b[j] = s.b[j] > 0 || std::fabs(gk[j]) < reach ? db[j] : T(0);
   if (!out.left) return;
   for (int i0 = 0; i0 < cost.n; i0 += tile_rows) {
     cost.pull(D + size_t(i0) * cost.ld, i0, tile_rows, out);

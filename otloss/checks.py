@@ -29,8 +29,9 @@ def no_autocast(like: Tensor) -> AbstractContextManager[object]:
 
 
 def _is_inside(file: str) -> bool:
-    compiled = os.environ.get("TORCHINDUCTOR_CACHE_DIR", f"{os.sep}torchinductor_")
-    return file.startswith(_INSIDE) or (bool(compiled) and compiled in file)
+    cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    compiled = file.startswith(os.path.join(os.path.abspath(cache), "")) if cache else f"{os.sep}torchinductor_" in file
+    return compiled or file.startswith(_INSIDE)
 
 
 def warn(message: str, category: type[Warning]) -> None:

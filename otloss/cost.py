@@ -18,7 +18,7 @@ def unit_rows(x: Tensor) -> Tensor:
 def negligible(dtype: torch.dtype) -> float:
     """What is not above this counts as zero: its reciprocal nears the end of the dtype's range, and it moves no result.
 
-    The kernels' ``dead_mass`` is the same.
+    The kernels have the same number.
     """
     return 1e-290 if dtype == torch.float64 else 1e-30
 

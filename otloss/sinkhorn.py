@@ -21,7 +21,7 @@ from otloss.checks import (
     wide,
     working_dtype,
 )
-from otloss.cost import cosine_cost
+from otloss.cost import cosine_cost, negligible
 from otloss.gradients import MODES, Sinkhorn
 
 __all__ = ["SinkhornOutput", "cosine_sinkhorn", "sinkhorn"]
@@ -153,8 +153,14 @@ def _masses(
     # The totals are compared: float32 cannot tell them apart where their logarithms are large.
     exact = wide(given.detach())
     if mass is None:
-        return given.softmax(-1), exact.logsumexp(-1, keepdim=True)
-    return given / given.sum(-1, keepdim=True), exact.sum(-1, keepdim=True).log()
+        return _without_traces(given.softmax(-1)), exact.logsumexp(-1, keepdim=True)
+    return _without_traces(given / given.sum(-1, keepdim=True)), exact.sum(-1, keepdim=True).log()
+
+
+def _without_traces(mass: Tensor) -> Tensor:
+    """``mass``, exactly 0 where there is too little to count. Its gradient is that of a mass of 0, which has one."""
+    trace = (mass > 0) & (mass <= negligible(mass.dtype))
+    return torch.where(trace, mass - mass.detach(), mass)
 
 
 def _solve(
@@ -231,7 +237,8 @@ def sinkhorn(
         cost: ``(B, n, m)``; ``B`` is any number of leading dimensions, also none. float16 and bfloat16 are solved in
             float32.
         a: masses ``(B, n)``, or ``(n,)`` for all problems; None is uniform. Normalised to total 1, with the
-            gradient of that. Zero means that the row takes no part.
+            gradient of that. Zero, or a share of at most 1e-30 (1e-290 in float64), means that the row takes no part;
+            its mass still has a gradient (in mode "unroll" 0 where rounding of huge costs has lost it).
         b: masses ``(B, m)`` likewise. The totals of a and b may differ by rounding only: by 1e-6 in float64, 1e-4 in
             float32, 2e-2 in half precision.
         eps: strength of the entropy, in units of the cost. ``torch.compile`` makes a graph for each value.

@@ -37,6 +37,11 @@ def known(x: Tensor, live: Tensor) -> Tensor:
     return torch.where(live | x.isfinite(), x, 0.0)
 
 
+def lost(potential: Tensor, eps: float) -> Tensor:
+    """Where rounding of a potential, that of huge costs without mass, may move its exponents by a sixteenth or more."""
+    return ~(potential.abs() < eps / (8 * torch.finfo(potential.dtype).eps))
+
+
 def log_mass(mass: Tensor) -> Tensor:
     """log(mass), -inf where there is none."""
     alive = live(mass)
@@ -256,7 +261,7 @@ def unrolled_gradient(
     plan = a.unsqueeze(-1) * k * b.unsqueeze(-2)
     outer = w * cost + w_value * (f.unsqueeze(-1) + g.unsqueeze(-2))
     by_b, by_a = k * b.unsqueeze(-2), k * a.unsqueeze(-1)
-    of_plan, of_b, of_a = (torch.where(x != 0, outer * x, 0.0) for x in (plan, by_b, by_a))  # not 0 * inf
+    of_plan, of_b, of_a = (torch.where(x != 0, outer, 0.0) * x for x in (plan, by_b, by_a))  # not 0 * inf
     grad = (w + w_value) * plan - of_plan / eps
     grad_a = of_b.sum(-1) - eps * w_value[..., 0] * (by_b.sum(-1) - 1)
     grad_b = of_a.sum(-2) - eps * w_value[..., 0] * (by_a.sum(-2) - 1)
@@ -264,17 +269,19 @@ def unrolled_gradient(
     for iteration in range(len(history) - 1, 0, -1):
         running = (iteration <= n_iter)[:, None, None]
         (f, g), g_before = history[iteration], history[iteration - 1][1]
+        # The masses come before the multipliers: where there is none, k times these may overflow.
         k = torch.where(running, kernel(cost, f, g, eps), 0.0)
-        step = k * grad_g.unsqueeze(-2)
-        grad = grad + a.unsqueeze(-1) * step
-        grad_a = grad_a - eps * step.sum(-1)
-        grad_f = grad_f - (a.unsqueeze(-1) * step).sum(-1)
+        step = (a.unsqueeze(-1) * k) * grad_g.unsqueeze(-2)
+        grad, grad_f = grad + step, grad_f - step.sum(-1)
+        grad_a = grad_a - eps * (k * grad_g.unsqueeze(-2)).sum(-1)
         k = torch.where(running, kernel(cost, f, g_before, eps), 0.0)
-        step = k * grad_f.unsqueeze(-1)
-        grad = grad + b.unsqueeze(-2) * step
-        grad_b = grad_b - eps * step.sum(-2)
-        grad_g = torch.where(running[..., 0], -(b.unsqueeze(-2) * step).sum(-2), grad_g)
+        step = (b.unsqueeze(-2) * k) * grad_f.unsqueeze(-1)
+        grad = grad + step
+        grad_b = grad_b - eps * (k * grad_f.unsqueeze(-1)).sum(-2)
+        grad_g = torch.where(running[..., 0], -step.sum(-2), grad_g)
         grad_f = torch.where(running[..., 0], 0.0, grad_f)
-    grad_a, grad_b = known(grad_a, live(a)), known(grad_b, live(b))
+    f, g = history[-1]
+    grad_a = torch.where(live(a) | ~lost(f, eps), grad_a, 0.0)
+    grad_b = torch.where(live(b) | ~lost(g, eps), grad_b, 0.0)
     grad_left, grad_right = _pull_back(grad, left, right) if need_cost else (cost.new_empty(0), cost.new_empty(0))
     return grad_left, grad_right, grad_a, grad_b

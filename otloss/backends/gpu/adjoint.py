@@ -1,7 +1,7 @@
 r"""Conjugate gradients for the adjoint of problems that do not fit one program.
 
 With R = C - f - g, k = exp(-R/eps), rho = k b, sigma = k' a, c_j = b_j (1 where b_j = 0), A = a rho, S = c sigma
-and an upstream w (transport cost), p (f), q (g):
+and an upstream w (transport cost), p (f), q (g), which where there is no mass stand for p/rho and q/sigma:
 
 .. math:: y = (w\, (k \circ R) b - \varepsilon\, k q) / \rho, \qquad
           h = c \circ \big(w\, (k \circ R)^\top a - k^\top (a \circ y + \varepsilon p)\big), \qquad

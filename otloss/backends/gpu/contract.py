@@ -38,13 +38,13 @@ def unrolled_tile(
         ui = vector(u + t * stride_i, i, n, DTYPE)
         vj = vector(v + t * stride_j, j, m, DTYPE)
         if SWAPPED:
-            grad += kernel_tile(cost, fi, gj, inv) * ui[:, None] * b[None, :]
+            grad += kernel_tile(cost, fi, gj, inv) * (ui[:, None] * b[None, :])
             fi = vector(f + (t - 1) * stride_i, i, n, DTYPE)
-            grad += kernel_tile(cost, fi, gj, inv) * a[:, None] * vj[None, :]
+            grad += kernel_tile(cost, fi, gj, inv) * (a[:, None] * vj[None, :])
         else:
-            grad += kernel_tile(cost, fi, gj, inv) * a[:, None] * vj[None, :]
+            grad += kernel_tile(cost, fi, gj, inv) * (a[:, None] * vj[None, :])
             gj = vector(g + (t - 1) * stride_j, j, m, DTYPE)
-            grad += kernel_tile(cost, fi, gj, inv) * ui[:, None] * b[None, :]
+            grad += kernel_tile(cost, fi, gj, inv) * (ui[:, None] * b[None, :])
     return grad
 
 

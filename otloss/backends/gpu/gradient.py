@@ -7,7 +7,7 @@ from torch import Tensor
 
 from otloss.backends.gpu import adjoint, config, contract, rows, small, stream
 from otloss.backends.gpu.launch import Problem, View, iterate, launch
-from otloss.backends.reference import known, live
+from otloss.backends.reference import known, live, lost
 
 # Potentials, masses, multipliers and weights of the rows and columns that ``contract.py`` takes.
 Side = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
@@ -34,8 +34,10 @@ def implicit_gradient(
     if use_adjoint:
         p = torch.zeros_like(f) if grad_f is None else grad_f.contiguous()
         q = torch.zeros_like(g) if grad_g is None else grad_g.contiguous()
-        solver = _small_multipliers if problem.regime == "small" else _multipliers
-        u, v, by_p, by_q, residual = solver(problem, f, g, w, p, q)
+        if problem.regime == "small":
+            u, v, by_p, by_q, residual = _small_multipliers(problem, f, g, w, p, q)
+        else:
+            u, v, by_p, by_q, residual = _multipliers(problem, f, g, w, p, q, with_g=grad_g is not None)
         row, column = (f, problem.a, u, by_p), (g, problem.b, v, by_q)
         sharp = w.unsqueeze(-1)
         grad_a, grad_b = grad_a + u + sharp * f, grad_b + v + sharp * g
@@ -66,13 +68,14 @@ def _without(x: Tensor, root: Tensor) -> Tensor:
 
 
 def _multipliers(
-    problem: Problem, f: Tensor, g: Tensor, w: Tensor, p: Tensor, q: Tensor
+    problem: Problem, f: Tensor, g: Tensor, w: Tensor, p: Tensor, q: Tensor, with_g: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """U, V, p/rho, q/sigma and the residual by conjugate gradients; ``adjoint.py`` has the equations."""
     eps, sharp = problem.eps, w.unsqueeze(-1)
     live_a, live_b = live(problem.a), live(problem.b)
     a, b = torch.where(live_a, problem.a, 0.0), torch.where(live_b, problem.b, 0.0)
-    rho, cost_row, q_row = problem.sums(problem.rows, f, g, b, b, q, reduced=True)
+    of_g = torch.where(live_b, q, q * known(1 / problem.sums(problem.columns, g, f, a)[0], live_b)) if with_g else q
+    rho, cost_row, q_row = problem.sums(problem.rows, f, g, b, b, of_g, reduced=True)
     by_rho = known(1 / rho, live_a)
     y = known((sharp * cost_row - eps * q_row) * by_rho, live_a)
     by_p = a * y + eps * p * torch.where(live_a, 1.0, by_rho)
@@ -228,7 +231,8 @@ def unrolled_gradient(
     for t in range(longest, 0, -1):
         _reverse(problem, problem.rows, f[t], g[t], a, v[t], u[t], grad_a, n_iter, t)
         _reverse(problem, problem.columns, g[t - 1], f[t], b, u[t], v[t - 1], grad_b, n_iter, t)
-    grad_a, grad_b = known(grad_a, live_a), known(grad_b, live_b)
+    grad_a = torch.where(live_a | ~lost(f_last, eps), grad_a, 0.0)
+    grad_b = torch.where(live_b | ~lost(g_last, eps), grad_b, 0.0)
     if not need_cost:
         return problem.empty(0), problem.empty(0), grad_a, grad_b
     left, right = _contract(problem, (f, a, u, None), (g, b, v, None), w, w_value, n_iter)

@@ -171,7 +171,8 @@ def adjoint_small(
     rho = tl.where(real_i, tl.sum(k * mass_b[None, :], 1), 1.0)
     sigma = tl.where(real_j, tl.sum(k * mass_a[:, None], 0), 1.0)
     by_rho, by_sigma = known(1.0 / rho, live_a), known(1.0 / sigma, live_b)
-    y = weight * tl.sum((k * mass_b[None, :]) * reduced, 1) - step_eps * tl.sum(k * grad_q[None, :], 1)
+    of_g = grad_q * tl.where(live_b, 1.0, by_sigma)
+    y = weight * tl.sum((k * mass_b[None, :]) * reduced, 1) - step_eps * tl.sum(k * of_g[None, :], 1)
     y = known(y * by_rho, live_a)
     scale = tl.where(live_b, mass_b, tl.where(real_j, 1.0, 0.0))
     by_p = mass_a * y + step_eps * grad_p * tl.where(live_a, 1.0, by_rho)
@@ -180,7 +181,8 @@ def adjoint_small(
     rows = mass_a * rho
     root = tl.where(live_b, tl.sqrt(sigma * scale), 0.0)
     stretch = tl.where(root > 0.0, root, 1.0)
-    k = k * by_rho[:, None] * (scale / stretch)[None, :]  # M S^-1/2, or M in a column without mass
+    # M S^-1/2, or M in a column without mass. Pairs of two points without mass are not needed, nor need they be finite.
+    k = tl.where(live_a[:, None] | live_b[None, :], k * by_rho[:, None] * (scale / stretch)[None, :], 0.0)
     size = tl.sum(root * root, 0)
     res = without(tl.where(root > 0.0, h / stretch, 0.0), root, size)
     unit = tl.max(tl.abs(res), 0)  # of which there may be no square

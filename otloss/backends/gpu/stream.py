@@ -173,6 +173,6 @@ def unroll_step(
         k = kernel_tile(cost, fi, vector(g + p * m, j, m, DTYPE), inv)
         total += tl.sum(k * vector(multiplier + p * m, j, m, DTYPE)[None, :], 1)
     mass = vector(a + p * n, i, n, DTYPE)
-    mass = tl.where(is_live(mass), mass, 0.0)
-    tl.store(out + p * n + i, vector(out + p * n, i, n, DTYPE) - mass * total, mask=i < n)
+    change = tl.where(is_live(mass), mass * total, 0.0)  # not 0 * inf
+    tl.store(out + p * n + i, vector(out + p * n, i, n, DTYPE) - change, mask=i < n)
     tl.store(grad + p * n + i, vector(grad + p * n, i, n, DTYPE) - tl.full([], eps, DTYPE) * total, mask=i < n)
