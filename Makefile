@@ -39,7 +39,7 @@ example-xray: $(VENV)/.examples  ## the same on a prepared data set: make exampl
 	@test -n "$(DATA)" || { echo "make: say which prepared data set, e.g. make example-xray DATA=data/nih"; exit 2; }
 	$(PY) -m examples.optiml xray --data "$(DATA)" $(XRAY_ARGS)
 
-# A process per core, since every test runs on one thread; a file's tests stay together and share what it prepares.
+# Up to four processes, one per core, since most tests run on one thread; a file's tests share what it prepares.
 test: $(VENV)/.dev  ## run every test and every docstring's example
 	$(PY) -m pytest -q -n logical --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 

@@ -47,7 +47,7 @@ template <class T> struct Gradient {
   T* residual;
 };
 
-// A mass below this is no mass: its reciprocal must stay representable with room to spare.
+// A mass not above this is no mass: its reciprocal must stay representable with room to spare.
 template <class T> constexpr T dead_mass = sizeof(T) == 4 ? T(1e-30) : T(1e-290);
 
 // Asks for large pages in what lies whole within a range: first touches are then few, and small pages scattered over memory

@@ -87,10 +87,13 @@ void unrolled_gradient(const Problem<T>& p, Arena& arena, int64_t n_iter, const 
   }
 
   // Without mass, potentials are of the size of the costs, however large: where rounding of that may move an exponent by
-  // a sixteenth or more, the gradient is not known and counts as 0.
-  const T reach = p.eps / (8 * std::numeric_limits<T>::epsilon());
-  for (int i = 0; i < p.n; ++i) out.a[i] = s.a[i] > 0 || std::fabs(fk[i]) < reach ? da[i] : T(0);
-  for (int j = 0; j < p.m; ++j) out.b[j] = s.b[j] > 0 || std::fabs(gk[j]) < reach ? db[j] : T(0);
+  // 1/256 or more, the gradient is lost and counts as 0.
+  const T reach = p.eps / (128 * std::numeric_limits<T>::epsilon());
+  const auto by_mass = [&](T mass, T potential, T grad) {
+    return mass > 0 || (std::fabs(potential) < reach && std::isfinite(grad)) ? grad : T(0);
+  };
+  for (int i = 0; i < p.n; ++i) out.a[i] = by_mass(s.a[i], fk[i], da[i]);
+  for (int j = 0; j < p.m; ++j) out.b[j] = by_mass(s.b[j], gk[j], db[j]);
   if (!out.left) return;
   for (int i0 = 0; i0 < cost.n; i0 += tile_rows) {
     cost.pull(D + size_t(i0) * cost.ld, i0, tile_rows, out);

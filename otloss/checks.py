@@ -30,8 +30,11 @@ def no_autocast(like: Tensor) -> AbstractContextManager[object]:
 
 def _is_inside(file: str) -> bool:
     cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    compiled = file.startswith(os.path.join(os.path.abspath(cache), "")) if cache else f"{os.sep}torchinductor_" in file
-    return compiled or file.startswith(_INSIDE)
+    if file.startswith(_INSIDE):
+        return True
+    if not cache:
+        return f"{os.sep}torchinductor_" in file
+    return os.path.abspath(file).startswith(os.path.join(os.path.abspath(cache), ""))
 
 
 def warn(message: str, category: type[Warning]) -> None:

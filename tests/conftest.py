@@ -16,7 +16,7 @@ torch.set_num_threads(1)
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Figures that tests recorded; a worker process has no terminal of its own to print them on."""
-    for report in terminalreporter.getreports("passed"):
+    for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
         for name, figures in report.user_properties:
             terminalreporter.write_line(f"{name}: {figures}")
 

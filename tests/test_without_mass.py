@@ -139,6 +139,33 @@ def test_a_trace_of_mass_is_no_mass(backend: str, gradient: str, side: str, by_l
     assert all(relative(x, y) < 1e-3 for x, y in zip(got, want, strict=True))
 
 
+def test_zero_mass_has_the_one_sided_second_derivative_by_unrolling() -> None:
+    cost, a, b = random_problem(1, n=4, m=5)
+    a[:, 3] = 0
+    a /= a.sum(-1, keepdim=True)
+    weight, n_iter, direction = torch.ones(1, dtype=a.dtype), torch.tensor([3]), torch.randn_like(cost)
+
+    def first(a: Tensor) -> Tensor:
+        left, *_ = get_backend("reference").unrolled_gradient(
+            cost, None, a, b, n_iter, weight, weight / 2, 0.2, True, 3
+        )
+        return (left * direction).sum()
+
+    (second,) = torch.autograd.grad(first(a.requires_grad_()), a)
+    with torch.no_grad():
+        for i, step in enumerate(1e-7 * torch.eye(4, dtype=a.dtype)):
+            assert float((first(a + step) - first(a)) / 1e-7) == pytest.approx(float(second[0, i]), rel=1e-4)
+
+
+def test_a_gradient_by_no_mass_that_overflows_is_zero(backend: str) -> None:
+    """Its potential is small at the end; of the first iteration, which starts from 0, its kernel is at its bound."""
+    cost, a, b, _ = without_last("columns", 0.0, 0.0)
+    cost[:, :, :-1] += 5
+    weight, n_iter = torch.full((len(cost),), 1e15), torch.full((len(cost),), 3)
+    *_, by_a, by_b = get_backend(backend).unrolled_gradient(cost, None, a, b, n_iter, weight, weight, 0.05, True, 3)
+    assert by_a.isfinite().all() and by_b.isfinite().all() and by_b[:, :-1].all()
+
+
 @pytest.mark.parametrize("side", ["rows", "columns"])
 def test_a_large_loss_does_not_bring_points_without_mass_back(backend: str, side: str) -> None:
     """What multiplies their kernel overflows; nothing may come of that."""
@@ -158,9 +185,9 @@ def test_a_large_loss_does_not_bring_points_without_mass_back(backend: str, side
 
 
 @pytest.mark.parametrize("side", ["rows", "columns"])
-@pytest.mark.parametrize("scale", [1.0, 1e9])
+@pytest.mark.parametrize("scale", [1.0, 1e3, 1e4, 1e9])
 def test_what_rounding_has_lost_of_a_point_without_mass_is_no_gradient(backend: str, scale: float, side: str) -> None:
-    """A potential of 1e9 is known to 64: unrolled, the gradient by its mass is 0 then, and exact where it is known."""
+    """A potential of 1e9 is known to 64: unrolled, the gradient by its mass is 0 then."""
     cost, a, b, _ = without_last(side, 0.0, scale)
 
     def gradient(dtype: torch.dtype, backend: str) -> Tensor:
@@ -170,7 +197,7 @@ def test_what_rounding_has_lost_of_a_point_without_mass_is_no_gradient(backend: 
         return by_mass[0 if side == "rows" else 1][:, -1]
 
     got = gradient(torch.float32, backend)
-    if scale == 1:
-        assert relative(got, gradient(torch.float64, "reference")) < 1e-3
+    if scale < 1e4:
+        assert relative(got, gradient(torch.float64, "reference")) < 1e-2
     else:
         assert not got.any()

@@ -37,9 +37,13 @@ def known(x: Tensor, live: Tensor) -> Tensor:
     return torch.where(live | x.isfinite(), x, 0.0)
 
 
-def lost(potential: Tensor, eps: float) -> Tensor:
-    """Where rounding of a potential, that of huge costs without mass, may move its exponents by a sixteenth or more."""
-    return ~(potential.abs() < eps / (8 * torch.finfo(potential.dtype).eps))
+def unrolled_by_mass(grad: Tensor, mass: Tensor, potential: Tensor, eps: float) -> Tensor:
+    """An unrolled gradient by the masses, 0 where a point without mass has lost it.
+
+    Rounding of its potential, which is of the size of its costs, may move the exponents by 1/256 or more there.
+    """
+    exact = potential.abs() < eps / (128 * torch.finfo(potential.dtype).eps)
+    return torch.where(live(mass) | (exact & grad.isfinite()), grad, 0.0)
 
 
 def log_mass(mass: Tensor) -> Tensor:
@@ -169,14 +173,14 @@ def _solve_adjoint(plan: Tensor, r: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     laplacian = laplacian + null.unsqueeze(-1) * null.unsqueeze(-2)
     ridge = max(torch.finfo(dtype).eps, m * torch.finfo(plan.dtype).eps)
     factor, failed = torch.linalg.cholesky_ex(laplacian + ridge * diagonal)
-    known = (by_rows * r.unsqueeze(-1)).sum(-2)
-    right_side = (unroot * (s - known)).unsqueeze(-1)
+    of_rows = (by_rows * r.unsqueeze(-1)).sum(-2)
+    right_side = (unroot * (s - of_rows)).unsqueeze(-1)
     z = torch.cholesky_solve(right_side, factor)
     for _ in range(2):
         z = z + torch.cholesky_solve(right_side - laplacian @ z, factor)
     z = torch.where(failed[..., None, None] == 0, z, torch.nan)  # only what is not finite fails: let it show
     norm = torch.linalg.vector_norm
-    size, terms = norm(right_side, dim=(-1, -2)), norm(unroot * s, dim=-1) + norm(unroot * known, dim=-1)
+    size, terms = norm(right_side, dim=(-1, -2)), norm(unroot * s, dim=-1) + norm(unroot * of_rows, dim=-1)
     left_over = norm(right_side - laplacian @ z, dim=(-1, -2))
     solved = size <= 8 * torch.finfo(dtype).eps * terms  # the right side is the rounding of terms that cancel
     residual = torch.where(solved, 0.0, left_over / _or_one(size))
@@ -233,6 +237,15 @@ def implicit_gradient(
     return grad_left, grad_right, grad_a, grad_b, residual
 
 
+def _times(matrix: Tensor, vector: Tensor) -> Tensor:
+    return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
+
+
+def _tangent_of_no_mass(mass: Tensor) -> Tensor:
+    """0 with the derivative of ``mass`` where there is none."""
+    return torch.where(live(mass), 0.0, mass - mass.detach())
+
+
 def unrolled_gradient(
     left: Tensor,
     right: Tensor | None,
@@ -251,8 +264,15 @@ def unrolled_gradient(
     history = [(torch.zeros_like(a), torch.zeros_like(b))]
     for iteration in range(max_iter):
         running = (iteration < n_iter).unsqueeze(-1)
-        f = torch.where(running, _f_step(cost, log_b, history[-1][1], eps), history[-1][0])
-        g = torch.where(running, _g_step(cost, log_a, f, eps), history[-1][1])
+        f_next = _f_step(cost, log_b, history[-1][1], eps)
+        if torch.is_grad_enabled():  # their logarithm lets no derivative by masses of 0 through
+            f_next = f_next - eps * _times(kernel(cost, f_next, history[-1][1], eps), _tangent_of_no_mass(b))
+        f = torch.where(running, f_next, history[-1][0])
+        g_next = _g_step(cost, log_a, f, eps)
+        if torch.is_grad_enabled():
+            k = kernel(cost, f, g_next, eps)
+            g_next = g_next - eps * _times(k.transpose(-1, -2), _tangent_of_no_mass(a))
+        g = torch.where(running, g_next, history[-1][1])
         history.append((f, g))
 
     f, g = history[-1]  # without mass as with it: of the last iteration, which is the limit of a vanishing mass
@@ -260,8 +280,10 @@ def unrolled_gradient(
     k = kernel(cost, f, g, eps)
     plan = a.unsqueeze(-1) * k * b.unsqueeze(-2)
     outer = w * cost + w_value * (f.unsqueeze(-1) + g.unsqueeze(-2))
+    both = live(a).unsqueeze(-1) & live(b).unsqueeze(-2)
+    outer = torch.where((k > 0) & (both | outer.isfinite()), outer, 0.0)  # not 0 * inf
     by_b, by_a = k * b.unsqueeze(-2), k * a.unsqueeze(-1)
-    of_plan, of_b, of_a = (torch.where(x != 0, outer, 0.0) * x for x in (plan, by_b, by_a))  # not 0 * inf
+    of_plan, of_b, of_a = outer * plan, outer * by_b, outer * by_a
     grad = (w + w_value) * plan - of_plan / eps
     grad_a = of_b.sum(-1) - eps * w_value[..., 0] * (by_b.sum(-1) - 1)
     grad_b = of_a.sum(-2) - eps * w_value[..., 0] * (by_a.sum(-2) - 1)
@@ -269,7 +291,7 @@ def unrolled_gradient(
     for iteration in range(len(history) - 1, 0, -1):
         running = (iteration <= n_iter)[:, None, None]
         (f, g), g_before = history[iteration], history[iteration - 1][1]
-        # The masses come before the multipliers: where there is none, k times these may overflow.
+        # The masses come before the multipliers: where there is none, k times these may overflow, which would reach C.
         k = torch.where(running, kernel(cost, f, g, eps), 0.0)
         step = (a.unsqueeze(-1) * k) * grad_g.unsqueeze(-2)
         grad, grad_f = grad + step, grad_f - step.sum(-1)
@@ -281,7 +303,6 @@ def unrolled_gradient(
         grad_g = torch.where(running[..., 0], -step.sum(-2), grad_g)
         grad_f = torch.where(running[..., 0], 0.0, grad_f)
     f, g = history[-1]
-    grad_a = torch.where(live(a) | ~lost(f, eps), grad_a, 0.0)
-    grad_b = torch.where(live(b) | ~lost(g, eps), grad_b, 0.0)
+    grad_a, grad_b = unrolled_by_mass(grad_a, a, f, eps), unrolled_by_mass(grad_b, b, g, eps)
     grad_left, grad_right = _pull_back(grad, left, right) if need_cost else (cost.new_empty(0), cost.new_empty(0))
     return grad_left, grad_right, grad_a, grad_b

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from otloss.backends.gpu import adjoint, config, contract, rows, small, stream
 from otloss.backends.gpu.launch import Problem, View, iterate, launch
-from otloss.backends.reference import known, live, lost
+from otloss.backends.reference import known, live, unrolled_by_mass
 
 # Potentials, masses, multipliers and weights of the rows and columns that ``contract.py`` takes.
 Side = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
@@ -231,8 +231,7 @@ def unrolled_gradient(
     for t in range(longest, 0, -1):
         _reverse(problem, problem.rows, f[t], g[t], a, v[t], u[t], grad_a, n_iter, t)
         _reverse(problem, problem.columns, g[t - 1], f[t], b, u[t], v[t - 1], grad_b, n_iter, t)
-    grad_a = torch.where(live_a | ~lost(f_last, eps), grad_a, 0.0)
-    grad_b = torch.where(live_b | ~lost(g_last, eps), grad_b, 0.0)
+    grad_a, grad_b = unrolled_by_mass(grad_a, a, f_last, eps), unrolled_by_mass(grad_b, b, g_last, eps)
     if not need_cost:
         return problem.empty(0), problem.empty(0), grad_a, grad_b
     left, right = _contract(problem, (f, a, u, None), (g, b, v, None), w, w_value, n_iter)
