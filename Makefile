@@ -39,9 +39,9 @@ example-xray: $(VENV)/.examples  ## the same on a prepared data set: make exampl
 	@test -n "$(DATA)" || { echo "make: say which prepared data set, e.g. make example-xray DATA=data/nih"; exit 2; }
 	$(PY) -m examples.optiml xray --data "$(DATA)" $(XRAY_ARGS)
 
-# Up to four processes, one per core, since most tests run on one thread; a file's tests share what it prepares.
+# Up to four processes, one per core, since most tests run on one thread; one that has no more takes from another.
 test: $(VENV)/.dev  ## run every test and every docstring's example
-	$(PY) -m pytest -q -n logical --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
+	$(PY) -m pytest -q -n logical --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
 
 bench: $(VENV)/.bench  ## time otloss and its peers, draw the plots, write the README's table (more than an hour)
 	$(PY) -m benchmarks all $(BENCH_ARGS)

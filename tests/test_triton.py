@@ -68,9 +68,10 @@ def test_the_device_suite_runs_to_a_skip() -> None:
 
 @installed
 @pytest.mark.slow
-def test_kernels_in_the_interpreter() -> None:
-    """In a process of their own: Triton reads TRITON_INTERPRET when it is imported."""
-    options = ("-o", "addopts=", "-q", "-x", "-W", "ignore::RuntimeWarning", "--durations=5")
+@pytest.mark.parametrize("part", ["[small", "[medium", "[large", "not [small and not [medium and not [large"])
+def test_kernels_in_the_interpreter(part: str) -> None:
+    """In processes of their own: Triton reads TRITON_INTERPRET when it is imported. One a regime, to share out."""
+    options = ("-o", "addopts=", "-q", "-x", "-W", "ignore::RuntimeWarning", "--durations=5", "-k", part)
     done = run("-m", "pytest", *options, str(HERE / "triton_kernels.py"), TRITON_INTERPRET="1")
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
