@@ -29,9 +29,9 @@ def no_autocast(like: Tensor) -> AbstractContextManager[object]:
 
 
 def _is_inside(file: str) -> bool:
-    cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     if file.startswith(_INSIDE):
         return True
+    cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     if not cache:
         return f"{os.sep}torchinductor_" in file
     return os.path.abspath(file).startswith(os.path.join(os.path.abspath(cache), ""))

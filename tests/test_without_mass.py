@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import random_problem, relative
+from conftest import leave_out_last, random_problem, relative
 from torch import Tensor
 
 from otloss import sinkhorn
@@ -108,15 +108,12 @@ def test_a_forbidden_pair_has_a_second_derivative_by_unrolling(weight: float) ->
 
 def without_last(
     side: str, mass: float, scale: float, batch: int = 16
-) -> tuple[Tensor, Tensor, Tensor, tuple[slice, ...]]:
+) -> tuple[Tensor, Tensor, Tensor, tuple[slice, slice, slice]]:
     """Problems whose last row or column has that mass and costs of that scale, and which rows and columns are live."""
     cost, a, b = random_problem(batch, n=5, m=5, dtype=torch.float32)
-    dead = a if side == "rows" else b
-    dead[:, -1] = 0
-    dead /= dead.sum(-1, keepdim=True)
-    dead[:, -1] = mass
-    (cost if side == "rows" else cost.mT)[:, -1] = scale * (1 + 0.1 * torch.rand(batch, 5))
-    return cost, a, b, (slice(None), slice(4 if side == "rows" else 5), slice(4 if side == "columns" else 5))
+    live = leave_out_last(side, cost, a, b, scale * (1 + 0.1 * torch.rand(batch, 5)))
+    (a if side == "rows" else b)[:, -1] = mass
+    return cost, a, b, live
 
 
 @pytest.mark.parametrize("mass", [5e-31, 1e-38])

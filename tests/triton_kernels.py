@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import relative
+from conftest import leave_out_last, relative
 from torch import Tensor
 
 import otloss
@@ -360,11 +360,7 @@ def test_the_size_of_the_loss_is_free(regime: str, weight: float) -> None:
 def test_huge_costs_without_mass_do_not_reach_the_others(regime: str, gradient: str, side: str, size: float) -> None:
     batch = 8 if regime == "small" else 2  # cheap there, and a row whose kernel vanishes does not come in every problem
     cost, _, a, b = problem("dense", 5, 5, torch.float32, batch, masked=False)
-    dead = a if side == "rows" else b
-    dead[:, 4] = 0
-    dead /= dead.sum(-1, keepdim=True)
-    live = (slice(None), slice(4 if side == "rows" else 5), slice(4 if side == "columns" else 5))
-    (cost if side == "rows" else cost.mT)[:, 4] = size * (1 + torch.rand(batch, 5))
+    live = leave_out_last(side, cost, a, b, size * (1 + torch.rand(batch, 5)))
 
     def results(*given: Tensor) -> tuple[Tensor, ...]:
         given = tuple(x.clone().requires_grad_() for x in given)
@@ -400,13 +396,10 @@ def test_pairs_of_points_without_mass_do_not_reach_the_others(regime: str) -> No
 @pytest.mark.parametrize("size", [1e4, 1e6, 1e9])
 def test_potentials_of_huge_costs_without_mass_have_their_gradient(regime: str, size: float, side: str) -> None:
     cost, _, a, b = problem("dense", 5, 5, torch.float32, batch=1, masked=False)
-    masks = [side in (name, "both") for name in ("rows", "columns")]
-    for mass, line, dead in ((a, cost, masks[0]), (b, cost.mT, masks[1])):
-        if dead:
-            mass[:, 4] = 0
-            mass /= mass.sum(-1, keepdim=True)
-            line[:, 4] = size * (1 + 0.1 * torch.rand(5))
-    live = (slice(None), *(slice(4 if dead else 5) for dead in masks))
+    sides = [name for name in ("rows", "columns") if side in (name, "both")]
+    for name in sides:
+        leave_out_last(name, cost, a, b, size * (1 + 0.1 * torch.rand(5)))
+    live = (slice(None), *(slice(-1 if name in sides else None) for name in ("rows", "columns")))
     weights = torch.randn(2, 5)
 
     def gradients(dtype: torch.dtype, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -425,11 +418,7 @@ def test_potentials_of_huge_costs_without_mass_have_their_gradient(regime: str, 
 def test_unrolled_points_without_mass_have_lost_their_gradient(side: str, weight: float) -> None:
     """Unrolling has one kernel for all regimes; what multiplies that of such points may overflow."""
     cost, _, a, b = problem("dense", 5, 5, torch.float32, batch=4, masked=False)
-    dead = a if side == "rows" else b
-    dead[:, 4] = 0
-    dead /= dead.sum(-1, keepdim=True)
-    (cost if side == "rows" else cost.mT)[:, 4] = 1e9 * (1 + 0.1 * torch.rand(4, 5))
-    live = (slice(None), slice(4 if side == "rows" else 5), slice(4 if side == "columns" else 5))
+    live = leave_out_last(side, cost, a, b, 1e9 * (1 + 0.1 * torch.rand(4, 5)))
     w, n_iter = torch.full((4,), weight), torch.full((4,), 2)
     got = triton.unrolled_gradient(cost, None, a, b, n_iter, w, w, 0.05, True, 2)
     crop = (cost[live].contiguous(), None, a[live[:2]].contiguous(), b[:, live[2]].contiguous())

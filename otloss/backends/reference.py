@@ -237,10 +237,6 @@ def implicit_gradient(
     return grad_left, grad_right, grad_a, grad_b, residual
 
 
-def _times(matrix: Tensor, vector: Tensor) -> Tensor:
-    return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
-
-
 def _tangent_of_no_mass(mass: Tensor) -> Tensor:
     """0 with the derivative of ``mass`` where there is none."""
     return torch.where(live(mass), 0.0, mass - mass.detach())
@@ -261,33 +257,34 @@ def unrolled_gradient(
     """Exact gradient of the iterations that were run: the potentials of each are kept, the kernels made again."""
     cost = dense_cost(left, right)
     log_a, log_b = log_mass(a), log_mass(b)
+    twice = torch.is_grad_enabled()  # then masses of 0 need what their logarithm does not let through
+    of_a, of_b = _tangent_of_no_mass(a).unsqueeze(-1), _tangent_of_no_mass(b).unsqueeze(-2)
     history = [(torch.zeros_like(a), torch.zeros_like(b))]
     for iteration in range(max_iter):
         running = (iteration < n_iter).unsqueeze(-1)
-        f_next = _f_step(cost, log_b, history[-1][1], eps)
-        if torch.is_grad_enabled():  # their logarithm lets no derivative by masses of 0 through
-            f_next = f_next - eps * _times(kernel(cost, f_next, history[-1][1], eps), _tangent_of_no_mass(b))
-        f = torch.where(running, f_next, history[-1][0])
+        f, g = history[-1]
+        f_next = _f_step(cost, log_b, g, eps)
+        if twice:
+            f_next = f_next - eps * (kernel(cost, f_next, g, eps) * of_b).sum(-1)
+        f = torch.where(running, f_next, f)
         g_next = _g_step(cost, log_a, f, eps)
-        if torch.is_grad_enabled():
-            k = kernel(cost, f, g_next, eps)
-            g_next = g_next - eps * _times(k.transpose(-1, -2), _tangent_of_no_mass(a))
-        g = torch.where(running, g_next, history[-1][1])
-        history.append((f, g))
+        if twice:
+            g_next = g_next - eps * (kernel(cost, f, g_next, eps) * of_a).sum(-2)
+        history.append((f, torch.where(running, g_next, g)))
 
-    f, g = history[-1]  # without mass as with it: of the last iteration, which is the limit of a vanishing mass
+    # Without mass as with it: of the last iteration, which is the limit of a vanishing mass.
+    f_last, g_last = history[-1]
     w, w_value = _column(grad_cost, cost), _column(grad_value, cost)
-    k = kernel(cost, f, g, eps)
+    k = kernel(cost, f_last, g_last, eps)
     plan = a.unsqueeze(-1) * k * b.unsqueeze(-2)
-    outer = w * cost + w_value * (f.unsqueeze(-1) + g.unsqueeze(-2))
+    outer = w * cost + w_value * (f_last.unsqueeze(-1) + g_last.unsqueeze(-2))
     both = live(a).unsqueeze(-1) & live(b).unsqueeze(-2)
     outer = torch.where((k > 0) & (both | outer.isfinite()), outer, 0.0)  # not 0 * inf
-    by_b, by_a = k * b.unsqueeze(-2), k * a.unsqueeze(-1)
-    of_plan, of_b, of_a = outer * plan, outer * by_b, outer * by_a
-    grad = (w + w_value) * plan - of_plan / eps
-    grad_a = of_b.sum(-1) - eps * w_value[..., 0] * (by_b.sum(-1) - 1)
-    grad_b = of_a.sum(-2) - eps * w_value[..., 0] * (by_a.sum(-2) - 1)
-    grad_f, grad_g = of_plan.sum(-1) / eps, of_plan.sum(-2) / eps
+    by_b, by_a, lift = k * b.unsqueeze(-2), k * a.unsqueeze(-1), outer * plan / eps
+    grad = (w + w_value) * plan - lift
+    grad_a = (outer * by_b).sum(-1) - eps * w_value[..., 0] * (by_b.sum(-1) - 1)
+    grad_b = (outer * by_a).sum(-2) - eps * w_value[..., 0] * (by_a.sum(-2) - 1)
+    grad_f, grad_g = lift.sum(-1), lift.sum(-2)
     for iteration in range(len(history) - 1, 0, -1):
         running = (iteration <= n_iter)[:, None, None]
         (f, g), g_before = history[iteration], history[iteration - 1][1]
@@ -302,7 +299,6 @@ def unrolled_gradient(
         grad_b = grad_b - eps * (k * grad_f.unsqueeze(-1)).sum(-2)
         grad_g = torch.where(running[..., 0], -step.sum(-2), grad_g)
         grad_f = torch.where(running[..., 0], 0.0, grad_f)
-    f, g = history[-1]
-    grad_a, grad_b = unrolled_by_mass(grad_a, a, f, eps), unrolled_by_mass(grad_b, b, g, eps)
+    grad_a, grad_b = unrolled_by_mass(grad_a, a, f_last, eps), unrolled_by_mass(grad_b, b, g_last, eps)
     grad_left, grad_right = _pull_back(grad, left, right) if need_cost else (cost.new_empty(0), cost.new_empty(0))
     return grad_left, grad_right, grad_a, grad_b
