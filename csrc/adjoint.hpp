@@ -134,16 +134,17 @@ template <class T> struct Adjoint {
       repeat<block>(OTLOSS_EACH(r) {
         const size_t at = r * size_t(cost.ld) + j;
         const vec<T> e = i0 + r < cost.n ? load(k + at) * factor[r] : vec<T>{};
-        const vec<T> reduced = e != 0 ? load(R + at) : vec<T>{};  // else one near the largest number makes 0 * inf
         store<T>(k + at, e);
-        store<T>(R + at, reduced);
         s += A[i0 + r] * e;
-        t += e * (Aw[r] * reduced - rest[r]);
+        t += e * (Aw[r] * masked(e, load(R + at)) - rest[r]);
       });
       store<T>(mass + j, s);
       store<T>(side + j, t);
     }
   }
+
+  // The reduced cost where any kernel is left. Elsewhere it may be near the largest number, and 0 * inf is not a number.
+  static vec<T> masked(vec<T> kernel, vec<T> reduced) { return kernel != 0 ? reduced : vec<T>{}; }
 
   // The row again, scaled by its largest entry with mass: its sum overflowed or is lost in rounding.
   void rescue(int i, T& row, T& sharp) {
@@ -271,10 +272,11 @@ template <class T> struct Adjoint {
     T* k = M + size_t(i) * cost.ld;
     const T* R = cost.row(i);
     for (int j = 0; j < cost.cols; j += lanes<T>) {
-      vec<T> bracket = load(V + j) * slope + (load(R + j) * direct + level);
+      const vec<T> e = load(k + j);
+      vec<T> bracket = load(V + j) * slope + (masked(e, load(R + j)) * direct + level);
       if constexpr (Potentials) bracket = (bracket + pf[i]) * load(live + j) + A[i] * load(work + j);
       else bracket *= load(live + j);
-      store<T>(k + j, load(k + j) * bracket);
+      store<T>(k + j, e * bracket);
     }
   }
 

@@ -50,7 +50,7 @@ template <class T> struct LaneAdjoint : Lanes<T> {
       set(A, i, mass);
       set(y, i, average);
       for (int j = 0; j < m; ++j) {
-        const V e = entry(M, i, j) * factor, reduced = e != 0 ? entry(C, i, j) : V{};  // as in Adjoint::assemble_block
+        const V e = entry(M, i, j) * factor, reduced = Adjoint<T>::masked(e, entry(C, i, j));
         set(M, i, j, e);
         set(C, i, j, reduced);
         set(S, j, at(S, j) + mass * e);
