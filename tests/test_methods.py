@@ -21,9 +21,13 @@ pytest.importorskip("lightly", reason="the example needs otloss[examples]")
 pytest.importorskip("pytorch_lightning", reason="the example needs otloss[examples]")
 pytest.importorskip("tyro", reason="the example needs otloss[examples]")
 
+from lightly.loss.vicreg_loss import VICRegLoss
+from lightly.transforms.gaussian_blur import GaussianBlur
+from lightly.transforms.solarize import RandomSolarization
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import default_collate
+from torchvision.transforms.v2 import ColorJitter, RandomApply
 from xray_runs import interrupt_at, small
 
 import otloss
@@ -43,6 +47,9 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     **{method: (method, {}) for method in METHODS},
     "local": ("optiml", {"dense": 16, "stage": 3, "match": "position", "marginals": "hardest"}),
 }
+
+#: Methods that keep more than weights from step to step, or follow a schedule of their own.
+WITH_STATE = ("densecl", "byol", "pcrlv2")
 
 
 def tiny(data: Path, out: Path, method: str, norm: str = "batch", **special: object) -> PretrainConfig:
@@ -87,14 +94,18 @@ def two_steps(method: str, rank: int = 0, size: int = 1, **special: object) -> d
     return {**grads, **{f"buffer {name}": x.clone() for name, x in model.named_buffers()}}
 
 
-def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
-    """Under DistributedDataParallel on CPU: negatives, targets and queues are those of the whole batch."""
-    root = Path(__file__).parents[1]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+def in_two_processes(task: str, *arguments: Path) -> None:
+    """``main`` under torchrun."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [sys.executable, *torchrun, __file__, str(tmp_path / "two.pt")]
+    command = [sys.executable, *torchrun, __file__, task, *map(str, arguments)]
     run = subprocess.run(command, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
+    """Under DistributedDataParallel on CPU: negatives, targets and queues are those of the whole batch."""
+    in_two_processes("gradients", tmp_path)
     for name, two in torch.load(tmp_path / "two.pt", weights_only=True).items():
         method, special = VARIANTS[name]
         one = two_steps(method, **special)
@@ -104,6 +115,19 @@ def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
             if keys:
                 a, b = (torch.cat([x[key].flatten().double() for key in keys]) for x in (one, two))
                 assert (a - b).norm() <= 1e-5 * a.norm() and a.norm() > 0, (name, float((a - b).norm() / a.norm()))
+
+
+def test_two_processes_go_on_bit_for_bit(few_phantoms: Path, tmp_path: Path) -> None:
+    """Queues, targets and schedules are in the checkpoint of a run that has several processes."""
+    in_two_processes("runs", tmp_path, few_phantoms)
+    for method in WITH_STATE:
+        whole, again = (
+            torch.load(tmp_path / f"{method}-{kind}" / "last.ckpt", weights_only=False) for kind in ("whole", "again")
+        )
+        start = build(tiny(few_phantoms, tmp_path, method, norm="group").resolve()).state_dict()
+        assert whole["global_step"] == again["global_step"] == 6
+        assert all(torch.equal(x, again["state_dict"][name]) for name, x in whole["state_dict"].items()), method
+        assert not torch.equal(whole["state_dict"]["backbone.conv1.weight"], start["backbone.conv1.weight"]), method
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -133,7 +157,8 @@ def test_trains_and_goes_on_bit_for_bit(
     vicreg = build(tiny(few_phantoms, tmp_path, "vicreg").resolve()).backbone.state_dict()
     assert all(torch.equal(x, start[f"backbone.{name}"]) for name, x in vicreg.items())  # all begin alike
     if method in ("moco", "densecl"):
-        assert {"queue.keys", "queue.count", "target_head.network.layers.0.weight"} <= set(moved)
+        assert {"queue.keys", "queue.count", "target_backbone.network.conv1.weight"} <= set(moved)
+        assert "target_head.network.layers.0.weight" in moved
     if method == "densecl":
         assert {"dense_queue.keys", "dense_queue.count", "target_dense_head.network.layers.0.weight"} <= set(moved)
     if method == "pcrlv2":
@@ -178,8 +203,64 @@ def test_official_presets(method: str, tmp_path: Path) -> None:
     optimizer, lr, decay, warmup, scale = OFFICIAL[method]
     assert (o.optimizer, o.weight_decay, o.warmup_epochs) == (optimizer, decay, warmup)
     assert o.lr == pytest.approx(2 * lr) and (o.trust, o.momentum, config.augment.min_scale) == (1e-3, 0.9, scale)
-    zero = [float(block.bn2.weight.detach().max()) for block in build(config).backbone.layer3]  # type: ignore[union-attr]
+    model = build(config)
+    zero = [float(block.bn2.weight.detach().max()) for block in model.backbone.layer3]  # type: ignore[union-attr]
     assert zero == ([0.0, 0.0] if method == "simsiam" else [1.0, 1.0])
+
+
+@pytest.mark.parametrize("preset", ["official", "recommended"])
+@pytest.mark.parametrize("method", OFFICIAL)
+def test_a_small_step_lowers_the_loss(method: str, preset: str) -> None:
+    """The optimiser of each preset goes downhill, with the batch that it was given and the same draws."""
+    config = dataclasses.replace(tiny(Path(), Path(), method), preset=preset).resolve()  # type: ignore[arg-type]
+    model = build(config).train()
+    optimizer = model._optimizer(model._parameter_groups())
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-5 if config.optim.optimizer == "adamw" else 1e-3
+    for number in range(2):  # the first fills the queue
+        before = copy.deepcopy(model.state_dict())
+        torch.manual_seed(number)
+        loss = model.step(*batch_of(method, number)).loss
+    loss.backward()
+    optimizer.step()
+    moved = model.state_dict()
+    model.load_state_dict(
+        {name: moved[name] if name in dict(model.named_parameters()) else x for name, x in before.items()}
+    )
+    torch.manual_seed(1)
+    assert 0 != model.step(*batch_of(method, 1)).loss < loss
+
+
+#: Jitter of brightness and contrast; how often either view is blurred, and how often solarised.
+VIEWS = {
+    **dict.fromkeys(("optiml", "vicreg", "byol"), (0.4, [1.0, 0.1], [0.0, 0.2])),
+    "simclr": (0.8, [0.5, 0.5], []),
+    **dict.fromkeys(("moco", "densecl", "simsiam"), (0.4, [0.5, 0.5], [])),
+}
+
+
+@pytest.mark.parametrize("method", VIEWS)
+def test_views_are_drawn_as_in_the_official_code(method: str) -> None:
+    """Of VICReg, too, the two views differ: one is always blurred, only the other ever solarised."""
+    pair = METHODS[method].views(32, tiny(Path(), Path(), method).resolve().augment).transforms  # type: ignore[attr-defined]
+    parts = [part for view in pair for part in view.transform.transforms]
+    jitter = [x for part in parts if isinstance(part, RandomApply) for x in (part.p, *part.transforms)]
+    strength, blur, solarise = VIEWS[method]
+    assert [x for x in jitter if isinstance(x, float)] == [0.8, 0.8]
+    around = [(x.brightness, x.contrast) for x in jitter if isinstance(x, ColorJitter)]
+    assert [limit for both in around for x in both for limit in x] == pytest.approx([1 - strength, 1 + strength] * 4)
+    assert [part.prob for part in parts if isinstance(part, GaussianBlur)] == blur
+    assert [part.prob for part in parts if isinstance(part, RandomSolarization)] == solarise
+
+
+@pytest.mark.filterwarnings("ignore::otloss.ConvergenceWarning")
+@pytest.mark.parametrize("method", METHODS)
+def test_collapse_shows(method: str) -> None:
+    """Where all images get one embedding, the logged deviation of the embeddings is next to nothing."""
+    model, views = model_of(method), batch_of(method)
+    apart, same = (model.step(*batch).log for batch in (views, [view[:1].expand_as(view) for view in views]))
+    for name in {"std_q", "std_g"} & apart.keys():
+        assert float(same[name]) < 0.02 * float(apart[name])
 
 
 @pytest.mark.parametrize("stage", [3, 4])
@@ -278,7 +359,7 @@ def test_byols_target_follows_by_the_scheduled_momentum(monkeypatch: pytest.Monk
     assert float(out.log["momentum"]) == pytest.approx(tau)
 
 
-def test_simsiams_target_is_constant_and_collapse_shows() -> None:
+def test_simsiams_target_is_constant() -> None:
     model = model_of("simsiam", dim=64)
     views = batch_of("simsiam")
     z = [model.projector(model.backbone(x)[1]) for x in views]
@@ -294,21 +375,41 @@ def test_simsiams_target_is_constant_and_collapse_shows() -> None:
     assert all(torch.allclose(g, c, rtol=1e-4, atol=1e-6) for g, c in zip(grads, constant, strict=True))
     assert not all(torch.allclose(g, t, rtol=1e-2, atol=1e-4) for g, t in zip(grads, through, strict=True))
     assert float(out.log["std_q"]) == pytest.approx(64**-0.5, rel=0.2)
-    same = [view[:1].expand_as(view) for view in views]
-    assert float(model.step(*same).log["std_q"]) < 0.01
 
 
-def main(out: str) -> None:
-    """One of two processes that take the steps of all methods."""
+def test_vicregs_loss_is_the_official_one() -> None:
+    model = model_of("vicreg")
+    first, second = batch_of("vicreg")
+    q = [model.expander(model.backbone(x)[1]).detach() for x in (first, second)]
+    variance, covariance = 0.0, 0.0
+    for x in q:
+        centred = x - x.mean(0)
+        variance += float((1 - (x.var(0) + 1e-4).sqrt()).relu().mean()) / 2
+        matrix = centred.T @ centred / (BATCH - 1)
+        covariance += float((matrix - matrix.diag().diag()).square().sum()) / x.shape[1]
+    expected = 25 * float((q[0] - q[1]).square().mean()) + 25 * variance + covariance
+    loss = float(model.step(first, second).loss.detach())
+    assert loss == pytest.approx(expected, rel=1e-4) and loss == pytest.approx(float(VICRegLoss()(*q)), rel=1e-4)
+
+
+def main(task: str, out: Path, data: Path = Path()) -> None:
+    """One of two processes: gradients of all methods, or whole runs of them and ones that stop and go on."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    found = {name: two_steps(method, rank, 2, **special) for name, (method, special) in VARIANTS.items()}
-    if dist.get_rank() == 0:
-        torch.save(found, out)
-    dist.barrier()
+    if task == "gradients":
+        found = {name: two_steps(method, rank, 2, **special) for name, (method, special) in VARIANTS.items()}
+        if rank == 0:
+            torch.save(found, out / "two.pt")
+        dist.barrier()
+    else:
+        for method in WITH_STATE:
+            assert pretrain(tiny(data, out / f"{method}-whole", method, norm="group"))
+            again = tiny(data, out / f"{method}-again", method, norm="group")
+            assert pretrain(dataclasses.replace(again, stop_after=1)) is None
+            assert pretrain(again)
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], *map(Path, sys.argv[2:]))
