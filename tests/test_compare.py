@@ -32,7 +32,7 @@ from examples.optiml.kept import Kept, curves_of, ranks
 from examples.optiml.layout import PhantomConfig, write_phantoms
 from examples.optiml.methods import METHODS
 from examples.optiml.metrics import comparable_patients
-from examples.optiml.page import ends, markers, precisions, seeds_of
+from examples.optiml.page import blank, ends, markers, precisions, seeds_of, uncommitted
 from examples.optiml.paper import ABLATION, arm_of
 from examples.optiml.pretrain import pretrain
 from examples.optiml.rows import rows
@@ -201,6 +201,16 @@ def test_the_page_says_what_was_pretrained_in_which_precision(tmp_path: Path) ->
     assert seeds_of(rows_of) == " Seeds 0: sup1; 0, 1: a." and seeds_of({"a": rows_of["a"]}) == ""
 
 
+def test_the_page_says_what_is_blank_and_what_no_commit_has(tmp_path: Path) -> None:
+    there = {name: {0: Kept(tmp_path, f"{name}-seed0")} for name in ("sup1", "simclr", "moco", "byol", "optiml")}
+    left = "densecl, simsiam, vicreg, pcrlv2, optiml-printed"
+    assert blank("methods", there) == f" Not made: sup2 (its weights have to be downloaded), {left}."
+    made = [("a-seed0", False), ("b-seed1", True), ("b-seed1", False), ("a-seed1", True)]
+    records = [{"file": f"work/set/{name}/x.json", "made": {"uncommitted_changes": dirty}} for name, dirty in made]
+    assert uncommitted(records) == " By code with uncommitted changes: a-seed1, b-seed1."
+    assert uncommitted(records[:1]) == ""
+
+
 def test_this_machine_computes_in_its_own_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     for known in ("avx512_bf16", "amx_bf16", "avx2"):
@@ -237,7 +247,10 @@ def test_a_command_for_one_seed_reports_them_all(done: CompareConfig, tmp_path: 
     runs = {path.stem for path in (config.results / "runs").glob("*.json")}
     assert runs == {"sup1-seed0", "vicreg-seed0", "optiml-seed0", "sup1-seed2"}
     text = (tmp_path / "README.md").read_text()
-    assert "--seeds 0 2 " in text and "− VICReg" in text
+    assert "--seeds 0 2 " in text and "− VICReg" in text and "Not made: sup2" in text
+    figures = [line for line in text.splitlines() if line.startswith("Figures: ")]
+    assert len(figures) == 1 and "[table2](results/methods/table2.png)" in figures[0]
+    assert all((tmp_path / path).exists() for path in re.findall(r"\]\((.*?)\)", figures[0]))
     cells = csv.DictReader((config.results / "methods" / "table2.csv").read_text().splitlines())
     assert {c["seeds"] for c in cells if c["row"].startswith("Sup.1") and c["seeds"]} == {"2"}
 

@@ -305,7 +305,9 @@ def compare(config: CompareConfig, console: Console | None = None) -> Path:
     readme = config.readme or (HERE / "README.md" if config.results.resolve().is_relative_to(HERE) else None)
     if readme is not None:
         picture = f"![{table.title}](differences.png)\n\n" if only_ran(table).sections else ""
-        write_tables(readme, config.rows, [*build(records), table], picture + lines, final)
+        figures = ", ".join(f"[{path.stem}]({path.name})" for path in sorted(out.glob("*.png")))
+        all_of_it = f"\nFigures: {figures}. Everything on one page: [report.md](report.md).\n"
+        write_tables(readme, config.rows, [*build(records), table], picture + lines + all_of_it, final)
     console.print(f"Copied to {final}")
     if failed:
         raise SystemExit(f"not in the report: {', '.join(failed)}")

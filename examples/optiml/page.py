@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,7 +13,8 @@ from .data import ChestIndex
 from .files import whole
 from .kept import Kept
 from .records import Record
-from .rows import Kind
+from .rows import Kind, rows
+from .start import SUP2
 from .tables import Table, markdown, only_ran
 
 if TYPE_CHECKING:
@@ -31,16 +32,33 @@ def how(config: CompareConfig, index: ChestIndex, records: list[Record], kept: d
         for name, x in settings.items()
         if x is not None
     ]
-    machines = sorted(
-        {f"{r['made']['device']} ({r['made']['machine']}, {r['made']['threads']} threads)" for r in records}
-    )
+    machines = sorted({_machine(r["made"]) for r in records})
     hours = sum(files.seconds for seeds in kept.values() for files in seeds.values()) / 3600
     commits = sorted({str(r["made"]["commit"])[:10] for r in records})
     films = f"{len(index.split('train'))} training and {len(index.split('test'))} test films"
     return (
         f"Made by `python -m examples.optiml compare {' '.join(given)}` in {hours:.1f} h on {', '.join(machines)} at "
-        f"commit {', '.join(commits)}: {films}.{seeds_of(kept)}{precisions(kept)}\n"
+        f"commit {', '.join(commits)}: {films}.{seeds_of(kept)}{precisions(kept)}{uncommitted(records)}"
+        f"{blank(config.rows, kept)}\n"
     )
+
+
+def _machine(made: dict[str, Any]) -> str:
+    on = made["device"] if made["device"] != "cpu" else made.get("processor", "cpu")
+    return f"{on} ({made['machine']}, {made['threads']} threads)"
+
+
+def uncommitted(records: list[Record]) -> str:
+    """Which rows and seeds were made by code that their commit does not have in full."""
+    changed = sorted({Path(r["file"]).parent.name for r in records if r["made"]["uncommitted_changes"]})
+    return f" By code with uncommitted changes: {', '.join(changed)}." if changed else ""
+
+
+def blank(kind: Kind, kept: dict[str, dict[int, Kept]]) -> str:
+    """Which rows are not there, and why one may not be."""
+    why = {SUP2: " (its weights have to be downloaded)"}
+    names = [row.name + why.get(row.name, "") for row in rows(kind) if row.name not in kept]
+    return f" Not made: {', '.join(names)}." if names else ""
 
 
 def seeds_of(kept: dict[str, dict[int, Kept]]) -> str:

@@ -15,6 +15,16 @@ import otloss
 HERE = Path(__file__).parent
 
 
+def processor() -> str:
+    """The processor's name, as far as it is known."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or "cpu")
+
+
 def provenance() -> dict[str, Any]:
     """Where and when a result was made."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False)
@@ -25,6 +35,7 @@ def provenance() -> dict[str, Any]:
             "commit": commit.stdout.strip() or None,
             "uncommitted_changes": bool(dirty.stdout.strip()),
             "machine": platform.machine(),
+            "processor": processor(),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "otloss": otloss.__version__,
