@@ -201,13 +201,13 @@ def test_the_page_says_what_was_pretrained_in_which_precision(tmp_path: Path) ->
     assert seeds_of(rows_of) == " Seeds 0: sup1; 0, 1: a." and seeds_of({"a": rows_of["a"]}) == ""
 
 
-def test_the_page_says_what_is_blank_and_what_no_commit_has(tmp_path: Path) -> None:
+def test_the_page_says_what_is_not_in_it_and_what_was_not_committed(tmp_path: Path) -> None:
     there = {name: {0: Kept(tmp_path, f"{name}-seed0")} for name in ("sup1", "simclr", "moco", "byol", "optiml")}
     left = "densecl, simsiam, vicreg, pcrlv2, optiml-printed"
-    assert blank("methods", there) == f" Not made: sup2 (its weights have to be downloaded), {left}."
+    assert blank("methods", there) == f" Not in this report: sup2 (its weights have to be downloaded), {left}."
     made = [("a-seed0", False), ("b-seed1", True), ("b-seed1", False), ("a-seed1", True)]
     records = [{"file": f"work/set/{name}/x.json", "made": {"uncommitted_changes": dirty}} for name, dirty in made]
-    assert uncommitted(records) == " By code with uncommitted changes: a-seed1, b-seed1."
+    assert uncommitted(records) == " With uncommitted changes: a-seed1, b-seed1."
     assert uncommitted(records[:1]) == ""
 
 
@@ -247,7 +247,7 @@ def test_a_command_for_one_seed_reports_them_all(done: CompareConfig, tmp_path: 
     runs = {path.stem for path in (config.results / "runs").glob("*.json")}
     assert runs == {"sup1-seed0", "vicreg-seed0", "optiml-seed0", "sup1-seed2"}
     text = (tmp_path / "README.md").read_text()
-    assert "--seeds 0 2 " in text and "− VICReg" in text and "Not made: sup2" in text
+    assert "--seeds 0 2 " in text and "− VICReg" in text and "Not in this report: sup2" in text
     figures = [line for line in text.splitlines() if line.startswith("Figures: ")]
     assert len(figures) == 1 and "[table2](results/methods/table2.png)" in figures[0]
     assert all((tmp_path / path).exists() for path in re.findall(r"\]\((.*?)\)", figures[0]))

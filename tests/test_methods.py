@@ -211,12 +211,13 @@ def test_official_presets(method: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("preset", ["official", "recommended"])
 @pytest.mark.parametrize("method", OFFICIAL)
 def test_a_small_step_lowers_the_loss(method: str, preset: str) -> None:
-    """The optimiser of each preset goes downhill, with the batch that it was given and the same draws."""
+    """The optimisers of a baseline's presets go downhill by their weight matrices, with the same batch and draws."""
     config = dataclasses.replace(tiny(Path(), Path(), method), preset=preset).resolve()  # type: ignore[arg-type]
     model = build(config).train()
     optimizer = model._optimizer(model._parameter_groups())
     for group in optimizer.param_groups:
-        group["lr"] = 1e-5 if config.optim.optimizer == "adamw" else 1e-3
+        rate = {"adamw": 1e-5, "sgd": 1e-3, "lars": 0.1}[config.optim.optimizer or ""]  # LARS: a 1e-4 of their size
+        group["lr"] = rate if group["matrices"] else 0.0
     for number in range(2):  # the first fills the queue
         before = copy.deepcopy(model.state_dict())
         torch.manual_seed(number)
@@ -240,8 +241,8 @@ VIEWS = {
 
 
 @pytest.mark.parametrize("method", VIEWS)
-def test_views_are_drawn_as_in_the_official_code(method: str) -> None:
-    """Of VICReg, too, the two views differ: one is always blurred, only the other ever solarised."""
+def test_jitter_blur_and_solarisation_are_the_official_ones(method: str) -> None:
+    """The two views of VICReg, BYOL and OPTiML differ: one is always blurred, only the other ever solarised."""
     pair = METHODS[method].views(32, tiny(Path(), Path(), method).resolve().augment).transforms  # type: ignore[attr-defined]
     parts = [part for view in pair for part in view.transform.transforms]
     jitter = [x for part in parts if isinstance(part, RandomApply) for x in (part.p, *part.transforms)]
@@ -255,10 +256,11 @@ def test_views_are_drawn_as_in_the_official_code(method: str) -> None:
 
 @pytest.mark.filterwarnings("ignore::otloss.ConvergenceWarning")
 @pytest.mark.parametrize("method", METHODS)
-def test_collapse_shows(method: str) -> None:
-    """Where all images get one embedding, the logged deviation of the embeddings is next to nothing."""
+def test_images_that_look_alike_show(method: str) -> None:
+    """Where all images get one embedding, as after a collapse, the logged deviations are next to nothing."""
     model, views = model_of(method), batch_of(method)
     apart, same = (model.step(*batch).log for batch in (views, [view[:1].expand_as(view) for view in views]))
+    assert "std_g" in apart and ("std_q" in apart or method == "pcrlv2")
     for name in {"std_q", "std_g"} & apart.keys():
         assert float(same[name]) < 0.02 * float(apart[name])
 

@@ -5,7 +5,7 @@
 #   bash examples/optiml/compare.sh phantoms [OPTIONS OF compare ...]
 #
 # DATA holds the folders cxr-dev and cxr-seg. Run it in the repository's root; stop it and repeat it at will. A row and
-# seed takes 20 to 35 minutes on one core; --only ROW ... --seeds SEED ... makes some of them.
+# seed takes 20 to 50 minutes on one core in float32 (PCRLv2 up to 100); --only ROW ... --seeds SEED ... makes some of them.
 set -eu
 what=${1:-}
 shift "$(($# < 1 ? $# : 1))"

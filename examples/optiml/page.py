@@ -49,26 +49,26 @@ def _machine(made: dict[str, Any]) -> str:
 
 
 def uncommitted(records: list[Record]) -> str:
-    """Which rows and seeds were made by code that their commit does not have in full."""
+    """Which rows and seeds were made where something was not committed."""
     changed = sorted({Path(r["file"]).parent.name for r in records if r["made"]["uncommitted_changes"]})
-    return f" By code with uncommitted changes: {', '.join(changed)}." if changed else ""
+    return f" With uncommitted changes: {', '.join(changed)}." if changed else ""
 
 
 def blank(kind: Kind, kept: dict[str, dict[int, Kept]]) -> str:
-    """Which rows are not there, and why one may not be."""
+    """Which rows are not in the report, and why one may not be."""
     why = {SUP2: " (its weights have to be downloaded)"}
     names = [row.name + why.get(row.name, "") for row in rows(kind) if row.name not in kept]
-    return f" Not made: {', '.join(names)}." if names else ""
+    return f" Not in this report: {', '.join(names)}." if names else ""
 
 
 def seeds_of(kept: dict[str, dict[int, Kept]]) -> str:
     """Which rows were made under which seeds, where not all have the same."""
-    rows: dict[tuple[int, ...], list[str]] = {}
+    made: dict[tuple[int, ...], list[str]] = {}
     for name, files in kept.items():
-        rows.setdefault(tuple(sorted(files)), []).append(name)
-    if len(rows) < 2:
+        made.setdefault(tuple(sorted(files)), []).append(name)
+    if len(made) < 2:
         return ""
-    parts = [f"{', '.join(map(str, seeds))}: {', '.join(rows[seeds])}" for seeds in sorted(rows)]
+    parts = [f"{', '.join(map(str, seeds))}: {', '.join(made[seeds])}" for seeds in sorted(made)]
     return f" Seeds {'; '.join(parts)}."
 
 

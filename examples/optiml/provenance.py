@@ -28,7 +28,9 @@ def processor() -> str:
 def provenance() -> dict[str, Any]:
     """Where and when a result was made."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False)
-    dirty = subprocess.run(["git", "status", "--porcelain"], cwd=HERE, capture_output=True, text=True, check=False)
+    code = [":/otloss", ":/csrc", ":(top,glob)examples/**/*.py"]  # a comparison writes its results beside it
+    status = ["git", "status", "--porcelain", "--", *code]
+    dirty = subprocess.run(status, cwd=HERE, capture_output=True, text=True, check=False)
     return {
         "made": {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

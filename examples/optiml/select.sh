@@ -5,7 +5,7 @@
 #   bash examples/optiml/select.sh DATA [OPTIONS OF compare ...]
 #
 # DATA holds the folders cxr-dev and cxr-seg. Run it in the repository's root; stop it and repeat it at will. A row and
-# seed takes about ten minutes on one core; --only ROW ... makes some of them.
+# seed takes ten minutes (bfloat16) to half an hour (float32) on one core; --only ROW ... makes some of them.
 set -eu
 data=${1:?say which folder holds cxr-dev and cxr-seg}
 shift
