@@ -8,8 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
+pytest.importorskip("lightly", reason="the example needs otloss[examples]")
+pytest.importorskip("pytorch_lightning", reason="the example needs otloss[examples]")
+pytest.importorskip("tyro", reason="the example needs otloss[examples]")
+
 from PIL import Image
-from test_methods import batch_of, model_of, tiny
+from small_methods import batch_of, model_of, tiny
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, interpolate, normalize
 

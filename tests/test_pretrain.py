@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import re
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from urllib.error import URLError
@@ -21,7 +18,7 @@ pytest.importorskip("pytorch_lightning", reason="the example needs otloss[exampl
 pytest.importorskip("tyro", reason="the example needs otloss[examples]")
 
 from torchvision.models import resnet18
-from xray_runs import small
+from xray_runs import in_two_processes, small
 
 import otloss
 from examples.optiml import pretrain as pretrain_module
@@ -70,13 +67,7 @@ def test_torchrun_gives_the_curve_of_one_process(few_phantoms: Path, tmp_path: P
     # units switch on and off between the two curves, which then part a hundredfold with every step.
     command += ["--optim.optimizer", "lars", "--optim.lr", "0.001"]
     command += ["--optiml.tokens", "channel", "--monitor.every", "2"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    several = subprocess.run(
-        [sys.executable, *torchrun, *command, "--out", str(tmp_path / "two")], env=env, capture_output=True, text=True
-    )
-    assert several.returncode == 0, several.stdout + several.stderr
-    assert "in 2 processes" in several.stdout
+    assert "in 2 processes" in in_two_processes(*command, "--out", str(tmp_path / "two"))
     alone = small(
         few_phantoms, tmp_path / "one", "optiml", norm="group", optim=OptimConfig("lars", lr=0.001),
         monitor=MonitorConfig(every=2), options=MethodOptions(optiml=OPTiMLOptions(tokens="channel")),

@@ -1,7 +1,10 @@
-"""Settings of the example's stages that take seconds, and a way to stop a pretraining at a step."""
+"""Settings of the example's stages that take seconds; a pretraining stopped at a step, and two processes at once."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -46,3 +49,12 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, action: object) -> 
         return trainer
 
     monkeypatch.setattr(pretrain_module, "make_trainer", with_interrupt)
+
+
+def in_two_processes(*command: str) -> str:
+    """What torchrun prints of a script or module with its arguments, one thread in each process."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    run = subprocess.run([sys.executable, *torchrun, *command], env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout
