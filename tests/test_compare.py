@@ -32,7 +32,7 @@ from examples.optiml.kept import Kept, curves_of, ranks
 from examples.optiml.layout import PhantomConfig, write_phantoms
 from examples.optiml.methods import METHODS
 from examples.optiml.metrics import comparable_patients
-from examples.optiml.page import blank, ends, markers, precisions, seeds_of, uncommitted
+from examples.optiml.page import blank, ends, markers, precisions, seeds_of, uncommitted, without_scores
 from examples.optiml.paper import ABLATION, arm_of
 from examples.optiml.pretrain import pretrain
 from examples.optiml.rows import rows
@@ -183,9 +183,9 @@ def test_curves_have_what_was_measured_where_it_was(tmp_path: Path) -> None:
         {"epoch": 2, "step": 4.5, "loss": 2.5, "knn_auc": 0.7},
         {"epoch": 3, "step": 6.5, "loss": 3.5, "knn_auc": 0.8},
     ]
-    text = ends({"A": [files.curves, files.curves], "B": [[{"loss": 0.25}]]})
+    text = ends({"A": [files.curves, files.curves], "B": [[{"loss": 0.25}]], "C": [[{"loss": 0.5}], files.curves]})
     table = "| | seeds | loss | kNN AUC |\n| --- | ---: | ---: | ---: |\n| A | 2 | 3.5 | 0.8 |\n| B | 1 | 0.25 |  |\n"
-    assert table in text
+    assert table + "| C | 2 | 2 | 0.8 (1) |\n" in text
 
 
 def test_the_page_says_what_was_pretrained_in_which_precision(tmp_path: Path) -> None:
@@ -209,6 +209,17 @@ def test_the_page_says_what_is_not_in_it_and_what_was_not_committed(tmp_path: Pa
     records = [{"file": f"work/set/{name}/x.json", "made": {"uncommitted_changes": dirty}} for name, dirty in made]
     assert uncommitted(records) == " With uncommitted changes: a-seed1, b-seed1."
     assert uncommitted(records[:1]) == ""
+
+
+def test_the_page_says_which_figures_are_not_in_the_paired_differences(done: CompareConfig, tmp_path: Path) -> None:
+    shutil.copytree(done.results / "runs", tmp_path / "runs")
+    files = {name: Kept(tmp_path / "runs", f"{name}-seed0") for name in ("sup1", "vicreg", "optiml")}
+    there = {name: {0: x} for name, x in files.items()}
+    assert without_scores(there) == ""
+    for name, stem in (("sup1", "finetune"), ("sup1", "linear"), ("optiml", "finetune")):
+        del files[name].arrays[f"nih-phantoms/{stem}-1-seed0/ranks"]
+    said = "as test scores were not kept: finetune: sup1-seed0, optiml-seed0; linear: sup1-seed0."
+    assert without_scores(there) == f" Not in the paired differences, {said}"
 
 
 def test_this_machine_computes_in_its_own_precision(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,6 +291,41 @@ def test_an_interruption_loses_nothing(done: CompareConfig, tmp_path: Path, monk
     late = kept(config, "sup1")
     assert len(late) == 6 and all(late[key] == record for key, record in early.items())
     assert (config.results / "methods" / "fig2-nih-phantoms-0.1.png").exists()
+
+
+def test_the_time_before_an_interruption_counts(
+    done: CompareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = dataclasses.replace(
+        done, results=tmp_path / "results", out=tmp_path / "out", only=("vicreg",), readme=None
+    )
+
+    def stopped(run: PretrainConfig, console: Console) -> None:
+        raise KeyboardInterrupt
+
+    clock = iter(range(0, 10**6, 100))
+    monkeypatch.setattr("examples.optiml.compare.time", MagicMock(monotonic=lambda: next(clock)))
+    with monkeypatch.context() as patch:
+        patch.setattr("examples.optiml.compare.pretrain", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            compare(config, QUIET)
+    files = Kept(config.results / "runs", "vicreg-seed0")
+    assert not files.records and files.seconds == 100
+    compare(config, QUIET)
+    files = Kept(config.results / "runs", "vicreg-seed0")
+    assert len(files.records) == 6 and files.seconds == 200
+
+
+def test_the_untrained_networks_curve_follows_another_start(done: CompareConfig, tmp_path: Path) -> None:
+    shutil.copytree(done.results, tmp_path / "results")
+    config = dataclasses.replace(
+        done, results=tmp_path / "results", out=tmp_path / "out", only=("sup1",), readme=None,
+        sizes=dataclasses.replace(TINY, image_size=24), segment_data=None,
+    )  # fmt: skip
+    curve = config.results / "runs" / "sup1-seed0.csv"
+    before = curve.read_text()
+    compare(config, QUIET)
+    assert curve.read_text() != before
 
 
 def test_imagenet_is_left_blank_without_its_weights(

@@ -185,20 +185,22 @@ class Comparison:
             if not wanted:
                 known = f"{name} is left out: it is not complete, or of other settings" if files.records else None
                 raise LeftOut(known)
-            if not made and run is not None:
-                self._pretrain(run, files, left)
             made.append(started)
+            if len(made) > 1:
+                return
+            if run is not None:
+                self._pretrain(run, files, left)
+            elif row.name == SUP1:
+                files.keep_curves([{"epoch": 0, "step": 0, **of_interest(self._untrained(seed))}])
 
         found = []
-        if wanted and row.name == SUP1 and not files.curves:
-            files.keep_curves([{"epoch": 0, "step": 0, **of_interest(self._untrained(seed))}])
         try:
             for start, sizes in self._starts(row, seed, run, make):
                 for record in stages(sizes, start, name, work, self.console if wanted else Console(quiet=True)):
                     files.add(record)
                     found.append(record)
         finally:
-            if made:
+            if made and (run is not None or found):  # of weights that cannot be had nothing is kept
                 files.spend(time.monotonic() - started)
         for path in [*work.glob(f"*/{name}/*.pth"), *([run.out / LAST] if run else [])]:
             path.unlink(missing_ok=True)  # large, and no stage needs it any more

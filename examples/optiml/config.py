@@ -19,7 +19,7 @@ Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
 #: What fills fields that were not set on the command line, and why (FAITHFULNESS.md has the whole story); a method may
 #: mean something else by a preset (``Method.presets``).
-#: ``recommended``: what did best in short runs (SELECTION.md), among it marginals that cannot collapse.
+#: ``recommended``: what was settled on after short runs (SELECTION.md), among it marginals that cannot collapse.
 #: ``paper``: the sentences of the paper taken literally, with the trust coefficient LARS is usually given. Weights
 #: hardly move under it, and the marginals collapse.
 #: ``official``: each baseline as its own authors train it; for OPTiML, of which there is no code, the paper's.

@@ -20,8 +20,9 @@ from .tables import Cell, Ours, Row, Section, Table
 FEW_PATIENTS = 10
 #: What stands beside a difference.
 MEANING = (
-    "Mean over the pretraining seeds that both rows have ± deviation over these, 95 % interval over resampled test "
-    "patients (of these seeds: it does not say what other seeds would give), and the number of seeds. Firm classes: "
+    "Mean over the pretraining seeds of which both rows' test scores are kept ± deviation over these, 95 % interval "
+    "over resampled test patients (of these seeds: it does not say what other seeds would give), and the number of "
+    "seeds. Firm classes: "
     f"those of which {FEW_PATIENTS} test patients or more have a film that its source has a negative for."
 )
 #: Of one row, by pretraining seed: its figure on the test films as they are, then on each drawn set of patients.

@@ -71,8 +71,12 @@ class Kept:
             self._take(key, record, _load(path.with_suffix(".npz")))
         self.write()
 
+    def unpaired(self) -> list[str]:
+        """Records with all labels of which the test scores are not there: a stage keeps more than it once did."""
+        return [key for key, r in self.records.items() if _with_scores(r) and f"{key}/ranks" not in self.arrays]
+
     def _take(self, key: str, record: Record, arrays: dict[str, NDArray[Any]]) -> None:
-        if record["stage"] == "evaluate" and record["fraction"] == 1.0:
+        if _with_scores(record):
             self.arrays[f"{key}/ranks"] = ranks(arrays["scores"])
         elif record["stage"] == "segment":
             self.arrays[f"{key}/dice"] = arrays["dice"].astype(np.float16)
@@ -91,7 +95,7 @@ class Kept:
         """Drop records with their arrays; and the time it took, if none is left."""
         self.records = {key: record for key, record in self.records.items() if key not in keys}
         self.arrays = {name: x for name, x in self.arrays.items() if name.rpartition("/")[0] not in keys}
-        self.seconds = self.seconds if self.records else 0.0
+        self.seconds = 0.0 if keys and not self.records else self.seconds
 
     def arrays_of(self, records: list[Record]) -> dict[str, NDArray[Any]]:
         """The arrays that belong to those of these records that are of this row and seed."""
@@ -99,10 +103,9 @@ class Kept:
         return {name: x for name, x in self.arrays.items() if name.rpartition("/")[0] in mine}
 
     def spend(self, seconds: float) -> None:
-        """Count the time that making it took."""
+        """Count the time that making it took, also if it was stopped before its first record."""
         self.seconds = round(self.seconds + seconds, 1)
-        if self.records:
-            self.write()
+        self.write()
 
     def write(self) -> None:
         """A record is a line, so that a difference between two versions shows which were made again."""
@@ -133,6 +136,11 @@ def curves_of(log: Path, monitor: Path) -> list[dict[str, float]]:
 def of_interest(measured: dict[str, float]) -> dict[str, float]:
     """What is kept of the monitor's figures."""
     return {name: x for name, x in measured.items() if name in ("knn_auc", "knn_auc_within", "effective_rank")}
+
+
+def _with_scores(record: Record) -> bool:
+    """Whether its test scores are kept, by their ranks."""
+    return bool(record["stage"] == "evaluate" and record["fraction"] == 1.0)
 
 
 def _key(record: Record) -> str:

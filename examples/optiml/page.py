@@ -39,7 +39,7 @@ def how(config: CompareConfig, index: ChestIndex, records: list[Record], kept: d
     return (
         f"Made by `python -m examples.optiml compare {' '.join(given)}` in {hours:.1f} h on {', '.join(machines)} at "
         f"commit {', '.join(commits)}: {films}.{seeds_of(kept)}{precisions(kept)}{uncommitted(records)}"
-        f"{blank(config.rows, kept)}\n"
+        f"{without_scores(kept)}{blank(config.rows, kept)}\n"
     )
 
 
@@ -52,6 +52,16 @@ def uncommitted(records: list[Record]) -> str:
     """Which rows and seeds were made where something was not committed."""
     changed = sorted({Path(r["file"]).parent.name for r in records if r["made"]["uncommitted_changes"]})
     return f" With uncommitted changes: {', '.join(changed)}." if changed else ""
+
+
+def without_scores(kept: dict[str, dict[int, Kept]]) -> str:
+    """Which rows and seeds have a figure with all labels, but not the test scores that a paired difference needs."""
+    lacking: dict[str, list[str]] = {}
+    for files in (files for seeds in kept.values() for files in seeds.values()):
+        for protocol in dict.fromkeys(files.records[key]["protocol"] for key in files.unpaired()):
+            lacking.setdefault(protocol, []).append(files.name)
+    parts = [f"{protocol}: {', '.join(names)}" for protocol, names in lacking.items()]
+    return f" Not in the paired differences, as test scores were not kept: {'; '.join(parts)}." if parts else ""
 
 
 def blank(kind: Kind, kept: dict[str, dict[int, Kept]]) -> str:
@@ -97,14 +107,16 @@ def ends(curves: dict[str, list[list[dict[str, float]]]]) -> str:
     ended = [run[-1] for runs in curves.values() for run in runs]
     names = [name for name in ENDS if any(np.isfinite(epoch.get(name, np.nan)) for epoch in ended)]
     lines = [
-        "Means over the last epoch, then over seeds; after it: effective rank of the pooled features of the training "
-        "films, and a vote of the nearest of these on the validation films. Embeddings of SimCLR, MoCo v2, DenseCL, "
-        "BYOL and SimSiam have length 1, so that their deviation is at most 1 / √dim.", "",
+        "Means over the last epoch, then over seeds (in brackets: over how many, where not all had the figure); after "
+        "it: effective rank of the pooled features of the training films, and a vote of the nearest of these on the "
+        "validation films. Embeddings of SimCLR, MoCo v2, DenseCL, BYOL and SimSiam have length 1, so that their "
+        "deviation is at most 1 / √dim.", "",
         "| | seeds | " + " | ".join(ENDS[name] for name in names) + " |", "| --- |" + " ---: |" * (1 + len(names)),
     ]  # fmt: skip
     for row, runs in ((row, runs) for row, runs in curves.items() if runs):
         found = [[run[-1][name] for run in runs if np.isfinite(run[-1].get(name, np.nan))] for name in names]
-        means = [f"{np.mean(x):.3g}" if x else "" for x in found]
+        of_some = [f" ({len(x)})" if len(x) < len(runs) else "" for x in found]
+        means = [f"{np.mean(x):.3g}{few}" if x else "" for x, few in zip(found, of_some, strict=True)]
         lines.append(f"| {' | '.join([row, str(len(runs)), *means])} |")
     return "\n".join(lines) + "\n"
 
