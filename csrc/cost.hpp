@@ -12,6 +12,7 @@ namespace otloss::OTLOSS_LEVEL {
 
 constexpr int block = mr;      // rows handled at once in every pass over an (n, m) matrix
 constexpr int tile_rows = 32;  // rows of a gradient contracted at once
+constexpr int chain_rows = 4096;  // about how many rows are summed in one chain
 
 template <class T> using band = typename band_of<T, block>::type;
 template <class T> OTLOSS_INLINE band<T> load_band(const T* p) {
@@ -30,10 +31,11 @@ template <class T> constexpr int leading(int m) {
 }
 
 // The rows of a large matrix in parts, for the threads of a team: sums over rows are taken part by part, then over parts.
+// Also the parts of a tall matrix are short: float32 loses 3e-5 of a sum of 65,000 rows that is taken in one chain.
 struct Parts {
   int rows, size, count;
   Parts(int rows, int cols) : rows(rows) {
-    const int64_t wanted = std::min<int64_t>(int64_t(rows) * cols / part_entries, rows / 64);
+    const int64_t wanted = std::max<int64_t>(std::min<int64_t>(int64_t(rows) * cols / part_entries, rows / 64), rows / chain_rows);
     size = wanted <= 1 ? rows : int((rows / wanted + tile_rows - 1) / tile_rows * tile_rows);
     count = (rows + size - 1) / size;
   }

@@ -71,15 +71,17 @@ class Pool {
 
   void serve(int self, uint64_t seen) {
     for (;;) {
+      int threads = 1;
       watch([&] { return round_ != seen; });
       {
         std::unique_lock<std::mutex> lock(mutex_);
         start_.wait(lock, [&] { return round_ != seen; });
         seen = round_;
         if (self >= wanted_) continue;
+        threads = wanted_ + 1;
       }
       work();
-      scratch().trim();
+      scratch().trim(threads);
       std::lock_guard<std::mutex> lock(mutex_);
       if (--busy_ == 0) done_.notify_one();
     }
@@ -126,13 +128,14 @@ Pool& pool() {
 
 void parallel(int64_t count, int threads, const Task& task) {
   thread_local int depth = 0;  // a task that spreads one problem over the threads comes here too, and still uses its scratch
-  struct Call {
-    Call() { ++depth; }
-    ~Call() {
-      if (--depth == 0) scratch().trim();
-    }
-  } const call;
   if (threads > count) threads = static_cast<int>(count);
+  struct Call {
+    const int threads;
+    ~Call() {
+      if (--depth == 0) scratch().trim(threads);
+    }
+  } const call{std::max(threads, 1)};
+  ++depth;
   if (threads > 1) return pool().run(count, threads, task);
   for (int64_t i = 0; i < count; ++i) task(i, scratch());
 }

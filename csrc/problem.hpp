@@ -64,7 +64,7 @@ inline void want_large_pages(void* data, size_t bytes) {
 }
 
 // Scratch of one thread: a bump allocator that grows to the largest problem seen. Call reset() with the whole need first, and
-// trim() when a call is done.
+// trim() with the number of threads when a call is done.
 class Arena {
  public:
   Arena() = default;
@@ -80,8 +80,8 @@ class Arena {
     }
     used_ = 0;
   }
-  void trim() {
-    if (size_ > keep) release();
+  void trim(int threads) {
+    if (size_ > keep / threads) release();
   }
   size_t used() const { return used_; }
   void rewind(size_t used) { used_ = used; }  // gives back what was taken since
@@ -95,7 +95,7 @@ class Arena {
   template <class T> static constexpr inline __attribute__((always_inline)) size_t bytes(size_t count) { return (count * sizeof(T) + 63) / 64 * 64; }
 
  private:
-  static constexpr size_t keep = size_t(256) << 20;  // more than this is given back
+  static constexpr size_t keep = size_t(256) << 20;  // what all threads together give back is more than this
   void release() {
     if (data_) ::operator delete(data_, std::align_val_t(large_page));
     data_ = nullptr;

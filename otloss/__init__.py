@@ -3,6 +3,7 @@
 import warnings as _warnings
 
 from otloss.backends import backends, use_backend
+from otloss.backends import cpu as _cpu
 from otloss.cost import cosine_cost
 from otloss.cvsim import CVSIM
 from otloss.losses import CosineCost, CosineSinkhornLoss, SinkhornLoss
@@ -32,7 +33,10 @@ __all__ = [
     "use_backend",
 ]
 
-if not (_cpu := backends()["cpu"]):
+# Asking all of backends() would start CUDA's driver, after which a forked process cannot use it.
+if _cpu.status() is not None:
     _warnings.warn(
-        f"otloss works without its C++ kernels, but slowly: the backend cpu is {_cpu}", RuntimeWarning, stacklevel=2
+        f"otloss works without its C++ kernels, but slowly: the backend cpu is off: {_cpu.status()}",
+        RuntimeWarning,
+        stacklevel=2,
     )

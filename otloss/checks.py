@@ -60,6 +60,9 @@ def check_tensor(name: str, value: object, min_dim: int, shape: str) -> None:
         raise TypeError(f"{name} must be a tensor of shape {shape}, got {type(value).__name__}")
     if not value.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}")
+    if value.is_nested or value.layout is not torch.strided:
+        kind = "nested" if value.is_nested else str(value.layout)
+        raise TypeError(f"{name} must be a dense tensor, got one that is {kind}")
     if value.dim() < min_dim:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
 

@@ -35,13 +35,15 @@ def _finite(x: Tensor) -> bool:
     return not x.numel() or all(math.isfinite(float(end)) for end in x.aminmax())  # a NaN is both ends
 
 
-def _check_marginals(a: Tensor, b: Tensor, log_totals: Tensor, given: str, mass_tol: float) -> None:
+def _check_marginals(a: Tensor, b: Tensor, log_totals: Tensor, given: str, mass_tol: float) -> bool:
+    """Whether every point has mass."""
     if not a.numel() or not b.numel():
-        return
+        return True
     # Masses are normalised: what is not finite in them or their totals has become NaN, which fails every comparison.
     gap = (log_totals[:, 0] - log_totals[:, 1]).abs().max()
-    if float(a.min()) >= 0 and float(b.min()) >= 0 and float(gap) <= mass_tol:
-        return
+    least = float(a.min()), float(b.min())
+    if least[0] >= 0 and least[1] >= 0 and float(gap) <= mass_tol:
+        return min(least) > 0
     sides = {"a": (a, log_totals[:, 0]), "b": (b, log_totals[:, 1])}
     for name in given.split():
         mass, total = sides[name[-1]]
@@ -61,12 +63,16 @@ def _check_marginals(a: Tensor, b: Tensor, log_totals: Tensor, given: str, mass_
     )
 
 
-def _explain_nonfinite(left: Tensor, right: Tensor | None, eps: float) -> str:
+def _explain_nonfinite(left: Tensor, right: Tensor | None, a: Tensor, b: Tensor, given: str, eps: float) -> str:
     named = (("cost", left),) if right is None else (("x", left), ("y", right))
     for name, value in named:
         if not torch.isfinite(value).all():
             kind = "NaN" if torch.isnan(value).any() else "inf"
             return f"{name} must be finite, got {kind}; to leave a point out, give it no mass and entries such as 0"
+    sides = {"a": a, "b": b}
+    for name in given.split():
+        if (sides[name[-1]] == 0).all(-1).any():  # divided by a total that has overflowed
+            return f"{name} must be masses whose total is finite in {a.dtype}; rescale them"
     return f"the cost is too large for {left.dtype} at eps {eps:g}, results are not finite; rescale both"
 
 
@@ -103,16 +109,17 @@ def solve(
     empty where they are uniform by default. ``keep`` says that an implicit gradient may follow.
     """
     checked = _checks_on(left)
-    if checked:
-        _check_marginals(a, b, log_totals, given, mass_tol)
+    all_live = not checked or _check_marginals(a, b, log_totals, given, mass_tol)
     kept = room_to_keep(left, right, a, keep, backend)
     with no_autocast(left):
         f, g, cost, value, n_iter, error = get_backend(backend).solve(
             left, right, a, b, eps, max_iter, tol, **_if_kept(kept)
         )
     if checked:
-        if not all(map(_finite, (cost, f, g))):
-            raise ValueError(_explain_nonfinite(left, right, eps))
+        # What lies between points without mass shows in no output, only in gradients.
+        hidden: tuple[Tensor, ...] = () if all_live else (left,) if right is None else (left, right)
+        if not all(map(_finite, (cost, f, g, *hidden))):
+            raise ValueError(_explain_nonfinite(left, right, a, b, given, eps))
         if tol > 0 and error.numel() and float(error.max()) >= tol:
             # No figures of this call in the text: Python shows each text once.
             warn(

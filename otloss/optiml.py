@@ -190,8 +190,9 @@ class OPTiMLLoss(nn.Module):
                 per_image, solved = self.transport.per_problem(x, y, log_a=log_mu, log_b=log_nu)
             except ValueError as error:  # which names arguments of the solver
                 with suppress(RuntimeError):  # under vmap there is no one answer
-                    for name, z in (("z_s", z_s), ("z_t", z_t)):
-                        if not torch.isfinite(z).all():
+                    marginals = f"the marginals of CV-SIM (marginals={self.marginals!r})"
+                    for name, z in (("z_s", z_s), ("z_t", z_t), (marginals, log_mu), (marginals, log_nu)):
+                        if z is not None and not torch.isfinite(z).all():
                             message = f"{name} must be finite, got NaN or inf: has training diverged?"
                             raise ValueError(message) from error
                 raise

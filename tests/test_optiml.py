@@ -301,6 +301,12 @@ def test_a_map_that_is_not_finite_is_named(marginals: str) -> None:
     for views, name in (((bad, maps), "z_s"), ((maps, bad), "z_t")):
         with pytest.raises(ValueError, match=f"^{name} must be finite"):
             loss(*views, q, q)
+    if loss.cvsim is not None:
+        with torch.no_grad():
+            for weights in loss.cvsim.parameters():
+                weights.fill_(torch.nan)
+        with pytest.raises(ValueError, match=r"^the marginals of CV-SIM .*'perplexity'.* must be finite"):
+            loss(maps, maps, q, q)
 
 
 def test_dead_and_constant_maps_are_finite() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -252,6 +254,9 @@ BAD = [
     (lambda c, a: sinkhorn(c.masked_fill(c > 0.5, torch.nan)), ValueError, "cost must be finite, got NaN"),
     (lambda c, a: sinkhorn(c.masked_fill(c > 0.5, torch.inf)), ValueError, "cost must be finite, got inf"),
     (lambda c, a: sinkhorn(c.masked_fill(c > 0.5, -torch.inf)), ValueError, "cost must be finite"),
+    (lambda c, a: sinkhorn(c.to_sparse()), TypeError, "cost must be a dense tensor, got one that is torch.sparse"),
+    (lambda c, a: sinkhorn(torch.nested.nested_tensor([c[0]])), TypeError, "cost must be a dense .* is nested"),
+    (lambda c, a: sinkhorn(c, b=torch.full((5,), 2e38)), ValueError, "^b must be masses whose total is finite in"),
     (lambda c, a: sinkhorn(c, eps=0), ValueError, "eps must be positive"),
     (lambda c, a: sinkhorn(c, eps=float("nan")), ValueError, "eps must be positive"),
     (lambda c, a: sinkhorn(c, eps="0.1"), TypeError, "eps must be a number"),
@@ -260,6 +265,7 @@ BAD = [
     (lambda c, a: sinkhorn(c, max_iter=2.5), TypeError, "max_iter must be an integer"),
     (lambda c, a: sinkhorn(c, gradient="envelope"), ValueError, "gradient must be one of 'implicit'"),
     (lambda c, a: sinkhorn(c, backend="gpu"), ValueError, "backend must be one of"),
+    (lambda c, a: sinkhorn(c, backend=[]), ValueError, "backend must be one of"),
     (lambda c, a: cosine_sinkhorn(c, c[..., :-1]), ValueError, "one dimension d"),
     (lambda c, a: cosine_sinkhorn(c, c[:1]), ValueError, "same leading dimensions"),
     (lambda c, a: cosine_sinkhorn(c * float("nan"), c), ValueError, "x must be finite"),
@@ -270,6 +276,29 @@ BAD = [
 def test_bad_input_is_named(call, error, message) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(error, match=message):
         call(torch.rand(2, 4, 5), torch.rand(2, 4).softmax(-1))
+
+
+@pytest.mark.parametrize("place", [(0, 0), (0, 3), (2, 1)])
+def test_an_infinite_cost_of_points_without_mass_is_refused(place: tuple[int, int]) -> None:
+    """No output shows it, and its gradients would be NaN."""
+    cost, a, b = torch.rand(3, 4), torch.tensor([0.0, 0.5, 0.5]), torch.tensor([0.0, 0.25, 0.25, 0.5])
+    sinkhorn(cost, a, b)
+    cost[place] = torch.inf
+    with pytest.raises(ValueError, match="cost must be finite, got inf"):
+        sinkhorn(cost, a, b)
+
+
+def test_import_leaves_cuda_alone() -> None:
+    """A process that has asked for CUDA cannot use it after a fork."""
+    code = (
+        "import torch\n"
+        "def asked(): raise AssertionError('CUDA was asked for')\n"
+        "torch.cuda.is_available = torch.cuda.device_count = torch.cuda.init = asked\n"
+        "import otloss\n"
+        "assert otloss.sinkhorn(torch.rand(3, 4)).converged"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
 def test_backends_and_their_choice() -> None:

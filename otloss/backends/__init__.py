@@ -73,7 +73,7 @@ def get_backend(name: str) -> ModuleType:
 
 def check_backend(name: str, device: str | None = None) -> str:
     """The name of a backend that exists, works here, and serves the device if one is given."""
-    if name not in _REGISTRY:
+    if not isinstance(name, str) or name not in _REGISTRY:
         raise ValueError(f"backend must be one of {', '.join(map(repr, _REGISTRY))}, got {name!r}")
     module, devices = _REGISTRY[name]
     reason = module.status()
