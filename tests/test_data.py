@@ -36,6 +36,13 @@ def test_the_loader_reads_nih_as_users_have_it(tmp_path: Path) -> None:
             assert images[row].mode == "L" and np.array_equal(np.asarray(images[row]), film(int(patient)))
 
 
+def test_kaggles_copy_of_nih_has_another_name_for_the_table(tmp_path: Path) -> None:
+    root = nih(tmp_path / "nih")
+    official = read_index(root, quiet=True)
+    (root / "Data_Entry_2017_v2020.csv").rename(root / "Data_Entry_2017.csv")
+    assert read_index(root, quiet=True).fingerprint() == official.fingerprint()
+
+
 def test_the_loader_says_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"Data_Entry_2017_v2020\.csv is missing"):
         read_index(tmp_path)

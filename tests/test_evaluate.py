@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import shutil
@@ -27,11 +28,13 @@ from examples.optiml.evaluate import main as evaluate_command
 from examples.optiml.heatmap import HeatmapConfig
 from examples.optiml.model import Backbone, load_backbone, set_norm
 from examples.optiml.phantom import PHANTOM_CLASSES
+from examples.optiml.provenance import provenance
 from examples.optiml.report import build
 from examples.optiml.scores import Scored, summarise
-from examples.optiml.start import StartConfig, resolve
+from examples.optiml.start import StartConfig, default_out, resolve
 from examples.optiml.subsets import label_fraction, write_ids
 from examples.optiml.tables import markdown
+from examples.optiml.training import fit
 
 
 def toy_index(patients: list[int], labels: list[list[int]] | None = None) -> ChestIndex:
@@ -154,6 +157,52 @@ def test_linear_protocol_writes_records_once(phantoms: Path, tmp_path: Path) -> 
     assert all(path.stat().st_mtime_ns > time for path, time in before.items())
 
 
+def test_a_trained_network_outlives_what_goes_wrong_after(
+    phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = EvaluateConfig(
+        phantoms, untrained=True, image_size=32, protocol="finetune", fractions=(0.1,), seeds=(0,), train=SHORT,
+        draws=20, out=tmp_path / "out",
+    )  # fmt: skip
+
+    def damaged(*_: object) -> None:
+        raise SystemExit("cannot read image")
+
+    always = functools.partial(fit, every=0.0)  # as if it had taken long
+    monkeypatch.setattr("examples.optiml.finetune.fit", always)
+    with monkeypatch.context() as patch:
+        patch.setattr("examples.optiml.evaluate.predict", damaged)
+        with pytest.raises(SystemExit, match="cannot read image"):
+            evaluate(config, QUIET)
+    resume = tmp_path / "out" / "finetune-0.1-seed0.ckpt"
+    assert resume.exists()
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.optim.AdamW.step", damaged)  # which nothing calls again
+        (record,) = evaluate(config, QUIET)
+    assert record["steps"] == SHORT.max_steps and not resume.exists()
+
+
+def test_a_kept_network_is_of_the_record_beside_it(phantoms: Path, tmp_path: Path) -> None:
+    config = EvaluateConfig(
+        phantoms, untrained=True, image_size=32, protocol="finetune", fractions=(0.1,), seeds=(0,), train=SHORT,
+        keep=(0.1,), draws=20, out=tmp_path / "out",
+    )  # fmt: skip
+    network = tmp_path / "out" / "finetune-0.1-seed0.pth"
+    evaluate(config, QUIET)
+    first = network.read_bytes()
+    other = dataclasses.replace(config, train=dataclasses.replace(SHORT, lr=1e-2))
+    evaluate(dataclasses.replace(other, keep=()), QUIET)
+    assert not network.exists()
+    evaluate(other, QUIET)
+    assert network.read_bytes() != first
+
+
+def test_a_record_is_written_where_there_is_no_git(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    made = provenance()["made"]
+    assert made["commit"] is None and made["uncommitted_changes"] is False and made["processor"]
+
+
 @pytest.mark.parametrize("protocol", ["linear", "finetune"])
 def test_labels_without_a_class_leave_a_record_without_a_figure(phantoms: Path, tmp_path: Path, protocol: Any) -> None:
     """A few films may all be healthy, as they are at 1 % of a small set with one finding."""
@@ -199,8 +248,21 @@ def test_a_start_is_one_of_three(phantoms: Path, tmp_path: Path) -> None:
     start = resolve(StartConfig(phantoms, run=tmp_path))
     assert (start.arm, start.image_size, start.val_fraction) == ("vicreg", 48, 0.2)
     assert torch.equal(start.backbone(0).conv1.weight, load_backbone(None, 7).conv1.weight)
+    assert resolve(StartConfig(phantoms, run=tmp_path / "backbone.pth")) == start  # the same run
+    outs = {default_out(run, start) for run in (tmp_path, tmp_path / "backbone.pth")}
+    assert outs == {tmp_path / "evaluate" / start.dataset}
     (tmp_path / "config.json").write_text(json.dumps({"method": "vicreg", "val_fraction": 0.0}))  # held nobody out
     assert {"train", "val", "test"} == set(resolve(StartConfig(phantoms, run=tmp_path)).index().splits)
+
+
+def test_files_of_one_name_do_not_share_a_folder(phantoms: Path, tmp_path: Path) -> None:
+    folders = set()
+    for seed in (0, 1):
+        path = tmp_path / str(seed) / "weights.pth"
+        path.parent.mkdir()
+        torch.save(load_backbone(None, seed).state_dict(), path)
+        folders.add(default_out(path, resolve(StartConfig(phantoms, run=path))))
+    assert len(folders) == 2 and all(folder.name.startswith("weights-") for folder in folders)
 
 
 def test_what_is_wrong_with_the_data_is_one_line(phantoms: Path, tmp_path: Path) -> None:

@@ -107,6 +107,20 @@ def test_a_corrupt_file_is_reported_and_tried_again(tmp_path: Path) -> None:
     assert run("nih", root, tmp_path / "out").converted == 1
 
 
+def test_a_changed_or_added_mask_is_read_again(tmp_path: Path) -> None:
+    raw = write_phantoms(PhantomConfig(tmp_path / "raw", train=20, test=10, size=32))
+    run("nih", raw, tmp_path / "out")
+    changed = min((raw / "masks" / "Effusion").iterdir())
+    Image.fromarray(np.full((32, 32), 255, np.uint8)).save(changed)
+    without = next(path for path in sorted((raw / "images").iterdir()) if path.name != changed.name)
+    (raw / "masks" / "Lung").mkdir()
+    Image.fromarray(np.full((32, 32), 255, np.uint8)).save(raw / "masks" / "Lung" / without.name)
+    assert run("nih", raw, tmp_path / "out").converted == 2
+    for label, name in (("Effusion", changed.name), ("Lung", without.name)):
+        assert np.asarray(Image.open(tmp_path / "out" / "masks" / label / name)).all()
+    assert run("nih", raw, tmp_path / "out").converted == 0
+
+
 def test_a_full_disk_stops_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root, save, calls = nih(tmp_path / "nih"), Image.Image.save, []
 

@@ -99,6 +99,13 @@ def test_segmentation_of_a_finding_and_of_lungs(phantoms: Path, tmp_path: Path) 
     assert lungs["positives"]["value"] == pytest.approx(lungs["kaggle"]["value"])
 
 
+def test_an_outline_does_not_vanish_at_the_networks_size(phantoms: Path) -> None:
+    task = mask_set(read_index(phantoms), "Effusion")
+    rows = [row for row in range(len(task)) if task.index.mask(row, "Effusion") is not None]
+    for size in (1, 2, 3, 5, 8):
+        assert all(task.masks(size)[row].any() for row in rows)
+
+
 # --- heatmaps ------------------------------------------------------------------------------------------------
 
 

@@ -124,7 +124,9 @@ def siim(root: Path, regions: list[NDArray[np.bool_]], release: int = 1) -> Path
     table = "train-rle.csv" if release == 1 else "stage_2_train.csv"
     write_text(root / table, [f"ImageId,{space}EncodedPixels", *rows])
     for seed, name in enumerate(names[:3]):
-        folder = f"dicom-images-train/9.{seed}/8.{seed}" if release == 1 else "stage_2_images"
+        folder = f"dicom-images-train/9.{seed}/8.{seed}"
+        if release == 2:  # some in a folder of their own, some where the first stage had its test films
+            folder = "stage_2_images" if seed < 2 else f"dicom-images-test/9.{seed}/8.{seed}"
         # The first two are films of one patient, which only the header tells.
         pixels = film(seed, 64, 64).astype(np.uint8)
         write_dicom(root / folder / f"{name}.dcm", pixels, jpeg=True, PatientID=("p1", "p1", "p2")[seed])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,15 +87,20 @@ class TensorBoard(Callback):
             self.writer.flush()
 
 
+def log_rows(path: Path) -> Iterator[dict[str, float]]:
+    """The rows of a run's log, one at a time, as there may be a million; what is blank in a row is not in it."""
+    if path.exists():
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                yield {name: float(value) for name, value in row.items() if value}
+
+
 def read_log(path: Path) -> list[dict[str, float]]:
-    """The rows of a run's log; what is blank in a row is not in it."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+    """All rows of a short log."""
+    return list(log_rows(path))
 
 
-def epoch_means(rows: list[dict[str, float]], epoch: int) -> dict[str, float]:
+def epoch_means(rows: Iterable[dict[str, float]], epoch: int) -> dict[str, float]:
     """Mean of every column over the steps of an epoch."""
     of_epoch = [row for row in rows if row["epoch"] == epoch]
     return {name: sum(row[name] for row in of_epoch) / len(of_epoch) for name in of_epoch[0]} if of_epoch else {}
@@ -125,5 +131,5 @@ class StopAfter(Callback):
         self.epoch = epoch
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.epoch is not None and trainer.current_epoch + 1 >= self.epoch:
+        if self.epoch is not None and trainer.current_epoch + 1 == self.epoch:
             trainer.should_stop = True

@@ -21,7 +21,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from PIL import Image
 
-from .layout import BOX_FILE, BOX_SPACE, ENTRY_FILE, TEST_FILE, TRAIN_FILE
+from .layout import BOX_FILE, BOX_SPACE, ENTRY_FILE, OLD_ENTRY_FILE, TEST_FILE, TRAIN_FILE
 
 NIH_CLASSES = (
     "Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia",
@@ -85,7 +85,7 @@ class ChestIndex:
         return np.asarray(open_grey(path)) > 0 if path.exists() else None
 
     def fingerprint(self) -> str:
-        """Changes when images, splits or labels change: what a run must not silently resume across."""
+        """Changes when names, splits or labels change. Pixels, outlines, boxes, sources and patients it does not see."""
         digest = hashlib.sha256(self.labels.tobytes())
         digest.update("\n".join(f"{n} {s}" for n, s in zip(self.names, self.splits, strict=True)).encode())
         return digest.hexdigest()[:16]
@@ -168,14 +168,20 @@ def nih_images(root: Path) -> dict[str, Path]:
     return {path.name: path for folder in sorted(root.glob("images*")) for path in sorted(folder.rglob("*.png"))}
 
 
+def entry_file(root: Path) -> Path:
+    """NIH's table of labels, under either of its names."""
+    old = root / OLD_ENTRY_FILE
+    return old if old.is_file() and not (root / ENTRY_FILE).is_file() else root / ENTRY_FILE
+
+
 def nih_entries(root: Path) -> pd.DataFrame:
     """The official table's rows by name: findings, patient, split and path; the last two are NaN where unknown."""
-    for name in (ENTRY_FILE, TRAIN_FILE, TEST_FILE):
-        if not (root / name).is_file():
-            raise FileNotFoundError(f"{root} is not in NIH's layout: {name} is missing")
+    for path in (entry_file(root), root / TRAIN_FILE, root / TEST_FILE):
+        if not path.is_file():
+            raise FileNotFoundError(f"{root} is not in NIH's layout: {path.name} is missing")
     # The header's "OriginalImage[Width,Height]" splits at its comma, so columns are taken by position.
     entry = pd.read_csv(
-        root / ENTRY_FILE, header=None, skiprows=1, usecols=[0, 1, 3], names=["name", "findings", "patient"],
+        entry_file(root), header=None, skiprows=1, usecols=[0, 1, 3], names=["name", "findings", "patient"],
         index_col=False, encoding="utf-8-sig",
     )  # fmt: skip
     listed = dict.fromkeys(_read_list(root / TRAIN_FILE), "train")
@@ -195,7 +201,7 @@ def _read_nih(root: Path, quiet: bool) -> ChestIndex:
         warnings.warn(f"{root}: {missing} of {len(entry)} entries have no image file or no split", stacklevel=3)
     entry = entry[usable]
     if entry.empty:
-        raise FileNotFoundError(f"{root}: no image of {ENTRY_FILE} was found under images*/")
+        raise FileNotFoundError(f"{root}: no image of {entry_file(root).name} was found under images*/")
     names = entry["name"].to_numpy(str)
     return ChestIndex(
         root, names, entry["path"].tolist(), entry["patient"].astype(int).to_numpy().astype(str),

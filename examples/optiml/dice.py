@@ -27,7 +27,8 @@ class Overlap:
     @classmethod
     def of(cls, predicted: NDArray[np.bool_], true: NDArray[np.bool_]) -> Overlap:
         """Of boolean masks (n, H, W)."""
-        both, mine, theirs = (x.astype(np.float64).sum(axis=(1, 2)) for x in (predicted & true, predicted, true))
+        counts = (np.count_nonzero(x, axis=(1, 2)) for x in (predicted & true, predicted, true))
+        both, mine, theirs = (count.astype(np.float64) for count in counts)
         return cls(both, mine, theirs)
 
     def each(self) -> Floats:

@@ -172,7 +172,9 @@ class Evaluation:
             f"{self.start.arm} {protocol} {fraction:.0%} seed {seed}: {len(train)} labelled images, {shown}",
             highlight=False,
         )
-        return write_record(path, record)
+        record = write_record(path, record)
+        path.with_suffix(".ckpt").unlink(missing_ok=True)
+        return record
 
     def features(self, seed: int) -> dict[str, Tensor]:
         """Frozen features per split; a new seed means new ones only where weights are random."""
@@ -189,8 +191,12 @@ class Evaluation:
             model, fitted = finetune(
                 backbone, train, val, size, self.config.train, seed, path.with_suffix(".ckpt"), identity
             )
+        # A network of other settings must not stand beside the record to come, nor this one beside another record.
+        path.unlink(missing_ok=True)
         if keep is not None:
             save_classifier(model, train, size, keep)
+        else:
+            path.with_suffix(".pth").unlink(missing_ok=True)
         return Scored(test, predict(model, test, size), usable_classes(train), dataclasses.asdict(fitted))
 
 

@@ -185,6 +185,7 @@ def _one(config: HeatmapConfig, start: Start, index: ChestIndex, out: Path, seed
         raise SystemExit(f"{network} is missing: run {first} first")
     model, facts = load_classifier(network)
     size, usable = facts["image_size"], dict(zip(facts["classes"], facts["usable"], strict=True))
+    index = index.take(np.unique([target.row for target in targets(index)]))  # few films have boxes
     known_targets = targets(index)
     learnt = [target for target in known_targets if usable[target.label]]
     record: Record = {

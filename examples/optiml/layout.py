@@ -16,6 +16,8 @@ from PIL import Image
 from .phantom import Phantom, draw
 
 ENTRY_FILE, BOX_FILE = "Data_Entry_2017_v2020.csv", "BBox_List_2017.csv"
+#: What the labels are called in Kaggle's copy of the set.
+OLD_ENTRY_FILE = "Data_Entry_2017.csv"
 TRAIN_FILE, TEST_FILE = "train_val_list.txt", "test_list.txt"
 #: Our addition: the options that phantoms were drawn with.
 ORIGIN_FILE = "ORIGIN.txt"

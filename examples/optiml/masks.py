@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .data import MASK_FOLDER, ChestIndex, ImageStore, mask_path, with_all_splits
 from .features import Rows, grey_batch
+from .prepare.pixels import resize_mask
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class MaskSet:
         found = self.index.mask(row, self.label)
         if found is None:
             return np.zeros((size, size), bool)
-        return np.asarray(Image.fromarray(found).resize((size, size), Image.Resampling.NEAREST))
+        small = np.asarray(Image.fromarray(found).resize((size, size), Image.Resampling.NEAREST))
+        return small if small.any() else resize_mask(found, (size, size))  # an outline between the points is one still
 
 
 class MaskTask:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .callbacks import epoch_means, read_log
+from .callbacks import epoch_means, log_rows, read_log
 from .config import PretrainConfig
 from .data import SPLITS, ChestIndex, read_index
 from .distributed import World
@@ -28,10 +28,10 @@ def write_model_card(config: PretrainConfig, index: ChestIndex, train: ChestInde
 def _card(config: PretrainConfig, index: ChestIndex, train: ChestIndex, world: World, run: Path) -> str:
     made = provenance()["made"]
     identity = config.identity()
-    log = read_log(run / "metrics.csv")
-    first, last = epoch_means(log, 1), epoch_means(log, config.epochs)
+    log = run / "metrics.csv"
+    first, last = (epoch_means(log_rows(log), epoch) for epoch in (1, config.epochs))
     monitor = read_log(run / "monitor.csv")
-    hours = sum(row["seconds"] for row in log) / 3600
+    hours = sum(row["seconds"] for row in log_rows(log)) / 3600
     seen = (
         "Validation and test images of this data set were among them (without their labels): scores on those "
         "are transductive and no estimate for new patients."

@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from .callbacks import CsvTable, TensorBoard, epoch_means, read_log
+from .callbacks import CsvTable, TensorBoard, epoch_means, log_rows
 from .config import MonitorConfig
 from .data import ChestIndex
 from .features import extract
@@ -97,7 +97,7 @@ class Monitor(Callback):
             return
         backbone = copy.deepcopy(pl_module.backbone)  # which leaves training as it was
         row = measure(backbone, self.bank, self.queries, self.image_size, self.config)
-        of_epoch = epoch_means(read_log(self.log_file), epoch)
+        of_epoch = epoch_means(log_rows(self.log_file), epoch)
         row.update({name: of_epoch[name] for name in ("loss", "perplexity") if name in of_epoch})
         self.table.append({"epoch": epoch, "step": trainer.global_step, **row})
         if self.board:

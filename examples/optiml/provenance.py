@@ -25,17 +25,23 @@ def processor() -> str:
     return next(named, platform.processor() or "cpu")
 
 
+def _git(*arguments: str) -> str:
+    """What git says; nothing outside of a repository, or where there is no git."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=HERE, capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return done.stdout.strip()
+
+
 def provenance() -> dict[str, Any]:
     """Where and when a result was made."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False)
     code = [":/otloss", ":/csrc", ":(top,glob)examples/**/*.py"]  # a comparison writes its results beside it
-    status = ["git", "status", "--porcelain", "--", *code]
-    dirty = subprocess.run(status, cwd=HERE, capture_output=True, text=True, check=False)
     return {
         "made": {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "commit": commit.stdout.strip() or None,
-            "uncommitted_changes": bool(dirty.stdout.strip()),
+            "commit": _git("rev-parse", "HEAD") or None,
+            "uncommitted_changes": bool(_git("status", "--porcelain", "--", *code)),
             "machine": platform.machine(),
             "processor": processor(),
             "threads": torch.get_num_threads(),

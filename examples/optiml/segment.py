@@ -61,8 +61,8 @@ def unet(backbone: Backbone, seed: int) -> nn.Module:
 def predict_masks(model: nn.Module, task: MaskTask) -> NDArray[np.bool_]:
     """Where the network's probability is above a half, (n, H, W)."""
     model.eval()
-    logits = [model(x.to(device())).cpu()[:, 0] for x in grey_batches(task.images, task.size, 32)]
-    return (torch.cat(logits) > 0).numpy()
+    found = [(model(x.to(device()))[:, 0] > 0).cpu() for x in grey_batches(task.images, task.size, 32)]
+    return torch.cat(found).numpy()
 
 
 def train_unet(
@@ -127,7 +127,9 @@ def _one(
     }  # fmt: skip
     shown = ", ".join(f"{name} {_text(figures[name]['value'])}" for name in ("positives", "kaggle", "global"))
     console.print(f"{start.arm} {task.label} {fraction:.0%} seed {seed}: Dice {shown}", highlight=False)
-    return write_record(path, record)
+    record = write_record(path, record)
+    path.with_suffix(".ckpt").unlink(missing_ok=True)
+    return record
 
 
 def _text(value: float | None) -> str:

@@ -17,6 +17,7 @@ from .pretrain import BACKBONE
 #: Size of a view where no run says otherwise.
 IMAGE_SIZE = 224
 SUP1, SUP2 = "sup1", "sup2"
+CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
@@ -107,11 +108,22 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
+def _folder_of(run: Path | None) -> Path | None:
+    """The run folder that is meant: given as such, or by the backbone in it."""
+    if run is not None and run.name == BACKBONE and (run.parent / CONFIG).is_file():
+        return run.parent
+    return run if run is not None and run.is_dir() else None
+
+
 def default_out(run: Path | None, start: Start) -> Path:
-    """Beside the run where there is a run folder; the data set's name keeps several sets apart."""
-    if run is not None and run.is_dir():
-        return run / "evaluate" / start.dataset
-    return Path("runs") / f"{start.arm}-{start.dataset}"
+    """Beside the run where there is a run folder; the data set's name keeps several sets apart.
+
+    Weights from elsewhere by their bytes too, as many a file has the same name.
+    """
+    if folder := _folder_of(run):
+        return folder / "evaluate" / start.dataset
+    arm = start.arm if start.weights is None else f"{start.arm}-{start.identity()['start'][:8]}"
+    return Path("runs") / f"{arm}-{start.dataset}"
 
 
 def resolve(config: StartConfig) -> Start:
@@ -119,11 +131,11 @@ def resolve(config: StartConfig) -> Start:
     if (config.run is not None) + config.untrained + config.imagenet != 1:
         raise SystemExit("give one of --run FOLDER, --untrained and --imagenet")
     weights, saved = config.run, {}
-    if weights is not None and weights.is_dir():
-        if not (weights / "config.json").is_file():
-            raise SystemExit(f"{weights} is no run folder: it holds no config.json")
-        saved = json.loads((weights / "config.json").read_text())
-        weights = weights / BACKBONE
+    if folder := _folder_of(config.run):
+        if not (folder / CONFIG).is_file():
+            raise SystemExit(f"{folder} is no run folder: it holds no {CONFIG}")
+        saved = json.loads((folder / CONFIG).read_text())
+        weights = folder / BACKBONE
     if weights is not None and not weights.is_file():
         raise SystemExit(f"{weights} does not exist: has the run finished?")
     default = SUP1 if config.untrained else SUP2

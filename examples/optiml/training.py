@@ -84,12 +84,14 @@ def fit(
         load: images and targets of these rows; called ahead of time, from threads.
         loss_of: the loss of such a pair, with a generator for the augmentation.
         score_of: how good the model is on validation, the larger the better; called in eval mode, no gradients.
-        checkpoint: resume file; written after a check if the last is ``every`` seconds old, gone at the end.
+        checkpoint: resume file; written after a check if the last is ``every`` seconds old, and at the end of a
+            training that took longer. Whoever called removes it when what the training was for is written.
         identity: what the training depends on; a resume file of another identity is ignored.
     """
     optimiser = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     rows = batches(count, config, seed)
-    total, saved = len(rows), time.monotonic()
+    total, started = len(rows), time.monotonic()
+    saved = started
     looks = set(np.linspace(0, total, min(config.checks, total) + 1).round().astype(int)[1:].tolist())
     key = json.dumps(identity, sort_keys=True, default=str)
     step, best = 0, Fitted(total, 0, -math.inf)
@@ -118,7 +120,7 @@ def fit(
                 score = score_of()
             if score > best.validation or best.best_step == 0:
                 best, weights = Fitted(total, step, score), copy.deepcopy(model.state_dict())
-            if checkpoint is not None and time.monotonic() - saved > every:
+            if checkpoint is not None and time.monotonic() - (started if step == total else saved) > every:
                 state = {
                     "identity": key, "model": model.state_dict(), "optimiser": optimiser.state_dict(),
                     "weights": weights, "step": step, "best": [best.best_step, best.validation],
@@ -127,8 +129,6 @@ def fit(
                 saved = time.monotonic()
     model.load_state_dict(weights)
     model.eval()
-    if checkpoint is not None:
-        checkpoint.unlink(missing_ok=True)
     return best
 
 

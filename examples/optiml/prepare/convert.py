@@ -8,6 +8,7 @@ import signal
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ class Done:
 
     name: str
     stamp: str
-    """The file's size and time: a file that has changed since is read again."""
+    """Sizes and times of the image and its masks: what has changed since is read again."""
     patient: str = ""
     boxes: tuple[tuple[str, float, float, float, float], ...] = ()
     masks: tuple[str, ...] = ()
@@ -47,7 +48,7 @@ class Job:
 def convert(job: Job) -> Done:
     """Write the image and its masks; a file that cannot be read is an answer, a full disk is an error."""
     record = job.record
-    stamp = stamp_of(record.path)
+    stamp = stamp_of(record)
     try:
         image, patient = read_grey(record.path)
         rows, columns = image.shape
@@ -68,8 +69,17 @@ def convert(job: Job) -> Done:
     )
 
 
-def stamp_of(path: Path) -> str:
-    """Changes when the file does."""
+def stamp_of(record: Record) -> str:
+    """Changes when the image does, or a mask, or which masks there are."""
+    masks = (
+        f"{label} {_stamp(origin) if isinstance(origin, Path) else sha256(' '.join(origin).encode()).hexdigest()[:16]}"
+        for label, origin in record.masks
+    )
+    return "; ".join((_stamp(record.path), *masks))
+
+
+def _stamp(path: Path) -> str:
+    """A file's size and time."""
     try:
         stat = path.stat()
     except OSError:
@@ -121,7 +131,7 @@ def still_to_do(records: list[Record], done: dict[str, Done], out: Path) -> list
             before is not None
             and not before.error
             and before.name in present
-            and before.stamp == stamp_of(record.path)
+            and before.stamp == stamp_of(record)
             and all(mask_path(out, label, record.name).is_file() for label in before.masks)
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..data import mask_path, nih_entries, nih_images, read_index
+from ..data import entry_file, mask_path, nih_entries, nih_images, read_index
 from ..layout import BOX_FILE, ENTRY_FILE, ORIGIN_FILE, TEST_FILE, TRAIN_FILE, PhantomConfig, write_phantoms
 from .config import PrepareConfig
 from .listing import Listing, Record, not_in_table
@@ -41,7 +41,7 @@ def read_nih(config: PrepareConfig) -> Listing:
         )
         records.append(record)
     notes = ["Validation patients are cut from train on reading, by the hash that reading the raw folder uses."]
-    tables = [root / name for name in (ENTRY_FILE, TRAIN_FILE, TEST_FILE, BOX_FILE, "labels.csv")]
+    tables = [entry_file(root), *(root / name for name in (TRAIN_FILE, TEST_FILE, BOX_FILE, "labels.csv"))]
     return Listing(index.classes, records, skipped, [table for table in tables if table.is_file()], notes)
 
 

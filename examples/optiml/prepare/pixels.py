@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pydicom
@@ -61,13 +62,21 @@ def _read_dicom(path: Path) -> tuple[Grey, str]:
         elif pixels.dtype == np.uint8 and data.BitsStored == 8 and grey.min() >= 0 and grey.max() <= 255:
             low, high = 0.0, 255.0
         else:
-            low, high = grey.min(), grey.max()
+            film = grey if data.get("PixelPaddingValue") is None else grey[~_padding(pixels, data)]
+            low, high = (film.min(), film.max()) if film.size else (0.0, 0.0)
         image = _to_bytes(grey, low, high)
         return (255 - image if data.PhotometricInterpretation == "MONOCHROME1" else image), patient
 
 
+def _padding(pixels: NDArray[Any], data: pydicom.Dataset) -> Mask:
+    """Stored values that stand for no film."""
+    ends = [data.PixelPaddingValue, data.get("PixelPaddingRangeLimit", data.PixelPaddingValue)]
+    return np.asarray((pixels >= min(ends)) & (pixels <= max(ends)))
+
+
 def _to_bytes(values: NDArray[np.float64], low: float, high: float) -> Grey:
-    if not high > low:
+    """Black at ``low``, white at ``high``, which is the smaller one where a window's slope is negative."""
+    if high == low:
         raise ValueError("every pixel has the same value")
     return np.round(255 * np.clip((values - low) / (high - low), 0, 1)).astype(np.uint8)
 

@@ -10,8 +10,9 @@ from .listing import DICOM_SUFFIXES, IMAGE_SUFFIXES, Listing, Record, files_by_s
 
 #: Table and folders of each release.
 RELEASES = (
-    ("train-rle.csv", ("dicom-images-train",)),
-    ("stage_2_train.csv", ("stage_2_images", "dicom-images-train")),
+    ("train-rle.csv", ("dicom-images-train", "dicom-images-test")),
+    # Stage 2 labels the films of stage 1, its test films too; stage_2_images holds the unlabelled ones in some copies.
+    ("stage_2_train.csv", ("stage_2_images", "dicom-images-train", "dicom-images-test")),
 )
 
 
