@@ -12,7 +12,7 @@ from torch import Tensor
 import otloss
 from benchmarks.peers import OURS, PEERS, Peer
 from benchmarks.peers.base import dense
-from benchmarks.workloads import Workload
+from benchmarks.workloads import Leaves, Workload
 
 PROBLEMS, POINTS, ITERATIONS = 2, 196, 250
 """The implicit gradient is that of the solution, the peers' that of their iterates. So a few problems of at most so
@@ -24,7 +24,11 @@ GRADIENT_LIMIT, NUMBER_LIMIT, LESSER_NUMBER_LIMIT = 2e-2, 1e-3, 5e-3
 
 def tensor(array: Any) -> Tensor:
     """A peer's array as a float64 tensor."""
-    return array.detach().double() if isinstance(array, Tensor) else torch.from_numpy(np.array(array, dtype=np.float64))
+    return (
+        array.detach().double().cpu()
+        if isinstance(array, Tensor)
+        else torch.from_numpy(np.array(array, dtype=np.float64))
+    )
 
 
 def difference(one: Any, other: Tensor) -> float:
@@ -32,6 +36,7 @@ def difference(one: Any, other: Tensor) -> float:
     got = tensor(one)
     if not got.isfinite().all():
         return float("inf")
+    other = tensor(other)
     return float((got - other).abs().max() / other.abs().max())
 
 
@@ -47,8 +52,13 @@ def reference(workload: Workload) -> tuple[dict[str, Tensor], list[Tensor]]:
     return {name: number.detach() for name, number in numbers.items()}, list(grads)
 
 
-def check(workload: Workload, peers: tuple[Peer, ...] = PEERS) -> dict[str, dict[str, Any]]:
-    """For each peer that takes the workload: its relative errors, and whether they pass.
+def leaves_on(device: str, workload: Workload, dtype: torch.dtype | None = None) -> Leaves:
+    """The inputs on a device."""
+    return tuple(t.detach().to(device).requires_grad_(t.requires_grad) for t in workload.leaves(dtype))
+
+
+def check(workload: Workload, peers: tuple[Peer, ...] = PEERS, device: str = "cpu") -> dict[str, dict[str, Any]]:
+    """For each peer that takes the workload: its relative errors on a device, and whether they pass.
 
     Raises:
         SystemExit: ours does not pass.
@@ -60,7 +70,7 @@ def check(workload: Workload, peers: tuple[Peer, ...] = PEERS) -> dict[str, dict
         if not peer.applies(workload) or peer.skip(workload):
             continue
         try:
-            got, got_grads = peer.build(small)(peer.native(small, small.leaves()))
+            got, got_grads = peer.build(small)(peer.native(small, leaves_on(device, small)))
         except Exception as error:
             found[peer.name] = {"same": False, "error": f"{type(error).__name__}: {error}".splitlines()[0]}
             continue

@@ -1,8 +1,9 @@
 """``python -m benchmarks.gpu``: ours beside the peers on a CUDA device; says so and stops without one.
 
 The peers are those of the CPU suite that take torch tensors, each with the whole batch in one call (flash-sinkhorn
-loops over problems by itself). The first call, compilation included, is timed by the clock, the following ones by CUDA
-events; all are timed in turn, so that a change of clocks falls on all. Results: ``benchmarks/results/gpu.json``.
+loops over problems by itself) and none whose numbers on the device are not the workload's. The first call, compilation
+included, is timed by the clock (for a cold one empty ``TRITON_CACHE_DIR`` first), the following ones by CUDA events;
+all are timed in turn, so that a change of clocks falls on all. Results: ``benchmarks/results/gpu.json``.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 
 import otloss
-from benchmarks.check import difference
+from benchmarks.check import check, difference, leaves_on
 from benchmarks.machine import environment
 from benchmarks.peers import OURS, PEERS, Peer
 from benchmarks.results import FOLDER, save
@@ -28,11 +29,6 @@ from otloss.backends import triton
 
 RESULTS = FOLDER / "gpu.json"
 ENTRANTS = (OURS, *(peer for peer in PEERS if peer.native is OURS.native))
-
-
-def leaves_on(device: str, workload: Workload, dtype: torch.dtype | None = None) -> Leaves:
-    """The inputs on a device."""
-    return tuple(t.detach().to(device).requires_grad_(t.requires_grad) for t in workload.leaves(dtype))
 
 
 def errors(workload: Workload, device: str = "cuda", iterations: int = 400) -> dict[str, float]:
@@ -88,12 +84,19 @@ def measure(workload: Workload, rounds: int, repeats: int) -> list[dict[str, Any
         try:
             run = _bind(peer, workload, leaves)
             row.update(_first_calls(run))
-            runs.append((row, run))
         except Exception as error:
             if peer is OURS:
                 raise
             row["skipped"] = f"{type(error).__name__}: {str(error)[:200]}"  # a peer's failure is a result
             torch.cuda.empty_cache()
+            continue
+        runs.append((row, run))
+    checks = check(workload, tuple(peer for peer in ENTRANTS if peer is not OURS), device="cuda")
+    for row, _ in runs:
+        row["check"] = checks[row["name"]]
+        if not row["check"]["same"]:
+            row["skipped"] = f"does not compute the same: {row['check']}"
+    runs = [(row, run) for row, run in runs if "skipped" not in row]
     times: list[list[float]] = [[] for _ in runs]
     for _ in range(rounds):
         for found, (_, run) in zip(times, runs, strict=True):
@@ -128,8 +131,9 @@ def main() -> None:
     results: dict[str, Any] = {"environment": environment() | device, "workloads": {}}
     for name in args.only:
         workload = WORKLOADS[name]
-        entry = {"workload": vars(workload), "errors": errors(workload)}
-        entry["times"] = measure(workload, args.rounds, args.repeats)
+        entry: dict[str, Any] = {"workload": vars(workload)}
+        entry["times"] = measure(workload, args.rounds, args.repeats)  # first, as it times the first call
+        entry["errors"] = errors(workload)
         results["workloads"][name] = entry
         save(RESULTS, results)
         print(name, entry["errors"])

@@ -55,7 +55,8 @@ def cosine_cost(x: Tensor, y: Tensor) -> Tensor:
 
     Returns:
         Cost ``(B, n, m)``, float64 for float64 features and float32 otherwise; half-precision features are multiplied
-        in float32, also under autocast (a bfloat16 cost costs several percent of plan accuracy at eps 0.05).
+        in float32, also under autocast (a bfloat16 cost costs several percent of plan accuracy at eps 0.05). On a GPU
+        ``torch.set_float32_matmul_precision`` below "highest" makes this product, and so ``out.plan``, as coarse.
 
     Raises:
         TypeError: ``x`` or ``y`` is no floating-point tensor, or one is float64 and the other is not.

@@ -209,7 +209,8 @@ def unrolled_gradient(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of left, right, a and b through the iterations that were run, of which none took over max_iter."""
-    longest = int(n_iter.max()) if n_iter.numel() else 0
+    capturing = n_iter.is_cuda and torch.cuda.is_current_stream_capturing()  # then nothing can be looked at
+    longest = max_iter if capturing else int(n_iter.max()) if n_iter.numel() else 0
     with no_autocast(left):
         grads = get_backend(backend).unrolled_gradient(
             left, right, a, b, n_iter, grad_cost, grad_value, eps, need_cost, longest

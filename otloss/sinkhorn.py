@@ -42,7 +42,8 @@ class SinkhornOutput:
         marginal_error: ``(B,)`` L1 distance of the plan's marginals from a and b.
         converged: ``(B,)`` whether that fell below ``tol``.
         plan: ``(B, n, m)``, built on first use, from cost or features as they are then. That these were not changed in
-            place is checked, except in a compiled function and of tensors of inference mode, which count no writes.
+            place is checked, except in a compiled function and of tensors of inference mode, which count no writes. Of
+            features the cost is PyTorch's product: see :func:`cosine_cost`.
 
     Each output that requires a gradient carries its own exact one; what the mode cannot differentiate does not require
     any, nor does anything of a problem that was solved under ``torch.no_grad``.

@@ -42,6 +42,26 @@ def test_the_package_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "not installed" in str(otloss.backends()["triton"])
 
 
+def test_a_triton_that_is_too_old_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "_INSTALLED", True)
+    monkeypatch.setattr(triton, "_INTERPRETED", False)
+    for version, old in (("3.7.0", True), ("2.3.1", True), ("3.8.0", False), ("3.10.0+git1", False), (None, False)):
+        monkeypatch.setattr(triton, "_VERSION", version)
+        assert ("need Triton 3.8" in (triton.status() or "")) == old
+
+
+@installed
+def test_a_grid_that_cuda_does_not_have_is_refused() -> None:
+    code = (
+        "from otloss.backends.gpu.launch import launch\n"
+        "try: launch(None, (1, 2, 65536), num_warps=4)\n"
+        "except ValueError as error: assert 'no grid of (1, 2, 65536) blocks' in str(error)\n"
+        "else: raise SystemExit('launched')"
+    )
+    done = run("-c", code, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr
+
+
 def test_import_does_not_load_it() -> None:
     done = run("-c", "import sys, otloss; otloss.backends(); sys.exit('triton' in sys.modules)")
     assert done.returncode == 0, done.stderr

@@ -85,7 +85,7 @@ class ChestIndex:
         return np.asarray(open_grey(path)) > 0 if path.exists() else None
 
     def fingerprint(self) -> str:
-        """Changes when names, splits or labels change. Pixels, outlines, boxes, sources and patients it does not see."""
+        """Changes when names, splits or labels change; not with pixels, outlines, boxes, sources or patients."""
         digest = hashlib.sha256(self.labels.tobytes())
         digest.update("\n".join(f"{n} {s}" for n, s in zip(self.names, self.splits, strict=True)).encode())
         return digest.hexdigest()[:16]

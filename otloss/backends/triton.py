@@ -10,8 +10,10 @@ Triton's interpreter: slow, for tests. Results are the same in every run: no ato
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import importlib.util
 import os
+import re
 from typing import Any
 
 import torch
@@ -24,7 +26,19 @@ READS_HALF = True
 # Read once, as Triton itself does at its import.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _INSTALLED = importlib.util.find_spec("triton") is not None
+_LEAST = (3, 8)  # before, Triton multiplies no tiles of depth 8
 _HOW_TO_TEST = "to try its kernels on the CPU, set TRITON_INTERPRET=1 before the first import (slow: for tests)"
+
+
+def _version() -> str | None:
+    """That of the package, under whatever name it was installed; None where nothing says."""
+    for name in ("triton", "pytorch-triton", "triton-windows"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
+    return None
+
+
+_VERSION = _version()
 
 
 def status() -> str | None:
@@ -33,6 +47,9 @@ def status() -> str | None:
         return "the package triton is not installed; PyTorch's CUDA builds for Linux bring it"
     if _INTERPRETED:
         return None
+    numbers = re.match(r"(\d+)\.(\d+)", _VERSION or "")
+    if numbers and (int(numbers[1]), int(numbers[2])) < _LEAST:
+        return f"its kernels need Triton 3.8, which PyTorch 2.14 brings, and this is {_VERSION}"
     if torch.version.hip is not None:
         return "its kernels are for NVIDIA GPUs"
     if not torch.cuda.is_available():

@@ -61,6 +61,7 @@ def test_everything_is_that_of_the_reference(n: int, m: int, dense: bool, dtype:
             if k in (2, 3):
                 one, other = one - one.mean(-1, keepdim=True), other - other.mean(-1, keepdim=True)
             close(one, other, slack(dtype, room=300.0))
+    assert (got[4] < (1e-5 if dtype == torch.float32 else 1e-10)).all()
     n_iter = torch.tensor([0, 2, 5], device="cuda")
     got = triton.unrolled_gradient(*given, n_iter, w, v, EPS, True, 5)
     want = reference.unrolled_gradient(*wide(given), n_iter, w.double(), v.double(), EPS, True, 5)
@@ -86,9 +87,46 @@ def test_half_precision(dtype: torch.dtype) -> None:
     out = otloss.cosine_sinkhorn(x, y, eps=EPS)
     out.transport_cost.sum().backward()
     with otloss.use_backend("reference"):
-        want = otloss.cosine_sinkhorn(x.double().detach(), y.double().detach(), eps=EPS).transport_cost
-    close(out.transport_cost, want, slack(torch.float32))
-    assert x.grad is not None and x.grad.dtype == dtype and x.grad.isfinite().all()
+        exact = [t.detach().double().requires_grad_() for t in (x, y)]
+        want = otloss.cosine_sinkhorn(*exact, eps=EPS)
+        want.transport_cost.sum().backward()
+    close(out.transport_cost, want.transport_cost, slack(torch.float32))
+    close(out.plan, want.plan, slack(torch.float32, room=64.0))
+    for got, right in zip((x, y), exact, strict=True):
+        assert got.grad is not None and right.grad is not None and got.grad.dtype == dtype
+        close(got.grad, right.grad, torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize(("n", "m"), [(40, 5), (300, 200), (2000, 1500)])
+def test_columns_that_no_row_prefers(n: int, m: int) -> None:
+    """Their shares underflow, so that they are found by half-steps in the log-domain."""
+    cost = torch.rand(2, n, m, device="cuda")
+    cost[..., 1] += 100
+    a, b = (torch.full((2, k), 1 / k, device="cuda") for k in (n, m))
+    got = triton.solve(cost, None, a, b, EPS, 3, 0.0)
+    want = reference.solve(*wide((cost, None, a, b)), EPS, 3, 0.0)
+    for one, other in zip(got[:4], want[:4], strict=True):
+        close(one, other, slack(torch.float32, room=16.0 * 50))
+
+
+@pytest.mark.parametrize("gradient", ["implicit", "unroll", "none"])
+@pytest.mark.parametrize("n", [49, 300, 1500])
+def test_the_verb_in_every_mode(n: int, gradient: str) -> None:
+    x, y, a, b = problem(n, n, torch.float64, batch=2)
+    x = x.mT.contiguous().mT  # not contiguous
+    leaves = [t.detach().requires_grad_() for t in (x, y, a, b)]
+
+    def grads(backend: str) -> tuple[Tensor | None, ...]:
+        options = {"eps": EPS, "max_iter": 500 if gradient == "implicit" else 6, "tol": 1e-12, "gradient": gradient}
+        out = otloss.cosine_sinkhorn(*leaves, **options, backend=backend)
+        total = out.transport_cost.sum()
+        total = total if gradient == "none" else total + 2 * out.value.sum()
+        total = total + out.plan.square().sum() if gradient == "implicit" else total
+        return torch.autograd.grad(total, leaves, allow_unused=True)
+
+    for got, want in zip(grads("triton"), grads("reference"), strict=True):
+        assert (got is None) == (want is None)
+        assert got is None or want is None or torch.allclose(got, want, atol=1e-8)
 
 
 def test_a_half_precision_cost_is_not_copied() -> None:
@@ -129,8 +167,10 @@ def test_captured_in_a_cuda_graph(n: int) -> None:
 
     def both() -> tuple[Tensor, ...]:
         solution = triton.solve(x, y, a, b, EPS, 20, 0.0)
-        f, g, w, *_ = solution
-        return (*solution, *triton.implicit_gradient(x, y, a, b, f, g, w, None, None, None, EPS, True, True))
+        f, g, w, _, n_iter, _ = solution
+        unrolled = torch.ops.otloss.unrolled_gradient(x, y, a, b, n_iter, w, None, EPS, True, 20, "triton")
+        implicit = triton.implicit_gradient(x, y, a, b, f, g, w, None, None, None, EPS, True, True)
+        return (*solution, *implicit, *unrolled)
 
     want = both()  # compiles what the capture launches
     graph = torch.cuda.CUDAGraph()

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from otloss.backends.gpu import config, features, stream
 
+MOST_BLOCKS = 65535  # of a grid's second and third dimension
+
 
 class View(NamedTuple):
     """A problem from the side of its rows or of its columns; see ``tiles.py``."""
@@ -27,8 +29,16 @@ class View(NamedTuple):
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """Launch a kernel on a grid; an empty grid does nothing.
 
+    Raises:
+        ValueError: CUDA has no grid of that many blocks; only the first dimension may have more than 65535.
+
     The bound on registers is the hardware's own. Said aloud, it keeps the assembler from spilling for more occupancy.
     """
+    if max(grid[1:], default=0) > MOST_BLOCKS:
+        raise ValueError(
+            f"the triton backend takes fewer points, about two million a side: CUDA has no grid of {grid} blocks; "
+            "give backend='reference'"
+        )
     if min(grid) > 0:
         kernel[grid](*args, **options, maxnreg=register_bound(options["num_warps"]))
 
@@ -77,10 +87,10 @@ class Problem:
             self.empty(self.count, view.n),
         )
         times: dict[config.Tile, float] = {}
-        for tile in config.STREAM_CANDIDATES:
-            if (tile.rows <= key[0] and tile.cols <= key[1]) or not times:
-                config.TUNED[key] = tile
-                times[tile] = timer(lambda: self.half_step(view, g, mass, out, None, 0, 1))
+        fitting = (tile for tile in config.STREAM_CANDIDATES if tile.rows <= key[0] and tile.cols <= key[1])
+        for tile in dict.fromkeys((config.stream(view.n, view.m, view.d, self.double), *fitting)):  # the default first
+            config.TUNED[key] = tile
+            times[tile] = timer(lambda: self.half_step(view, g, mass, out, None, 0, 1))
         config.TUNED[key] = min(times, key=times.__getitem__)
 
     def _unit_rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -179,8 +189,9 @@ def iterate(step: Callable[[], None], most: int, running: Tensor) -> None:
     """Run ``step`` until no problem is running, at most ``most`` times.
 
     The steps decide on the device; the host looks after 8, 16, 32, ... of them, and not at all while a caller captures
-    a CUDA graph. From the second look on, eight steps at a time are replayed as a graph of their own, whose launches
-    cost a tenth of Python's. ``OTLOSS_TRITON_GRAPHS=0`` turns that off.
+    a CUDA graph: that holds all ``most`` steps, of an adjoint up to 2000, and a replay pays a few microseconds for each
+    that has nothing left to do. From the second look on, eight steps at a time are replayed as a graph of their own,
+    whose launches cost a tenth of Python's. ``OTLOSS_TRITON_GRAPHS=0`` turns that off.
     """
     on_gpu = running.device.type == "cuda"
     if on_gpu and torch.cuda.is_current_stream_capturing():
