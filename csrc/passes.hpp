@@ -95,16 +95,21 @@ template <class T> void log_cols(const Team& team, const Cost<T>& cost, const T*
   team.each((cost.cols + width - 1) / width, [&](int strip) {
     const int begin = strip * width, end = std::min(cost.cols, begin + width);
     for (int j = begin; j < end; ++j) peak[j] = none, total[j] = 0;
-    for (int pass = 0; pass < 2; ++pass)
-      for (int i = 0; i < cost.n; ++i) {
+    const auto each = [&](int first, int last, auto add) __attribute__((always_inline)) {
+      for (int i = first; i < last; ++i) {
         if (log_a[i] == none) continue;
         const T* c = cost.row(i);
-        for (int j = begin; j < end; j += lanes<T>) {
-          const vec<T> z = (f[i] - load(c + j)) * scale + log_a[i], top = load(peak + j);
-          if (pass == 0) store<T>(peak + j, max(z, top));
-          else store<T>(total + j, load(total + j) + exp2<T>(z - top));
-        }
+        for (int j = begin; j < end; j += lanes<T>) add(j, (f[i] - load(c + j)) * scale + log_a[i]);
       }
+    };
+    each(0, cost.n, [&](int j, vec<T> z) __attribute__((always_inline)) { store<T>(peak + j, max(z, load(peak + j))); });
+    for (int i0 = 0; i0 < cost.n; i0 += chain_rows) {
+      alignas(64) T some[width] = {};
+      each(i0, std::min(cost.n, i0 + chain_rows), [&](int j, vec<T> z) __attribute__((always_inline)) {
+        store<T>(some + j - begin, load(some + j - begin) + exp2<T>(z - load(peak + j)));
+      });
+      for (int j = begin; j < end; ++j) total[j] += some[j - begin];
+    }
     for (int j = begin; j < end; ++j) g[j] = j < cost.m ? -back * (peak[j] + std::log2(total[j])) : T(0);
   });
 }

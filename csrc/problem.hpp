@@ -95,7 +95,7 @@ class Arena {
   template <class T> static constexpr inline __attribute__((always_inline)) size_t bytes(size_t count) { return (count * sizeof(T) + 63) / 64 * 64; }
 
  private:
-  static constexpr size_t keep = size_t(256) << 20;  // what all threads together give back is more than this
+  static constexpr size_t keep = size_t(256) << 20;  // a thread that has more than its share of this gives it back
   void release() {
     if (data_) ::operator delete(data_, std::align_val_t(large_page));
     data_ = nullptr;

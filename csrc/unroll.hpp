@@ -16,13 +16,14 @@ template <class T>
 void unrolled_gradient(const Problem<T>& p, Arena& arena, int64_t n_iter, const Upstream<T>& up, const Gradient<T>& out) {
   const size_t rows = round_up<T>(p.n), cols = round_up<T>(p.m);
   arena.reset(Cost<T>::bytes(p, out.left) + Solver<T>::bytes(p) + Arena::bytes<T>((n_iter + 1) * rows) +
-              Arena::bytes<T>((n_iter + 1) * cols) + 2 * Arena::bytes<T>(rows) + 3 * Arena::bytes<T>(cols));
+              Arena::bytes<T>((n_iter + 1) * cols) + 2 * Arena::bytes<T>(rows) + 5 * Arena::bytes<T>(cols));
   const Cost<T> cost(p, arena, true, out.left);
   const Team alone;
   Solver<T> s(cost, arena, alone);
   T *f = arena.take<T>((n_iter + 1) * rows), *g = arena.take<T>((n_iter + 1) * cols);
   T *lambda = arena.take<T>(rows), *da = arena.take<T>(rows);
   T *kappa = arena.take<T>(cols), *next = arena.take<T>(cols), *db = arena.take<T>(cols);
+  T *some = arena.take<T>(cols), *more = arena.take<T>(cols);  // column sums of one part of the rows
   std::memset(f, 0, sizeof(T) * (n_iter + 1) * rows);
   std::memset(g, 0, sizeof(T) * (n_iter + 1) * cols);
 
@@ -41,9 +42,17 @@ void unrolled_gradient(const Problem<T>& p, Arena& arena, int64_t n_iter, const 
 
   const T ie = 1 / p.eps, scale = s.scale, w = up.cost, v = up.value;
   T* D = s.K;  // the gradient of the cost takes the place of the kernel
-  for (size_t j = 0; j < cols; ++j) kappa[j] = 0, db[j] = v * p.eps;
+  for (size_t j = 0; j < cols; ++j) kappa[j] = some[j] = more[j] = 0, db[j] = v * p.eps;
+  // Column sums are taken part by part, as a sweep's are. visit(i) adds row i's shares to `some` and `more`.
+  const auto by_parts = [&](int count, T* total, T* other, auto visit) __attribute__((always_inline)) {
+    for (int part = 0; part < cost.parts.count; ++part) {
+      for (int i = cost.parts.begin(part); i < std::min(count, cost.parts.end(part)); ++i) visit(i);
+      for (size_t j = 0; j < cols; ++j) total[j] += some[j], some[j] = 0;
+      for (size_t j = 0; other && j < cols; ++j) other[j] += more[j], more[j] = 0;
+    }
+  };
   const T *fk = f + n_iter * rows, *gk = g + n_iter * cols;
-  for (int i = 0; i < cost.rows; ++i) {
+  by_parts(cost.rows, kappa, db, [&](int i) __attribute__((always_inline)) {
     const T* c = cost.row(i);
     vec<T> lift{}, share{};
     for (int j = 0; j < cost.cols; j += lanes<T>) {
@@ -53,16 +62,16 @@ void unrolled_gradient(const Problem<T>& p, Arena& arena, int64_t n_iter, const 
       lift += kb != 0 ? kb * outer : none;
       share += kb;
       store<T>(D + size_t(i) * cost.ld + j, t * ((w + v) - d * ie));
-      store<T>(kappa + j, load(kappa + j) + t * d * ie);
-      store<T>(db + j, load(db + j) + (ka != 0 ? ka * (outer - v * p.eps) : none));
+      store<T>(some + j, load(some + j) + t * d * ie);
+      store<T>(more + j, load(more + j) + (ka != 0 ? ka * (outer - v * p.eps) : none));
     }
     lambda[i] = s.a[i] > 0 ? s.a[i] * sum<T>(lift) * ie : T(0);  // not 0 * inf
     da[i] = sum<T>(lift) - p.eps * v * (sum<T>(share) - 1);
-  }
+  });
   for (int64_t k = n_iter; k >= 1; --k) {
     const T *fk = f + k * rows, *gk = g + k * cols, *g0 = gk - cols;
     for (size_t j = 0; j < cols; ++j) next[j] = 0;
-    for (int i = 0; i < cost.n; ++i) {
+    by_parts(cost.n, next, nullptr, [&](int i) __attribute__((always_inline)) {
       const T *c = cost.row(i), a = s.a[i];
       T* d = D + size_t(i) * cost.ld;
       vec<T> back{};
@@ -77,9 +86,9 @@ void unrolled_gradient(const Problem<T>& p, Arena& arena, int64_t n_iter, const 
       for (int j = 0; j < cost.cols; j += lanes<T>) {
         const vec<T> k = exp2<T>(min(splat(bound<T>), exponent(c, g0, j, fk[i], scale)));
         store<T>(d + j, load(d + j) + k * load(s.b + j) * l);  // the mass first: without any, k * l may overflow
-        store<T>(next + j, load(next + j) + k * l);
+        store<T>(some + j, load(some + j) + k * l);
       }
-    }
+    });
     for (size_t j = 0; j < cols; ++j) {
       db[j] -= p.eps * next[j];
       kappa[j] = s.b[j] > 0 ? -s.b[j] * next[j] : T(0);

@@ -84,6 +84,24 @@ def test_dicom_grey_values(tmp_path: Path, pixels: Any, photometric: str, tags: 
     assert np.abs(grey - 255 * np.clip(expected, 0, 1)).max() <= 0.75  # half a grey value, and a quarter for rounding
 
 
+@pytest.mark.parametrize("limit", [{}, {"PixelPaddingRangeLimit": -1999}])
+def test_padding_of_a_signed_film(tmp_path: Path, limit: dict[str, int]) -> None:
+    pixels = DEEP.astype(np.int16)
+    pixels[0] = -2000
+    write_dicom(tmp_path / "film.dcm", pixels, PixelPaddingValue=-2000, **limit)
+    grey = read_grey(tmp_path / "film.dcm")[0]
+    low, high = DEEP[1:].min(), DEEP[1:].max()
+    assert not grey[0].any() and np.abs(grey[1:] - 255 * (DEEP[1:] - 1.0 * low) / (high - low)).max() <= 0.5
+
+
+def test_what_is_not_finite_is_no_film(tmp_path: Path) -> None:
+    values = film(1).astype(np.float32)
+    values[3, 3] = np.nan
+    Image.fromarray(values).save(tmp_path / "film.tiff")
+    with pytest.raises(ValueError, match="not finite"):
+        read_grey(tmp_path / "film.tiff")
+
+
 def test_dicom_lookup_table(tmp_path: Path) -> None:
     table = Dataset()
     table.LUTDescriptor = [4096, 0, 12]
@@ -150,6 +168,7 @@ def test_a_reduced_mask_keeps_its_area(tmp_path: Path) -> None:
     assert not resize_mask(speck, (100, 100)).any()
     speck[40, 81] = True  # a sixteenth of a pixel is still a finding
     assert np.argwhere(resize_mask(speck, (100, 100))).tolist() == [[10, 20]]
+    assert np.argwhere(resize_mask(speck, (8, 5))).tolist() == [[0, 1]]  # too small for a grey value
     for top in (1, 255):  # both ways of writing a mask
         Image.fromarray(disc.astype(np.uint8) * top).save(tmp_path / "mask.png")
         assert np.array_equal(read_mask(tmp_path / "mask.png", 1000, 1000), disc)

@@ -107,7 +107,7 @@ def test_a_corrupt_file_is_reported_and_tried_again(tmp_path: Path) -> None:
     assert run("nih", root, tmp_path / "out").converted == 1
 
 
-def test_a_changed_or_added_mask_is_read_again(tmp_path: Path) -> None:
+def test_a_changed_added_or_removed_mask_is_noticed(tmp_path: Path) -> None:
     raw = write_phantoms(PhantomConfig(tmp_path / "raw", train=20, test=10, size=32))
     run("nih", raw, tmp_path / "out")
     changed = min((raw / "masks" / "Effusion").iterdir())
@@ -118,6 +118,9 @@ def test_a_changed_or_added_mask_is_read_again(tmp_path: Path) -> None:
     assert run("nih", raw, tmp_path / "out").converted == 2
     for label, name in (("Effusion", changed.name), ("Lung", without.name)):
         assert np.asarray(Image.open(tmp_path / "out" / "masks" / label / name)).all()
+    (raw / "masks" / "Lung" / without.name).unlink()
+    assert run("nih", raw, tmp_path / "out").converted == 1
+    assert not (tmp_path / "out" / "masks" / "Lung" / without.name).exists()
     assert run("nih", raw, tmp_path / "out").converted == 0
 
 

@@ -13,6 +13,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from xray_runs import interrupt_at, small
 
 from examples.optiml import pretrain as pretrain_module
 from examples.optiml.augment import EpochSampler
-from examples.optiml.callbacks import CsvTable, read_log
+from examples.optiml.callbacks import CsvTable, StopAfter, read_log
 from examples.optiml.config import MonitorConfig
 from examples.optiml.data import ImageStore, read_index
 from examples.optiml.files import save_whole
@@ -155,6 +156,15 @@ def test_a_failed_save_keeps_what_was_there(tmp_path: Path) -> None:
         save_whole({"a": lambda: 0}, path)
     assert torch.equal(torch.load(path, weights_only=True)["a"], torch.ones(2))
     assert [p.name for p in tmp_path.iterdir()] == ["x.pth"]
+
+
+def test_a_run_that_stopped_after_an_epoch_goes_on_by_the_same_command() -> None:
+    stopped = []
+    for epoch in range(5):
+        trainer = MagicMock(current_epoch=epoch, should_stop=False)
+        StopAfter(2).on_train_epoch_end(trainer, MagicMock())
+        stopped.append(trainer.should_stop)
+    assert stopped == [False, True, False, False, False]
 
 
 def test_monitors_are_logged_and_change_nothing(few_phantoms: Path, tmp_path: Path, whole: Path) -> None:

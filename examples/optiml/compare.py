@@ -185,23 +185,21 @@ class Comparison:
             if not wanted:
                 known = f"{name} is left out: it is not complete, or of other settings" if files.records else None
                 raise LeftOut(known)
-            made.append(started)
-            if len(made) > 1:
-                return
-            if run is not None:
-                self._pretrain(run, files, left)
-            elif row.name == SUP1:
+            if not made and run is not None:
+                earlier.append(self._pretrain(run, files, left))
+            elif not made and row.name == SUP1:
                 files.keep_curves([{"epoch": 0, "step": 0, **of_interest(self._untrained(seed))}])
+            made.append(started)
 
-        found = []
+        found, earlier = [], list[float]()
         try:
             for start, sizes in self._starts(row, seed, run, make):
                 for record in stages(sizes, start, name, work, self.console if wanted else Console(quiet=True)):
                     files.add(record)
                     found.append(record)
         finally:
-            if made and (run is not None or found):  # of weights that cannot be had nothing is kept
-                files.spend(time.monotonic() - started)
+            if made:
+                files.spend(time.monotonic() - started + sum(earlier))
         for path in [*work.glob(f"*/{name}/*.pth"), *([run.out / LAST] if run else [])]:
             path.unlink(missing_ok=True)  # large, and no stage needs it any more
         return found, files
@@ -233,7 +231,9 @@ class Comparison:
         """What records say of a pretraining."""
         return {**run.identity(), "data_fingerprint": self.sets[0][0].fingerprint()}
 
-    def _pretrain(self, run: PretrainConfig, files: Kept, left: int) -> None:
+    def _pretrain(self, run: PretrainConfig, files: Kept, left: int) -> float:
+        """Returns the seconds of steps that earlier calls took without finishing, which nothing has counted."""
+        earlier = 0.0 if (run.out / BACKBONE).exists() else sum(step["seconds"] for step in read_log(run.out / LOG))
         if pretrain(run, self.console) is None:
             raise SystemExit(f"{run.out} did not finish; the same command goes on")
         log = read_log(run.out / LOG)
@@ -242,6 +242,7 @@ class Comparison:
         self.console.print(
             f"{len(log)} steps took {hours * 60:.1f} min; as many for {left - 1} more: {hours * (left - 1):.1f} h"
         )
+        return earlier
 
     def _untrained(self, seed: int) -> dict[str, float]:
         """What the monitor would say before the first step."""

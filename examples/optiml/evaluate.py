@@ -45,7 +45,8 @@ class EvaluateConfig(StartConfig):
     draws: int = 1000
     """Bootstrap replicates."""
     out: Path | None = None
-    """Folder of records, scores and ids; unset: ``evaluate`` in the run folder, else ``runs/ARM-DATASET``."""
+    """Folder of records, scores and ids; unset: ``evaluate`` in the run folder, else ``runs/ARM-DATASET`` (of weights
+    from elsewhere with a digest)."""
     json: Path | None = None
     """Also write all figures here, ``macro_auc`` (of the largest fraction, mean over seeds) among them."""
 
@@ -192,7 +193,8 @@ class Evaluation:
                 backbone, train, val, size, self.config.train, seed, path.with_suffix(".ckpt"), identity
             )
         # A network of other settings must not stand beside the record to come, nor this one beside another record.
-        path.unlink(missing_ok=True)
+        if finished(path, identity) is None:
+            path.unlink(missing_ok=True)
         if keep is not None:
             save_classifier(model, train, size, keep)
         else:

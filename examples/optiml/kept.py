@@ -95,7 +95,7 @@ class Kept:
         """Drop records with their arrays; and the time it took, if none is left."""
         self.records = {key: record for key, record in self.records.items() if key not in keys}
         self.arrays = {name: x for name, x in self.arrays.items() if name.rpartition("/")[0] not in keys}
-        self.seconds = 0.0 if keys and not self.records else self.seconds
+        self.seconds = self.seconds if self.records else 0.0
 
     def arrays_of(self, records: list[Record]) -> dict[str, NDArray[Any]]:
         """The arrays that belong to those of these records that are of this row and seed."""
@@ -103,9 +103,10 @@ class Kept:
         return {name: x for name, x in self.arrays.items() if name.rpartition("/")[0] in mine}
 
     def spend(self, seconds: float) -> None:
-        """Count the time that making it took, also if it was stopped before its first record."""
+        """Count the time that making it took."""
         self.seconds = round(self.seconds + seconds, 1)
-        self.write()
+        if self.records:
+            self.write()
 
     def write(self) -> None:
         """A record is a line, so that a difference between two versions shows which were made again."""

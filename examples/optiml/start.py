@@ -27,7 +27,8 @@ class StartConfig:
     data: Path
     """Prepared data set, or a folder in the layout of NIH ChestX-ray14."""
     run: Path | None = None
-    """Run folder of ``pretrain``, or a ResNet18 weights file under torchvision's names."""
+    """Run folder of ``pretrain`` (or the ``backbone.pth`` in it), or a ResNet18 weights file under torchvision's
+    names."""
     untrained: bool = False
     """Start from random weights instead: the paper's Sup.1, and the floor. The seed draws them."""
     imagenet: bool = False
@@ -108,7 +109,7 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def _folder_of(run: Path | None) -> Path | None:
+def run_folder(run: Path | None) -> Path | None:
     """The run folder that is meant: given as such, or by the backbone in it."""
     if run is not None and run.name == BACKBONE and (run.parent / CONFIG).is_file():
         return run.parent
@@ -120,7 +121,7 @@ def default_out(run: Path | None, start: Start) -> Path:
 
     Weights from elsewhere by their bytes too, as many a file has the same name.
     """
-    if folder := _folder_of(run):
+    if folder := run_folder(run):
         return folder / "evaluate" / start.dataset
     arm = start.arm if start.weights is None else f"{start.arm}-{start.identity()['start'][:8]}"
     return Path("runs") / f"{arm}-{start.dataset}"
@@ -131,7 +132,7 @@ def resolve(config: StartConfig) -> Start:
     if (config.run is not None) + config.untrained + config.imagenet != 1:
         raise SystemExit("give one of --run FOLDER, --untrained and --imagenet")
     weights, saved = config.run, {}
-    if folder := _folder_of(config.run):
+    if folder := run_folder(config.run):
         if not (folder / CONFIG).is_file():
             raise SystemExit(f"{folder} is no run folder: it holds no {CONFIG}")
         saved = json.loads((folder / CONFIG).read_text())

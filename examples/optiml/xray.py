@@ -21,7 +21,7 @@ from .pretrain import pretrain
 from .records import Record
 from .report import report
 from .segment import SegmentConfig, segment
-from .start import Start, StartConfig, resolve
+from .start import Start, StartConfig, resolve, run_folder
 from .subsets import LARGE_SEEDS, SMALL, SMALL_SEEDS, check_fractions, check_seeds
 from .training import TrainConfig
 
@@ -109,7 +109,7 @@ def xray(config: XrayConfig, console: Console | None = None) -> Path:
         records.append(alone)
     for run in (None, *runs):
         start = resolve(StartConfig(config.data, run=run, untrained=run is None, dataset=dataset, **common))
-        records += stages(config, start, UNTRAINED if run is None else run.name, downstream, console)
+        records += stages(config, start, UNTRAINED if run is None else _name(run), downstream, console)
     console.rule("report")
     path = report(records, config.out / "report", console)
     if config.results:
@@ -118,13 +118,18 @@ def xray(config: XrayConfig, console: Console | None = None) -> Path:
     return path
 
 
+def _name(run: Path) -> str:
+    """What the results of a run stand under."""
+    return (run_folder(run) or run).name
+
+
 def _common(config: XrayConfig) -> dict[str, Any]:
     """What all rows share: the size and the validation patients of the runs, or else the usual ones.
 
     Ends the command where two runs would have one folder or one row, or cannot be compared.
     """
     starts = [resolve(StartConfig(config.data, run=run)) for run in config.run]
-    names = [UNTRAINED, *(run.name for run in config.run)]
+    names = [UNTRAINED, *map(_name, config.run)]
     rows = [f"{start.arm}, seed {start.pretraining.get('seed')}" for start in starts]
     for what, keys in (("name", names), ("row of the report", rows)):
         if twice := next((key for key in keys if keys.count(key) > 1), None):

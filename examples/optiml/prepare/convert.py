@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..data import IMAGE_FOLDER, Box, mask_path
+from ..data import IMAGE_FOLDER, MASK_FOLDER, Box, mask_path
 from .listing import Record
 from .pixels import decode_runs, fit, read_grey, read_mask, resize, resize_mask
 
@@ -61,6 +61,10 @@ def convert(job: Job) -> Done:
         return Done(record.name, stamp, error=f"{type(error).__name__}: {error}".replace("\n", " "))
     for label, mask in masks.items():
         _save(mask.astype(np.uint8) * 255, mask_path(job.out, label, record.name))
+    written = {mask_path(job.out, label, record.name) for label in masks}
+    for folder in (job.out / MASK_FOLDER).glob("*"):
+        if (path := folder / record.name) not in written:
+            path.unlink(missing_ok=True)  # an outline that has been taken back
     _save(small, job.out / IMAGE_FOLDER / record.name)
     width, height = (columns, rows) if record.box_space is None else (record.box_space,) * 2
     boxes = [clipped for box in record.boxes if (clipped := _clip(box, width, height))]

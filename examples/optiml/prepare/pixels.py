@@ -70,12 +70,16 @@ def _read_dicom(path: Path) -> tuple[Grey, str]:
 
 def _padding(pixels: NDArray[Any], data: pydicom.Dataset) -> Mask:
     """Stored values that stand for no film."""
-    ends = [data.PixelPaddingValue, data.get("PixelPaddingRangeLimit", data.PixelPaddingValue)]
-    return np.asarray((pixels >= min(ends)) & (pixels <= max(ends)))
+    limit = data.get("PixelPaddingRangeLimit")
+    ends = np.array([data.PixelPaddingValue, data.PixelPaddingValue if limit is None else limit])
+    ends = ends.astype(pixels.dtype)  # of a signed film, some files have them unsigned
+    return np.asarray((pixels >= ends.min()) & (pixels <= ends.max()))
 
 
 def _to_bytes(values: NDArray[np.float64], low: float, high: float) -> Grey:
     """Black at ``low``, white at ``high``, which is the smaller one where a window's slope is negative."""
+    if not np.isfinite(high - low):
+        raise ValueError("pixels are not finite")
     if high == low:
         raise ValueError("every pixel has the same value")
     return np.round(255 * np.clip((values - low) / (high - low), 0, 1)).astype(np.uint8)
@@ -101,7 +105,10 @@ def resize_mask(mask: Mask, shape: tuple[int, int]) -> Mask:
     if mask.shape[::-1] == shape:
         return mask
     grey = Image.fromarray(mask.astype(np.uint8) * 255)
-    cover = np.asarray(grey.resize(shape, Image.Resampling.BOX))
+    cover = np.asarray(grey.resize(shape, Image.Resampling.BOX)).copy()
+    if mask.any() and not cover.any():  # a spot too small for a grey value
+        row, column = np.argwhere(mask)[mask.sum() // 2]
+        cover[row * shape[1] // mask.shape[0], column * shape[0] // mask.shape[1]] = 1
     return cover >= np.clip(cover.max(), 1, 128)
 
 
