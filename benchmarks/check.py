@@ -24,11 +24,9 @@ GRADIENT_LIMIT, NUMBER_LIMIT, LESSER_NUMBER_LIMIT = 2e-2, 1e-3, 5e-3
 
 def tensor(array: Any) -> Tensor:
     """A peer's array as a float64 tensor."""
-    return (
-        array.detach().double().cpu()
-        if isinstance(array, Tensor)
-        else torch.from_numpy(np.array(array, dtype=np.float64))
-    )
+    if isinstance(array, Tensor):
+        return array.detach().double().cpu()
+    return torch.from_numpy(np.array(array, dtype=np.float64))
 
 
 def difference(one: Any, other: Tensor) -> float:

@@ -46,7 +46,7 @@ def test_a_triton_that_is_too_old_is_said(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(triton, "_INSTALLED", True)
     monkeypatch.setattr(triton, "_INTERPRETED", False)
     for version, old in (("3.7.0", True), ("2.3.1", True), ("3.8.0", False), ("3.10.0+git1", False), (None, False)):
-        monkeypatch.setattr(triton, "_VERSION", version)
+        monkeypatch.setattr(triton, "_TOO_OLD", triton._too_old(version))
         assert ("need Triton 3.8" in (triton.status() or "")) == old
 
 
@@ -64,6 +64,19 @@ def test_a_grid_that_cuda_does_not_have_is_refused() -> None:
 
 def test_import_does_not_load_it() -> None:
     done = run("-c", "import sys, otloss; otloss.backends(); sys.exit('triton' in sys.modules)")
+    assert done.returncode == 0, done.stderr
+
+
+def test_import_leaves_cuda_alone() -> None:
+    """A process that has asked for CUDA cannot use it after a fork."""
+    code = (
+        "import torch\n"
+        "def asked(): raise AssertionError('CUDA was asked for')\n"
+        "torch.cuda.is_available = torch.cuda.device_count = torch.cuda.init = asked\n"
+        "import otloss\n"
+        "assert otloss.sinkhorn(torch.rand(3, 4)).converged"
+    )
+    done = run("-c", code)
     assert done.returncode == 0, done.stderr
 
 

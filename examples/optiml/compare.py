@@ -18,7 +18,7 @@ import tyro
 from rich.console import Console
 
 from .budget import BUDGETS, Budget, fast_precision
-from .callbacks import read_log
+from .callbacks import log_rows, read_log
 from .config import AugmentConfig, MethodOptions, MonitorConfig, PretrainConfig
 from .data import open_index, with_all_splits
 from .differences import auc_measures, beyond_zero, dice_measure, difference_table, replicated, verdicts
@@ -174,7 +174,7 @@ class Comparison:
         return records, kept, failed
 
     def one(self, row: Row, seed: int, name: str, left: int, made: list[float]) -> tuple[list[Record], Kept]:
-        """One row under one seed; ``made`` gets an entry when something has to be made."""
+        """One row under one seed; ``made`` gets an entry when something has to be made: seconds not counted yet."""
         work, started = self.config.out / "downstream", time.monotonic()
         wanted, files = self.wanted(row, seed), Kept(self.config.results / RUNS, name)
         files.restore(work)
@@ -185,13 +185,14 @@ class Comparison:
             if not wanted:
                 known = f"{name} is left out: it is not complete, or of other settings" if files.records else None
                 raise LeftOut(known)
+            uncounted = 0.0
             if not made and run is not None:
-                earlier.append(self._pretrain(run, files, left))
+                uncounted = self._pretrain(run, files, left)
             elif not made and row.name == SUP1:
                 files.keep_curves([{"epoch": 0, "step": 0, **of_interest(self._untrained(seed))}])
-            made.append(started)
+            made.append(uncounted)
 
-        found, earlier = [], list[float]()
+        found = []
         try:
             for start, sizes in self._starts(row, seed, run, make):
                 for record in stages(sizes, start, name, work, self.console if wanted else Console(quiet=True)):
@@ -199,7 +200,7 @@ class Comparison:
                     found.append(record)
         finally:
             if made:
-                files.spend(time.monotonic() - started + sum(earlier))
+                files.spend(time.monotonic() - started + sum(made))
         for path in [*work.glob(f"*/{name}/*.pth"), *([run.out / LAST] if run else [])]:
             path.unlink(missing_ok=True)  # large, and no stage needs it any more
         return found, files
@@ -233,7 +234,7 @@ class Comparison:
 
     def _pretrain(self, run: PretrainConfig, files: Kept, left: int) -> float:
         """Returns the seconds of steps that earlier calls took without finishing, which nothing has counted."""
-        earlier = 0.0 if (run.out / BACKBONE).exists() else sum(step["seconds"] for step in read_log(run.out / LOG))
+        earlier = 0.0 if (run.out / BACKBONE).exists() else sum(step["seconds"] for step in log_rows(run.out / LOG))
         if pretrain(run, self.console) is None:
             raise SystemExit(f"{run.out} did not finish; the same command goes on")
         log = read_log(run.out / LOG)

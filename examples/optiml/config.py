@@ -15,6 +15,9 @@ from .files import write_json
 from .methods import METHODS
 from .model import Norm
 
+#: What a run is, in its folder.
+CONFIG = "config.json"
+
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
 #: What fills fields that were not set on the command line, and why (FAITHFULNESS.md has the whole story); a method may
@@ -204,7 +207,7 @@ def _fill(node: Any, path: list[str], value: Any) -> Any:
 
 def claim_run_folder(config: PretrainConfig, fingerprint: str) -> None:
     """Write ``config.json``, or make sure that the one which is there says the same."""
-    path = config.out / "config.json"
+    path = config.out / CONFIG
     mine = {**config.identity(), "data_fingerprint": fingerprint}
     if path.exists():
         theirs = json.loads(path.read_text())
@@ -214,5 +217,5 @@ def claim_run_folder(config: PretrainConfig, fingerprint: str) -> None:
             raise SystemExit(f"{config.out} holds a different run ({detail}). Choose another --out or delete it.")
         return
     if config.out.exists() and any(config.out.iterdir()):
-        raise SystemExit(f"{config.out} is not empty and holds no config.json. Choose another --out.")
+        raise SystemExit(f"{config.out} is not empty and holds no {CONFIG}. Choose another --out.")
     write_json(path, mine)

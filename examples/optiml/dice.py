@@ -27,8 +27,8 @@ class Overlap:
     @classmethod
     def of(cls, predicted: NDArray[np.bool_], true: NDArray[np.bool_]) -> Overlap:
         """Of boolean masks (n, H, W)."""
-        counts = (np.count_nonzero(x, axis=(1, 2)) for x in (predicted & true, predicted, true))
-        both, mine, theirs = (count.astype(np.float64) for count in counts)
+        each = (predicted & true, predicted, true)
+        both, mine, theirs = (np.count_nonzero(x, axis=(1, 2)).astype(np.float64) for x in each)
         return cls(both, mine, theirs)
 
     def each(self) -> Floats:

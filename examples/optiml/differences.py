@@ -22,8 +22,8 @@ FEW_PATIENTS = 10
 MEANING = (
     "Mean over the pretraining seeds of which both rows' test scores are kept ± deviation over these, 95 % interval "
     "over resampled test patients (of these seeds: it does not say what other seeds would give), and the number of "
-    "seeds. Firm classes: "
-    f"those of which {FEW_PATIENTS} test patients or more have a film that its source has a negative for."
+    f"seeds. Firm classes: those of which {FEW_PATIENTS} test patients or more have a film that its source has a "
+    "negative for."
 )
 #: Of one row, by pretraining seed: its figure on the test films as they are, then on each drawn set of patients.
 Replicates = dict[int, Floats]

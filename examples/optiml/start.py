@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .config import CONFIG
 from .data import ChestIndex, open_index, with_all_splits
 from .model import Backbone, imagenet_weights, load_backbone
 from .paper import arm_of
@@ -17,7 +18,6 @@ from .pretrain import BACKBONE
 #: Size of a view where no run says otherwise.
 IMAGE_SIZE = 224
 SUP1, SUP2 = "sup1", "sup2"
-CONFIG = "config.json"
 
 
 @dataclass(frozen=True)

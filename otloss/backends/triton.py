@@ -26,7 +26,6 @@ READS_HALF = True
 # Read once, as Triton itself does at its import.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _INSTALLED = importlib.util.find_spec("triton") is not None
-_LEAST = (3, 8)  # before, Triton multiplies no tiles of depth 8
 _HOW_TO_TEST = "to try its kernels on the CPU, set TRITON_INTERPRET=1 before the first import (slow: for tests)"
 
 
@@ -38,7 +37,16 @@ def _version() -> str | None:
     return None
 
 
-_VERSION = _version()
+def _too_old(version: str | None) -> str | None:
+    """Why the kernels do not run under this version: before 3.8, Triton multiplies no tiles of depth 8."""
+    numbers = re.match(r"(\d+)\.(\d+)", version or "")
+    if not numbers or (int(numbers[1]), int(numbers[2])) >= (3, 8):
+        return None
+    return f"its kernels need Triton 3.8, which PyTorch 2.14 brings, and this is {version}"
+
+
+# Once: the choice of a backend asks at every call, and torch.compile traces it.
+_TOO_OLD = _too_old(_version())
 
 
 def status() -> str | None:
@@ -47,9 +55,8 @@ def status() -> str | None:
         return "the package triton is not installed; PyTorch's CUDA builds for Linux bring it"
     if _INTERPRETED:
         return None
-    numbers = re.match(r"(\d+)\.(\d+)", _VERSION or "")
-    if numbers and (int(numbers[1]), int(numbers[2])) < _LEAST:
-        return f"its kernels need Triton 3.8, which PyTorch 2.14 brings, and this is {_VERSION}"
+    if _TOO_OLD is not None:
+        return _TOO_OLD
     if torch.version.hip is not None:
         return "its kernels are for NVIDIA GPUs"
     if not torch.cuda.is_available():

@@ -59,9 +59,9 @@ def convert(job: Job) -> Done:
         small = resize(image, fit(columns, rows, job.size))
     except Exception as error:  # decoders raise whatever they like
         return Done(record.name, stamp, error=f"{type(error).__name__}: {error}".replace("\n", " "))
-    for label, mask in masks.items():
-        _save(mask.astype(np.uint8) * 255, mask_path(job.out, label, record.name))
-    written = {mask_path(job.out, label, record.name) for label in masks}
+    written = {mask_path(job.out, label, record.name): mask for label, mask in masks.items()}
+    for path, mask in written.items():
+        _save(mask.astype(np.uint8) * 255, path)
     for folder in (job.out / MASK_FOLDER).glob("*"):
         if (path := folder / record.name) not in written:
             path.unlink(missing_ok=True)  # an outline that has been taken back
