@@ -44,7 +44,7 @@ def _seed() -> None:
 
 
 def _phantoms(folder: Path, train: int, test: int, size: int) -> Path:
-    from examples.optiml.layout import PhantomConfig, write_phantoms  # here: most tests do without the example
+    from examples.optiml.data.nih_writer import PhantomConfig, write_phantoms
 
     return write_phantoms(PhantomConfig(folder, train, test, size))
 

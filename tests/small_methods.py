@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.utils.data import default_collate
 from xray_runs import small
 
-from examples.optiml.augment import seeded
-from examples.optiml.config import MethodOptions, PretrainConfig
-from examples.optiml.methods import METHODS, Method
-from examples.optiml.pretrain import build
+from examples.optiml.pretraining.methods import method_class
+from examples.optiml.pretraining.methods.base import Method
+from examples.optiml.pretraining.settings import MethodOptions, PretrainConfig
+from examples.optiml.pretraining.trainer import build
+from examples.optiml.pretraining.views import seeded
 
 BATCH = 8
 WIDTHS = {"hidden": 24, "dim": 16, "bottleneck": 8, "queue": 2 * BATCH, "channels": (16, 8, 8, 8, 4)}
@@ -35,6 +36,6 @@ def model_of(method: str, norm: str = "batch", **special: object) -> Method:
 def batch_of(method: str, number: int = 0) -> list[Tensor]:
     """The method's own views of random films."""
     films = np.random.default_rng(number).integers(0, 256, (BATCH, 40, 40), dtype=np.uint8)
-    views = METHODS[method].views(32, tiny(Path(), Path(), method).resolve().augment)
+    views = method_class(method).views(32, tiny(Path(), Path(), method).resolve().augment)
     with seeded(number):
         return list(default_collate([tuple(views(Image.fromarray(film))) for film in films]))

@@ -16,28 +16,44 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 
+from examples.optiml.reporting.comparison_page import missing_rows_text, pretraining_table
+
 pytest.importorskip("lightly", reason="the example needs otloss[examples]")
 pytest.importorskip("segmentation_models_pytorch", reason="the example needs otloss[examples]")
 pytest.importorskip("captum", reason="the example needs otloss[examples]")
 
 from rich.console import Console
 
-from examples.optiml.budget import Budget, fast_precision
-from examples.optiml.callbacks import read_log
-from examples.optiml.compare import CompareConfig, compare
-from examples.optiml.config import PretrainConfig
-from examples.optiml.data import read_index
-from examples.optiml.differences import Difference, auc_measures, beyond_zero, difference_table, replicated, verdicts
-from examples.optiml.finetune import usable_classes
-from examples.optiml.kept import Kept, curves_of, ranks
-from examples.optiml.layout import PhantomConfig, write_phantoms
-from examples.optiml.methods import METHODS
+from examples.optiml.commands.compare import CompareConfig, compare
+from examples.optiml.commands.sizes import Budget
+from examples.optiml.data.index import read_index
+from examples.optiml.data.nih_writer import PhantomConfig, write_phantoms
+from examples.optiml.downstream.arms import ABLATION, arm_of
+from examples.optiml.downstream.finetune import usable_classes
+from examples.optiml.downstream.scores import Scored
 from examples.optiml.metrics import comparable_patients
-from examples.optiml.page import blank, ends, markers, precisions, seeds_of, uncommitted, without_scores
-from examples.optiml.paper import ABLATION, arm_of
-from examples.optiml.pretrain import pretrain
-from examples.optiml.rows import rows
-from examples.optiml.scores import Scored
+from examples.optiml.pretraining.log import read_log
+from examples.optiml.pretraining.methods import METHODS
+from examples.optiml.pretraining.precision import fast_precision
+from examples.optiml.pretraining.settings import PretrainConfig
+from examples.optiml.pretraining.trainer import pretrain
+from examples.optiml.reporting.comparison_page import (
+    markers,
+    precisions,
+    seeds_of,
+    uncommitted,
+    without_scores,
+)
+from examples.optiml.reporting.comparison_rows import rows
+from examples.optiml.reporting.differences import (
+    Difference,
+    auc_measures,
+    beyond_zero,
+    difference_table,
+    replicated,
+    verdicts,
+)
+from examples.optiml.reporting.row_store import RowStore, curves_of, ranks
 
 QUIET = Console(quiet=True)
 TINY = Budget(
@@ -123,7 +139,7 @@ def test_what_is_kept_is_not_made_again(done: CompareConfig, tmp_path: Path, mon
         pretrained.append(run.method)
         return pretrain(run, console)
 
-    monkeypatch.setattr("examples.optiml.compare.pretrain", counted)
+    monkeypatch.setattr("examples.optiml.commands.compare.pretrain", counted)
     config = dataclasses.replace(done, results=tmp_path / "results", out=tmp_path / "out")
     shutil.copytree(done.results, config.results)
     before = contents(config.results)
@@ -160,15 +176,15 @@ def test_records_of_another_pretraining_make_room(tmp_path: Path) -> None:
         facts = {"stage": "evaluate", "dataset": "set", "protocol": "linear", "fraction": 0.01, "file": str(path)}
         return {**facts, "identity": {"start": start, "image_size": 32}, "pretraining": {"of": start}}
 
-    files = Kept(tmp_path, "row-seed0")
+    files = RowStore(tmp_path, "row-seed0")
     for stem in ("linear-0.01-seed0", "linear-0.01-seed1"):
         files.add(record("a", stem))
     files.spend(5.0)
     assert files.arrays_of([record("a", "linear-0.01-seed0")]) == {}
-    files = Kept(tmp_path, "row-seed0")  # known again, although it has no arrays
+    files = RowStore(tmp_path, "row-seed0")  # known again, although it has no arrays
     assert len(files.records) == 2 and files.seconds == 5.0
     files.add(record("b", "linear-0.01-seed1"))
-    files = Kept(tmp_path, "row-seed0")
+    files = RowStore(tmp_path, "row-seed0")
     assert files.records.keys() == {"set/linear-0.01-seed1"} and files.pretraining == {"of": "b"}
     assert files.seconds == 0.0
 
@@ -177,21 +193,23 @@ def test_curves_have_what_was_measured_where_it_was(tmp_path: Path) -> None:
     steps = [f"{epoch},{2 * epoch + i},{epoch + i}" for epoch in (1, 2, 3) for i in (0, 1)]
     (tmp_path / "log.csv").write_text("\n".join(["epoch,step,loss", *steps]) + "\n")
     (tmp_path / "monitor.csv").write_text("epoch,step,knn_auc,std,loss\n2,5,0.7,1.5,9\n3,7,0.8,1.5,9\n")
-    files = Kept(tmp_path, "row-seed0")
+    files = RowStore(tmp_path, "row-seed0")
     files.keep_curves(curves_of(tmp_path / "log.csv", tmp_path / "monitor.csv"))
     assert files.curves == [
         {"epoch": 1, "step": 2.5, "loss": 1.5},
         {"epoch": 2, "step": 4.5, "loss": 2.5, "knn_auc": 0.7},
         {"epoch": 3, "step": 6.5, "loss": 3.5, "knn_auc": 0.8},
     ]
-    text = ends({"A": [files.curves, files.curves], "B": [[{"loss": 0.25}]], "C": [[{"loss": 0.5}], files.curves]})
+    text = pretraining_table(
+        {"A": [files.curves, files.curves], "B": [[{"loss": 0.25}]], "C": [[{"loss": 0.5}], files.curves]}
+    )
     table = "| | seeds | loss | kNN AUC |\n| --- | ---: | ---: | ---: |\n| A | 2 | 3.5 | 0.8 |\n| B | 1 | 0.25 |  |\n"
     assert table + "| C | 2 | 2 | 0.8 (1) |\n" in text
 
 
 def test_the_page_says_what_was_pretrained_in_which_precision(tmp_path: Path) -> None:
-    def row(name: str, precision: str | None) -> Kept:
-        files = Kept(tmp_path, name)
+    def row(name: str, precision: str | None) -> RowStore:
+        files = RowStore(tmp_path, name)
         files.pretraining = {"precision": precision} if precision else {"seed": 0}
         return files
 
@@ -203,9 +221,11 @@ def test_the_page_says_what_was_pretrained_in_which_precision(tmp_path: Path) ->
 
 
 def test_the_page_says_what_is_not_in_it_and_what_was_not_committed(tmp_path: Path) -> None:
-    there = {name: {0: Kept(tmp_path, f"{name}-seed0")} for name in ("sup1", "simclr", "moco", "byol", "optiml")}
+    there = {name: {0: RowStore(tmp_path, f"{name}-seed0")} for name in ("sup1", "simclr", "moco", "byol", "optiml")}
     left = "densecl, simsiam, vicreg, pcrlv2, optiml-printed"
-    assert blank("methods", there) == f" Not in this report: sup2 (its weights have to be downloaded), {left}."
+    assert (
+        missing_rows_text("methods", there) == f" Not in this report: sup2 (its weights have to be downloaded), {left}."
+    )
     made = [("a-seed0", False), ("b-seed1", True), ("b-seed1", False), ("a-seed1", True)]
     records = [{"file": f"work/set/{name}/x.json", "made": {"uncommitted_changes": dirty}} for name, dirty in made]
     assert uncommitted(records) == " With uncommitted changes: a-seed1, b-seed1."
@@ -214,7 +234,7 @@ def test_the_page_says_what_is_not_in_it_and_what_was_not_committed(tmp_path: Pa
 
 def test_the_page_says_which_figures_are_not_in_the_paired_differences(done: CompareConfig, tmp_path: Path) -> None:
     shutil.copytree(done.results / "runs", tmp_path / "runs")
-    files = {name: Kept(tmp_path / "runs", f"{name}-seed0") for name in ("sup1", "vicreg", "optiml")}
+    files = {name: RowStore(tmp_path / "runs", f"{name}-seed0") for name in ("sup1", "vicreg", "optiml")}
     there = {name: {0: x} for name, x in files.items()}
     assert without_scores(there) == ""
     for name, stem in (("sup1", "finetune"), ("sup1", "linear"), ("optiml", "finetune")):
@@ -282,7 +302,7 @@ def test_an_interruption_loses_nothing(done: CompareConfig, tmp_path: Path, monk
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("examples.optiml.xray.segment", interrupted)
+        patch.setattr("examples.optiml.commands.xray.segment", interrupted)
         with pytest.raises(KeyboardInterrupt):
             compare(config, QUIET)
     early = kept(config, "sup1")
@@ -306,15 +326,15 @@ def test_the_time_before_an_interruption_counts(
         return pretrain(dataclasses.replace(run, stop_after=1), console)
 
     with monkeypatch.context() as patch:
-        patch.setattr("examples.optiml.compare.pretrain", stopped)
+        patch.setattr("examples.optiml.commands.compare.pretrain", stopped)
         with pytest.raises(SystemExit, match="nothing to report"):
             compare(config, QUIET)
     (log,) = (tmp_path / "out").glob("vicreg-seed0-*/metrics.csv")
     before = sum(row["seconds"] for row in read_log(log))
     clock = iter(range(0, 10**6, 100))
-    monkeypatch.setattr("examples.optiml.compare.time", MagicMock(monotonic=lambda: next(clock)))
+    monkeypatch.setattr("examples.optiml.commands.compare.time", MagicMock(monotonic=lambda: next(clock)))
     compare(config, QUIET)
-    files = Kept(config.results / "runs", "vicreg-seed0")
+    files = RowStore(config.results / "runs", "vicreg-seed0")
     assert len(files.records) == 6 and before > 0 and files.seconds == pytest.approx(100 + before, abs=0.06)
 
 

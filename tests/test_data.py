@@ -14,8 +14,9 @@ pytest.importorskip("tyro", reason="the example needs otloss[examples]")
 
 from xray_layouts import film, nih
 
-from examples.optiml.data import NIH_CLASSES, ImageStore, read_index
-from examples.optiml.evaluate import score_metadata
+from examples.optiml.data.images import ImageStore
+from examples.optiml.data.index import NIH_CLASSES, read_index
+from examples.optiml.downstream.evaluate import score_metadata
 
 
 def test_the_loader_reads_nih_as_users_have_it(tmp_path: Path) -> None:

@@ -18,12 +18,13 @@ from small_methods import batch_of, model_of, tiny
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, interpolate, normalize
 
-from examples.optiml.augment import seeded
-from examples.optiml.methods import METHODS, Method
-from examples.optiml.methods.crops import GlobalAndLocal
-from examples.optiml.methods.densecl import corresponding
-from examples.optiml.methods.momentum import contrast
-from examples.optiml.methods.pcrlv2 import PCRLv2, _agreement
+from examples.optiml.pretraining.methods import method_class
+from examples.optiml.pretraining.methods.base import Method
+from examples.optiml.pretraining.methods.crops import GlobalAndLocal
+from examples.optiml.pretraining.methods.densecl import corresponding
+from examples.optiml.pretraining.methods.momentum import contrast
+from examples.optiml.pretraining.methods.pcrlv2 import PCRLv2, _agreement
+from examples.optiml.pretraining.views import seeded
 
 # --- DenseCL -------------------------------------------------------------------------------------------------
 
@@ -84,7 +85,7 @@ def test_without_its_dense_part_it_is_moco() -> None:
 
 def test_the_target_is_the_first_view_before_its_grey_values_change(monkeypatch: pytest.MonkeyPatch) -> None:
     film = Image.fromarray(np.full((96, 96), 255, np.uint8))
-    views = METHODS["pcrlv2"].views(96, tiny(Path(), Path(), "pcrlv2").resolve().augment)
+    views = method_class("pcrlv2").views(96, tiny(Path(), Path(), "pcrlv2").resolve().augment)
     with seeded(3):
         first, second, target, *local = views(film)
     assert [x.shape for x in (first, second, target)] == [(3, 96, 96)] * 3

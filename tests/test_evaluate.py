@@ -22,19 +22,19 @@ from torchvision.models import resnet18
 from xray_runs import QUIET, SHORT
 
 from examples.optiml.__main__ import cli
-from examples.optiml.data import ChestIndex, read_index
-from examples.optiml.evaluate import EvaluateConfig, Evaluation, evaluate, source_record
-from examples.optiml.evaluate import main as evaluate_command
-from examples.optiml.heatmap import HeatmapConfig
-from examples.optiml.model import Backbone, load_backbone, set_norm
-from examples.optiml.phantom import PHANTOM_CLASSES
+from examples.optiml.data.index import ChestIndex, read_index
+from examples.optiml.data.phantom import PHANTOM_CLASSES
+from examples.optiml.data.subsets import label_fraction, write_ids
+from examples.optiml.downstream.evaluate import Evaluation, evaluate, source_record
+from examples.optiml.downstream.evaluate import main as evaluate_command
+from examples.optiml.downstream.scores import Scored, summarise
+from examples.optiml.downstream.settings import EvaluateConfig, HeatmapConfig, StartConfig
+from examples.optiml.downstream.starting_weights import default_out, resolve
+from examples.optiml.downstream.training import fit
+from examples.optiml.pretraining.network import Backbone, load_backbone, set_norm
 from examples.optiml.provenance import provenance
-from examples.optiml.report import build
-from examples.optiml.scores import Scored, summarise
-from examples.optiml.start import StartConfig, default_out, resolve
-from examples.optiml.subsets import label_fraction, write_ids
-from examples.optiml.tables import markdown
-from examples.optiml.training import fit
+from examples.optiml.reporting.report import build
+from examples.optiml.reporting.tables import markdown
 
 
 def toy_index(patients: list[int], labels: list[list[int]] | None = None) -> ChestIndex:
@@ -169,9 +169,9 @@ def test_a_trained_network_outlives_what_goes_wrong_after(
         raise SystemExit("cannot read image")
 
     always = functools.partial(fit, every=0.0)  # as if it had taken long
-    monkeypatch.setattr("examples.optiml.finetune.fit", always)
+    monkeypatch.setattr("examples.optiml.downstream.finetune.fit", always)
     with monkeypatch.context() as patch:
-        patch.setattr("examples.optiml.evaluate.predict", damaged)
+        patch.setattr("examples.optiml.downstream.evaluate.predict", damaged)
         with pytest.raises(SystemExit, match="cannot read image"):
             evaluate(config, QUIET)
     resume = tmp_path / "out" / "finetune-0.1-seed0.ckpt"

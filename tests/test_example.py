@@ -16,10 +16,10 @@ pytest.importorskip("tyro", reason="the example needs otloss[examples]")
 
 from torchvision.models import resnet18
 
-from examples.optiml.augment import EpochSampler, seeded
-from examples.optiml.callbacks import read_log
-from examples.optiml.config import ExpanderConfig, MethodOptions, PretrainConfig
-from examples.optiml.pretrain import pretrain
+from examples.optiml.pretraining.log import read_log
+from examples.optiml.pretraining.settings import ExpanderConfig, MethodOptions, PretrainConfig
+from examples.optiml.pretraining.trainer import pretrain
+from examples.optiml.pretraining.views import EpochSampler, seeded
 
 # --- training ------------------------------------------------------------------------------------------------
 

@@ -25,12 +25,12 @@ from torchvision.transforms.v2 import ColorJitter, RandomApply
 from xray_runs import interrupt_at
 
 import otloss
-from examples.optiml.callbacks import read_log
-from examples.optiml.config import PretrainConfig
-from examples.optiml.methods import METHODS
-from examples.optiml.methods.momentum import Queue, cosine_momentum
-from examples.optiml.methods.simclr import nt_xent
-from examples.optiml.pretrain import build, pretrain
+from examples.optiml.pretraining.log import read_log
+from examples.optiml.pretraining.methods import METHODS, method_class
+from examples.optiml.pretraining.methods.momentum import Queue, cosine_momentum
+from examples.optiml.pretraining.methods.simclr import nt_xent
+from examples.optiml.pretraining.settings import PretrainConfig
+from examples.optiml.pretraining.trainer import build, pretrain
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -143,7 +143,7 @@ VIEWS = {
 @pytest.mark.parametrize("method", VIEWS)
 def test_jitter_blur_and_solarisation_are_the_official_ones(method: str) -> None:
     """The two views of VICReg, BYOL and OPTiML differ: one is always blurred, only the other ever solarised."""
-    pair = METHODS[method].views(32, tiny(Path(), Path(), method).resolve().augment).transforms  # type: ignore[attr-defined]
+    pair = method_class(method).views(32, tiny(Path(), Path(), method).resolve().augment).transforms  # type: ignore[attr-defined]
     parts = [part for view in pair for part in view.transform.transforms]
     jitter = [x for part in parts if isinstance(part, RandomApply) for x in (part.p, *part.transforms)]
     strength, blur, solarise = VIEWS[method]

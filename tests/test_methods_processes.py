@@ -18,8 +18,8 @@ from small_methods import BATCH, batch_of, model_of, tiny
 from torch import Tensor, nn
 from xray_runs import in_two_processes
 
-from examples.optiml.methods import METHODS
-from examples.optiml.pretrain import build, pretrain
+from examples.optiml.pretraining.methods import METHODS
+from examples.optiml.pretraining.trainer import build, pretrain
 
 #: What two processes must agree on: every method, and OPTiML with all that can be added to it.
 VARIANTS: dict[str, tuple[str, dict[str, object]]] = {

@@ -14,12 +14,12 @@ pytest.importorskip("tyro", reason="the example needs otloss[examples]")
 
 from torchmetrics.functional.classification import multilabel_auroc
 
-from examples.optiml.data import NIH_CLASSES, read_index
-from examples.optiml.evaluate import probe_scores
+from examples.optiml.data.index import NIH_CLASSES, read_index
+from examples.optiml.data.phantom import PHANTOM_CLASSES
+from examples.optiml.downstream.evaluate import probe_scores
+from examples.optiml.downstream.probe import fit_probe
 from examples.optiml.metrics import class_aucs, macro, patient_draws
-from examples.optiml.monitor import effective_rank, knn_scores
-from examples.optiml.phantom import PHANTOM_CLASSES
-from examples.optiml.probe import fit_probe
+from examples.optiml.pretraining.monitor import effective_rank, knn_scores
 
 
 def test_macro_auc_leaves_absent_classes_out() -> None:

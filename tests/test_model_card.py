@@ -12,10 +12,10 @@ pytest.importorskip("tyro", reason="the example needs otloss[examples]")
 
 from xray_layouts import nih, run, write_png, write_text
 
-from examples.optiml.config import PretrainConfig
-from examples.optiml.data import read_index
-from examples.optiml.distributed import World
-from examples.optiml.model_card import write_model_card
+from examples.optiml.data.index import read_index
+from examples.optiml.pretraining.distributed import World
+from examples.optiml.pretraining.model_card import write_model_card
+from examples.optiml.pretraining.settings import PretrainConfig
 
 
 def card(config: PretrainConfig) -> str:

@@ -10,9 +10,10 @@ import pytest
 pytest.importorskip("PIL", reason="the example needs otloss[examples]")
 pytest.importorskip("pandas", reason="the example needs otloss[examples]")
 
-from examples.optiml.data import NIH_CLASSES, ImageStore, read_index
-from examples.optiml.layout import PhantomConfig, write_phantoms
-from examples.optiml.phantom import PHANTOM_CLASSES, draw
+from examples.optiml.data.images import ImageStore
+from examples.optiml.data.index import NIH_CLASSES, read_index
+from examples.optiml.data.nih_writer import PhantomConfig, write_phantoms
+from examples.optiml.data.phantom import PHANTOM_CLASSES, draw
 
 
 def test_a_phantom_depends_on_its_three_numbers_alone() -> None:

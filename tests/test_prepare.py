@@ -31,9 +31,10 @@ from xray_layouts import (
     write_text,
 )
 
-from examples.optiml.data import Box, ImageStore, read_index
-from examples.optiml.layout import PhantomConfig, write_phantoms
-from examples.optiml.prepare.siim import read_runs
+from examples.optiml.data.images import ImageStore
+from examples.optiml.data.index import Box, read_index
+from examples.optiml.data.nih_writer import PhantomConfig, write_phantoms
+from examples.optiml.data.prepare.siim import read_runs
 
 # --- the layouts -----------------------------------------------------------------------------------------------------
 

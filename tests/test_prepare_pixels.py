@@ -14,7 +14,8 @@ from PIL import Image
 from pydicom.dataset import Dataset
 from xray_layouts import encode_runs, film, write_dicom, write_png
 
-from examples.optiml.prepare.pixels import decode_runs, fit, read_grey, read_mask, resize, resize_mask
+from examples.optiml.data.images import resize_mask
+from examples.optiml.data.prepare.pixels import decode_runs, fitted_size, read_grey, read_mask, resize
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "LA", "P"])
@@ -151,10 +152,10 @@ def test_bad_runs(text: str, message: str) -> None:
 
 
 def test_sizes_keep_proportions_and_never_grow() -> None:
-    assert fit(2080, 2336, 256) == (256, 288)
-    assert fit(2336, 2080, 256) == (288, 256)
-    assert fit(100, 80, 256) == (100, 80) == fit(100, 80, 0)
-    assert fit(5000, 3, 2) == (3333, 2)
+    assert fitted_size(2080, 2336, 256) == (256, 288)
+    assert fitted_size(2336, 2080, 256) == (288, 256)
+    assert fitted_size(100, 80, 256) == (100, 80) == fitted_size(100, 80, 0)
+    assert fitted_size(5000, 3, 2) == (3333, 2)
     assert resize(film(0, 30, 60).astype(np.uint8), (20, 10)).shape == (10, 20)
 
 

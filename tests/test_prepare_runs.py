@@ -19,10 +19,10 @@ from PIL import Image
 from xray_layouts import column, film, nih, reasons, rsna, run, write_dicom, write_png, write_text
 
 from examples.optiml.__main__ import cli
-from examples.optiml.data import read_index
-from examples.optiml.layout import PhantomConfig, write_phantoms
-from examples.optiml.prepare.command import READERS, main, prepare
-from examples.optiml.prepare.config import PrepareConfig
+from examples.optiml.data.index import read_index
+from examples.optiml.data.nih_writer import PhantomConfig, write_phantoms
+from examples.optiml.data.prepare.command import READERS, main, prepare
+from examples.optiml.data.prepare.settings import PrepareConfig
 
 # --- the overlap with NIH --------------------------------------------------------------------------------------------
 

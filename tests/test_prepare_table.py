@@ -15,7 +15,7 @@ pytest.importorskip("tyro", reason="the example needs otloss[examples]")
 from PIL import Image
 from xray_layouts import column, film, findings, reasons, run, write_png, write_text
 
-from examples.optiml.data import Box, read_index
+from examples.optiml.data.index import Box, read_index
 
 
 def own(root: Path, *rows: str, header: str = "file,who,part,hospital,outline,mass,tb=2,words") -> Path:

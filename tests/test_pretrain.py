@@ -21,15 +21,21 @@ from torchvision.models import resnet18
 from xray_runs import in_two_processes, small
 
 import otloss
-from examples.optiml import pretrain as pretrain_module
 from examples.optiml.__main__ import cli
-from examples.optiml.augment import EpochSampler
-from examples.optiml.callbacks import read_log
-from examples.optiml.config import ExpanderConfig, MethodOptions, MonitorConfig, OptimConfig, PretrainConfig
-from examples.optiml.distributed import World
-from examples.optiml.methods.optiml import OPTiMLOptions
-from examples.optiml.model import Backbone, imagenet_weights, load_backbone, set_norm
-from examples.optiml.pretrain import build, pretrain
+from examples.optiml.pretraining import trainer as pretrain_module
+from examples.optiml.pretraining.distributed import World
+from examples.optiml.pretraining.log import read_log
+from examples.optiml.pretraining.methods.options import OPTiMLOptions
+from examples.optiml.pretraining.network import Backbone, imagenet_weights, load_backbone, set_norm
+from examples.optiml.pretraining.settings import (
+    ExpanderConfig,
+    MethodOptions,
+    MonitorConfig,
+    OptimConfig,
+    PretrainConfig,
+)
+from examples.optiml.pretraining.trainer import build, pretrain
+from examples.optiml.pretraining.views import EpochSampler
 
 SMALL = ["--epochs", "2", "--batch-size", "8", "--image-size", "32", "--accelerator", "cpu", "--expander.dim", "32"]
 
@@ -146,7 +152,7 @@ def test_presets_fill_only_what_is_unset(tmp_path: Path) -> None:
 
 
 def test_every_flag_that_the_page_on_faithfulness_names_exists(capsys: pytest.CaptureFixture[str]) -> None:
-    page = (Path(pretrain_module.__file__).parent / "FAITHFULNESS.md").read_text()
+    page = (Path(pretrain_module.__file__).parents[1] / "FAITHFULNESS.md").read_text()
     flags = set(re.findall(r"`(--[a-z.-]+)", page.split("## Scoring")[0]))
     with pytest.raises(SystemExit):
         cli(["pretrain", "--help"])

@@ -25,14 +25,16 @@ pytest.importorskip("tyro", reason="the example needs otloss[examples]")
 
 from xray_runs import interrupt_at, small
 
-from examples.optiml import pretrain as pretrain_module
-from examples.optiml.augment import EpochSampler
-from examples.optiml.callbacks import CsvTable, StopAfter, read_log
-from examples.optiml.config import MonitorConfig
-from examples.optiml.data import ImageStore, read_index
-from examples.optiml.files import save_whole
-from examples.optiml.methods.base import Method
-from examples.optiml.pretrain import pretrain
+from examples.optiml.atomic import torch_save_atomic
+from examples.optiml.data.images import ImageStore
+from examples.optiml.data.index import read_index
+from examples.optiml.pretraining import trainer as pretrain_module
+from examples.optiml.pretraining.callbacks import StopAfter
+from examples.optiml.pretraining.log import CsvTable, read_log
+from examples.optiml.pretraining.methods.base import Method
+from examples.optiml.pretraining.settings import MonitorConfig
+from examples.optiml.pretraining.trainer import pretrain
+from examples.optiml.pretraining.views import EpochSampler
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -151,9 +153,9 @@ def test_a_table_goes_on_after_a_row_that_was_cut_off(tmp_path: Path) -> None:
 
 def test_a_failed_save_keeps_what_was_there(tmp_path: Path) -> None:
     path = tmp_path / "x.pth"
-    save_whole({"a": torch.ones(2)}, path)
+    torch_save_atomic({"a": torch.ones(2)}, path)
     with pytest.raises(Exception, match="pickle"):
-        save_whole({"a": lambda: 0}, path)
+        torch_save_atomic({"a": lambda: 0}, path)
     assert torch.equal(torch.load(path, weights_only=True)["a"], torch.ones(2))
     assert [p.name for p in tmp_path.iterdir()] == ["x.pth"]
 

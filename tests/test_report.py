@@ -17,14 +17,17 @@ pytest.importorskip("captum", reason="the example needs otloss[examples]")
 from PIL import Image
 from xray_runs import QUIET, SHORT
 
-from examples.optiml.data import read_index
-from examples.optiml.heatmap import HeatmapConfig, heatmap
-from examples.optiml.model import load_backbone
-from examples.optiml.paper import TABLE1, TABLE2, arm_of, paper_dataset
-from examples.optiml.report import _made, _mixed, build, report
-from examples.optiml.start import Start
-from examples.optiml.tables import markdown
-from examples.optiml.xray import XrayConfig, xray
+from examples.optiml.commands.settings import XrayConfig
+from examples.optiml.commands.xray import xray
+from examples.optiml.data.index import read_index
+from examples.optiml.downstream.arms import arm_of, paper_dataset
+from examples.optiml.downstream.heatmap import heatmap
+from examples.optiml.downstream.settings import HeatmapConfig
+from examples.optiml.downstream.starting_weights import Start
+from examples.optiml.pretraining.network import load_backbone
+from examples.optiml.reporting.paper import TABLE1, TABLE2
+from examples.optiml.reporting.report import _made, _mixed, build, report
+from examples.optiml.reporting.tables import markdown
 
 
 def test_every_stage_ends_in_the_report_and_is_not_repeated(phantoms: Path, tmp_path: Path) -> None:
@@ -88,7 +91,7 @@ def test_every_row_of_xray_has_the_runs_validation_patients(
     phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Start] = []
-    monkeypatch.setattr("examples.optiml.xray.stages", lambda config, start, *rest: asked.append(start) or [])
+    monkeypatch.setattr("examples.optiml.commands.xray.stages", lambda config, start, *rest: asked.append(start) or [])
     xray(XrayConfig(phantoms, tmp_path / "out", run=(finished_run(tmp_path / "run"),)), QUIET)
     assert [start.random for start in asked] == [True, False]
     splits = [start.index().splits.tolist() for start in asked]

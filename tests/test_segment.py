@@ -18,16 +18,17 @@ pytest.importorskip("captum", reason="the example needs otloss[examples]")
 from PIL import Image
 from xray_runs import QUIET, SHORT
 
-from examples.optiml.data import Box, read_index
-from examples.optiml.dice import Overlap, dice_figures
-from examples.optiml.evaluate import EvaluateConfig, evaluate
-from examples.optiml.finetune import Classifier, load_classifier, predict
-from examples.optiml.heatmap import HeatmapConfig, box_mask, chance, grad_cam, heatmap, hits
-from examples.optiml.masks import mask_set
-from examples.optiml.model import Backbone, load_backbone, set_norm
-from examples.optiml.prepare.command import prepare
-from examples.optiml.prepare.config import PrepareConfig
-from examples.optiml.segment import SegmentConfig, segment, unet
+from examples.optiml.data.index import Box, read_index
+from examples.optiml.data.masks import mask_set
+from examples.optiml.data.prepare.command import prepare
+from examples.optiml.data.prepare.settings import PrepareConfig
+from examples.optiml.downstream.dice import Overlap, dice_figures
+from examples.optiml.downstream.evaluate import evaluate
+from examples.optiml.downstream.finetune import Classifier, load_classifier, predict
+from examples.optiml.downstream.heatmap import box_mask, chance, grad_cam, heatmap, hits
+from examples.optiml.downstream.segment import segment, unet
+from examples.optiml.downstream.settings import EvaluateConfig, HeatmapConfig, SegmentConfig
+from examples.optiml.pretraining.network import Backbone, load_backbone, set_norm
 
 # --- segmentation --------------------------------------------------------------------------------------------
 

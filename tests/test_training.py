@@ -10,10 +10,11 @@ import torch
 
 pytest.importorskip("lightly", reason="the example needs otloss[examples]")
 
-from examples.optiml.data import read_index
-from examples.optiml.finetune import finetune, predict
-from examples.optiml.model import load_backbone
-from examples.optiml.training import TrainConfig, fit, jitter
+from examples.optiml.data.index import read_index
+from examples.optiml.downstream.finetune import finetune, predict
+from examples.optiml.downstream.settings import TrainConfig
+from examples.optiml.downstream.training import fit, jitter
+from examples.optiml.pretraining.network import load_backbone
 
 
 def test_fine_tuning_learns_chooses_on_validation_and_goes_on_where_it_was(phantoms: Path, tmp_path: Path) -> None:

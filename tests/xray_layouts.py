@@ -15,9 +15,9 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import ExplicitVRLittleEndian, JPEGBaseline8Bit, generate_uid
 
-from examples.optiml.data import ChestIndex
-from examples.optiml.prepare.command import Prepared, prepare
-from examples.optiml.prepare.config import PrepareConfig
+from examples.optiml.data.index import ChestIndex
+from examples.optiml.data.prepare.command import Prepared, prepare
+from examples.optiml.data.prepare.settings import PrepareConfig
 
 Pixels = NDArray[Any]
 

@@ -12,9 +12,9 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 from rich.console import Console
 
-from examples.optiml import pretrain as pretrain_module
-from examples.optiml.config import ExpanderConfig, MonitorConfig, PretrainConfig
-from examples.optiml.training import TrainConfig
+from examples.optiml.downstream.settings import TrainConfig
+from examples.optiml.pretraining import trainer as pretrain_module
+from examples.optiml.pretraining.settings import ExpanderConfig, MonitorConfig, PretrainConfig
 
 QUIET = Console(quiet=True)
 #: Of fine-tuning and segmentation.

@@ -4,31 +4,27 @@ from __future__ import annotations
 
 import importlib
 import sys
+from typing import Any
 
 import tyro
 
-from .compare import CompareConfig
-from .config import PretrainConfig
-from .data import UnreadableImage
-from .evaluate import EvaluateConfig
-from .example import ExampleConfig
-from .heatmap import HeatmapConfig
-from .prepare.config import PrepareConfig
-from .pretrain import INTERRUPTED
-from .report import ReportConfig
-from .segment import SegmentConfig
-from .xray import XrayConfig
+from .commands.settings import CompareConfig, ExampleConfig, XrayConfig
+from .data.prepare.settings import PrepareConfig
+from .downstream.settings import EvaluateConfig, HeatmapConfig, SegmentConfig
+from .pretraining.settings import INTERRUPTED, PretrainConfig
+from .reporting.settings import ReportConfig
 
-COMMANDS = {
-    "example": (ExampleConfig, "example"),
-    "xray": (XrayConfig, "xray"),
-    "prepare": (PrepareConfig, "prepare.command"),
-    "pretrain": (PretrainConfig, "pretrain"),
-    "evaluate": (EvaluateConfig, "evaluate"),
-    "segment": (SegmentConfig, "segment"),
-    "heatmap": (HeatmapConfig, "heatmap"),
-    "report": (ReportConfig, "report"),
-    "compare": (CompareConfig, "compare"),
+#: The options of each command, and the module whose ``main`` runs it. It is imported when the command runs, not before.
+COMMANDS: dict[str, tuple[type, str]] = {
+    "example": (ExampleConfig, "commands.example"),
+    "xray": (XrayConfig, "commands.xray"),
+    "prepare": (PrepareConfig, "data.prepare.command"),
+    "pretrain": (PretrainConfig, "pretraining.trainer"),
+    "evaluate": (EvaluateConfig, "downstream.evaluate"),
+    "segment": (SegmentConfig, "downstream.segment"),
+    "heatmap": (HeatmapConfig, "downstream.heatmap"),
+    "report": (ReportConfig, "reporting.report"),
+    "compare": (CompareConfig, "commands.compare"),
 }
 
 
@@ -40,15 +36,22 @@ def cli(args: list[str] | None = None) -> None:
         description="OPTiML on chest X-rays: pretrain a ResNet18 with optimal transport, then see what it has learnt.",
         args=args,
     )
-    for kind, module in COMMANDS.values():
-        if isinstance(config, kind):
-            try:
-                importlib.import_module(f"{__package__}.{module}").main(config)
-            except UnreadableImage as error:
-                raise SystemExit(str(error)) from error
-            except KeyboardInterrupt:
-                print("Interrupted. The same command goes on from here.", file=sys.stderr)
-                raise SystemExit(INTERRUPTED) from None
+    module = next(module for kind, module in COMMANDS.values() if isinstance(config, kind))
+    try:
+        _run(module, config)
+    except KeyboardInterrupt:
+        print("Interrupted. The same command goes on from here.", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
+
+
+def _run(module: str, config: Any) -> None:
+    command = importlib.import_module(f"{__package__}.{module}")
+    from .data.images import UnreadableImage  # its libraries are loaded by now
+
+    try:
+        command.main(config)
+    except UnreadableImage as error:
+        raise SystemExit(str(error)) from error
 
 
 if __name__ == "__main__":

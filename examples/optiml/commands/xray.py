@@ -1,0 +1,152 @@
+"""All stages on one prepared data set, from pretraining to the report; every step goes on where it was stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ..data.fractions import SMALL
+from ..data.index import open_index, with_all_splits
+from ..data.masks import has_outlines, mask_set
+from ..downstream.evaluate import Evaluation, evaluate, source_record
+from ..downstream.heatmap import heatmap, heatmap_record, targets
+from ..downstream.result_files import Record
+from ..downstream.segment import segment
+from ..downstream.settings import EvaluateConfig, HeatmapConfig, SegmentConfig, StartConfig
+from ..downstream.starting_weights import Start, resolve, run_folder
+from ..pretraining.settings import AugmentConfig, PretrainConfig
+from ..pretraining.trainer import pretrain
+from ..reporting.report import report
+from .settings import XrayConfig
+
+UNTRAINED = "untrained"
+
+
+def xray(config: XrayConfig, console: Console | None = None) -> Path:
+    """All stages; returns the report."""
+    console = console or Console()
+    common = _common(config)
+    config = dataclasses.replace(config, image_size=common["image_size"])
+    held_out = common["val_fraction"], common["split_seed"]
+    index = with_all_splits(open_index(config.data, *held_out))
+    if config.segment_data is not None:  # a wrong --label is worth knowing before hours of pretraining
+        mask_set(open_index(config.segment_data, *held_out), config.label)
+    elif has_outlines(index, config.label):
+        config = dataclasses.replace(config, segment_data=config.data)
+    console.rule("pretrain")
+    runs = config.run or tuple(_pretrained(config, seed, console) for seed in config.pretrain_seeds)
+    dataset = config.dataset or config.data.resolve().name
+    downstream = config.out / "downstream"
+    records: list[Record] = []
+    if alone := source_record(index, dataset, downstream / dataset, config.draws):
+        records.append(alone)
+    for run in (None, *runs):
+        start = resolve(StartConfig(config.data, run=run, untrained=run is None, dataset=dataset, **common))
+        records += stages(config, start, UNTRAINED if run is None else _name(run), downstream, console)
+    console.rule("report")
+    path = report(records, config.out / "report", console)
+    if config.results:
+        shutil.copytree(path.parent, config.results, dirs_exist_ok=True)
+        console.print(f"Copied to {config.results}")
+    return path
+
+
+def _name(run: Path) -> str:
+    """What the results of a run stand under."""
+    return (run_folder(run) or run).name
+
+
+def _common(config: XrayConfig) -> dict[str, Any]:
+    """What all rows share: the size and the validation patients of the runs, or else the usual ones.
+
+    Ends the command where two runs would have one folder or one row, or cannot be compared.
+    """
+    starts = [resolve(StartConfig(config.data, run=run)) for run in config.run]
+    names = [UNTRAINED, *map(_name, config.run)]
+    rows = [f"{start.arm}, seed {start.pretraining.get('seed')}" for start in starts]
+    for what, keys in (("name", names), ("row of the report", rows)):
+        if twice := next((key for key in keys if keys.count(key) > 1), None):
+            raise SystemExit(f"--run: two networks have the {what} {twice!r}; run xray for each, under its own --out")
+    if len(splits := {(start.val_fraction, start.split_seed) for start in starts}) > 1:
+        shown = " and ".join(f"val_fraction {share}, split_seed {seed}" for share, seed in sorted(splits))
+        raise SystemExit(f"--run: the networks held out different validation patients ({shown}); run xray for each")
+    like = starts[0] if starts else PretrainConfig(config.data, config.out, image_size=64)
+    size = config.image_size or like.image_size
+    return {"image_size": size, "val_fraction": like.val_fraction, "split_seed": like.split_seed}
+
+
+def _pretrained(config: XrayConfig, seed: int, console: Console) -> Path:
+    assert config.image_size is not None  # xray has filled it in
+    out = config.out / f"{config.method}-{config.image_size}px-{config.epochs}epochs-seed{seed}"
+    run = PretrainConfig(
+        config.data, out, config.method, epochs=config.epochs, batch_size=config.batch_size,
+        image_size=config.image_size, seed=seed, augment=AugmentConfig(min_scale=config.min_scale),
+        workers=config.workers,
+    )  # fmt: skip
+    if pretrain(run, console) is None:
+        raise SystemExit(f"{out} did not finish; the same command goes on")
+    return out
+
+
+def outlined(segment_data: Path, data: Path, dataset: str) -> str:
+    """Column of the report that segmentation is in: that of the evaluation where it is on the same films."""
+    return dataset if segment_data.resolve() == data.resolve() else segment_data.resolve().name
+
+
+def stages(config: XrayConfig, start: Start, name: str, folder: Path, console: Console) -> Iterator[Record]:
+    """Evaluate, segment and draw heatmaps from one start: each record as it is made or found.
+
+    Records lie in ``folder`` / DATASET / ``name``; the sizes are the configuration's, the data set that is evaluated on
+    the start's.
+    """
+    index, out = start.index(), folder / start.dataset / name
+    boxed = bool(config.heatmap_fractions and targets(index.split("test")))
+    small = tuple(f for f in config.fractions if f < SMALL)
+    rest = tuple(f for f in config.fractions if f >= SMALL)
+    plan = [(fs, seeds) for fs, seeds in ((small, config.seeds), (rest, config.large_seeds)) if fs]
+    console.rule(f"evaluate, linear: {name}")
+    for fractions, seeds in plan:
+        frozen = EvaluateConfig(start.data, fractions=fractions, seeds=seeds, draws=config.draws, out=out)
+        yield from evaluate(frozen, console, start)
+    console.rule(f"evaluate, finetune: {name}")
+    for fractions, seeds in plan:
+        tuned = EvaluateConfig(
+            start.data, protocol="finetune", fractions=fractions, seeds=seeds, train=config.finetune,
+            draws=config.draws, out=out,
+        )  # fmt: skip
+        evaluation = Evaluation(tuned, console, start)
+        for fraction, seed in evaluation.plan():
+            if not (boxed and fraction in config.heatmap_fractions):
+                yield evaluation.one(fraction, seed, keep=False)
+                continue
+            maps = HeatmapConfig(
+                start.data, fraction=fraction, seeds=(seed,), figure_images=config.figure_images, draws=config.draws,
+                out=out,
+            )  # fmt: skip
+            *_, known = heatmap_record(maps, start, index.split("test"), out, seed, evaluation.identity(fraction, seed))
+            yield evaluation.one(fraction, seed, keep=known is None)
+            yield from heatmap(maps, console, start)
+    if config.segment_data is not None:
+        console.rule(f"segment: {name}")
+        column = outlined(config.segment_data, start.data, start.dataset)
+        size = config.segment_size or start.image_size
+        task = dataclasses.replace(start, data=config.segment_data, dataset=column, image_size=size)
+        for seed in config.segment_seeds:
+            unet = SegmentConfig(
+                config.segment_data, label=config.label, fractions=config.segment_fractions, seeds=(seed,),
+                train=config.unet, draws=config.draws, out=folder / column / name,
+            )  # fmt: skip
+            yield from segment(unet, console, task)
+
+
+def main(config: XrayConfig) -> None:
+    """The ``xray`` command."""
+    console, started = Console(), time.monotonic()
+    path = xray(config, console)
+    console.print(f"{(time.monotonic() - started) / 60:.0f} min. {path}")

@@ -1,0 +1,169 @@
+"""The work on one image: read, reduce, write image and masks. Runs in many processes, and only once per image."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ..images import resize_mask
+from ..index import IMAGE_FOLDER, MASK_FOLDER, Box, mask_path
+from .listing import Film
+from .pixels import decode_runs, fitted_size, read_grey, read_mask, resize
+
+PROGRESS_FILE = "progress.jsonl"
+
+
+@dataclass(frozen=True)
+class Done:
+    """What became of one record."""
+
+    name: str
+    stamp: str
+    """Sizes and times of the image and its masks: what has changed since is read again."""
+    patient: str = ""
+    boxes: tuple[tuple[str, float, float, float, float], ...] = ()
+    masks: tuple[str, ...] = ()
+    dropped_boxes: int = 0
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A record and where it goes."""
+
+    record: Film
+    out: Path
+    size: int
+
+
+def convert(job: Job) -> Done:
+    """Write the image and its masks; a file that cannot be read is an answer, a full disk is an error."""
+    record = job.record
+    stamp = stamp_of(record)
+    try:
+        image, patient = read_grey(record.path)
+        rows, columns = image.shape
+        masks = {}
+        for label, origin in record.masks:
+            mask = read_mask(origin, columns, rows) if isinstance(origin, Path) else decode_runs(origin)
+            masks[label] = resize_mask(mask, fitted_size(columns, rows, job.size))
+        small = resize(image, fitted_size(columns, rows, job.size))
+    except Exception as error:  # decoders raise whatever they like
+        return Done(record.name, stamp, error=f"{type(error).__name__}: {error}".replace("\n", " "))
+    written = {mask_path(job.out, label, record.name): mask for label, mask in masks.items()}
+    for path, mask in written.items():
+        _save(mask.astype(np.uint8) * 255, path)
+    for folder in (job.out / MASK_FOLDER).glob("*"):
+        if (path := folder / record.name) not in written:
+            path.unlink(missing_ok=True)  # an outline that has been taken back
+    _save(small, job.out / IMAGE_FOLDER / record.name)
+    width, height = (columns, rows) if record.box_space is None else (record.box_space,) * 2
+    boxes = [clipped for box in record.boxes if (clipped := _clip(box, width, height))]
+    return Done(
+        record.name, stamp, record.patient or patient, tuple(boxes), tuple(masks), len(record.boxes) - len(boxes)
+    )
+
+
+def stamp_of(record: Film) -> str:
+    """Changes when the image does, or a mask, or which masks there are."""
+    masks = (
+        f"{label} {_stamp(origin) if isinstance(origin, Path) else sha256(' '.join(origin).encode()).hexdigest()[:16]}"
+        for label, origin in record.masks
+    )
+    return "; ".join((_stamp(record.path), *masks))
+
+
+def _stamp(path: Path) -> str:
+    """A file's size and time."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return ""
+    return f"{stat.st_size} {stat.st_mtime_ns}"
+
+
+def _save(image: NDArray[np.uint8], path: Path) -> None:
+    """Write whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        Image.fromarray(image).save(part, format="PNG")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _clip(box: Box, width: int, height: int) -> tuple[str, float, float, float, float] | None:
+    """As fractions within the image; ``None`` where nothing of the box is on it."""
+    left, top = max(box.x / width, 0.0), max(box.y / height, 0.0)
+    right, bottom = min((box.x + box.width) / width, 1.0), min((box.y + box.height) / height, 1.0)
+    if not (right > left and bottom > top):
+        return None
+    return box.label, left, top, right - left, bottom - top
+
+
+def read_progress(out: Path) -> dict[str, Done]:
+    """What earlier runs finished, by name; a last line torn by an interruption is left out."""
+    done: dict[str, Done] = {}
+    path = out / PROGRESS_FILE
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        row["boxes"] = tuple(tuple(box) for box in row["boxes"])
+        done[row["name"]] = Done(**{**row, "masks": tuple(row["masks"])})
+    return done
+
+
+def still_to_do(records: list[Film], done: dict[str, Done], out: Path) -> list[Film]:
+    """Records without a finished, unchanged and present image. Failures are tried again: the file may be whole now."""
+    present = {entry.name for entry in os.scandir(out / IMAGE_FOLDER)}
+
+    def finished(record: Film) -> bool:
+        before = done.get(record.name)
+        return (
+            before is not None
+            and not before.error
+            and before.name in present
+            and before.stamp == stamp_of(record)
+            and all(mask_path(out, label, record.name).is_file() for label in before.masks)
+        )
+
+    return [record for record in records if not finished(record)]
+
+
+def convert_all(records: list[Film], out: Path, size: int, workers: int) -> Iterator[Done]:
+    """Convert in ``workers`` processes (0: one per CPU), noting every result on disk as it comes."""
+    jobs = [Job(record, out, size) for record in records]
+    workers = min(workers or os.cpu_count() or 1, max(len(jobs), 1))
+    with (out / PROGRESS_FILE).open("a") as log:
+
+        def note(done: Done) -> Done:
+            log.write(json.dumps(asdict(done)) + "\n")
+            log.flush()
+            return done
+
+        log.write("\n")  # ends a line that an interruption tore
+        if workers == 1:
+            yield from map(note, map(convert, jobs))
+            return
+        pool = ProcessPoolExecutor(workers, initializer=_leave_interrupts_to_the_parent)
+        try:
+            yield from map(note, pool.map(convert, jobs, chunksize=min(16, -(-len(jobs) // workers))))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _leave_interrupts_to_the_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

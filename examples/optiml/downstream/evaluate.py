@@ -1,0 +1,187 @@
+"""How good the features are: frozen under a linear probe, or fine-tuned, with few or all labels, over seeds."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from ..atomic import write_json
+from ..data.index import SPLITS, ChestIndex
+from ..data.subsets import label_fraction, write_ids
+from ..pretraining.features import extract
+from ..pretraining.network import Backbone, load_backbone
+from .finetune import finetune, predict, save_classifier, usable_classes
+from .probe import fit_probe
+from .result_files import Record, read_if_current, write_record
+from .scores import Scored, figures_table, mean_figures, summarise
+from .settings import EvaluateConfig
+from .starting_weights import Start, default_out, resolve
+
+
+def split_features(backbone: Backbone, index: ChestIndex, image_size: int) -> dict[str, Tensor]:
+    """Frozen features of each split."""
+    return {name: extract(backbone, index.split(name), image_size) for name in SPLITS}
+
+
+def probe_scores(index: ChestIndex, x: dict[str, Tensor], train: ChestIndex | None = None) -> Scored:
+    """Fit on train (or on the part of it whose labels may be used), choose on val, score test."""
+    parts = {name: index.split(name) for name in SPLITS}
+    x_train = x["train"]
+    if train is not None:
+        x_train = x_train[torch.from_numpy(np.flatnonzero(np.isin(parts["train"].names, train.names)))]
+        parts["train"] = train
+    y = {name: torch.from_numpy(part.labels) for name, part in parts.items()}
+    probe = fit_probe(x_train, y["train"], x["val"], y["val"])
+    # Rounded, so that images with equal features tie, which the last bits of a matrix product may deny them.
+    scores = probe.scores(x["test"]).numpy().round(9)
+    return Scored(parts["test"], scores, usable_classes(parts["train"]), {"penalty": probe.penalty})
+
+
+def score_backbone(index: ChestIndex, weights: Path | None, image_size: int, seed: int = 0) -> Scored:
+    """Frozen features of a weights file (None: untrained, from ``seed``) through the probe."""
+    backbone = load_backbone(weights, seed)
+    return probe_scores(index, split_features(backbone, index, image_size))
+
+
+def score_metadata(index: ChestIndex) -> Scored | None:
+    """The same probe on the source of each image and no pixel: what confounding alone is worth."""
+    if index.sources is None:
+        return None
+    names = np.unique(index.sources)
+    columns: dict[str, Tensor] = {}
+    for name in SPLITS:
+        sources = index.split(name).sources
+        assert sources is not None
+        columns[name] = torch.from_numpy((sources[:, None] == names[None]).astype(np.float64))
+    return probe_scores(index, columns)
+
+
+def source_record(index: ChestIndex, dataset: str, out: Path, draws: int) -> Record | None:
+    """What the probe gets from each film's source alone, as a row of the report; None where sources are unknown."""
+    path, identity = out / "source-alone.json", {"data": index.fingerprint(), "draws": draws, "image_size": 0}
+    if known := read_if_current(path, identity):
+        return known
+    scored = score_metadata(index)
+    if scored is None:
+        return None
+    record = {
+        "stage": "evaluate", "arm": "source alone, no pixels", "dataset": dataset, "pretraining": {}, "seed": 0,
+        "protocol": "linear", "fraction": 1.0, "identity": identity, "train_images": len(index.split("train")),
+        **summarise(scored, draws),
+    }  # fmt: skip
+    return write_record(path, record)
+
+
+class Evaluation:
+    """One backbone on one data set; frozen features are computed once per set of weights."""
+
+    def __init__(self, config: EvaluateConfig, console: Console, start: Start | None = None) -> None:
+        """``start``: what ``config`` would else be resolved to."""
+        self.config, self.console = config, console
+        self.start: Start = start or resolve(config)
+        self.index = self.start.index()
+        self.out = config.out or default_out(config.run, self.start)
+        self._features: tuple[int, dict[str, Tensor]] | None = None
+
+    def plan(self) -> list[tuple[float, int]]:
+        """Fractions and seeds; all labels under a frozen trained network leave nothing to chance, so once."""
+        sure = self.config.protocol == "linear" and not self.start.random
+        seeds = {f: self.config.seeds_of(f)[: 1 if sure and f == 1.0 else None] for f in self.config.fractions}
+        # Seed by seed, since features of random weights are kept for one seed only.
+        return [(f, s) for s in dict.fromkeys(sum(seeds.values(), ())) for f in seeds if s in seeds[f]]
+
+    def records(self) -> list[Record]:
+        """All records, made or found."""
+        return [self.one(fraction, seed) for fraction, seed in self.plan()]
+
+    def identity(self, fraction: float, seed: int) -> Record:
+        """What a record's figures depend on."""
+        identity = {
+            **self.start.identity(), "protocol": self.config.protocol, "fraction": fraction, "seed": seed,
+            "data": self.index.fingerprint(), "draws": self.config.draws,
+        }  # fmt: skip
+        if self.config.protocol == "finetune":
+            identity["train"] = dataclasses.asdict(self.config.train)
+        return identity
+
+    def one(self, fraction: float, seed: int, keep: bool | None = None) -> Record:
+        """``keep``: whether a fine-tuned network must be there too; unset: as the configuration says."""
+        protocol, identity = self.config.protocol, self.identity(fraction, seed)
+        path = self.out / f"{protocol}-{fraction:g}-seed{seed}.json"
+        keep = protocol == "finetune" and (fraction in self.config.keep if keep is None else keep)
+        model_path = path.with_suffix(".pth") if keep else None
+        known = read_if_current(path, identity)
+        if known is not None and (model_path is None or model_path.exists()):
+            return known
+        train = label_fraction(self.index.split("train"), fraction, seed)
+        write_ids(train, self.out / "subsets", fraction, seed)
+        if protocol == "linear":
+            scored = probe_scores(self.index, self.features(seed), train)
+        else:
+            scored = self.finetuned(train, seed, path, identity, model_path)
+        record = {
+            "stage": "evaluate", **self.start.labels(), "protocol": protocol, "fraction": fraction, "seed": seed,
+            "identity": identity, "train_images": len(train), "train_patients": len(np.unique(train.patients)),
+            **summarise(scored, self.config.draws),
+        }  # fmt: skip
+        np.savez_compressed(path.with_suffix(".npz"), scores=scored.scores.astype(np.float32), names=scored.test.names)
+        auc = record["macro_auc"]
+        shown = "no class to score" if auc is None else f"macro AUC {auc:.3f} over {record['raw']['classes']} classes"
+        self.console.print(
+            f"{self.start.arm} {protocol} {fraction:.0%} seed {seed}: {len(train)} labelled images, {shown}",
+            highlight=False,
+        )
+        record = write_record(path, record)
+        path.with_suffix(".ckpt").unlink(missing_ok=True)
+        return record
+
+    def features(self, seed: int) -> dict[str, Tensor]:
+        """Frozen features per split; a new seed means new ones only where weights are random."""
+        key = seed if self.start.random else 0
+        if self._features is None or self._features[0] != key:
+            backbone = self.start.backbone(key)
+            self._features = (key, split_features(backbone, self.index, self.start.image_size))
+        return self._features[1]
+
+    def finetuned(self, train: ChestIndex, seed: int, path: Path, identity: Record, keep: Path | None) -> Scored:
+        val, test = self.index.split("val"), self.index.split("test")
+        size, backbone = self.start.image_size, self.start.backbone(seed)
+        with self.console.status(f"fine-tuning {self.start.arm} with {len(train)} labelled films, seed {seed}"):
+            model, fitted = finetune(
+                backbone, train, val, size, self.config.train, seed, path.with_suffix(".ckpt"), identity
+            )
+        # A network of other settings must not stand beside the record to come, nor this one beside another record.
+        if read_if_current(path, identity) is None:
+            path.unlink(missing_ok=True)
+        if keep is not None:
+            save_classifier(model, train, size, keep)
+        else:
+            path.with_suffix(".pth").unlink(missing_ok=True)
+        return Scored(test, predict(model, test, size), usable_classes(train), dataclasses.asdict(fitted))
+
+
+def evaluate(config: EvaluateConfig, console: Console | None = None, start: Start | None = None) -> list[Record]:
+    """Every fraction and seed that is asked for; those that are there are read."""
+    return Evaluation(config, console or Console(), start).records()
+
+
+def main(config: EvaluateConfig) -> None:
+    """The ``evaluate`` command."""
+    console = Console()
+    evaluation = Evaluation(config, console)
+    records = evaluation.records()
+    largest = [record for record in records if record["fraction"] == max(config.fractions)]
+    figures: dict[str, Any] = mean_figures(largest)
+    if metadata := score_metadata(evaluation.index):
+        figures["metadata_only"] = summarise(metadata, config.draws)
+    title = f"{evaluation.start.arm}, {config.protocol}, {max(config.fractions):.0%} of the labels"
+    console.print(figures_table(figures, f"{title}, {figures['images']} test images, {len(largest)} seeds"))
+    console.print(f"Records: {evaluation.out}")
+    if config.json:
+        write_json(config.json, {**evaluation.start.labels(), "protocol": config.protocol, **figures, "runs": records})

@@ -1,0 +1,143 @@
+"""The network: torchvision's ResNet18 as a trunk that also returns its feature maps, the expander, and its norms."""
+
+from __future__ import annotations
+
+import math
+import pickle
+from pathlib import Path
+from urllib.error import URLError
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.models import ResNet18_Weights
+from torchvision.models.resnet import BasicBlock, ResNet
+
+from .settings import ExpanderConfig, Norm
+
+FEATURE_DIM = 512
+
+
+class Backbone(ResNet):
+    """ResNet18 without classifier. Parameter names are torchvision's, so its weights load anywhere."""
+
+    def __init__(self) -> None:
+        super().__init__(BasicBlock, [2, 2, 2, 2])
+        self.fc = nn.Identity()  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, H, W) to maps (B, 512, H/32, W/32) and their global average (B, 512)."""
+        _, maps, pooled = self.stages(x)
+        return maps, pooled
+
+    def stages(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What :meth:`forward` gives, and before it the maps (B, 256, H/16, W/16) of the last stage but one."""
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        third = self.layer3(self.layer2(self.layer1(x)))
+        maps = self.layer4(third)
+        return third, maps, torch.flatten(self.avgpool(maps), 1)
+
+
+def imagenet_weights() -> dict[str, Tensor]:
+    """torchvision's ResNet18 weights without its classifier; downloaded at the first call."""
+    try:
+        weights = ResNet18_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True)
+    except URLError as error:
+        url, folder = ResNet18_Weights.IMAGENET1K_V1.url, Path(torch.hub.get_dir()) / "checkpoints"
+        raise SystemExit(f"cannot download ImageNet weights ({error}); put {url} into {folder}") from error
+    return {name: torch.as_tensor(value) for name, value in weights.items() if not name.startswith("fc.")}
+
+
+def device() -> torch.device:
+    """Where networks run after pretraining; while it lasts, Lightning decides."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_backbone(path: Path | None, seed: int = 0) -> Backbone:
+    """The backbone of a run (its ``backbone.pth``), or, for ``None``, an untrained one that follows ``seed``.
+
+    Weights from elsewhere, also with torchvision's classifier, load too if they have torchvision's names.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        backbone = Backbone()
+    if path is not None:
+        try:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+            set_norm(backbone, norm_of(weights))
+            backbone.load_state_dict({name: x for name, x in weights.items() if not name.startswith("fc.")})
+        except (RuntimeError, AttributeError, TypeError, EOFError, pickle.UnpicklingError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise SystemExit(f"{path} holds no ResNet18 weights under torchvision's names ({reason})") from error
+    return backbone.eval()
+
+
+def norm_of(weights: dict[str, Tensor], prefix: str = "") -> Norm:
+    """Which norm a backbone's weights belong to; frozen ones are batch norm's again."""
+    return "batch" if f"{prefix}bn1.running_mean" in weights else "group"
+
+
+class FrozenBatchNorm(nn.Module):
+    """Marks batch norms that neither gather statistics nor use the batch's: a fixed scale and shift per channel."""
+
+    def train(self, mode: bool = True) -> FrozenBatchNorm:
+        del mode
+        return super().train(False)
+
+
+class FrozenBatchNorm1d(FrozenBatchNorm, nn.BatchNorm1d):
+    """Parameters keep their names, so that weights load as those of the usual norm do."""
+
+
+class FrozenBatchNorm2d(FrozenBatchNorm, nn.BatchNorm2d):
+    """As above, for maps."""
+
+
+def set_norm(model: nn.Module, norm: Norm) -> None:
+    """Replace all batch norms below ``model``; drawing no random numbers, whatever the order of calls.
+
+    ``"group"``: group norm of 32 groups for maps (of fewer, so that no channel stands alone and loses its mean) and one
+    group (layer norm) for vectors. ``"frozen"``: the statistics and parameters that are there, for good: those of
+    ImageNet under that initialisation, else the identity. Both treat every image by itself, so that a batch may be cut
+    into pieces without a difference.
+    """
+    if norm == "batch":
+        return
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if not isinstance(child, _BatchNorm):
+                continue
+            flat = isinstance(child, nn.BatchNorm1d)
+            if norm == "group":
+                groups = 1 if flat else math.gcd(32, child.num_features, child.num_features // 2)
+                new: nn.Module = nn.GroupNorm(groups, child.num_features, child.eps, child.affine)
+                new.requires_grad_(all(p.requires_grad for p in child.parameters()))
+            else:
+                new = (FrozenBatchNorm1d if flat else FrozenBatchNorm2d)(
+                    child.num_features, child.eps, child.momentum, child.affine
+                )
+                new.load_state_dict(child.state_dict())
+                new.requires_grad_(False).eval()
+            setattr(parent, name, new)
+
+
+def mlp(in_dim: int, dim: int, layers: int, last_act: bool = False) -> nn.Sequential:
+    """Linear-BN-ReLU blocks, then a bare Linear without bias, unless ``last_act``."""
+    parts: list[nn.Module] = []
+    for i in range(layers):
+        last = i == layers - 1
+        parts.append(nn.Linear(in_dim, dim, bias=not last))
+        if not last or last_act:
+            parts += [nn.BatchNorm1d(dim), nn.ReLU(inplace=True)]
+        in_dim = dim
+    return nn.Sequential(*parts)
+
+
+def expander(config: ExpanderConfig) -> nn.Sequential:
+    """VICReg's expander of pooled features.
+
+    The paper's sentence ("three linear layers ... accompanied by ReLU and BN within each layer") can also be
+    read as a normalised, rectified last layer; ``last_act`` builds that. It makes embeddings non-negative,
+    which the variance and covariance terms do not like, so it is off by default.
+    """
+    return mlp(FEATURE_DIM, config.dim, config.layers, bool(config.last_act))
