@@ -27,7 +27,7 @@ from examples.optiml.downstream.starting_weights import Start
 from examples.optiml.pretraining.network import load_backbone
 from examples.optiml.reporting.paper import TABLE1, TABLE2
 from examples.optiml.reporting.report import _made, _mixed, build, report
-from examples.optiml.reporting.tables import markdown
+from examples.optiml.reporting.tables import markdown, only_ran
 
 
 def test_every_stage_ends_in_the_report_and_is_not_repeated(phantoms: Path, tmp_path: Path) -> None:
@@ -47,7 +47,9 @@ def test_every_stage_ends_in_the_report_and_is_not_repeated(phantoms: Path, tmp_
         assert f"({picture})" in text
     tuned = {r["arm"]: r for r in records if r.get("protocol") == "finetune" and r["fraction"] == 1.0}
     ours = 100 * tuned["optiml"]["macro_auc"]
-    assert f"| {ours:.1f} (1) |" in text and "| Sup.1 (random) | 61.0 |  | 71.1 |" in text
+    assert f"| {ours:.1f} (1) |" in text and "61.0" not in text and "Not run" not in text
+    appendix = (path.parent / "paper-tables.md").read_text()
+    assert "(paper-tables.md)" in text and "| Sup.1 (random) | 61.0 |  | 71.1 |" in appendix
     assert f"{ours:.5g}" in (path.parent / "table1.csv").read_text()
     assert tuned["optiml"]["pretraining"]["method"] == "optiml" and tuned["sup1"]["pretraining"] == {}
     maps = next(r for r in records if r["stage"] == "heatmap")
@@ -107,7 +109,21 @@ def made(arm: str, dataset: str, fraction: float, seed: int, auc: float | None, 
     }  # fmt: skip
 
 
-def test_the_report_leaves_blank_what_was_not_run() -> None:
+def test_the_page_shows_what_was_run_and_the_paper_beside_it_only() -> None:
+    records = [made("optiml", "nih-small", 0.01, seed, auc) for seed, auc in enumerate((0.6, 0.7))]
+    records += [made("sup1", "nih-small", 0.1, 0, 0.5), made("own", "nih-small", 0.1, 0, 0.4)]
+    table1, *others = map(only_ran, build(records))
+    assert not any(table.sections for table in others) and [s.title for s in table1.sections] == ["NIH (ours: small)"]
+    assert markdown(table1).endswith(
+        "| | 1 % paper | 1 % ours | 10 % paper | 10 % ours |\n"
+        "| --- | ---: | ---: | ---: | ---: |\n"
+        "| Sup.1 (random) |  |  | 71.1 | 50.0 (1) |\n"
+        "| OPTiML | 68.8 | 65.0 ± 7.1 (2) |  |  |\n"
+        "| own |  |  |  | 40.0 (1) |\n"
+    )
+
+
+def test_the_paper_tables_leave_blank_what_was_not_run() -> None:
     records = [made("optiml", "nih-small", 0.01, seed, auc) for seed, auc in enumerate((0.6, 0.7, None))]
     records += [made("optiml-no-cvsim", "nih-small", 0.1, 0, 0.66)]
     table1, table2, table3, _, fig3 = map(markdown, build(records))

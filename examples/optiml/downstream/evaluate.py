@@ -15,7 +15,9 @@ from ..atomic import write_json
 from ..data.index import SPLITS, ChestIndex
 from ..data.subsets import label_fraction, write_ids
 from ..pretraining.features import extract
+from ..pretraining.monitor import knn_scores
 from ..pretraining.network import Backbone, load_backbone
+from ..pretraining.settings import MonitorConfig
 from .finetune import finetune, predict, save_classifier, usable_classes
 from .probe import fit_probe
 from .result_files import Record, read_if_current, write_record
@@ -29,18 +31,44 @@ def split_features(backbone: Backbone, index: ChestIndex, image_size: int) -> di
     return {name: extract(backbone, index.split(name), image_size) for name in SPLITS}
 
 
+class FrozenFeatures:
+    """Frozen features of a start's films, computed when they are first asked for, and kept for the last seed."""
+
+    def __init__(self, start: Start, index: ChestIndex) -> None:
+        self.start, self.index = start, index
+        self._kept: tuple[int, dict[str, Tensor]] | None = None
+
+    def of(self, seed: int) -> dict[str, Tensor]:
+        """Features per split; a new seed means new ones only where weights are random."""
+        key = seed if self.start.random else 0
+        if self._kept is None or self._kept[0] != key:
+            self._kept = (key, split_features(self.start.backbone(key), self.index, self.start.image_size))
+        return self._kept[1]
+
+
+def labelled_features(index: ChestIndex, x: dict[str, Tensor], train: ChestIndex) -> Tensor:
+    """Features of the training films whose labels may be used."""
+    return x["train"][torch.from_numpy(np.flatnonzero(np.isin(index.split("train").names, train.names)))]
+
+
 def probe_scores(index: ChestIndex, x: dict[str, Tensor], train: ChestIndex | None = None) -> Scored:
     """Fit on train (or on the part of it whose labels may be used), choose on val, score test."""
-    parts = {name: index.split(name) for name in SPLITS}
-    x_train = x["train"]
-    if train is not None:
-        x_train = x_train[torch.from_numpy(np.flatnonzero(np.isin(parts["train"].names, train.names)))]
-        parts["train"] = train
-    y = {name: torch.from_numpy(part.labels) for name, part in parts.items()}
-    probe = fit_probe(x_train, y["train"], x["val"], y["val"])
+    train = train or index.split("train")
+    y = {"train": train.labels, "val": index.split("val").labels}
+    y_train, y_val = (torch.from_numpy(labels) for labels in y.values())
+    probe = fit_probe(labelled_features(index, x, train), y_train, x["val"], y_val)
     # Rounded, so that images with equal features tie, which the last bits of a matrix product may deny them.
     scores = probe.scores(x["test"]).numpy().round(9)
-    return Scored(parts["test"], scores, usable_classes(parts["train"]), {"penalty": probe.penalty})
+    return Scored(index.split("test"), scores, usable_classes(train), {"penalty": probe.penalty})
+
+
+def neighbour_scores(index: ChestIndex, x: dict[str, Tensor], train: ChestIndex) -> Scored:
+    """Score test films by the labels of their nearest films among ``train``, as the monitor does; nothing is chosen."""
+    vote = MonitorConfig()
+    labels, bank = torch.from_numpy(train.labels), labelled_features(index, x, train)
+    scores = knn_scores(bank, labels, x["test"], vote.neighbours, vote.temperature)
+    notes = {"neighbours": vote.neighbours, "temperature": vote.temperature}
+    return Scored(index.split("test"), scores.double().numpy().round(9), usable_classes(train), notes)
 
 
 def score_backbone(index: ChestIndex, weights: Path | None, image_size: int, seed: int = 0) -> Scored:
@@ -81,17 +109,23 @@ def source_record(index: ChestIndex, dataset: str, out: Path, draws: int) -> Rec
 class Evaluation:
     """One backbone on one data set; frozen features are computed once per set of weights."""
 
-    def __init__(self, config: EvaluateConfig, console: Console, start: Start | None = None) -> None:
-        """``start``: what ``config`` would else be resolved to."""
+    def __init__(
+        self,
+        config: EvaluateConfig,
+        console: Console,
+        start: Start | None = None,
+        features: FrozenFeatures | None = None,
+    ) -> None:
+        """``start``: what ``config`` would else be resolved to; ``features``: of that start, shared with others."""
         self.config, self.console = config, console
         self.start: Start = start or resolve(config)
         self.index = self.start.index()
         self.out = config.out or default_out(config.run, self.start)
-        self._features: tuple[int, dict[str, Tensor]] | None = None
+        self.features = features or FrozenFeatures(self.start, self.index)
 
     def plan(self) -> list[tuple[float, int]]:
         """Fractions and seeds; all labels under a frozen trained network leave nothing to chance, so once."""
-        sure = self.config.protocol == "linear" and not self.start.random
+        sure = self.config.protocol != "finetune" and not self.start.random
         seeds = {f: self.config.seeds_of(f)[: 1 if sure and f == 1.0 else None] for f in self.config.fractions}
         # Seed by seed, since features of random weights are kept for one seed only.
         return [(f, s) for s in dict.fromkeys(sum(seeds.values(), ())) for f in seeds if s in seeds[f]]
@@ -122,7 +156,9 @@ class Evaluation:
         train = label_fraction(self.index.split("train"), fraction, seed)
         write_ids(train, self.out / "subsets", fraction, seed)
         if protocol == "linear":
-            scored = probe_scores(self.index, self.features(seed), train)
+            scored = probe_scores(self.index, self.features.of(seed), train)
+        elif protocol == "neighbours":
+            scored = neighbour_scores(self.index, self.features.of(seed), train)
         else:
             scored = self.finetuned(train, seed, path, identity, model_path)
         record = {
@@ -140,14 +176,6 @@ class Evaluation:
         record = write_record(path, record)
         path.with_suffix(".ckpt").unlink(missing_ok=True)
         return record
-
-    def features(self, seed: int) -> dict[str, Tensor]:
-        """Frozen features per split; a new seed means new ones only where weights are random."""
-        key = seed if self.start.random else 0
-        if self._features is None or self._features[0] != key:
-            backbone = self.start.backbone(key)
-            self._features = (key, split_features(backbone, self.index, self.start.image_size))
-        return self._features[1]
 
     def finetuned(self, train: ChestIndex, seed: int, path: Path, identity: Record, keep: Path | None) -> Scored:
         val, test = self.index.split("val"), self.index.split("test")

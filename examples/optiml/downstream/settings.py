@@ -11,7 +11,7 @@ from ..data.fractions import check_fractions, check_seeds, default_seeds
 
 #: Smallest batch: fewer images are repeated (each differently augmented), as batch norm wants several.
 MIN_BATCH = 16
-Protocol = Literal["linear", "finetune"]
+Protocol = Literal["linear", "neighbours", "finetune"]
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,8 @@ class EvaluateConfig(StartConfig):
     """Score a backbone by test AUC: frozen with a linear probe, or fine-tuned. What is there is not made again."""
 
     protocol: Protocol = "linear"
-    """linear: frozen features, logistic regression. finetune: backbone and classifier together."""
+    """linear: frozen features, logistic regression. neighbours: frozen features, a vote of the nearest labelled films.
+    finetune: backbone and classifier together."""
     fractions: tuple[float, ...] = (1.0,)
     """Shares of the training images whose labels may be used, e.g. 0.01 0.1 1.0."""
     seeds: tuple[int, ...] | None = None

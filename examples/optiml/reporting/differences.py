@@ -97,7 +97,7 @@ Replicated = dict[Measure, dict[str, Replicates]]
 def auc_measures(index: ChestIndex, dataset: str, draws: int) -> list[Measure]:
     """Macro AUC with all labels, frozen, then fine-tuned: within sources, where these are known, and raw."""
     test, usable = index.split("test"), usable_classes(index.split("train"))
-    weights = _with_itself(test.patients, draws)
+    weights = with_itself(test.patients, draws)
 
     def auc(groups: NDArray[np.str_] | None, classes: NDArray[np.bool_]) -> Callable[[NDArray[Any]], Floats]:
         return lambda x: macro(class_aucs(x.astype(float), test.labels, groups, weights), classes)
@@ -119,7 +119,7 @@ def auc_measures(index: ChestIndex, dataset: str, draws: int) -> list[Measure]:
 
 def dice_measure(task: MaskSet, dataset: str, fraction: float, draws: int) -> Measure:
     """Dice over films that have something to find; others are NaN."""
-    weights = _with_itself(task.split("test").index.patients, draws)
+    weights = with_itself(task.split("test").index.patients, draws)
 
     def dice(x: NDArray[Any]) -> Floats:
         known = ~np.isnan(x)
@@ -186,6 +186,6 @@ def _by_section(found: Replicated) -> list[tuple[str, dict[str, dict[str, Replic
     return [(title, {m.column: of_rows for m, of_rows in found.items() if m.section == title}) for title in titles]
 
 
-def _with_itself(patients: NDArray[np.str_], draws: int) -> Floats:
+def with_itself(patients: NDArray[np.str_], draws: int) -> Floats:
     """The test films as they are, then every drawn set."""
     return np.concatenate([np.ones((1, len(patients))), patient_draws(patients, draws)])

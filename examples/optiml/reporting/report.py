@@ -1,4 +1,4 @@
-"""The report: the paper's Tables I, II, III and Figs 2, 3 beside our runs, from records and nothing else."""
+"""The report: what was run, in the form of the paper's tables and figures, from records and nothing else."""
 
 from __future__ import annotations
 
@@ -16,14 +16,33 @@ from ..downstream.result_files import Record, read_records
 from .figures import draw_heatmaps, draw_table, same_films
 from .paper import TABLE1, TABLE2
 from .settings import ReportConfig
-from .tables import Table, ablation_table, as_csv, auc_table, dice_table, heatmap_table, markdown
+from .tables import (
+    Table,
+    ablation_table,
+    as_csv,
+    auc_table,
+    dice_table,
+    has_printed_values,
+    heatmap_table,
+    markdown,
+    neighbours_table,
+    only_ran,
+)
 
 RECORDS = "records.json"
-PREAMBLE = """# OPTiML: the paper's tables and ours
+#: The tables as the paper has them, with a blank for everything that was not run.
+PAPER_TABLES = "paper-tables.md"
+PREAMBLE = """# OPTiML: what was run
 
-Paper: values as printed (Tables I and II in percent, III and Dice as shares of one). Ours: mean ± deviation over runs,
-and in brackets how many; blank means not run. Our runs differ from the paper's in data and scale, which stand above
-each table. Intervals and all digits are in the CSV files beside this one, all figures in `records.json`.
+Ours: mean ± deviation over runs, and in brackets how many. Tables I and II are in percent, III and Dice are shares of
+one. Intervals and all digits are in the CSV files beside this page, all figures in `records.json`.
+"""
+#: Said where a printed value stands beside one of ours.
+BESIDE = """Paper: values as printed. Our runs differ from the paper's in data and scale, which stand above each table.
+"""
+APPENDIX = """# The paper's tables
+
+Every row and column that the paper prints, with our values beside its own. A blank means that it was not run.
 """
 
 
@@ -41,22 +60,26 @@ def build(records: list[Record]) -> list[Table]:
 def report(
     records: list[Record], out: Path, console: Console | None = None, more: Sequence[Table] = (), notes: str = ""
 ) -> Path:
-    """Write everything, tables beyond the paper's among it; returns the Markdown file."""
+    """Write what was run, ``more`` tables and ``notes``, and the paper's tables as an appendix; returns the page."""
     console = console or Console()
     check(records)
     out.mkdir(parents=True, exist_ok=True)
-    parts = [PREAMBLE, *_mixed(records)]
-    for table in [*build(records), *more]:
+    full = build(records)
+    tables = [table for table in map(only_ran, [*full, neighbours_table(records), *more]) if table.sections]
+    beside = [BESIDE] if any(has_printed_values(table) for table in tables) else []
+    parts = [PREAMBLE, *beside, *_mixed(records)]
+    for table in tables:
         if table.key == "fig2":
             pictures = _heatmaps(records, out)
         else:
-            pictures = [f"{table.key}.png"] if table.sections else []
-            for picture in pictures:
-                draw_table(table, out / picture)
+            pictures = [f"{table.key}.png"]
+            draw_table(table, out / pictures[0])
         (out / f"{table.key}.csv").write_text(as_csv(table))
-        parts.append(markdown(table) if table.sections else f"## {table.title}\n\nNot run.\n")
+        parts.append(markdown(table))
         parts += [f"![{table.title}]({picture})\n" for picture in pictures]
-    parts += [notes, _made(records)]
+    appendix = f"The paper's tables, with a blank for all that was not run: [{PAPER_TABLES}]({PAPER_TABLES}).\n"
+    parts += [notes, _made(records), appendix]
+    (out / PAPER_TABLES).write_text("\n".join([APPENDIX, *(markdown(table) for table in full if table.sections)]))
     (out / RECORDS).write_text(json.dumps(records, indent=1, sort_keys=True) + "\n")
     path = out / "report.md"
     path.write_text("\n".join(parts))

@@ -1,4 +1,4 @@
-"""The paper's tables as rows of cells, each with the printed value and ours; blank where a side has none."""
+"""Tables as rows of cells, each with the paper's printed value and ours; blank where a side has none."""
 
 from __future__ import annotations
 
@@ -85,8 +85,24 @@ class Table:
 
 
 def only_ran(table: Table) -> Table:
-    """Without sections in which nothing of ours stands."""
-    return dataclasses.replace(table, sections=[section for section in table.sections if section.ran])
+    """Without the sections, rows and columns in which nothing of ours stands; the paper's values beside ours only."""
+    return dataclasses.replace(table, sections=[_only_ran(section) for section in table.sections if section.ran])
+
+
+def has_printed_values(table: Table) -> bool:
+    """Whether a value of the paper stands in it."""
+    return any(cell.paper for section in table.sections for row in section.rows for cell in row.cells)
+
+
+def _only_ran(section: Section) -> Section:
+    rows = [row for row in section.rows if any(cell.ours for cell in row.cells)]
+    places = [i for i in range(len(section.rows[0].cells)) if any(row.cells[i].ours for row in rows)]
+    return dataclasses.replace(section, rows=[Row(row.name, [_beside(row.cells[i]) for i in places]) for row in rows])
+
+
+def _beside(cell: Cell) -> Cell:
+    """The cell, without the paper's value where there is none of ours."""
+    return cell if cell.ours else Cell(cell.column)
 
 
 def auc_table(key: str, title: str, records: list[Record], protocol: str, printed: dict[Any, str]) -> Table:
@@ -107,6 +123,11 @@ def auc_table(key: str, title: str, records: list[Record], protocol: str, printe
             rows.append(Row(name, cells))
         sections.append(Section(_title(dataset), rows, _sizes(here)))
     return Table(key, title, sections)
+
+
+def neighbours_table(records: list[Record]) -> Table:
+    """Frozen features by a vote of the nearest training films, percent; the paper has no such table."""
+    return auc_table("neighbours", "Frozen, nearest neighbours (AUC, %)", records, "neighbours", {})
 
 
 def ablation_table(records: list[Record]) -> Table:
