@@ -128,7 +128,8 @@ def readme(results: dict[str, Any]) -> str:
         "|---|---|---|---|",
         *rows,
         "",
-        f"Times are medians of forward and backward from features and logits: float32, eps {w['eps']:g}, "
+        "A row names the number of problems, their points on both sides and the dimension d of the features. Times "
+        f"are medians of forward and backward from features and logits: float32, eps {w['eps']:g}, "
         f"{w['iterations']} iterations, {environment['cores']} cores of {environment['cpu']} with "
         f"{LEVELS.get(environment['level'], environment['level'])}{versions}. Every peer was first checked to "
         "compute the same number. POT gets the whole batch in one call; in brackets stand calls that are small enough "
