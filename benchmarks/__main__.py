@@ -1,13 +1,14 @@
-"""``python -m benchmarks``: time ours beside the peers, measure the machine's limits, draw the plots, write the README.
+"""``python -m benchmarks``: time otloss beside its peers, measure what the machine allows, draw plots, write pages.
 
-  all       everything, in order, into results/cpu.json, then plots and README (make bench)
+  all       everything below in order, into results/cpu.json, then plots and pages (make bench)
   quick     the main workloads, few peers and rounds: three minutes, into results/cpu-quick.json (make bench-quick)
-  run       some workloads          limits    floors and shares of the machine's rates
-  sweeps    curves of the plots     step      share of an OPTiML training step
-  plots     draw them               readme    write the tables from results/cpu.json
-  list      workloads and peers     table     print the table of a results file
+  run       some workloads               limits    floors, and shares of the machine's rates
+  sweeps    curves of the plots          step      share of an OPTiML training step
+  plots     draw the plots, write pages  readme    write pages from the files in results/, without measuring
+  list      workloads and peers          table     print the main tables of results/cpu.json
 
-What is not measured again keeps its figures. A stopped run continues with --resume.
+The pages are README.md, benchmarks/README.md, docs/gpu.md and results/cpu.md. A part that is not measured again keeps
+its figures. A stopped run continues with --resume.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from dataclasses import replace
 from benchmarks import plots, report, results, suite
 from benchmarks.limits import CALL
 from benchmarks.peers import PEERS
-from benchmarks.readme import write_section
+from benchmarks.readme import write_pages
 from benchmarks.sweeps import SWEEPS
 from benchmarks.workloads import MAIN, WORKLOADS
 
@@ -61,19 +62,13 @@ def plan_of(args: argparse.Namespace) -> suite.Plan:
     return replace(plan, **{name: value for name, value in chosen.items() if value is not None})
 
 
-def draw_and_write() -> None:
-    """Plots, all rows, and the README's section, from the full results."""
-    known = results.load(results.FULL)
-    if not known.get("workloads"):
-        raise SystemExit(f"{results.FULL} has no workloads yet; run `python -m benchmarks all`")
-    drawn = plots.draw(known, results.FOLDER)
-    (results.FOLDER / "cpu.md").write_text(report.full(known))
-    write_section("bench", report.section(known, drawn))
-    print(report.section(known, drawn))
+def draw() -> None:
+    """Draw every plot that the full results hold points for."""
+    plots.draw(results.load(results.FULL), results.FOLDER)
 
 
 def show() -> None:
-    """Workloads, and which peers can run here."""
+    """Print the workloads, and which peers can run here."""
     for w in WORKLOADS.values():
         print(f"{w.name + ('*' if w.main else ''):18s} {w.describe()}")
     print("* has targets\n")
@@ -107,8 +102,11 @@ def dispatch(args: argparse.Namespace) -> None:
     elif args.command == "table":
         known = results.load(results.FULL)
         print("\n".join([*report.speedups(known), "", *report.limits(known)]))
+    if args.command in ("all", "plots"):
+        draw()
     if args.command in ("all", "plots", "readme"):
-        draw_and_write()
+        write_pages()
+        print(report.readme(results.load(results.FULL)))
 
 
 def main() -> None:

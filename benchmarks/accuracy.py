@@ -1,7 +1,7 @@
 """``python -m benchmarks.accuracy``: the largest errors of the cpu backend over a fixed set of problems.
 
 The truth is the reference backend in float64, iterated until the marginals are right to 1e-12. Problems are made in
-float64 and rounded to float32, so that both precisions solve the very same one; the cpu backend runs as many iterations
+float64 and rounded to float32, so that both precisions solve the same problem. The cpu backend runs as many iterations
 as the reference needed. An error is the largest difference of an entry, relative to the natural size of the quantity:
 
 * ``transport_cost``, ``value``: their true size, but at least eps, since entropy blurs whatever is smaller;
@@ -42,7 +42,7 @@ from otloss.operators import ConvergenceWarning
 RESULTS = Path(__file__).parent / "results" / "accuracy.json"
 MARGIN, ROUNDINGS = 2.5, 4
 LEVELS = ("v4", "v3", "baseline")
-# Around the lanes (2 to 16), the row blocks (8), the tiles (32) and the panels of the products, and what models use.
+# Sizes near those of lanes (2 to 16), row blocks (8), tiles (32) and panels of products, and sizes that models use.
 SIZES = (
     (1, 1), (1, 8), (3, 16), (8, 3), (16, 16), (31, 49), (49, 31), (49, 49), (64, 65), (65, 8),
     (100, 128), (128, 64), (196, 197), (257, 100), (197, 257), (512, 128), (512, 512),
@@ -73,7 +73,7 @@ class Case:
 
 @cache
 def inputs(case: Case) -> tuple[Tensor, ...]:
-    """The cost or both features, then the logarithms of both masses; float64 that float32 holds exactly."""
+    """The cost or both features, then the logarithms of both masses: float64 numbers that float32 holds exactly."""
     generator = torch.Generator().manual_seed(case.seed)
 
     def normal(*shape: int) -> Tensor:
@@ -95,7 +95,7 @@ def inputs(case: Case) -> tuple[Tensor, ...]:
 
 
 def cases() -> list[Case]:
-    """The fixed set: every size and eps with a dense cost and with features, the rest in turn."""
+    """The fixed set: every size and eps, with a dense cost and with features; dimensions and marginals take turns."""
     chosen: list[Case] = []
     for n, m in SIZES:
         for eps in (0.005, 0.05, 0.5):
@@ -114,7 +114,7 @@ def _solve(case: Case, leaves: tuple[Tensor, ...], **options: Any) -> otloss.Sin
 
 
 def compute(case: Case, dtype: torch.dtype, backend: str, n_iter: int | None = None) -> tuple[Quantities, int]:
-    """Every output, and every gradient in every mode; in as many iterations as given, else as are needed."""
+    """Every output, and every gradient in every mode, after ``n_iter`` iterations (None: as many as are needed)."""
     leaves = tuple(t.to(dtype).detach().requires_grad_() for t in inputs(case))
     names = (*(("x", "y") if case.d else ("cost",)), "log_a", "log_b")
     run = {"max_iter": 20_000, "tol": 1e-12} if n_iter is None else {"max_iter": n_iter, "tol": 0.0}
@@ -145,7 +145,7 @@ def compute(case: Case, dtype: torch.dtype, backend: str, n_iter: int | None = N
 
 @cache
 def truth(case: Case) -> tuple[Quantities, int]:
-    """What is right, and the iterations that it took."""
+    """The true outputs and gradients, and the iterations that they took."""
     return compute(case, torch.float64, "reference")
 
 
@@ -200,7 +200,7 @@ print(json.dumps(cpu.status() or accuracy.measure(accuracy.cases())))
 
 
 def measure_at(level: str) -> Table | str:
-    """The errors at one instruction level, in a process of its own; a text says why this machine cannot run it."""
+    """The errors at one instruction level, from a process of its own; or a text that says why it cannot run here."""
     done = subprocess.run(
         [sys.executable, "-c", _AT_LEVEL],
         env={**os.environ, "OTLOSS_CPU_LEVEL": level},
@@ -237,7 +237,7 @@ def _bound(row: str, error: float) -> float:
 
 
 def table(errors: Table, bounds: Table) -> str:
-    """For each kind of cost and dtype: a line a quantity, its error and bound at each eps."""
+    """For each kind of cost and dtype, one line for each quantity, with its error and bound at each eps."""
     lines: list[str] = []
     for head in dict.fromkeys(row.rpartition(" eps ")[0] for row in errors):
         rows = [row for row in errors if row.startswith(f"{head} eps ")]

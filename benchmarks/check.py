@@ -1,4 +1,4 @@
-"""Whether all compute the same number, and ours (and the exact peers) the same gradient as float64."""
+"""Check that all compute the same number, and that otloss and the exact peers compute the same gradient as float64."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from benchmarks.peers.base import dense
 from benchmarks.workloads import Leaves, Workload
 
 PROBLEMS, POINTS, ITERATIONS = 2, 196, 250
-"""The implicit gradient is that of the solution, the peers' that of their iterates. So a few problems of at most so
-many points are solved until the two are one."""
+"""The implicit gradient is that of the solution; a peer's may be that of its iterates. So a few problems of at most
+this many points are iterated until both agree."""
 
 GRADIENT_LIMIT, NUMBER_LIMIT, LESSER_NUMBER_LIMIT = 2e-2, 1e-3, 5e-3
-"""Largest relative differences from float64 at which a peer counts as computing the same. Ours has a tenth of each."""
+"""Largest relative differences from float64 at which a peer counts as the same. otloss gets a tenth of each."""
 
 
 def tensor(array: Any) -> Tensor:

@@ -1,26 +1,24 @@
 """``python -m benchmarks.correctness``: which library's gradients are right, by finite differences in float64.
 
-One 6 x 5 problem with random non-uniform marginals, eps 0.2. True derivatives are central differences of the converged
-problem, by every entry of the cost, and by the marginal along directions that keep the total. The figure for a library
-is its largest error relative to the largest derivative.
+There is one problem of 6 x 5 points with random, non-uniform marginals and eps 0.2. The true derivatives are central
+differences of the converged problem: by every entry of the cost, and by the marginal along directions that keep its
+total. The figure of a library is its largest error, divided by the largest true derivative.
 """
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import otloss
+from benchmarks import report, results
 from benchmarks.machine import environment
-from benchmarks.readme import write_section
+from benchmarks.readme import write_pages
 
-RESULTS = Path(__file__).parent / "results" / "correctness.json"
 EPS = 0.2
 Outputs = tuple[Tensor | None, Tensor | None]  # <T, C> and the regularised value, None where there is none
 Solver = Callable[[Tensor, Tensor, Tensor], Outputs]
@@ -85,24 +83,17 @@ SOLVERS: dict[str, Solver] = {
     "POT `ot.batch`, KL, autodiff": _pot_batch("autodiff"),
     "geomloss `ot.solve_batch`": _geomloss,
 }
-COLUMNS = {
-    "sharp_cost": "⟨T, C⟩ by C",
-    "sharp_a": "⟨T, C⟩ by a",
-    "sharp_empty": "⟨T, C⟩ by a, at an empty row",
-    "value_cost": "value by C",
-    "value_a": "value by a",
-}
 
 
 def _differences(which: int, by: str, problem: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Directions, one a row, and the true derivative along each."""
+    """Directions, one in each row, and the true derivative along each of them."""
     position = {"cost": 0, "a": 1, "empty": 1}[by]
     at = problem[position]
     directions = torch.eye(at.numel(), dtype=torch.float64)
-    if position == 1:  # what one row gains, the first loses
+    if position == 1:  # mass moves from the first row to another one
         directions = directions[1:] - directions[0]
     if by == "empty":
-        directions = directions[[1]]  # row 2 is empty: mass can only come
+        directions = directions[[1]]  # row 2 is empty, so that mass can only be added there
     step, derivatives = 1e-5, []
     for direction in directions.reshape(-1, *at.shape):
 
@@ -121,7 +112,7 @@ def _differences(which: int, by: str, problem: tuple[Tensor, Tensor, Tensor]) ->
 
 
 def error(solver: Solver, column: str, problem: tuple[Tensor, Tensor, Tensor], truth: tuple[Tensor, Tensor]) -> Any:
-    """Largest relative error, or a word: "none" (no gradient), "nan"."""
+    """The largest relative error, or a word: "none" where there is no gradient, "nan" where it is not finite."""
     which, position = (0 if column.startswith("sharp") else 1), (0 if column.endswith("cost") else 1)
     leaves = [t.clone() for t in problem]
     leaves[position].requires_grad_()
@@ -138,25 +129,6 @@ def error(solver: Solver, column: str, problem: tuple[Tensor, Tensor, Tensor], t
     return float((found - true).abs().max() / true.abs().max())
 
 
-def table(results: dict[str, Any]) -> str:
-    """The README's section."""
-
-    def cell(value: Any) -> str:
-        if value == "nan":
-            return "**NaN**"
-        if value == "none":
-            return "none"
-        return f"{value:.0e}" if value < 1e-4 else f"**wrong by {100 * value:.0f} %**"
-
-    versions = results["environment"]["versions"]
-    lines = [
-        f"| gradient of (POT {versions['POT']}, geomloss {versions['geomloss']}) | {' | '.join(COLUMNS.values())} |",
-        "|---" * (len(COLUMNS) + 1) + "|",
-    ]
-    lines += [f"| {name} | {' | '.join(cell(row[c]) for c in COLUMNS)} |" for name, row in results["errors"].items()]
-    return "\n".join(lines)
-
-
 def main() -> None:
     warnings.simplefilter("ignore")
     problem = _problem()
@@ -164,17 +136,16 @@ def main() -> None:
     emptied = a.clone()
     emptied[2] = 0
     empty = (cost, emptied / emptied.sum(), b)
-    results: dict[str, Any] = {"environment": environment(), "errors": {name: {} for name in SOLVERS}}
-    for column in COLUMNS:
+    found: dict[str, Any] = {"environment": environment(), "errors": {name: {} for name in SOLVERS}}
+    for column in report.GRADIENTS:
         kind, by = column.split("_")
         where = empty if by == "empty" else problem
         truth = _differences(0 if kind == "sharp" else 1, by, where)
         for name, solver in SOLVERS.items():
-            results["errors"][name][column] = error(solver, column, where, truth)
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    write_section("peers", table(results))
-    print(table(results))
+            found["errors"][name][column] = error(solver, column, where, truth)
+    results.save(results.CORRECTNESS, found)
+    write_pages()
+    print(report.gradients(found))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """``python -m benchmarks.gpu``: ours beside the peers on a CUDA device; says so and stops without one.
 
-The peers are those of the CPU suite that take torch tensors, each with the whole batch in one call (flash-sinkhorn
-loops over problems by itself) and none whose numbers on the device are not the workload's. The first call, compilation
-included, is timed by the clock (for a cold one empty ``TRITON_CACHE_DIR`` first), the following ones by CUDA events;
-all are timed in turn, so that a change of clocks falls on all. Results: ``benchmarks/results/gpu.json``.
+The peers are those of the CPU suite that take torch tensors. Each gets the whole batch in one call; flash-sinkhorn
+loops over the problems by itself. A peer whose numbers on the device are wrong is left out. The first call, which
+includes compilation, is timed by the clock (for a cold one, empty ``TRITON_CACHE_DIR`` first), the following calls by
+CUDA events. All are timed in turn, so that a change of clock rates affects all. The results are in
+``benchmarks/results/gpu.json``.
 """
 
 from __future__ import annotations

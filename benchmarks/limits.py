@@ -1,16 +1,16 @@
-"""What the machine allows, and how much of it ours reaches. ``python -m benchmarks.limits WORKLOAD`` prints JSON.
+"""What the machine allows, and how much of it otloss reaches. ``python -m benchmarks.limits WORKLOAD`` prints JSON.
 
-It runs as a process of its own: the number of PyTorch's threads goes up and down in it, after which MKL's
-factorisations, which the reference uses, cannot be trusted.
+This runs in a process of its own, because it changes the number of PyTorch's threads several times. After such changes
+MKL's factorisations, which the reference uses, cannot be trusted.
 
-* **Iterations**: one pass over the kernel matrix each, so the limit is the rate at which one core reads a working set
-  of that size. The time of an iteration is the difference of two solves with different numbers of iterations.
+* **Iterations**: each is one pass over the kernel matrix, so the limit is the rate at which one core reads a working
+  set of that size. The time of an iteration is the difference of two solves with different numbers of iterations.
 * **Products**: cost and the two contractions of the gradient, against the core's rate of fused multiply-adds.
 * **Floor** of a whole step: the bytes of all iterations at the rate of reading, three products and two exponentials an
-  entry at the rate of multiply-adds, over all cores. The gradient's own linear solve is not counted: a floor, no model.
+  entry at the rate of multiply-adds, over all cores. It does not count the gradient's own linear solve.
 * **Phases**: where the time of a step goes, see `benchmarks.phases`.
-* **Scaling**: how much more all cores get done than one when each runs a probe for itself. Cores share a clock budget,
-  caches and memory; no solver on several threads gains more than that.
+* **Scaling**: how much more work all cores do than one, when each runs a probe by itself. Cores share a clock budget,
+  caches and memory, so no solver on several threads gains more than that.
 * **Call**: microseconds of one forward and backward for a single problem of 8 points, beyond the same chain of plain
   PyTorch operations with the independent coupling in the solver's place.
 """
@@ -37,13 +37,13 @@ from otloss.backends import cpu
 
 FEW, MANY = 20, 120
 FLOPS_OF_EXP = 20
-"""About ten fused multiply-adds, of which each counts as two."""
+"""An exponential is about ten fused multiply-adds, and each of these counts as two operations."""
 
 CALL = Workload("call", batch=1, n=8, m=8, d=8, iterations=10)
 
 
 def seconds(runs: dict[str, Callable[[], Any]], rounds: int = 9, budget: float = 6.0) -> dict[str, float]:
-    """Median of each, run in turn after one warm-up, as often as fits into ``budget`` seconds, at least three times."""
+    """Median seconds of each. They run in turn after one warm-up: at least three times, then while ``budget`` lasts."""
     taken: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
         run()
@@ -59,7 +59,7 @@ def seconds(runs: dict[str, Callable[[], Any]], rounds: int = 9, budget: float =
 
 
 def on_threads(threads: int, run: Callable[[], Any]) -> Callable[[], Any]:
-    """The same with that many PyTorch threads, which ours takes too."""
+    """The same run with that many PyTorch threads; otloss uses as many."""
 
     def with_threads() -> Any:
         torch.set_num_threads(threads)
@@ -69,7 +69,7 @@ def on_threads(threads: int, run: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def probes(w: Workload) -> dict[str, float] | None:
-    """The machine's rates on one core as the extension measures them: GB/s and GFLOP/s. None when it cannot."""
+    """The rates of one core, in GB/s and GFLOP/s, as the extension measures them; None where it has no probes."""
     kernels = cpu._C
     suffix = "_" + w.dtype
     if kernels is None or not hasattr(kernels, "probe_read" + suffix):
@@ -86,7 +86,7 @@ def probes(w: Workload) -> dict[str, float] | None:
 
 
 def scaling(probe: Callable[[], Any], cores: int, times: int = 20) -> float:
-    """The work of ``cores`` threads, each by itself, over that of one in the same time; at best ``cores``."""
+    """How many times the work of one thread ``cores`` threads do in the same time; at best ``cores``."""
 
     def work(threads: int) -> None:
         with ThreadPoolExecutor(threads) as pool:
@@ -133,7 +133,7 @@ def measure(w: Workload) -> dict[str, Any]:
 
 
 def shares(w: Workload, found: dict[str, Any]) -> dict[str, float]:
-    """Floor and achieved shares, from times and probes."""
+    """The floor, and the shares of the machine's rates that are reached, from times and probes."""
     rates, entries = found["probes"], w.batch * w.n * w.m
     parts = {
         "floor_iterations_s": w.iterations * entries * _item(w) / rates["read_gb_s"],
@@ -150,14 +150,14 @@ def shares(w: Workload, found: dict[str, Any]) -> dict[str, float]:
 
 
 def independent(leaves: tuple[Tensor, ...]) -> Tensor:
-    """The chain around the solver in plain operations, with the plan ab' in place of the solution."""
+    """The operations around the solver, with the plan ab' in place of the solution."""
     x, y, logits_a, logits_b = leaves
     plan = (logits_a.log_softmax(-1)[:, :, None] + logits_b.log_softmax(-1)[:, None, :]).exp()
     return (plan * (1 - unit(x) @ unit(y).mT)).sum((-1, -2))
 
 
 def call(repeats: int = 300) -> dict[str, float]:
-    """Microseconds of a call, see the module's docstring."""
+    """Microseconds of a call, as the module's docstring defines it."""
     leaves = CALL.leaves()
     step = OURS.build(CALL)
 

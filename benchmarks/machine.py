@@ -1,4 +1,4 @@
-"""What a figure depends on: machine, versions, commit, date, command."""
+"""Describe what a measured figure depends on: machine, versions, commit, date and command."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def environment() -> dict[str, Any]:
 
 
 def available_gib() -> float:
-    """Memory that can still be had, as the system estimates it; infinite where that is unknown."""
+    """Memory that is still available, as the system estimates it; infinite where that is unknown."""
     return _meminfo("MemAvailable") or float("inf")
 
 

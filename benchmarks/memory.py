@@ -1,6 +1,6 @@
-"""Peak memory of one step in a process of its own, which is stopped before it exhausts the machine (Linux only).
+"""Peak memory of one step (Linux only). A process of its own makes the step and is stopped before memory runs out.
 
-``python -m benchmarks.memory WORKLOAD PEER PROBLEMS PER_CALL`` is that process: it prints GiB.
+``python -m benchmarks.memory WORKLOAD PEER PROBLEMS PER_CALL`` is that process. It prints GiB.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _status(key: str) -> int:
 
 
 def growth(peer: Peer, workload: Workload, per_call: int) -> float:
-    """GiB by which this process grows at its peak over one step, beyond the inputs and what a first call leaves."""
+    """GiB by which this process grows at the peak of one step. Inputs, and what a first call leaves, do not count."""
     small = workload.part(2, 64)
     first = Entrant(peer, workload if peer.warm_in_full else small, per_call)
     first.prepare()
@@ -41,7 +41,7 @@ def growth(peer: Peer, workload: Workload, per_call: int) -> float:
         entrant.prepare()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    with open("/proc/self/clear_refs", "w") as reset:  # the peak starts again from what is held now
+    with open("/proc/self/clear_refs", "w") as reset:  # sets the recorded peak back to what is held now
         reset.write("5")
     before = _status("VmRSS")
     entrant.run()

@@ -19,13 +19,13 @@ PHASES = {
     "contraction_s": "contraction",
     "around_s": "around the kernels",
 }
-"""Cost and values: a solve of no iterations, which makes the cost (a product) and sums up. Adjoint: the gradient by the
-masses alone, which makes the kernel again and solves the linear system. Contraction: what the gradient by the features
-adds, two products. Around: the rest of the step, that is softmax, checks, autograd and fresh memory."""
+"""Cost and values: a solve of no iterations, which computes the cost (a product) and the values. Adjoint: the gradient
+by the masses alone, which computes the kernel again and solves the linear system. Contraction: what the gradient by the
+features adds, which is two products. Around: the rest of the step: softmax, checks, autograd and fresh memory."""
 
 
 def measure(w: Workload, seconds: Any) -> dict[str, float]:
-    """Seconds of each phase on all threads, with ``seconds`` to time runs in turn (`benchmarks.limits.seconds`)."""
+    """Seconds of each phase on all threads. ``seconds`` times runs in turn; it is `benchmarks.limits.seconds`."""
     leaves = w.leaves()
     step = OURS.build(w)
     x, y = (t.detach() for t in leaves[:2])
@@ -42,7 +42,7 @@ def measure(w: Workload, seconds: Any) -> dict[str, float]:
         upstream = (ones, None, None, None)
         return cpu.implicit_gradient(x, y, a, b, f, g, *upstream, w.eps, True, need_cost, kept_or_none)
 
-    taken = seconds(  # in this order, what is subtracted finds in the caches what that does from which it is
+    taken = seconds(  # this order leaves the same data in the caches for both runs of a difference
         {
             "step": lambda: step(leaves),
             "all": lambda: solve(w.iterations),

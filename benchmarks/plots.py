@@ -1,4 +1,4 @@
-"""Plots from a results file, one colour a library."""
+"""Plots from a results file. Each library has one colour."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SECONDS = "forward + backward, s"
 
 
 def draw(results: dict[str, Any], folder: Path) -> list[str]:
-    """Draw what the results hold; the names of the files, in the order of `PLOTS`.
+    """Draw what the results hold; return the names of the files, in the order of `PLOTS`.
 
     Raises:
         SystemExit: matplotlib is not installed.
@@ -46,7 +46,7 @@ def draw(results: dict[str, Any], folder: Path) -> list[str]:
 
 
 def _lines(axes: Any, curve: list[dict[str, Any]], x: str, y: str) -> None:
-    """One line a peer: colour by library, style by mode, ours on top."""
+    """One line for each peer: the library sets its colour, the mode its style. otloss is drawn on top."""
     names = list(dict.fromkeys(point["name"] for point in curve))
     used: dict[str, int] = {}
     for name in names:
@@ -105,7 +105,7 @@ def _accuracy(axes: Any, results: dict[str, Any]) -> bool:
 
 
 def _memory(axes: Any, results: dict[str, Any]) -> bool:
-    """Best row of each library on each main workload, that is the one with the least memory."""
+    """For each library and main workload, the mode that takes the least memory."""
     groups = {name: entry["memory"] for name, entry in results.get("workloads", {}).items() if entry.get("memory")}
     measured = {row["library"] for rows in groups.values() for row in rows if "gib" in row}
     libraries = [library for library in COLOURS if library in measured]

@@ -1,7 +1,9 @@
-"""Tables from a results file: the README's section, and all rows in ``results/cpu.md``."""
+"""Text from results files: the written parts of README.md, of benchmarks/README.md and of docs/gpu.md, and all rows in
+``results/cpu.md``. Nothing is measured here."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from benchmarks import targets
@@ -15,10 +17,19 @@ PLOTS = {
     "memory.png": "Peak memory",
     "step.png": "Share of a training step",
 }
+GRADIENTS = {
+    "sharp_cost": "⟨T, C⟩ by C",
+    "sharp_a": "⟨T, C⟩ by a",
+    "sharp_empty": "⟨T, C⟩ by a, at an empty row",
+    "value_cost": "value by C",
+    "value_a": "value by a",
+}
+"""Columns of the table of gradients: keys of ``correctness.json`` and their titles."""
+LEVELS = {"v4": "AVX-512", "v3": "AVX2", "baseline": "neither AVX2 nor AVX-512"}
 
 
 def seconds(value: float) -> str:
-    """A time with three digits and a fitting unit; a difference of noisy times may be negative."""
+    """A time with three digits in a unit that fits. The difference of two noisy times may be negative."""
     for unit, factor in (("s", 1.0), ("ms", 1e3)):
         if abs(value) * factor >= 1:
             return f"{value * factor:.3g} {unit}"
@@ -39,7 +50,7 @@ def _percent(v: Verdict) -> str:
 
 
 def where(environment: dict[str, Any]) -> str:
-    """One line on machine and versions."""
+    """One line that names the machine and the versions."""
     caches = ", ".join(f"{level} {size}" for level, size in environment["caches"].items())
     versions = ", ".join(f"{name} {number}" for name, number in environment["versions"].items() if number)
     return (
@@ -52,13 +63,130 @@ def _sizes(w: dict[str, Any]) -> str:
     return f"{w['batch']} × {w['n']} × {w['m']}, d {w['d']}"
 
 
-def _chunked(entry: dict[str, Any]) -> str:
-    """POT's unrolled solver in smaller calls, where it was run so."""
+def _chunk(entry: dict[str, Any]) -> dict[str, Any] | None:
+    """The row of POT's unrolled solver in smaller calls; None where it ran in one call only."""
     for row in entry["times"]:
         if row["name"] == targets.POT and row["problems_per_call"] < entry["workload"]["batch"]:
-            part = "" if row["problems"] == entry["workload"]["batch"] else f", on {row['problems']} problems only"
-            return f"; {row['ratio']:.3g}× by {row['problems_per_call']}{part}"
-    return ""
+            return row
+    return None
+
+
+def _chunked(entry: dict[str, Any]) -> str:
+    if (row := _chunk(entry)) is None:
+        return ""
+    part = "" if row["problems"] == entry["workload"]["batch"] else f", on {row['problems']} problems only"
+    return f"; {row['ratio']:.3g}× by {row['problems_per_call']}{part}"
+
+
+def gradients(results: dict[str, Any]) -> str:
+    """README.md: whose gradients are right, from ``correctness.json``."""
+
+    def cell(value: Any) -> str:
+        if value == "nan":
+            return "**NaN**"
+        if value == "none":
+            return "none"
+        return f"{value:.0e}" if value < 1e-4 else f"**wrong by {100 * value:.0f} %**"
+
+    versions = results["environment"]["versions"]
+    lines = [
+        f"| gradient of (POT {versions['POT']}, geomloss {versions['geomloss']}) | {' | '.join(GRADIENTS.values())} |",
+        "|---" * (len(GRADIENTS) + 1) + "|",
+    ]
+    lines += [f"| {name} | {' | '.join(cell(row[c]) for c in GRADIENTS)} |" for name, row in results["errors"].items()]
+    return "\n".join(lines)
+
+
+def readme(results: dict[str, Any]) -> str:
+    """README.md: how many times as fast as the peers, a sentence on where a peer is faster, and one figure."""
+    entries = {name: results["workloads"][name] for name in targets.SPEEDUPS if name in results["workloads"]}
+    rows, ratios, lesser = [], [], False
+    for name, entry in entries.items():
+        pot, _, fastest = targets.speedups(name, entry)
+        ratios.append((pot.found, fastest.found))
+        chunk = _chunk(entry)
+        smaller = "" if chunk is None else f" ({_times(chunk['ratio'])} in calls of {chunk['problems_per_call']})"
+        star = "" if fastest.found is None or _is_exact(entry, fastest.who) else "\\*"
+        lesser |= bool(star)
+        cells = [
+            f"{name}: {_sizes(entry['workload'])}",
+            seconds(entry["times"][0]["median_s"]),
+            _times(pot.found) + smaller,
+            _times(fastest.found) + (f", {fastest.who}{star}" if fastest.who else ""),
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    first = next(iter(entries.values()))
+    environment, w = first["environment"], first["workload"]
+    numbers = environment["versions"]
+    shown = [name for name in ("torch", "POT", "ott-jax", "geomloss") if numbers.get(name)]
+    versions = f" ({', '.join(f'{name} {numbers[name]}' for name in shown)})" if shown else ""
+    note = " \\* This mode does not return the gradient of ⟨T, C⟩ that otloss returns." if lesser else ""
+    lines = [
+        f"On {w['batch']} problems of {w['n']} × {w['m']} points, {_plainly(*ratios[0])} {_over_all(ratios)}",
+        "",
+        "| problems | otloss | against POT's exact gradient | against the fastest peer |",
+        "|---|---|---|---|",
+        *rows,
+        "",
+        "A row names the number of problems, their points on both sides and the dimension d of the features. Times "
+        f"are medians of forward and backward from features and logits: float32, eps {w['eps']:g}, "
+        f"{w['iterations']} iterations, {environment['cores']} cores of {environment['cpu']} with "
+        f"{LEVELS.get(environment['level'], environment['level'])}{versions}. Every peer was first checked to "
+        "compute the same number. POT gets the whole batch in one call; in brackets stand calls that are small enough "
+        f"for the caches.{note}",
+        "",
+        _where_slower(results),
+        "",
+        f"![{PLOTS['time_n.png']}](benchmarks/results/time_n.png)",
+    ]
+    return "\n".join(lines)
+
+
+def _times(ratio: float | None) -> str:
+    if ratio is None:
+        return "not measured"
+    return f"{ratio:.0f}×" if ratio >= 10 else f"{ratio:.1f}×"
+
+
+def _is_exact(entry: dict[str, Any], who: str) -> bool:
+    return all(row["exact"] for row in entry["times"] if row["name"] == who)
+
+
+def _plainly(pot: float | None, fastest: float | None) -> str:
+    """How many times as fast, in words, rounded down."""
+    parts = [
+        f"{math.floor(ratio)} times as fast as {who}"
+        for ratio, who in ((pot, "POT's exact gradient"), (fastest, "the fastest peer"))
+        if ratio is not None
+    ]
+    return f"otloss is {' and '.join(parts)}." if parts else "no peer was timed."
+
+
+def _over_all(ratios: list[tuple[float | None, float | None]]) -> str:
+    """The range of both ratios over the workloads of the table, rounded down."""
+    ranges = []
+    for found, who in zip(zip(*ratios, strict=True), ("POT", "the fastest peer"), strict=True):
+        known = [math.floor(ratio) for ratio in found if ratio is not None]
+        if known:
+            ranges.append(f"{min(known)} to {max(known)} times as fast as {who}")
+    return f"Over all rows of the table it is {' and '.join(ranges)}." if len(ratios) > 1 and ranges else ""
+
+
+def _where_slower(results: dict[str, Any]) -> str:
+    """On which points of the two curves a peer is faster than otloss."""
+    places, who = [], []
+    for axis, text in (("batch", "up to {} problems of 64 × 64"), ("n", "16 problems of up to {0} × {0}")):
+        points = results.get("sweeps", {}).get(axis, {}).get("curve", [])
+        ours = {point[axis]: point["seconds"] for point in points if point["library"] == "otloss"}
+        faster = [point for point in points if point["seconds"] < ours.get(point[axis], math.inf)]
+        faster = [point for point in faster if point["library"] != "otloss" and point[axis] in ours]
+        if faster:
+            places.append(text.format(max(point[axis] for point in faster)))
+            who += [point["library"] for point in faster]
+    if not places:
+        return "No peer is faster at any point of the figure."
+    rivals = " or ".join(dict.fromkeys(who))
+    return f"otloss is not always the fastest: on {' and on '.join(places)}, {rivals} is faster."
 
 
 def speedups(results: dict[str, Any]) -> list[str]:
@@ -130,25 +258,46 @@ def phases(results: dict[str, Any]) -> list[str]:
     return lines if len(lines) > 2 else []
 
 
-def section(results: dict[str, Any], plots: list[str]) -> str:
-    """The README's section."""
-    first = next(iter(results["workloads"].values()))["environment"]
+def details(results: dict[str, Any], plots: list[str]) -> str:
+    """benchmarks/README.md: targets, limits and phases of the main workloads, and the other figures."""
+    entries = [results["workloads"][name] for name in targets.SPEEDUPS if name in results["workloads"]]
+    commits = ", ".join(dict.fromkeys(entry["environment"]["commit"] for entry in entries))
     lines = [
-        "Medians of forward + backward from features and logits, float32, eps 0.05, 50 iterations. Every peer was "
-        "first checked to compute the same number. Targets in brackets. " + where(first),
+        "### Speed against the peers",
+        "",
+        "Medians of forward and backward from features and logits, float32, eps 0.05, 50 iterations. Every peer was "
+        "first checked to compute the same number. Brackets hold the target and whether it is met. "
+        + where({**entries[0]["environment"], "commit": commits}),
         "",
         *speedups(results),
         "",
-        "POT is called on the whole batch, as its interface offers; smaller calls stay in the cache and are quoted "
-        "too. A peer in the last column may return a lesser gradient. All rows: `benchmarks/results/cpu.md`.",
+        "POT gets the whole batch in one call, as its interface offers. What follows the semicolon is POT in smaller "
+        "calls, whose tensors stay in the caches. A peer in the last column may return a lesser gradient. All rows: "
+        "[`results/cpu.md`](results/cpu.md).",
     ]
     if results.get("limits"):
-        lines += ["", *limits(results)]
+        lines += ["", "### Shares of what the machine allows", "", *limits(results)]
     if table := phases(results):
-        lines += ["", *table, "", "What the rows say about the missed targets: `benchmarks/README.md`."]
+        lines += ["", "### Where the time of a step goes, and how far the floor is from the peers", "", *table]
+    if plots:
+        lines += ["", "### Figures"]
     for plot in plots:
-        lines += ["", f"![{PLOTS[plot]}](benchmarks/results/{plot})"]
+        lines += ["", f"![{PLOTS[plot]}](results/{plot})"]
     return "\n".join(lines)
+
+
+def static(reports: list[dict[str, Any]]) -> str:
+    """docs/gpu.md: how many default configurations were compiled, and which of them spill registers."""
+    archs = [f"sm_{arch}" for arch in sorted({r["arch"] for r in reports})]
+    targets_named = " and ".join(part for part in (", ".join(archs[:-1]), archs[-1]) if part)
+    text = f"{len(reports)} configurations were compiled, for {targets_named}. "
+    spilling = [r for r in reports if r["spilled"]]
+    if not spilling:
+        return text + "None of them spills a register."
+    sizes = sorted({r["spilled"] for r in spilling})
+    how_much = " to ".join(str(size) for size in dict.fromkeys((sizes[0], sizes[-1])))
+    names = ", ".join(dict.fromkeys(f"`{r['kernel']}` ({r['tile']})" for r in spilling))
+    return f"{text}Registers are spilled by {len(spilling)} of them, {how_much} bytes each: {names}."
 
 
 def full(results: dict[str, Any]) -> str:

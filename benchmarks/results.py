@@ -1,4 +1,4 @@
-"""Result files: JSON, written at once or not at all."""
+"""Result files in JSON. A file is replaced as a whole, so a stopped run never leaves half of one."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any
 
 FOLDER = Path(__file__).parent / "results"
 FULL, QUICK = FOLDER / "cpu.json", FOLDER / "cpu-quick.json"
+CORRECTNESS, STATIC = FOLDER / "correctness.json", FOLDER / "gpu_static.json"
 
 
-def load(path: Path) -> dict[str, Any]:
-    """What is known so far; empty where there is no file.
+def load(path: Path) -> Any:
+    """What the file holds; an empty dict where there is no file.
 
     Raises:
-        SystemExit: the file is no results file.
+        SystemExit: the file is not JSON.
     """
     if not path.exists():
         return {}
@@ -26,7 +27,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def save(path: Path, results: dict[str, Any]) -> None:
-    """Replace the file; a reader sees the old one or the new one, never half of it."""
+    """Replace the file. A reader sees the old file or the new one, never half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".part")
     temporary.write_text(json.dumps(results, indent=1) + "\n")
@@ -34,7 +35,7 @@ def save(path: Path, results: dict[str, Any]) -> None:
 
 
 def put(path: Path, section: str, name: str, entry: Any) -> None:
-    """Set one entry of one section and keep all others."""
+    """Set one entry of one section; all other entries stay."""
     results = load(path)
     results.setdefault(section, {})[name] = entry
     save(path, results)

@@ -20,7 +20,7 @@ DIM, EXPANDED = 512, 2048
 
 
 def _network() -> tuple[nn.Module, nn.Module]:
-    """The trunk up to its feature maps, and VICReg's expander."""
+    """ResNet18 up to its feature maps, and VICReg's expander."""
     from torchvision.models import resnet18
 
     trunk = nn.Sequential(*list(resnet18(weights=None).children())[:-2])
@@ -41,7 +41,7 @@ def _time(run: Callable[[], Any], rounds: int) -> float:
 
 
 def measure(batch: int = 64, pixels: int = 224, steps: int = 2) -> dict[str, Any]:
-    """Seconds of a step and of its OT part, channels and positions."""
+    """Seconds of a step and of its OT part, once matching channels and once positions."""
     torch.manual_seed(0)
     views = torch.randn(2, batch, 3, pixels, pixels)
     found: dict[str, Any] = {"batch": batch, "pixels": pixels}

@@ -1,4 +1,4 @@
-"""The parts of the suite in order; each result is written as soon as it is there, so that a run can be stopped."""
+"""The parts of the suite in order. Each result is written at once, so that a run can be stopped and continued."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from benchmarks.workloads import MAIN, Workload
 class Plan:
     """How thorough a run is.
 
-    ``rounds`` at most and about ``budget`` seconds beside each rival; ``quick`` keeps few peers, see `Peer.quick`.
-    ``resume`` keeps what was measured at the same commit.
+    Beside each rival at most ``rounds`` are made, in about ``budget`` seconds. ``quick`` keeps few peers, see
+    `Peer.quick`. ``resume`` keeps what was measured at the same commit.
     """
 
     path: Path
@@ -78,7 +78,7 @@ def _not_the_same(found: dict[str, Any]) -> str:
 
 
 def _memory(w: Workload, rivals: list[timing.Rival], entry: dict[str, Any]) -> list[timing.Rival]:
-    """Peak memory of ours and of every rival on the whole batch; who exhausts the machine does not run again."""
+    """Measure peak memory of otloss and of every rival on the whole batch; return the rivals that fit into memory."""
     entry["memory"], left = [], []
     for peer, problems, per_call in [(timing.OURS, w.batch, w.batch), *rivals]:
         if per_call < w.batch:
@@ -107,7 +107,7 @@ def run_workloads(chosen: list[Workload], plan: Plan) -> None:
 
 
 def run_limits(plan: Plan, names: list[str] | None = None) -> None:
-    """Floors and shares of the main workloads, and the fixed cost of a call."""
+    """Measure floors and shares of the main workloads, and the fixed cost of a call."""
     for name in names or [*MAIN, limits.CALL.name]:
         if known(plan, "limits", name):
             continue
@@ -119,7 +119,7 @@ def run_limits(plan: Plan, names: list[str] | None = None) -> None:
 
 
 def run_sweeps(plan: Plan, names: list[str] | None = None) -> None:
-    """The curves of the plots."""
+    """Measure the curves of the plots."""
     for name in names or list(sweeps.SWEEPS):
         if not known(plan, "sweeps", name):
             curve = sweeps.SWEEPS[name]()
@@ -127,7 +127,7 @@ def run_sweeps(plan: Plan, names: list[str] | None = None) -> None:
 
 
 def run_step(plan: Plan) -> None:
-    """The share of a training step."""
+    """Measure the share of a training step that the loss takes."""
     if known(plan, "step", "optiml"):
         return
     try:

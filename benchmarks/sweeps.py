@@ -27,7 +27,7 @@ EXACT = (
     "PyTorch, log-domain",
 )
 SLOW = 1.5
-"""A curve ends with its first point above so many seconds."""
+"""A curve ends with its first point above this many seconds."""
 
 BY_N = [Workload("by n", batch=16, n=n, m=n, d=64) for n in (8, 16, 32, 64, 128, 256, 512, 1024)]
 BY_BATCH = [Workload("by batch", batch=batch, n=64, m=64, d=64) for batch in (1, 4, 16, 64, 256, 1024, 4096)]
@@ -37,7 +37,7 @@ ITERATIONS = (10, 20, 50, 100, 200)
 
 
 def _timed(peer: Peer, workload: Workload) -> timing.Entrant | None:
-    """The peer with its runs; None, with a message, where it fails."""
+    """The peer with its timed runs. Where it fails, the reason is printed and None returned."""
     entrant = timing.Entrant(peer, workload, workload.batch)
     try:
         entrant.prepare()
@@ -77,7 +77,7 @@ def by_batch() -> list[dict[str, Any]]:
 
 
 def accuracy() -> list[dict[str, Any]]:
-    """Largest relative error of the gradients against the float64 solution, over numbers of iterations."""
+    """For each number of iterations, the largest relative error of the gradients against the float64 solution."""
     _, grads = reference(ACCURACY)
     curve = []
     for iterations in ITERATIONS:

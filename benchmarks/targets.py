@@ -1,4 +1,4 @@
-"""The speeds that the cpu backend is to reach on two cores, as data, and whether results reach them."""
+"""The speeds that the cpu backend is to reach on two cores, and whether the results reach them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ SPEEDUPS: dict[str, dict[str, float]] = {
     "tiny": {POT: 30, OTT: 5, ANY: 3},
     "large": {POT: 100, OTT: 5, ANY: 2},
 }
-"""Forward + backward, how many times faster than POT's unrolled log-domain solver, than OTT-JAX's best mode, and
-than the fastest peer in any mode, also one whose gradient is not that of the sharp cost."""
+"""How many times as fast forward and backward are to be as POT's unrolled log-domain solver, as OTT-JAX's best mode,
+and as the fastest peer in any mode, also in one whose gradient is not that of the sharp cost."""
 
 ITERATION_SHARE, PRODUCTS_SHARE, THREADS_SPEEDUP = 0.65, 0.65, 1.8
 CALL_US, STEP_SHARE = 150.0, 0.05
@@ -23,7 +23,7 @@ CALL_US, STEP_SHARE = 150.0, 0.05
 
 @dataclass(frozen=True)
 class Verdict:
-    """One target: what was asked, what was found (None: not measured)."""
+    """One target: what is wanted, and what was found (None: not measured)."""
 
     name: str
     wanted: float
@@ -39,9 +39,9 @@ class Verdict:
 
 
 def speedups(name: str, entry: dict[str, Any]) -> list[Verdict]:
-    """The three speed-ups of a main workload from its rows.
+    """The three speed-ups of a main workload, from its rows.
 
-    POT counts as it is called, on the whole batch; OTT-JAX and "any" count with their fastest row, chunked or not.
+    POT counts with the whole batch in one call. OTT-JAX and "any" count with their fastest row, in chunks or whole.
     """
     rows = [row for row in entry["times"] if row["library"] != "otloss"]
     pot = [row for row in rows if row["name"] == POT]

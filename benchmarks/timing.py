@@ -1,4 +1,4 @@
-"""Ours and the peers timed in turn: medians and spread, ratios within one run."""
+"""Time otloss and its peers in turn: medians, spread, and ratios within one run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from benchmarks.workloads import Workload, split
 
 @dataclass
 class Entrant:
-    """A peer with the calls that it makes for ``problems`` problems, ``per_call`` at a time."""
+    """A peer with the calls that it makes for a workload, ``per_call`` problems in each."""
 
     peer: Peer
     workload: Workload
@@ -27,14 +27,14 @@ class Entrant:
     repeats: int = 1
 
     def prepare(self) -> None:
-        """Everything that is not timed. Ends at a state in which the first call may still compile."""
+        """Do everything that is not timed. The first call afterwards may still compile."""
         leaves = self.workload.leaves()
         parts = [leaves] if self.per_call >= self.workload.batch else split(leaves, self.per_call)
         self.calls = [self.peer.native(self.workload, part) for part in parts]
         self.step = self.peer.build(self.workload)
 
     def run(self) -> tuple[float, list[Any]]:
-        """Seconds for the whole batch, the mean of ``repeats`` in a row, and the numbers returned."""
+        """Seconds for the whole batch, as the mean of ``repeats`` runs in a row, and the numbers returned."""
         assert self.step is not None
         gc.collect()
         start = time.perf_counter()
@@ -46,9 +46,9 @@ class Entrant:
         return (time.perf_counter() - start) / self.repeats, numbers
 
     def warm_up(self) -> None:
-        """One run that does not count, or counts as the only one when it takes longer than `DEAR` seconds.
+        """Run once without counting it. A run that takes longer than `DEAR` seconds counts, as the only one.
 
-        A peer that compiles makes one call first, so that compiling never counts.
+        A peer that compiles makes one call before that, so that the time of compiling never counts.
         """
         assert self.step is not None
         if self.peer.warm_in_full:
@@ -63,10 +63,10 @@ class Entrant:
 
 
 DEAR, SHORT, FEWEST = 12.0, 0.02, 5
-"""Seconds above which a first run counts, and below which a run is repeated; fewest runs of ours beside a rival."""
+"""Seconds above which a first run counts, seconds below which a run is repeated, fewest runs of otloss per rival."""
 
 Rival = tuple[Peer, int, int]
-"""Who, of how many problems, how many a call."""
+"""A peer, the number of its problems, and how many of them are in one call."""
 
 
 def spread(seconds: list[float]) -> dict[str, float]:
@@ -83,13 +83,13 @@ def spread(seconds: list[float]) -> dict[str, float]:
 
 
 def alternate(rival: Entrant, ours: Entrant, rounds: int, budget: float) -> None:
-    """Rounds in which each of the two runs once, as many as fit into ``budget`` seconds, at least one."""
+    """Make rounds in which each of the two runs once: as many as fit into ``budget`` seconds, and at least one."""
     rival.prepare()
     ours.prepare()
     rival.warm_up()
     ours.warm_up()
     gc.collect()
-    gc.freeze()  # what compilers leave behind is not to be walked through before each run
+    gc.freeze()  # so that each collection skips the many objects that compilers have left
     start, dear = time.perf_counter(), bool(rival.seconds)
     for _ in range(rounds):
         ours.seconds.append(ours.run()[0])
@@ -97,7 +97,7 @@ def alternate(rival: Entrant, ours: Entrant, rounds: int, budget: float) -> None
             rival.seconds.append(rival.run()[0])
         if time.perf_counter() - start > budget:
             break
-    while len(ours.seconds) < FEWEST:  # beside a slow rival, else one disturbed run of ours would be the ratio
+    while len(ours.seconds) < FEWEST:  # after one round beside a slow rival, one disturbed run would be the ratio
         ours.seconds.append(ours.run()[0])
     gc.unfreeze()
 
@@ -109,9 +109,10 @@ def measure(
     budget: float,
     say: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
-    """One row for ours and for each ``(peer, problems, problems a call)``; ours runs the same problems in one call.
+    """One row for otloss, and one for each rival. Beside each rival, otloss runs the same problems in one call.
 
-    A row's ratio is its median over ours' median in the rounds that the two shared, so that drift meets both.
+    The ratio of a row is the rival's median divided by that of otloss in the rounds that the two shared, so that a
+    drift of the machine affects both.
     """
     rows: list[dict[str, Any]] = []
     all_ours: list[float] = []
@@ -156,7 +157,7 @@ def _row(peer: Peer, problems: int, per_call: int, seconds: list[float]) -> dict
 
 
 def _number_off(rival: Entrant, ours: Entrant) -> float | None:
-    """How far the rival's <T, C> is from ours at full size, after the iterations that are timed."""
+    """How far the rival's <T, C> is from that of otloss at full size, after the iterations that are timed."""
     if rival.peer.number != "cost" or rival.seconds[0] > 1:
         return None
     theirs, mine = rival.run()[1], ours.run()[1]
@@ -177,9 +178,10 @@ def line(row: dict[str, Any], batch: int) -> str:
 
 
 def entrants(workload: Workload, peers: tuple[Peer, ...] = PEERS, quick: bool = False) -> list[Rival]:
-    """Who runs what: in chunks where the workload names a size; a main workload also whole.
+    """Which peer runs how many problems in calls of which size.
 
-    The quick suite takes few peers, in chunks only, and those that unroll on one chunk of the batch only.
+    Where the workload names a chunk, peers run in chunks; on a main workload they also run the whole batch in one call.
+    The quick suite takes few peers, in chunks only. A peer that unrolls gets one chunk of the batch there.
     """
     found = []
     for peer in peers:

@@ -1,4 +1,4 @@
-"""The problems that are timed: one small table."""
+"""The problems that are timed, in one table."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ class Workload:
 
     ``inputs`` says what is handed over: ``"features"`` (x, y and the logits of both marginals, under the cosine cost),
     ``"dense"`` (the cost and the logits) or ``"samples"`` (points under the squared distance, uniform marginals).
-    ``iterations`` are run exactly, unless ``tol`` is positive: then they are a bound, and who cannot stop sits out.
-    ``chunk``: peers also get the batch in calls of so many problems, where their tensors of the whole batch outgrow the
-    caches. Ours always gets the whole batch. ``main`` workloads have targets, see `benchmarks.targets`.
+    Exactly ``iterations`` are run, unless ``tol`` is positive: then they are a bound, and a peer that cannot stop at a
+    tolerance is left out. With ``chunk``, peers also get the batch in calls of that many problems, because their
+    tensors of the whole batch outgrow the caches; otloss always gets the whole batch. ``main`` workloads have targets,
+    see `benchmarks.targets`.
     """
 
     name: str
@@ -37,7 +38,7 @@ class Workload:
     main: bool = False
 
     def leaves(self, dtype: torch.dtype | None = None) -> Leaves:
-        """The inputs, requiring gradients where there is a backward. Features are post-ReLU, as a ResNet's maps are."""
+        """The inputs, which require gradients if there is a backward. Features are post-ReLU, as in a ResNet's maps."""
         generator = torch.Generator().manual_seed(0)
 
         def normal(*shape: int) -> Tensor:
@@ -60,7 +61,7 @@ class Workload:
         return replace(self, batch=min(self.batch, problems), n=n, m=m, chunk=None)
 
     def describe(self) -> str:
-        """One line for a reader."""
+        """One line that describes the workload."""
         what = {"features": f"features of dimension {self.d}", "dense": "a stored cost"}.get(
             self.inputs, f"points of dimension {self.d}, squared distance, uniform marginals"
         )
@@ -75,7 +76,7 @@ def unit(x: Tensor) -> Tensor:
 
 
 def split(leaves: Leaves, per_call: int) -> list[Leaves]:
-    """The batch in calls of ``per_call`` problems, each a set of leaves of its own."""
+    """The batch in parts of ``per_call`` problems. Each part has leaves of its own."""
     whole = [t.detach() for t in leaves]
     parts = zip(*(t.split(per_call) for t in whole), strict=True)
     return [tuple(t.clone().requires_grad_(leaves[0].requires_grad) for t in part) for part in parts]

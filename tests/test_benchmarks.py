@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import report, results, suite, targets, timing
+from benchmarks import readme, report, results, suite, targets, timing
 from benchmarks.__main__ import NAMES, dispatch, parse, plan_of
 from benchmarks.check import check, difference, reference
 from benchmarks.peers import OURS, PEERS, by_name
@@ -144,15 +145,88 @@ def test_targets_are_judged_from_the_rows() -> None:
     assert call.met is False
 
 
-def test_tables_say_what_is_met_and_what_is_not_measured() -> None:
+def test_the_details_say_what_is_met_and_what_is_not_measured() -> None:
     known = _results()
-    text = report.section(known, ["memory.png"])
+    text = report.details(known, ["memory.png"])
     assert "400× (≥ 300×, met); 30× by 8" in text
     assert "14× (≥ 15×, **missed**), OTT-JAX kernel, implicit" in text
-    assert "benchmarks/results/memory.png" in text
+    assert "![Peak memory](results/memory.png)" in text
     assert "not measured" in "\n".join(report.limits(known))
     assert "* KeOps: no compiler" in report.full(known)
     json.dumps(known)
+
+
+def test_the_readme_says_how_many_times_as_fast_and_names_no_target() -> None:
+    known = _results()
+    text = report.readme(known)
+    assert "otloss is 400 times as fast as POT's exact gradient and 9 times as fast as the fastest peer." in text
+    assert (
+        "| channels: 64 × 512 × 512, d 49 | 100 ms | 400× (30× in calls of 8) | 9.0×, POT sinkhorn, envelope |" in text
+    )
+    assert "Over all rows" not in text  # there is one
+    assert "missed" not in text and "≥" not in text and "target" not in text
+    for row in known["workloads"]["channels"]["times"][1:]:
+        row["exact"] = False
+    assert "9.0×, POT sinkhorn, envelope\\* |" in report.readme(known)
+    del known["workloads"]["channels"]["times"][1:]
+    assert "no peer was timed" in report.readme(known) and "| not measured | not measured |" in report.readme(known)
+
+
+def test_the_readme_says_where_a_peer_is_faster() -> None:
+    known = _results()
+    assert "No peer is faster at any point" in report.readme(known)
+
+    def point(library: str, n: int, seconds: float) -> dict[str, Any]:
+        return {"library": library, "name": library, "n": n, "seconds": seconds}
+
+    curve = [point("otloss", n, 0.1) for n in (8, 16, 32)]
+    curve += [point("OTT-JAX", 8, 0.05), point("POT", 16, 0.05), point("POT", 32, 0.2), point("POT", 64, 0.01)]
+    known["sweeps"] = {"n": {"curve": curve}}
+    assert "on 16 problems of up to 16 × 16, OTT-JAX or POT is faster." in report.readme(known)
+
+
+def test_gpu_text_counts_what_spills() -> None:
+    made = [{"kernel": "k", "tile": "I 4", "arch": arch, "spilled": 0} for arch in (90, 80)]
+    assert report.static(made) == (
+        "2 configurations were compiled, for sm_80 and sm_90. None of them spills a register."
+    )
+    made[0]["spilled"] = 8
+    assert "Registers are spilled by 1 of them, 8 bytes each: `k` (I 4)." in report.static(made)
+    made[1]["spilled"] = 24
+    assert "Registers are spilled by 2 of them, 8 to 24 bytes each: `k` (I 4)." in report.static(made)
+
+
+def test_pages_are_what_the_results_files_say() -> None:
+    """After a change of results, or of what is written from them: ``python -m benchmarks readme``."""
+    for (page, name), text in readme.sections().items():
+        assert readme.section(page, name) == text, f"{page}, {name}"
+    assert readme.ALL_ROWS.read_text() == report.full(results.load(results.FULL))
+    figures = set(report.PLOTS)
+    assert figures == {path.name for path in results.FOLDER.glob("*.png")}
+
+
+def test_pages_are_written_from_files_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only what is between the markers changes, and it comes out as it was."""
+    before: dict[str, str] = {}
+    for name in ("README", "BENCHMARKS", "GPU", "ALL_ROWS"):
+        page: Path = getattr(readme, name)
+        copy = tmp_path / f"{name}.md"
+        before[name] = page.read_text()
+        copy.write_text(
+            re.sub(r"(<!-- (bench|peers|static):begin -->\n).*?(<!-- \2:end)", r"\1old\n\3", before[name], flags=re.S)
+        )
+        monkeypatch.setattr(readme, name, copy)
+    assert (tmp_path / "README.md").read_text().count("\nold\n") == 2
+    for part in ("run_workloads", "run_limits", "run_sweeps", "run_step"):
+        monkeypatch.setattr(suite, part, lambda *_: pytest.fail("this measures"))
+    dispatch(parse(["readme"]))
+    assert {name: (tmp_path / f"{name}.md").read_text() for name in before} == before
+    assert "times as fast" in capsys.readouterr().out
+    readme.README.write_text("no markers")
+    with pytest.raises(SystemExit, match="must have <!-- peers:begin --> once"):
+        readme.write_pages()
 
 
 def test_a_whole_workload_is_measured_checked_and_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Ours and the peers behind one small interface, `Peer`."""
+"""otloss and its peers behind one small interface, `Peer`."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ import otloss
 from benchmarks.workloads import Leaves, Workload
 
 Step = Callable[[Any], tuple[Any, Any]]
-"""Inputs in the peer's own arrays to (one number a problem, gradients or None), finished on return."""
+"""From inputs in the peer's own arrays to one number for each problem, and gradients or None. Finished on return."""
 
 
 def _as_it_is(_: Workload, leaves: Leaves) -> Any:
@@ -32,17 +32,17 @@ class Peer:
 
     Attributes:
         library: its key in plots and lists of versions.
-        build: makes a step for a workload's shape. Compilation may wait until the step's first call.
+        build: makes a step for the shape of a workload. It may compile in the first call of the step.
         exact: whether the gradient is that of the sharp cost <T, C>, by costs or features *and* marginals.
         number: what it returns: ``"cost"`` <T, C>, ``"value"`` <T, C> + eps KL(T | ab') or ``"entropy"``
             <T, C> - eps H(T).
-        passes: ``"both"`` when it serves with and without a backward, else the only one: ``"backward"``, ``"forward"``.
+        passes: ``"backward"`` or ``"forward"`` where it serves only with or only without a backward, else ``"both"``.
         stops: whether it can stop at a tolerance.
         needs: modules that must import.
         native: turns torch tensors into the peer's arrays.
         unfit: why it cannot take a workload, or None.
         quick: whether it also runs in the quick suite.
-        main_only: whether it sits out all but the main workloads, to keep the suite short.
+        main_only: whether it runs on the main workloads only, which keeps the suite short.
         warm_in_full: whether the first call compiles for the exact shape.
     """
 
@@ -76,14 +76,14 @@ class Peer:
         return self.passes == "both" or (self.passes == "backward") == workload.backward
 
     def skip(self, workload: Workload) -> str | None:
-        """Why it sits a workload out that it applies to, or None."""
+        """Why it cannot run a workload that it applies to, or None."""
         if workload.tol and not self.stops:
             return "cannot stop at a tolerance"
         return self.missing() or self.unfit(workload)
 
 
 def torch_build(loss: Callable[[Workload, Leaves], Tensor]) -> Callable[[Workload], Step]:
-    """A step from a PyTorch loss of one number a problem."""
+    """Make a step from a PyTorch loss that returns one number for each problem."""
 
     def build(workload: Workload) -> Step:
         def step(leaves: Leaves) -> tuple[Tensor, tuple[Tensor | None, ...] | None]:
@@ -91,7 +91,7 @@ def torch_build(loss: Callable[[Workload, Leaves], Tensor]) -> Callable[[Workloa
                 with torch.no_grad():
                     return loss(workload, leaves), None
             numbers = loss(workload, leaves)
-            # A lesser mode may leave the marginals without a gradient; it is timed for what it does.
+            # A lesser mode may give the marginals no gradient. It is timed all the same.
             return numbers, torch.autograd.grad(numbers.sum(), leaves, allow_unused=True)
 
         return step
@@ -100,7 +100,7 @@ def torch_build(loss: Callable[[Workload, Leaves], Tensor]) -> Callable[[Workloa
 
 
 def dense(workload: Workload, leaves: Leaves) -> tuple[Tensor, Tensor, Tensor]:
-    """Cost and log-marginals, for those who want matrices."""
+    """Cost and log-marginals, for peers that take a matrix."""
     if workload.inputs == "samples":
         cost = squared_distances(*leaves)
         return cost, *(cost.new_full((len(cost), k), -math.log(k)) for k in cost.shape[1:])

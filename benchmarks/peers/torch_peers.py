@@ -1,4 +1,4 @@
-"""Ours, POT, and the iteration written out in plain PyTorch, as it stands and compiled."""
+"""otloss, POT, and the iteration in plain PyTorch, eager and compiled."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ def _plain(half_steps: Callable[..., Any], sharp_cost: Callable[..., Tensor]) ->
 
 
 def _compiled(w: Workload) -> Step:
-    """One iteration compiled and called in a loop: the compile time of an unrolled loop explodes."""
-    torch._dynamo.config.recompile_limit = 256  # every shape is compiled for itself
+    """Compile one iteration and call it in a loop, because an unrolled loop takes far too long to compile."""
+    torch._dynamo.config.recompile_limit = 256  # each shape is compiled by itself
     compiled = (torch.compile(f, dynamic=False) for f in (_half_steps, _sharp_cost))
     return torch_build(_plain(*compiled))(w)
 
