@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from PIL import Image
 
 from examples.optiml.__main__ import COMMANDS
+from examples.optiml.data.index import read_index
+from examples.optiml.data.prepare import READERS, reader
 from examples.optiml.pretraining.log import epoch_means, log_frame
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "optiml"
@@ -125,6 +128,56 @@ def test_a_method_is_one_file_and_one_line(tmp_path: Path) -> None:
         "--batch-size", "16", "--image-size", "32")  # fmt: skip
     assert (tmp_path / "run" / "backbone.pth").is_file()
     assert (log_frame(tmp_path / "run" / "metrics.csv")["loss"] > 0).all()
+
+
+READER = """
+    from pathlib import Path
+
+    from examples.optiml.data.prepare.listing import Film, Listing
+    from examples.optiml.data.prepare.settings import PrepareConfig
+
+
+    def read_toy(config: PrepareConfig) -> Listing:
+        films = sorted(config.folder.glob("*.png"))
+        return Listing(("Bright",), [Film(p.name, p, labels=("Bright",) * p.stem.endswith("1")) for p in films])
+"""
+PREPARE = """
+    from examples.optiml.data.prepare import READERS
+
+    READERS["toy"] = "toy_reader:read_toy"  # the one line; a data set of the project has it in the table
+
+    from examples.optiml.__main__ import cli
+
+    cli()
+"""
+
+
+def test_a_data_set_is_one_file_and_one_line(tmp_path: Path) -> None:
+    (tmp_path / "toy_reader.py").write_text(textwrap.dedent(READER))
+    (tmp_path / "prepare.py").write_text(textwrap.dedent(PREPARE))
+    (tmp_path / "films").mkdir()
+    for number in range(20):
+        Image.new("L", (32, 32), 10 * number).save(tmp_path / "films" / f"{number}-{number % 2}.png")
+
+    def run(*args: str) -> str:
+        here = {"PYTHONPATH": f"{EXAMPLE.parents[1]}:{tmp_path}", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+        done = subprocess.run(
+            [sys.executable, str(tmp_path / "prepare.py"), "prepare", *args],
+            env=here, cwd=tmp_path, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    assert ",toy}" in run("--help").replace("\n", "").replace(" ", "").replace("│", "")
+    assert "20 images read now" in run("--dataset", "toy", "--root", "films", "--out", "prepared", "--workers", "1")
+    index = read_index(tmp_path / "prepared")
+    assert index.classes == ("Bright",) and index.labels.sum() == 10
+
+
+@pytest.mark.parametrize("dataset", READERS)
+def test_every_data_set_has_its_reader(dataset: str) -> None:
+    pytest.importorskip("pydicom", reason="the example needs otloss[examples]")
+    assert callable(reader(dataset))
 
 
 def test_means_over_epochs_are_those_of_the_steps_that_have_a_figure(tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ from xray_layouts import column, film, nih, reasons, rsna, run, write_dicom, wri
 from examples.optiml.__main__ import cli
 from examples.optiml.data.index import read_index
 from examples.optiml.data.nih_writer import PhantomConfig, write_phantoms
-from examples.optiml.data.prepare.command import READERS, main, prepare
+from examples.optiml.data.prepare import READERS
+from examples.optiml.data.prepare.command import main, prepare
 from examples.optiml.data.prepare.settings import PrepareConfig
 
 # --- the overlap with NIH --------------------------------------------------------------------------------------------
@@ -203,7 +204,7 @@ def test_bad_options(tmp_path: Path, options: dict, message: str) -> None:
 
 @pytest.mark.parametrize("dataset", ["nih", "rsna", "siim", "vinbig", "csv"])
 def test_an_empty_folder_is_named(tmp_path: Path, dataset: Any) -> None:
-    assert set(READERS) == {"nih", "rsna", "siim", "vinbig", "csv", "phantom"}
+    assert set(READERS) == {"nih", "rsna", "siim", "vinbig", "medmnist", "csv", "phantom"}
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="empty"):
         run(dataset, tmp_path / "empty", tmp_path / "out", table=tmp_path / "empty" / "T.csv")

@@ -22,24 +22,12 @@ from rich.table import Table
 
 from ...atomic import atomic_path, write_json
 from ..index import BOXES_FILE, IMAGE_FOLDER, INDEX_FILE, PREPARED_FILE, SPLITS, ChestIndex, read_index
-from .convert import Done, convert_all, read_progress, still_to_do
-from .listing import Film, Listing
-from .nih import read_nih, read_phantom
-from .rsna import read_rsna
-from .settings import DatasetName, PrepareConfig
-from .siim import read_siim
+from . import reader
+from .convert import Done, convert_all, forget_progress, read_progress, still_to_do
+from .listing import DamagedSource, Film, Listing
+from .settings import PrepareConfig
 from .split import draw_splits, match_to_nih
-from .table import read_table
-from .vinbig import read_vinbig
 
-READERS: dict[DatasetName, Callable[[PrepareConfig], Listing]] = {
-    "nih": read_nih,
-    "vinbig": read_vinbig,
-    "rsna": read_rsna,
-    "siim": read_siim,
-    "csv": read_table,
-    "phantom": read_phantom,
-}
 SKIPPED_FILE = "skipped.csv"
 
 
@@ -57,7 +45,7 @@ class Prepared:
 def prepare(config: PrepareConfig, tick: Callable[[int, int], None] = lambda done, total: None) -> Prepared:
     """Prepare a data set; goes on where an earlier run of the same preparation stopped."""
     _check_out(config)
-    listing = READERS[config.dataset](config)
+    listing = reader(config.dataset)(config)
     if config.dataset in ("rsna", "siim"):
         listing = match_to_nih(listing, config)
     root = Path(os.path.realpath(config.folder))
@@ -75,9 +63,14 @@ def prepare(config: PrepareConfig, tick: Callable[[int, int], None] = lambda don
     if todo:  # the folder is unfinished until the new index is written, and reading it says so
         (config.out / INDEX_FILE).unlink(missing_ok=True)
     tick(len(records) - len(todo), len(records))
-    for number, result in enumerate(convert_all(todo, config.out, config.size, config.workers), 1):
-        done[result.name] = result
-        tick(len(records) - len(todo) + number, len(records))
+    pixels = listing.pixels(todo) if listing.pixels and todo else None
+    try:
+        for number, result in enumerate(convert_all(todo, config.out, config.size, config.workers, pixels), 1):
+            done[result.name] = result
+            tick(len(records) - len(todo) + number, len(records))
+    except DamagedSource:
+        forget_progress(config.out)
+        raise
 
     skipped = list(listing.skipped)
     kept: list[tuple[Film, Done]] = []
@@ -132,7 +125,10 @@ def _identity(config: PrepareConfig, listing: Listing) -> dict[str, Any]:
         "dataset": config.dataset,
         "classes": list(listing.classes),
         "options": config.identity(),
-        "tables": {path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in listing.tables},
+        "tables": {
+            **{path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in listing.tables},
+            **listing.digests,
+        },
     }
 
 

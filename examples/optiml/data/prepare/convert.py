@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from hashlib import sha256
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ from PIL import Image
 
 from ..images import resize_mask
 from ..index import IMAGE_FOLDER, MASK_FOLDER, Box, mask_path
-from .listing import Film
+from .listing import Film, Grey
 from .pixels import decode_runs, fitted_size, read_grey, read_mask, resize
 
 PROGRESS_FILE = "progress.jsonl"
@@ -44,6 +46,8 @@ class Job:
     record: Film
     out: Path
     size: int
+    pixels: Grey | None = None
+    """Its grey values, where it has no file of its own."""
 
 
 def convert(job: Job) -> Done:
@@ -51,7 +55,7 @@ def convert(job: Job) -> Done:
     record = job.record
     stamp = stamp_of(record)
     try:
-        image, patient = read_grey(record.path)
+        image, patient = read_grey(record.path) if job.pixels is None else (job.pixels, "")
         rows, columns = image.shape
         masks = {}
         for label, origin in record.masks:
@@ -126,6 +130,11 @@ def read_progress(out: Path) -> dict[str, Done]:
     return done
 
 
+def forget_progress(out: Path) -> None:
+    """Nothing is finished: every image will be read again."""
+    (out / PROGRESS_FILE).unlink(missing_ok=True)
+
+
 def still_to_do(records: list[Film], done: dict[str, Done], out: Path) -> list[Film]:
     """Records without a finished, unchanged and present image. Failures are tried again: the file may be whole now."""
     present = {entry.name for entry in os.scandir(out / IMAGE_FOLDER)}
@@ -143,10 +152,18 @@ def still_to_do(records: list[Film], done: dict[str, Done], out: Path) -> list[F
     return [record for record in records if not finished(record)]
 
 
-def convert_all(records: list[Film], out: Path, size: int, workers: int) -> Iterator[Done]:
-    """Convert in ``workers`` processes (0: one per CPU), noting every result on disk as it comes."""
-    jobs = [Job(record, out, size) for record in records]
-    workers = min(workers or os.cpu_count() or 1, max(len(jobs), 1))
+def convert_all(
+    records: list[Film], out: Path, size: int, workers: int, pixels: Iterator[Grey] | None = None
+) -> Iterator[Done]:
+    """Convert in ``workers`` processes (0: one per CPU), noting every result on disk as it comes.
+
+    ``pixels`` gives the grey values of ``records`` in their order; without it each film is read from its own file.
+    """
+    if pixels is None:
+        jobs = (Job(record, out, size) for record in records)
+    else:
+        jobs = (Job(record, out, size, grey) for record, grey in zip(records, pixels, strict=True))
+    workers = min(workers or os.cpu_count() or 1, max(len(records), 1))
     with (out / PROGRESS_FILE).open("a") as log:
 
         def note(done: Done) -> Done:
@@ -160,9 +177,25 @@ def convert_all(records: list[Film], out: Path, size: int, workers: int) -> Iter
             return
         pool = ProcessPoolExecutor(workers, initializer=_leave_interrupts_to_the_parent)
         try:
-            yield from map(note, pool.map(convert, jobs, chunksize=min(16, -(-len(jobs) // workers))))
+            yield from map(note, _map_ahead(pool, jobs, min(16, -(-len(records) // workers)), 4 * workers))
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _map_ahead(pool: ProcessPoolExecutor, jobs: Iterable[Job], batch: int, ahead: int) -> Iterator[Done]:
+    """``convert`` of each, in order. At most ``ahead`` batches wait, since jobs may hold pixels: ``map`` takes all."""
+    pending: deque[Future[list[Done]]] = deque()
+    jobs = iter(jobs)
+    while some := list(islice(jobs, batch)):
+        pending.append(pool.submit(_convert_batch, some))
+        if len(pending) > ahead:
+            yield from pending.popleft().result()
+    while pending:
+        yield from pending.popleft().result()
+
+
+def _convert_batch(jobs: list[Job]) -> list[Done]:
+    return [convert(job) for job in jobs]
 
 
 def _leave_interrupts_to_the_parent() -> None:

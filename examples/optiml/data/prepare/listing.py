@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ..index import Box
 
 DICOM_SUFFIXES = (".dcm", ".dicom")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+
+Grey = NDArray[np.uint8]
+
+
+class DamagedSource(ValueError):
+    """A file that holds many films is cut off or damaged: what was read from it cannot be trusted either."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +29,7 @@ class Film:
     name: str
     """The file to write, ending in ``.png``."""
     path: Path
+    """The file it is read from; many films have one where ``Listing.pixels`` reads them."""
     patient: str = ""
     """Empty: take the DICOM header's PatientID, or else the image for a patient of its own."""
     split: str = ""
@@ -45,6 +55,10 @@ class Listing:
     """The files that labels and splits came from."""
     notes: list[str] = field(default_factory=list)
     """What a user must know before trusting a figure made from this."""
+    digests: dict[str, str] = field(default_factory=dict)
+    """What else makes two preparations the same, where labels and splits do not come from ``tables``."""
+    pixels: Callable[[list[Film]], Iterator[Grey]] | None = None
+    """Reads the films that are left to convert, in their order, where they have no files of their own."""
 
 
 def files_by_stem(root: Path, folders: Iterable[str], suffixes: tuple[str, ...]) -> dict[str, Path]:

@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydicom.pixels import apply_modality_lut, apply_voi_lut
 
-from .listing import DICOM_SUFFIXES
+from .listing import DICOM_SUFFIXES, Grey
 
-Grey = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
 
 #: SIIM gives its run lengths on films of this width and height.

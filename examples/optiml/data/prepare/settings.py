@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-DatasetName = Literal["nih", "vinbig", "rsna", "siim", "csv", "phantom"]
+import tyro
+
+from . import READERS
 
 
 @dataclass(frozen=True)
 class PrepareConfig:
     """Read a data set in its official layout; write grey PNGs and one index that every later stage reads."""
 
-    dataset: DatasetName
+    dataset: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(READERS) + "}")]
     """Which layout to read."""
     out: Path
     """Folder to write. The same command goes on where it stopped; another one's folder is refused."""
     root: Path | None = None
-    """The folder as downloaded and unpacked (phantom: where they are, or else will be, drawn)."""
+    """The folder as downloaded and unpacked (medmnist: the .npz file; phantom: where they are, or will be, drawn)."""
     size: int = 256
     """Pixels of the shorter side; smaller films stay as they are. 0 keeps every film's own size."""
     workers: int = 0
@@ -80,6 +82,8 @@ class PrepareConfig:
     """phantom: the same seed gives the same films."""
 
     def __post_init__(self) -> None:
+        if self.dataset not in READERS:
+            raise ValueError(f"dataset must be one of {', '.join(READERS)}, not {self.dataset!r}")
         if self.size < 0:
             raise ValueError(f"size must be 0 or a number of pixels, not {self.size}")
         if self.workers < 0:
