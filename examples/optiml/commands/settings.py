@@ -10,6 +10,7 @@ import tyro
 
 from ..data.fractions import LARGE_SEEDS, SMALL, SMALL_SEEDS, check_fractions, check_seeds
 from ..downstream.settings import TrainConfig
+from ..pretraining.settings import Precision
 from ..reporting.comparison_rows import Kind, rows
 from .sizes import BUDGETS, Budget
 
@@ -24,12 +25,12 @@ class ExampleConfig:
     out: Path = Path("runs/example")
     """Working folder; a second call goes on where the first was stopped."""
     method: str = "optiml"
-    epochs: int = 6
+    epochs: int = 10
     """Epochs of pretraining."""
     seed: int = 0
     """Of the phantoms and of the pretraining."""
     results: Path | None = None
-    """Also copy the report here."""
+    """Also write the figures of the last screen here, as JSON."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ class XrayConfig:
     min_scale: float | None = None
     """Smallest share of the film that a crop of the pretraining shows. Unset: the method's."""
     pretrain_seeds: tuple[int, ...] = (0,)
+    precision: Precision = "32-true"
+    """Of the pretraining; bf16-mixed is faster on processors that multiply in it."""
     workers: int = 0
 
     fractions: tuple[float, ...] = (0.01, 0.1, 1.0)
@@ -66,6 +69,8 @@ class XrayConfig:
     """Of the other fractions."""
     finetune: TrainConfig = field(default_factory=lambda: TrainConfig(lr=1e-3, epochs=5, min_steps=60, checks=5))
     """How to fine-tune; short runs want a larger learning rate than the 1e-4 of long ones."""
+    neighbours: bool = True
+    """Also score frozen features by a vote of the nearest training films, with all labels."""
     heatmap_fractions: tuple[float, ...] = (0.01, 1.0)
     """Of ``fractions``, those whose networks' heatmaps are drawn; the paper's are of 1 %."""
     label: str = "Pneumothorax"
@@ -154,7 +159,7 @@ class CompareConfig:
             seeds=b.small_seeds, large_seeds=b.large_seeds, heatmap_fractions=b.heatmap_fractions,
             segment_data=self.segment_data, label=self.label, segment_fractions=b.segment_fractions,
             segment_seeds=b.segment_seeds, figure_images=b.figure_images, draws=b.draws,
-            finetune=TrainConfig(b.finetune_lr, epochs=b.finetune_epochs, min_steps=b.finetune_steps,
+            neighbours=False, finetune=TrainConfig(b.finetune_lr, epochs=b.finetune_epochs, min_steps=b.finetune_steps,
                                  max_steps=b.finetune_max_steps, checks=b.checks),
             unet=TrainConfig(b.unet_lr, batch_size=16, epochs=b.unet_epochs, min_steps=b.unet_steps,
                              max_steps=b.unet_max_steps, checks=b.checks),

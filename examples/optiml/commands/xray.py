@@ -14,7 +14,7 @@ from rich.console import Console
 from ..data.fractions import SMALL
 from ..data.index import open_index, with_all_splits
 from ..data.masks import has_outlines, mask_set
-from ..downstream.evaluate import Evaluation, evaluate, source_record
+from ..downstream.evaluate import Evaluation, FrozenFeatures, evaluate, source_record
 from ..downstream.heatmap import heatmap, heatmap_record, targets
 from ..downstream.result_files import Record
 from ..downstream.segment import segment
@@ -81,13 +81,18 @@ def _common(config: XrayConfig) -> dict[str, Any]:
     return {"image_size": size, "val_fraction": like.val_fraction, "split_seed": like.split_seed}
 
 
+def run_name(config: XrayConfig, seed: int) -> str:
+    """Folder of the pretraining of a seed, in ``config.out``."""
+    return f"{config.method}-{config.image_size}px-{config.epochs}epochs-seed{seed}"
+
+
 def _pretrained(config: XrayConfig, seed: int, console: Console) -> Path:
     assert config.image_size is not None  # xray has filled it in
-    out = config.out / f"{config.method}-{config.image_size}px-{config.epochs}epochs-seed{seed}"
+    out = config.out / run_name(config, seed)
     run = PretrainConfig(
         config.data, out, config.method, epochs=config.epochs, batch_size=config.batch_size,
         image_size=config.image_size, seed=seed, augment=AugmentConfig(min_scale=config.min_scale),
-        workers=config.workers,
+        workers=config.workers, precision=config.precision,
     )  # fmt: skip
     if pretrain(run, console) is None:
         raise SystemExit(f"{out} did not finish; the same command goes on")
@@ -110,10 +115,15 @@ def stages(config: XrayConfig, start: Start, name: str, folder: Path, console: C
     small = tuple(f for f in config.fractions if f < SMALL)
     rest = tuple(f for f in config.fractions if f >= SMALL)
     plan = [(fs, seeds) for fs, seeds in ((small, config.seeds), (rest, config.large_seeds)) if fs]
-    console.rule(f"evaluate, linear: {name}")
+    console.rule(f"evaluate, frozen: {name}")
+    features = FrozenFeatures(start, index)
     for fractions, seeds in plan:
         frozen = EvaluateConfig(start.data, fractions=fractions, seeds=seeds, draws=config.draws, out=out)
-        yield from evaluate(frozen, console, start)
+        yield from evaluate(frozen, console, start, features)
+    if config.neighbours:
+        seeds = config.large_seeds if start.random else config.large_seeds[:1]
+        vote = EvaluateConfig(start.data, protocol="neighbours", seeds=seeds, draws=config.draws, out=out)
+        yield from evaluate(vote, console, start, features)
     console.rule(f"evaluate, finetune: {name}")
     for fractions, seeds in plan:
         tuned = EvaluateConfig(

@@ -194,9 +194,14 @@ class Evaluation:
         return Scored(test, predict(model, test, size), usable_classes(train), dataclasses.asdict(fitted))
 
 
-def evaluate(config: EvaluateConfig, console: Console | None = None, start: Start | None = None) -> list[Record]:
-    """Every fraction and seed that is asked for; those that are there are read."""
-    return Evaluation(config, console or Console(), start).records()
+def evaluate(
+    config: EvaluateConfig,
+    console: Console | None = None,
+    start: Start | None = None,
+    features: FrozenFeatures | None = None,
+) -> list[Record]:
+    """Every fraction and seed that is asked for; those that are there are read. See :class:`Evaluation`."""
+    return Evaluation(config, console or Console(), start, features).records()
 
 
 def main(config: EvaluateConfig) -> None:

@@ -19,6 +19,7 @@ from ..downstream.finetune import usable_classes
 from ..downstream.result_files import Record
 from ..downstream.scores import Scored
 from ..metrics import Estimate, Floats
+from ..pretraining.callbacks import duration
 from .differences import Difference, Replicates, with_itself
 
 #: The share of the labels whose figures the summary shows.
@@ -111,3 +112,42 @@ def gain_record(gain: Gain) -> dict[str, Any]:
         for name, x in parts.items()
     }
     return {"name": gain.name, **rounded, "label_seeds": gain.difference.seeds}
+
+
+@dataclass(frozen=True)
+class Training:
+    """What was pretrained, for the summary's first lines."""
+
+    method: str
+    films: int
+    epochs: int
+    steps: int
+    batch_size: int
+    image_size: int
+    seconds: float
+
+
+def summary_lines(training: Training, index: ChestIndex, found: list[Gain], seconds: float, report: Path) -> list[str]:
+    """The last screen of a run on phantoms, at most 25 lines of 80 columns."""
+    t, test = training, index.split("test")
+    labelled = round(FRACTION * len(index.split("train")), -1)
+    return [
+        f"{t.method}, pretrained without labels on {t.films:,} drawn films: {t.epochs} epochs of "
+        f"{t.steps // t.epochs} steps",
+        f"of {t.batch_size} films, {t.image_size} px, in {duration(t.seconds)}. Scored on {len(test)} films of "
+        f"{len(np.unique(test.patients))} other patients, in percent:",
+        "",
+        HEAD,
+        *(gain.line() for gain in found),
+        "",
+        f"10 %: networks that saw about {labelled:.0f} labels. Intervals resample the test patients.",
+        f"All stages took {duration(seconds)}.",
+        "",
+        f"Report with its figures   {report}",
+        "",
+        "Next, on real films: NIH's 112,120 in one file (where to get it, and how to use",
+        "your own films: examples/optiml/DATA.md), then",
+        "  python -m examples.optiml prepare --dataset medmnist \\",
+        "      --root chestmnist_64.npz --out data/chestmnist",
+        "  make example-xray DATA=data/chestmnist",
+    ]

@@ -202,7 +202,8 @@ def report(prepared: Prepared, config: PrepareConfig, console: Console) -> None:
     table = Table("", *counts)
     for row in ("images", "patients"):
         table.add_row(row, *(str(part[row]) for part in counts.values()), end_section=row == "patients")
-    for label in index.classes:
+    absent = [label for label in index.classes if not any(part["findings"][label] for part in counts.values())]
+    for label in (label for label in index.classes if label not in absent):
         table.add_row(label, *(str(part["findings"][label]) for part in counts.values()))
     console.print(f"{config.dataset} in {config.out}", soft_wrap=True)
     console.print(table)
