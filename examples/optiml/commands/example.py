@@ -11,6 +11,7 @@ from ..data.prepare.command import main as prepare
 from ..data.prepare.settings import PrepareConfig
 from ..downstream.settings import TrainConfig
 from .settings import ExampleConfig, XrayConfig
+from .sizes import Sizes
 from .xray import xray
 
 TRAIN, TEST, SIZE = 600, 300, 64
@@ -29,10 +30,13 @@ def main(config: ExampleConfig) -> None:
     path = xray(
         XrayConfig(
             data, config.out, dataset="phantoms", results=config.results, method=config.method,
-            epochs=config.epochs, image_size=SIZE, pretrain_seeds=(config.seed,),
-            seeds=(0, 1, 2), large_seeds=(0,), segment_fractions=(1.0,), segment_seeds=(0,), label="Effusion",
-            finetune=TrainConfig(lr=1e-3, epochs=4, min_steps=16, checks=2),
-            unet=TrainConfig(lr=1e-3, batch_size=16, epochs=1, min_steps=40, checks=2),
+            pretrain_seeds=(config.seed,), label="Effusion",
+            sizes=Sizes(
+                epochs=config.epochs, image_size=SIZE, small_seeds=(0, 1, 2), large_seeds=(0,),
+                segment_fractions=(1.0,), segment_seeds=(0,),
+                finetune=TrainConfig(lr=1e-3, epochs=4, min_steps=16, checks=2),
+                unet=TrainConfig(lr=1e-3, batch_size=16, epochs=1, min_steps=40, checks=2),
+            ),
         ),
         console,
     )  # fmt: skip

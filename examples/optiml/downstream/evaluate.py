@@ -15,7 +15,7 @@ from ..atomic import write_json
 from ..data.index import SPLITS, ChestIndex
 from ..data.subsets import label_fraction, write_ids
 from ..pretraining.features import extract
-from ..pretraining.network import Backbone, load_backbone
+from ..pretraining.network import Backbone
 from .finetune import finetune, predict, save_classifier, usable_classes
 from .probe import fit_probe
 from .result_files import Record, read_if_current, write_record
@@ -41,12 +41,6 @@ def probe_scores(index: ChestIndex, x: dict[str, Tensor], train: ChestIndex | No
     # Rounded, so that images with equal features tie, which the last bits of a matrix product may deny them.
     scores = probe.scores(x["test"]).numpy().round(9)
     return Scored(parts["test"], scores, usable_classes(parts["train"]), {"penalty": probe.penalty})
-
-
-def score_backbone(index: ChestIndex, weights: Path | None, image_size: int, seed: int = 0) -> Scored:
-    """Frozen features of a weights file (None: untrained, from ``seed``) through the probe."""
-    backbone = load_backbone(weights, seed)
-    return probe_scores(index, split_features(backbone, index, image_size))
 
 
 def score_metadata(index: ChestIndex) -> Scored | None:
@@ -119,6 +113,7 @@ class Evaluation:
         known = read_if_current(path, identity)
         if known is not None and (model_path is None or model_path.exists()):
             return known
+        self.start.ensure_weights()
         train = label_fraction(self.index.split("train"), fraction, seed)
         write_ids(train, self.out / "subsets", fraction, seed)
         if protocol == "linear":
