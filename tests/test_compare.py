@@ -24,13 +24,15 @@ pytest.importorskip("captum", reason="the example needs otloss[examples]")
 
 from rich.console import Console
 
-from examples.optiml.commands.compare import CompareConfig, compare
-from examples.optiml.commands.sizes import Budget
+from examples.optiml.commands.compare import compare, page_of
+from examples.optiml.commands.settings import CompareConfig
+from examples.optiml.commands.sizes import SizeFlags
 from examples.optiml.data.index import read_index
 from examples.optiml.data.nih_writer import PhantomConfig, write_phantoms
 from examples.optiml.downstream.arms import ABLATION, arm_of
 from examples.optiml.downstream.finetune import usable_classes
 from examples.optiml.downstream.scores import Scored
+from examples.optiml.errors import CommandError
 from examples.optiml.metrics import comparable_patients
 from examples.optiml.pretraining.log import read_log
 from examples.optiml.pretraining.methods import METHODS
@@ -56,7 +58,7 @@ from examples.optiml.reporting.differences import (
 from examples.optiml.reporting.row_store import RowStore, curves_of, ranks
 
 QUIET = Console(quiet=True)
-TINY = Budget(
+TINY = SizeFlags(
     image_size=32, epochs=1, batch_size=16, fractions=(0.1, 1.0), large_seeds=(0,),
     heatmap_fractions=(0.1,), draws=30, finetune_epochs=1, finetune_steps=2, finetune_max_steps=2, unet_epochs=1,
     unet_steps=2, unet_max_steps=2, checks=1,
@@ -78,7 +80,7 @@ def done(data: Path, tmp_path_factory: pytest.TempPathFactory) -> CompareConfig:
     (folder / "README.md").write_text("before\n{}\nstale\n{}\nafter\n".format(*markers("methods")))
     config = CompareConfig(
         data, folder / "out", folder / "results", "nih-phantoms", segment_data=data, label="Effusion",
-        only=("sup1", "vicreg", "optiml"), seeds=(0,), sizes=TINY, readme=folder / "README.md",
+        only=("sup1", "vicreg", "optiml"), seeds=(0,), size_flags=TINY, readme=folder / "README.md",
     )  # fmt: skip
     compare(config, QUIET)
     return config
@@ -139,17 +141,17 @@ def test_what_is_kept_is_not_made_again(done: CompareConfig, tmp_path: Path, mon
         pretrained.append(run.method)
         return pretrain(run, console)
 
-    monkeypatch.setattr("examples.optiml.commands.compare.pretrain", counted)
+    monkeypatch.setattr("examples.optiml.commands.comparison.pretrain", counted)
     config = dataclasses.replace(done, results=tmp_path / "results", out=tmp_path / "out")
     shutil.copytree(done.results, config.results)
     before = contents(config.results)
     compare(config, QUIET)  # on a machine that has nothing but the results
     compare(dataclasses.replace(config, report_only=True), QUIET)
     for precision in ("32-true", "bf16-mixed"):  # machines that compute in one and the other
-        compare(dataclasses.replace(config, sizes=dataclasses.replace(TINY, precision=precision)), QUIET)
+        compare(dataclasses.replace(config, size_flags=dataclasses.replace(TINY, precision=precision)), QUIET)
     assert not pretrained and contents(config.results) == before
     fewer = dataclasses.replace(TINY, fractions=(1.0,), heatmap_fractions=())
-    smaller = dataclasses.replace(config, sizes=fewer, report_only=True, segment_data=None, readme=None)
+    smaller = dataclasses.replace(config, size_flags=fewer, report_only=True, segment_data=None, readme=None)
     assert ", Effusion" not in compare(smaller, QUIET).read_text()
     runs = {name: x for name, x in before.items() if name.startswith("runs/")}
     assert contents(config.results).items() >= runs.items()  # what is not asked for stays
@@ -157,7 +159,7 @@ def test_what_is_kept_is_not_made_again(done: CompareConfig, tmp_path: Path, mon
     assert "− Sup.1 (random)" in (config.results / "ablation" / "report.md").read_text()  # what both share
 
     longer = dataclasses.replace(TINY, finetune_max_steps=3, finetune_steps=3)
-    changed = dataclasses.replace(config, sizes=longer, only=("vicreg",), readme=tmp_path / "none")
+    changed = dataclasses.replace(config, size_flags=longer, only=("vicreg",), readme=tmp_path / "none")
     (tmp_path / "none").write_text("\n".join(markers("methods")))
     old = kept(config, "vicreg")
     shutil.rmtree(config.out)
@@ -295,6 +297,13 @@ def test_what_is_kept_can_be_committed() -> None:
     assert subprocess.run(["git", "check-ignore", "--quiet", path], cwd=root).returncode != 0
 
 
+def test_the_packages_results_go_into_its_readme(tmp_path: Path) -> None:
+    config = CompareConfig(Path())
+    assert page_of(config) == Path(__file__).parents[1] / "examples" / "optiml" / "README.md"
+    assert page_of(dataclasses.replace(config, results=tmp_path)) is None
+    assert page_of(dataclasses.replace(config, readme=tmp_path / "page.md")) == tmp_path / "page.md"
+
+
 def test_an_interruption_loses_nothing(done: CompareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = dataclasses.replace(done, results=tmp_path / "results", out=tmp_path / "out", only=("sup1",), readme=None)
 
@@ -319,20 +328,20 @@ def test_the_time_before_an_interruption_counts(
 ) -> None:
     config = dataclasses.replace(
         done, results=tmp_path / "results", out=tmp_path / "out", only=("vicreg",), readme=None,
-        sizes=dataclasses.replace(TINY, epochs=2),
+        size_flags=dataclasses.replace(TINY, epochs=2),
     )  # fmt: skip
 
     def stopped(run: PretrainConfig, console: Console) -> Path | None:
         return pretrain(dataclasses.replace(run, stop_after=1), console)
 
     with monkeypatch.context() as patch:
-        patch.setattr("examples.optiml.commands.compare.pretrain", stopped)
-        with pytest.raises(SystemExit, match="nothing to report"):
+        patch.setattr("examples.optiml.commands.comparison.pretrain", stopped)
+        with pytest.raises(CommandError, match="nothing to report"):
             compare(config, QUIET)
     (log,) = (tmp_path / "out").glob("vicreg-seed0-*/metrics.csv")
     before = sum(row["seconds"] for row in read_log(log))
     clock = iter(range(0, 10**6, 100))
-    monkeypatch.setattr("examples.optiml.commands.compare.time", MagicMock(monotonic=lambda: next(clock)))
+    monkeypatch.setattr("examples.optiml.commands.comparison.time", MagicMock(monotonic=lambda: next(clock)))
     compare(config, QUIET)
     files = RowStore(config.results / "runs", "vicreg-seed0")
     assert len(files.records) == 6 and before > 0 and files.seconds == pytest.approx(100 + before, abs=0.06)
@@ -342,7 +351,7 @@ def test_the_untrained_networks_curve_follows_another_start(done: CompareConfig,
     shutil.copytree(done.results, tmp_path / "results")
     config = dataclasses.replace(
         done, results=tmp_path / "results", out=tmp_path / "out", only=("sup1",), readme=None,
-        sizes=dataclasses.replace(TINY, image_size=24), segment_data=None,
+        size_flags=dataclasses.replace(TINY, image_size=24), segment_data=None,
     )  # fmt: skip
     curve = config.results / "runs" / "sup1-seed0.csv"
     before = curve.read_text()
@@ -417,7 +426,7 @@ def test_classes_of_few_patients_are_left_out_of_the_firm_average() -> None:
 
 def test_rows_are_named_as_in_the_paper_and_differ() -> None:
     assert {row.method for row in rows("methods")} == {None, *METHODS}
-    arms = {row.name: row.apply(PretrainConfig(Path(), Path(), row.method or "optiml")) for row in rows("ablation")[1:]}
+    arms = {row.arm: row.apply(PretrainConfig(Path(), Path(), row.method or "optiml")) for row in rows("ablation")[1:]}
     assert list(arms)[: len(ABLATION)] == list(ABLATION)
     assert all(arm_of(arms[name].identity()) == name for name in ABLATION)
     alone = arms["optiml-neither"].options.optiml
@@ -432,9 +441,9 @@ def test_rows_are_named_as_in_the_paper_and_differ() -> None:
     with pytest.raises(ValueError, match=r"^seeds must be one or more different"):
         CompareConfig(Path(), seeds=(0, 0))
     with pytest.raises(ValueError, match=r"^fractions must be .* not 2$"):
-        CompareConfig(Path(), sizes=Budget(fractions=(2.0,)))
+        CompareConfig(Path(), size_flags=SizeFlags(fractions=(2.0,)))
 
 
 def test_two_data_sets_of_one_name_are_refused(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="--data and --rsna-data have the same name 'phantoms'; give --dataset"):
+    with pytest.raises(CommandError, match="--data and --rsna-data have the same name 'phantoms'; give --dataset"):
         compare(CompareConfig(data, tmp_path / "out", tmp_path / "results", rsna_data=data), QUIET)

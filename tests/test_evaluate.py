@@ -31,6 +31,7 @@ from examples.optiml.downstream.scores import Scored, summarise
 from examples.optiml.downstream.settings import EvaluateConfig, HeatmapConfig, StartConfig
 from examples.optiml.downstream.starting_weights import default_out, resolve
 from examples.optiml.downstream.training import fit
+from examples.optiml.errors import CommandError
 from examples.optiml.pretraining.network import Backbone, load_backbone, set_norm
 from examples.optiml.provenance import provenance
 from examples.optiml.reporting.report import build
@@ -237,12 +238,12 @@ def test_the_source_alone_is_a_row_of_the_report(phantoms: Path, tmp_path: Path)
 
 def test_a_start_is_one_of_three(phantoms: Path, tmp_path: Path) -> None:
     for wrong in (StartConfig(phantoms), StartConfig(phantoms, run=tmp_path, untrained=True)):
-        with pytest.raises(SystemExit, match="give one of --run FOLDER, --untrained and --imagenet"):
+        with pytest.raises(CommandError, match="give one of --run FOLDER, --untrained and --imagenet"):
             resolve(wrong)
-    with pytest.raises(SystemExit, match=r"is no run folder: it holds no config\.json"):
+    with pytest.raises(CommandError, match=r"is no run folder: it holds no config\.json"):
         resolve(StartConfig(phantoms, run=tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({"method": "vicreg", "image_size": 48, "val_fraction": 0.2}))
-    with pytest.raises(SystemExit, match="has the run finished"):
+    with pytest.raises(CommandError, match="has the run finished"):
         resolve(StartConfig(phantoms, run=tmp_path))
     torch.save(load_backbone(None, 7).state_dict(), tmp_path / "backbone.pth")
     start = resolve(StartConfig(phantoms, run=tmp_path))
@@ -293,8 +294,8 @@ def test_weights_from_elsewhere(tmp_path: Path) -> None:
     thawed(torch.randn(2, 3, 32, 32))
     assert not torch.equal(thawed.bn1.running_mean, frozen.bn1.running_mean)
     torch.save({"state_dict": theirs.state_dict()}, path)
-    with pytest.raises(SystemExit, match=r"x\.pth holds no ResNet18 weights under torchvision's names \(.*conv1"):
+    with pytest.raises(CommandError, match=r"x\.pth holds no ResNet18 weights under torchvision's names \(.*conv1"):
         load_backbone(path)
     path.write_text("no weights at all")
-    with pytest.raises(SystemExit, match=r"x\.pth holds no ResNet18 weights"):
+    with pytest.raises(CommandError, match=r"x\.pth holds no ResNet18 weights"):
         load_backbone(path)

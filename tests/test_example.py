@@ -16,6 +16,7 @@ pytest.importorskip("tyro", reason="the example needs otloss[examples]")
 
 from torchvision.models import resnet18
 
+from examples.optiml.errors import CommandError
 from examples.optiml.pretraining.log import read_log
 from examples.optiml.pretraining.settings import ExpanderConfig, MethodOptions, PretrainConfig
 from examples.optiml.pretraining.trainer import pretrain
@@ -80,17 +81,17 @@ def test_a_run_folder_of_another_config_is_refused(phantoms: Path, tmp_path: Pat
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
     assert saved["method"] == "vicreg" and saved["options"] == {"invariance": 25.0, "variance": 25.0, "covariance": 1.0}
     assert saved["optim"]["lr"] is not None  # presets are written out
-    with pytest.raises(SystemExit, match=r"holds a different run \(epochs: 1 there, 3 now\)"):
+    with pytest.raises(CommandError, match=r"holds a different run \(epochs: 1 there, 3 now\)"):
         pretrain(tiny(phantoms, tmp_path / "run", epochs=3))
     assert pretrain(tiny(phantoms, tmp_path / "run", epochs=1, workers=2)) == tmp_path / "run" / "backbone.pth"
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("mine")
-    with pytest.raises(SystemExit, match=r"is not empty and holds no config\.json"):
+    with pytest.raises(CommandError, match=r"is not empty and holds no config\.json"):
         pretrain(tiny(phantoms, tmp_path / "other"))
 
 
 def test_a_loss_that_is_no_number_stops_with_a_reason(phantoms: Path, tmp_path: Path) -> None:
     options = MethodOptions()
     options = dataclasses.replace(options, vicreg=dataclasses.replace(options.vicreg, covariance=float("inf")))
-    with pytest.raises(SystemExit, match=r"the loss is (nan|inf) in epoch 1, step 1 \(.*invariance"):
+    with pytest.raises(CommandError, match=r"the loss is (nan|inf) in epoch 1, step 1 \(.*invariance"):
         pretrain(tiny(phantoms, tmp_path / "run", options=options))

@@ -25,6 +25,7 @@ from torchvision.transforms.v2 import ColorJitter, RandomApply
 from xray_runs import interrupt_at
 
 import otloss
+from examples.optiml.errors import CommandError
 from examples.optiml.pretraining.log import read_log
 from examples.optiml.pretraining.methods import METHODS, method_class
 from examples.optiml.pretraining.methods.momentum import Queue, cosine_momentum
@@ -234,7 +235,7 @@ def test_mocos_keys_are_the_momentum_networks_and_the_queue_wraps() -> None:
         assert torch.allclose(model.queue.keys[row : row + BATCH], keys, atol=1e-6)
     before = F.normalize(model.target_head(model.target_backbone(batches[2][1])[1]), dim=1)
     assert torch.allclose(model.queue.keys[:BATCH], before, atol=1e-6)
-    with pytest.raises(SystemExit, match="queue of 20 keys does not divide by --batch-size 8"):
+    with pytest.raises(CommandError, match="queue of 20 keys does not divide by --batch-size 8"):
         Queue(20, 4, 8)
 
 

@@ -22,6 +22,7 @@ from xray_runs import in_two_processes, small
 
 import otloss
 from examples.optiml.__main__ import cli
+from examples.optiml.errors import CommandError
 from examples.optiml.pretraining import trainer as pretrain_module
 from examples.optiml.pretraining.distributed import World
 from examples.optiml.pretraining.log import read_log
@@ -62,7 +63,7 @@ def test_processes_share_every_batch(size: int) -> None:
 
 
 def test_a_batch_that_cannot_be_shared_is_refused() -> None:
-    with pytest.raises(SystemExit, match=r"--batch-size 9 .* does not divide by 2"):
+    with pytest.raises(CommandError, match=r"--batch-size 9 .* does not divide by 2"):
         EpochSampler(50, 0, 9, World(0, 2, 2))
 
 
@@ -110,7 +111,7 @@ def test_batch_norm_is_not_split_between_cpus(
     few_phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(World, "of_environment", classmethod(lambda cls: cls(0, 2, 2)))
-    with pytest.raises(SystemExit, match="take --norm group or --norm frozen"):
+    with pytest.raises(CommandError, match="take --norm group or --norm frozen"):
         pretrain(small(few_phantoms, tmp_path / "run"))
 
 
@@ -143,7 +144,7 @@ def test_presets_fill_only_what_is_unset(tmp_path: Path) -> None:
     assert (paper.optim.optimizer, paper.augment.min_scale, paper.options.optiml.invariance) == ("lars", 0.08, 0.0)
     usual = PretrainConfig(tmp_path, tmp_path).resolve()
     assert (usual.optim.optimizer, usual.augment.min_scale, usual.options.optiml.invariance) == ("adamw", 0.6, 25.0)
-    with pytest.raises(SystemExit, match=r"--optim.optimizer sgd needs --optim.lr; the preset's is for adamw"):
+    with pytest.raises(CommandError, match=r"--optim.optimizer sgd needs --optim.lr; the preset's is for adamw"):
         PretrainConfig(tmp_path, tmp_path, optim=OptimConfig("sgd")).resolve()
     mine = PretrainConfig(tmp_path, tmp_path, batch_size=128, optim=OptimConfig(trust=0.5)).resolve()
     assert (mine.optim.lr, mine.optim.trust, mine.options.optiml.marginals) == (2e-3, 0.5, "perplexity")
@@ -189,7 +190,8 @@ def test_weights_that_cannot_be_downloaded_say_where_to_put_them(monkeypatch: py
         raise URLError("no route to host")
 
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
-    with pytest.raises(SystemExit, match=r"no route to host.*put https://.*resnet18-f37072fd\.pth into .*checkpoints"):
+    advice = r"no route to host.*put https://.*resnet18-f37072fd\.pth into .*checkpoints"
+    with pytest.raises(CommandError, match=advice):
         imagenet_weights()
 
 
@@ -222,14 +224,14 @@ def test_losses_are_computed_in_float32_under_mixed_precision(tmp_path: Path, me
 
 
 def test_half_precision_on_a_cpu_is_refused(few_phantoms: Path, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="--precision 16-mixed needs a GPU; take bf16-mixed"):
+    with pytest.raises(CommandError, match="--precision 16-mixed needs a GPU; take bf16-mixed"):
         pretrain(small(few_phantoms, tmp_path / "run", precision="16-mixed"))
 
 
 def test_a_damaged_checkpoint_is_named(few_phantoms: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with pytest.raises(SystemExit):
+    with pytest.raises(CommandError):
         pretrain(small(few_phantoms, run, precision="16-mixed"))  # leaves the folder claimed
     (run / "last.ckpt").write_bytes(b"half of it")
-    with pytest.raises(SystemExit, match=r"last\.ckpt is damaged"):
+    with pytest.raises(CommandError, match=r"last\.ckpt is damaged"):
         pretrain(small(few_phantoms, run, precision="16-mixed"))

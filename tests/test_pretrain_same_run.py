@@ -28,6 +28,7 @@ from xray_runs import interrupt_at, small
 from examples.optiml.atomic import torch_save_atomic
 from examples.optiml.data.images import ImageStore
 from examples.optiml.data.index import read_index
+from examples.optiml.errors import CommandError
 from examples.optiml.pretraining import trainer as pretrain_module
 from examples.optiml.pretraining.callbacks import StopAfter
 from examples.optiml.pretraining.log import CsvTable, read_log
@@ -103,7 +104,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(few_phantoms: Path, tmp_pa
     assert pretrain(small(few_phantoms, run, stop_after=1)) is None
     saved = (run / "last.ckpt").read_bytes()
     (run / "last.ckpt.part").symlink_to("/dev/full")
-    with pytest.raises(SystemExit, match=r"no space left on the disk of .*last\.ckpt holds the run"):
+    with pytest.raises(CommandError, match=r"no space left on the disk of .*last\.ckpt holds the run"):
         pretrain(small(few_phantoms, run))
     assert (run / "last.ckpt").read_bytes() == saved
     assert not (run / "last.ckpt.part").exists() and not (run / "backbone.pth").exists()
@@ -123,13 +124,13 @@ def test_a_damaged_image_is_named_and_nothing_is_lost(
     victim = train.paths[order[2 * 8 + 5][1]]  # in the third batch
     intact = victim.read_bytes()
     victim.write_bytes(intact[: len(intact) // 2])
-    with pytest.raises(SystemExit, match=f"Stopped: cannot read image {victim}.*Nothing was saved yet"):
+    with pytest.raises(CommandError, match=f"Stopped: cannot read image {victim}.*Nothing was saved yet"):
         pretrain(config)
     monkeypatch.setattr(pretrain_module, "ImageStore", functools.partial(ImageStore, limit_mb=0))
-    with pytest.raises(SystemExit, match=rf"Stopped: cannot read image {victim}.*last\.ckpt holds"):
+    with pytest.raises(CommandError, match=rf"Stopped: cannot read image {victim}.*last\.ckpt holds"):
         pretrain(config)
     assert len(read_log(tmp_path / "run" / "metrics.csv")) == 2
-    with pytest.raises(SystemExit, match=f"cannot read image {victim}"):  # still the same
+    with pytest.raises(CommandError, match=f"cannot read image {victim}"):  # still the same
         pretrain(dataclasses.replace(config, workers=1))
     victim.write_bytes(intact)
     assert pretrain(config)

@@ -18,12 +18,14 @@ from PIL import Image
 from xray_runs import QUIET, SHORT
 
 from examples.optiml.commands.settings import XrayConfig
+from examples.optiml.commands.sizes import Sizes
 from examples.optiml.commands.xray import xray
 from examples.optiml.data.index import read_index
 from examples.optiml.downstream.arms import arm_of, paper_dataset
 from examples.optiml.downstream.heatmap import heatmap
 from examples.optiml.downstream.settings import HeatmapConfig
 from examples.optiml.downstream.starting_weights import Start
+from examples.optiml.errors import CommandError
 from examples.optiml.pretraining.network import load_backbone
 from examples.optiml.reporting.paper import TABLE1, TABLE2
 from examples.optiml.reporting.report import _made, _mixed, build, report
@@ -32,9 +34,12 @@ from examples.optiml.reporting.tables import markdown, only_ran
 
 def test_every_stage_ends_in_the_report_and_is_not_repeated(phantoms: Path, tmp_path: Path) -> None:
     config = XrayConfig(
-        phantoms, tmp_path / "out", dataset="phantoms", results=tmp_path / "kept", epochs=1,
-        batch_size=16, image_size=32, fractions=(0.1, 1.0), seeds=(), large_seeds=(0,), finetune=SHORT,
-        heatmap_fractions=(0.1,), label="Effusion", segment_fractions=(1.0,), segment_seeds=(0,), unet=SHORT, draws=20,
+        phantoms, tmp_path / "out", dataset="phantoms", results=tmp_path / "kept", label="Effusion",
+        sizes=Sizes(
+            epochs=1, batch_size=16, image_size=32, fractions=(0.1, 1.0), small_seeds=(), large_seeds=(0,),
+            finetune=SHORT, heatmap_fractions=(0.1,), segment_fractions=(1.0,), segment_seeds=(0,), unet=SHORT,
+            draws=20,
+        ),
     )  # fmt: skip
     path = xray(config, QUIET)
     records = json.loads((tmp_path / "kept" / "records.json").read_text())
@@ -58,12 +63,13 @@ def test_every_stage_ends_in_the_report_and_is_not_repeated(phantoms: Path, tmp_
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if "downstream" in p.parts and p.is_file()}
     assert xray(config, QUIET).read_text() == text
     run = tmp_path / "out" / "optiml-32px-1epochs-seed0"  # which knows its size
-    assert xray(dataclasses.replace(config, run=(run,), image_size=None), QUIET).read_text() == text
+    sizes = dataclasses.replace(config.sizes, image_size=None)
+    assert xray(dataclasses.replace(config, run=(run,), sizes=sizes), QUIET).read_text() == text
     assert before == {p: p.stat().st_mtime_ns for p in before}
 
-    with pytest.raises(SystemExit, match="are the same run of the same arm"):
+    with pytest.raises(CommandError, match="are the same run of the same arm"):
         report([*records, records[0]], tmp_path / "twice", QUIET)
-    with pytest.raises(SystemExit, match=r"is missing: run evaluate --protocol finetune --fractions 0\.5 first"):
+    with pytest.raises(CommandError, match=r"is missing: run evaluate --protocol finetune --fractions 0\.5 first"):
         heatmap(HeatmapConfig(phantoms, untrained=True, image_size=32, fraction=0.5, out=tmp_path), QUIET)
 
 
@@ -84,7 +90,7 @@ def test_runs_of_one_name_or_row_or_other_patients_are_refused(phantoms: Path, t
         (finished_run(tmp_path / "c"), "two networks have the row of the report 'optiml, seed 0'"),
         (finished_run(tmp_path / "d", seed=1, val_fraction=0.2), "val_fraction 0.2, split_seed 5 and val_fraction 0.3"),
     ):
-        with pytest.raises(SystemExit, match=f"^--run: .*{message}"):
+        with pytest.raises(CommandError, match=f"^--run: .*{message}"):
             xray(XrayConfig(phantoms, tmp_path / "out", run=(first, other)), QUIET)
     assert not (tmp_path / "out").exists()
 
@@ -93,7 +99,7 @@ def test_every_row_of_xray_has_the_runs_validation_patients(
     phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Start] = []
-    monkeypatch.setattr("examples.optiml.commands.xray.stages", lambda config, start, *rest: asked.append(start) or [])
+    monkeypatch.setattr("examples.optiml.commands.xray.stages", lambda sizes, start, *rest: asked.append(start) or [])
     xray(XrayConfig(phantoms, tmp_path / "out", run=(finished_run(tmp_path / "run"),)), QUIET)
     assert [start.random for start in asked] == [True, False]
     splits = [start.index().splits.tolist() for start in asked]

@@ -28,6 +28,7 @@ from examples.optiml.downstream.finetune import Classifier, load_classifier, pre
 from examples.optiml.downstream.heatmap import box_mask, chance, grad_cam, heatmap, hits
 from examples.optiml.downstream.segment import segment, unet
 from examples.optiml.downstream.settings import EvaluateConfig, HeatmapConfig, SegmentConfig
+from examples.optiml.errors import CommandError
 from examples.optiml.pretraining.network import Backbone, load_backbone, set_norm
 
 # --- segmentation --------------------------------------------------------------------------------------------
@@ -67,7 +68,7 @@ def test_segmentation_of_a_finding_and_of_lungs(phantoms: Path, tmp_path: Path) 
     (record,) = segment(config, QUIET)
     assert record["positive_images"] > 0 and 0 <= record["positives"]["value"] <= 1
     assert segment(config, QUIET)[0]["made"] == record["made"]  # not made again
-    with pytest.raises(SystemExit, match="has no outlines of Hernia; it has those of Cardiomegaly, "):
+    with pytest.raises(CommandError, match="has no outlines of Hernia; it has those of Cardiomegaly, "):
         mask_set(read_index(phantoms), "Hernia")
 
     root = tmp_path / "own"

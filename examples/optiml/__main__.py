@@ -11,6 +11,7 @@ import tyro
 from .commands.settings import CompareConfig, ExampleConfig, XrayConfig
 from .data.prepare.settings import PrepareConfig
 from .downstream.settings import EvaluateConfig, HeatmapConfig, SegmentConfig
+from .errors import CommandError
 from .pretraining.settings import INTERRUPTED, PretrainConfig
 from .reporting.settings import ReportConfig
 
@@ -50,7 +51,7 @@ def _run(module: str, config: Any) -> None:
 
     try:
         command.main(config)
-    except UnreadableImage as error:
+    except (CommandError, UnreadableImage) as error:
         raise SystemExit(str(error)) from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -21,12 +22,19 @@ from ..provenance import provenance
 from ..reporting.report import RECORDS
 from ..reporting.summary import FRACTION, Training, gain_record, gains, summary_lines
 from .settings import ExampleConfig, XrayConfig
+from .sizes import Sizes
 from .xray import run_name, xray
 
-TRAIN, TEST, SIZE, BATCH = 2000, 600, 64, 64
-#: What the U-Net outlines: the most frequent finding that has an outline.
+TRAIN, TEST, SIZE = 2000, 600, 64
+#: The finding that the U-Net outlines.
 LABEL = "Effusion"
-DRAWS = 1000
+#: Most of the minutes belong to the pretraining. Both networks get the same short fine-tuning.
+SIZES = Sizes(
+    epochs=10, image_size=SIZE, fractions=(FRACTION,), large_seeds=(0, 1), finetune_seeds=(0,),
+    finetune=TrainConfig(lr=1e-3, epochs=5, min_steps=30, checks=3), heatmap_fractions=(FRACTION,),
+    segment_fractions=(1.0,), segment_seeds=(0,),
+    unet=TrainConfig(lr=1e-3, batch_size=16, epochs=1, min_steps=40, max_steps=40, checks=2),
+)  # fmt: skip
 
 
 def main(config: ExampleConfig) -> None:
@@ -40,22 +48,23 @@ def main(config: ExampleConfig) -> None:
         )
     )
     stages = XrayConfig(
-        data, config.out, dataset="phantoms", method=config.method, epochs=config.epochs, batch_size=BATCH,
-        image_size=SIZE, pretrain_seeds=(config.seed,), precision=fast_precision(),
-        fractions=(FRACTION,), large_seeds=(0, 1), heatmap_fractions=(FRACTION,), segment_fractions=(1.0,),
-        segment_seeds=(0,), label=LABEL, draws=DRAWS,
-        # Both networks are fine-tuned for so many steps; most of the minutes belong to the pretraining.
-        finetune=TrainConfig(lr=1e-3, epochs=5, min_steps=40, checks=2),
-        unet=TrainConfig(lr=1e-3, batch_size=16, epochs=1, min_steps=40, max_steps=40, checks=2),
+        data, config.out, dataset="phantoms", method=config.method, pretrain_seeds=(config.seed,),
+        precision=fast_precision(), label=LABEL, sizes=replace(SIZES, epochs=config.epochs),
     )  # fmt: skip
     report = xray(stages, console)
     index = open_index(data)
     found = gains(
-        read_records([report.parent / RECORDS]), index, config.method, DRAWS, mask_set(index, LABEL)
+        read_records([report.parent / RECORDS]), index, config.method, SIZES.draws, mask_set(index, LABEL)
     )  # fmt: skip
     log = log_frame(config.out / run_name(stages, config.seed) / LOG)
     training = Training(
-        config.method, len(index.split("train")), config.epochs, len(log), BATCH, SIZE, float(log["seconds"].sum())
+        config.method,
+        len(index.split("train")),
+        config.epochs,
+        len(log),
+        SIZES.batch_size,
+        SIZE,
+        float(log["seconds"].sum()),
     )
     seconds = time.monotonic() - started
     lines = summary_lines(training, index, found, seconds, report)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
-from ..data.fractions import LARGE_SEEDS, SMALL, SMALL_SEEDS, check_fractions, check_seeds
-from ..downstream.settings import TrainConfig
+from ..data.fractions import check_seeds
 from ..pretraining.settings import Precision
 from ..reporting.comparison_rows import Kind, rows
-from .sizes import BUDGETS, Budget
+from .sizes import BUDGETS, Budget, SizeFlags, Sizes
 
 #: The committed results of comparisons, inside the package.
 RESULTS = Path(__file__).parents[1] / "results"
@@ -51,49 +50,16 @@ class XrayConfig:
     run: tuple[Path, ...] = ()
     """Pretrained run folders to take instead of pretraining; all rows get the first one's validation patients."""
     method: str = "optiml"
-    epochs: int = 10
-    batch_size: int = 64
-    image_size: int | None = None
-    """Unset: that of the first ``run``, or 64."""
-    min_scale: float | None = None
-    """Smallest share of the film that a crop of the pretraining shows. Unset: the method's."""
     pretrain_seeds: tuple[int, ...] = (0,)
     precision: Precision = "32-true"
     """Of the pretraining; bf16-mixed is faster on processors that multiply in it."""
     workers: int = 0
-
-    fractions: tuple[float, ...] = (0.01, 0.1, 1.0)
-    seeds: tuple[int, ...] = SMALL_SEEDS
-    """Of fractions below a tenth, where few patients decide."""
-    large_seeds: tuple[int, ...] = LARGE_SEEDS
-    """Of the other fractions."""
-    finetune: TrainConfig = field(default_factory=lambda: TrainConfig(lr=1e-3, epochs=5, min_steps=60, checks=5))
-    """How to fine-tune; short runs want a larger learning rate than the 1e-4 of long ones."""
-    neighbours: bool = True
-    """Also score frozen features by a vote of the nearest training films, with all labels."""
-    heatmap_fractions: tuple[float, ...] = (0.01, 1.0)
-    """Of ``fractions``, those whose networks' heatmaps are drawn; the paper's are of 1 %."""
     label: str = "Pneumothorax"
     """What to segment: a finding, or whatever else there are masks of, such as Lung."""
-    segment_fractions: tuple[float, ...] = (0.1, 1.0)
-    segment_seeds: tuple[int, ...] = (0, 1, 2)
-    segment_size: int | None = None
-    """Unset: ``image_size``."""
-    unet: TrainConfig = field(
-        default_factory=lambda: TrainConfig(lr=1e-3, batch_size=16, epochs=3, min_steps=60, checks=5)
-    )
-    """How to train the U-Net."""
-    figure_images: int = 6
-    draws: int = 1000
+    sizes: Annotated[Sizes, tyro.conf.arg(name="")] = field(default_factory=Sizes)
 
     def __post_init__(self) -> None:
-        check_fractions("fractions", self.fractions)
-        check_fractions("segment_fractions", self.segment_fractions)
-        check_seeds("segment_seeds", self.segment_seeds)
-        if any(f < SMALL for f in self.fractions):
-            check_seeds("seeds", self.seeds)
-        if any(f >= SMALL for f in self.fractions):
-            check_seeds("large_seeds", self.large_seeds)
+        self.sizes.check()
         if not self.run:
             check_seeds("pretrain_seeds", self.pretrain_seeds)
 
@@ -125,7 +91,7 @@ class CompareConfig:
     budget: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(BUDGETS) + "}")] = "small"
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of the pretraining, or of random weights: those to make. All that are complete are reported."""
-    sizes: Annotated[Budget, tyro.conf.arg(name="")] = field(default_factory=Budget)
+    size_flags: Annotated[SizeFlags, tyro.conf.arg(name="")] = field(default_factory=SizeFlags)
     readme: Path | None = None
     """Write the tables between this file's markers. Unset: the package's, if ``results`` lie inside the package."""
     workers: int = 0
@@ -133,34 +99,17 @@ class CompareConfig:
     def __post_init__(self) -> None:
         if self.budget not in BUDGETS:
             raise ValueError(f"budget must be one of {', '.join(BUDGETS)}, not {self.budget!r}")
-        names = [row.name for row in rows(self.rows)]
-        if unknown := sorted(set(self.only) - set(names)):
-            raise ValueError(f"only must be among {', '.join(names)}, not {', '.join(unknown)}")
+        arms = [row.arm for row in rows(self.rows)]
+        if unknown := sorted(set(self.only) - set(arms)):
+            raise ValueError(f"only must be among {', '.join(arms)}, not {', '.join(unknown)}")
         check_seeds("seeds", self.seeds)
-        self.stages()  # which has checks of its own
+        self.budgeted().sizes.check()
 
     def options(self) -> dict[str, Any]:
         """What the report repeats of the command line."""
         named = ("data", "dataset", "rsna_data", "segment_data", "label", "rows", "budget", "seeds")
-        return {**{name: getattr(self, name) for name in named}, **vars(self.sizes)}
+        return {**{name: getattr(self, name) for name in named}, **vars(self.size_flags)}
 
-    def budgeted(self) -> Any:
-        """The named budget, with what was set beside it."""
-        return replace(
-            BUDGETS[self.budget], **{name: value for name, value in vars(self.sizes).items() if value is not None}
-        )
-
-    def stages(self) -> XrayConfig:
-        """The sizes, as all stages take them."""
-        b = self.budgeted()
-        return XrayConfig(
-            self.data, self.out, epochs=b.epochs, batch_size=b.batch_size, image_size=b.image_size,
-            min_scale=b.min_scale, workers=self.workers, fractions=b.fractions,
-            seeds=b.small_seeds, large_seeds=b.large_seeds, heatmap_fractions=b.heatmap_fractions,
-            segment_data=self.segment_data, label=self.label, segment_fractions=b.segment_fractions,
-            segment_seeds=b.segment_seeds, figure_images=b.figure_images, draws=b.draws,
-            neighbours=False, finetune=TrainConfig(b.finetune_lr, epochs=b.finetune_epochs, min_steps=b.finetune_steps,
-                                 max_steps=b.finetune_max_steps, checks=b.checks),
-            unet=TrainConfig(b.unet_lr, batch_size=16, epochs=b.unet_epochs, min_steps=b.unet_steps,
-                             max_steps=b.unet_max_steps, checks=b.checks),
-        )  # fmt: skip
+    def budgeted(self) -> Budget:
+        """The named budget with the sizes that flags replace."""
+        return self.size_flags.applied_to(BUDGETS[self.budget])

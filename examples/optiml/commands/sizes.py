@@ -1,15 +1,114 @@
-"""How much a comparison spends: all sizes of all stages, under two names."""
+"""How much the stages compute: one set of sizes, two named budgets, and the flags of ``compare`` that change them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Annotated, TypeVar
 
+import tyro
+
+from ..data.fractions import LARGE_SEEDS, SMALL, SMALL_SEEDS, check_fractions, check_seeds
+from ..downstream.settings import TrainConfig
 from ..pretraining.settings import Precision
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """The sizes of all stages: pretraining, evaluation, heatmaps, segmentation. The defaults are those of ``xray``."""
+
+    epochs: int = 10
+    batch_size: int = 64
+    image_size: int | None = None
+    """Unset: that of the first ``run``, or 64."""
+    min_scale: float | None = None
+    """Smallest share of the film that a crop of the pretraining shows. Unset: the method's."""
+
+    fractions: tuple[float, ...] = (0.01, 0.1, 1.0)
+    small_seeds: Annotated[tuple[int, ...], tyro.conf.arg(name="seeds")] = SMALL_SEEDS
+    """Of fractions below a tenth, where few patients decide."""
+    large_seeds: tuple[int, ...] = LARGE_SEEDS
+    """Of the other fractions."""
+    finetune_seeds: tuple[int, ...] | None = None
+    """Of networks fine-tuned with such a fraction. Unset: ``large_seeds``."""
+    neighbours: bool = True
+    """Also score frozen features by a vote of the nearest training films, with all labels."""
+    finetune: TrainConfig = field(default_factory=lambda: TrainConfig(lr=1e-3, epochs=5, min_steps=60, checks=5))
+    """How to fine-tune; short runs want a larger learning rate than the 1e-4 of long ones."""
+    heatmap_fractions: tuple[float, ...] = (0.01, 1.0)
+    """Of ``fractions``, those whose networks' heatmaps are drawn; the paper's are of 1 %."""
+    segment_fractions: tuple[float, ...] = (0.1, 1.0)
+    segment_seeds: tuple[int, ...] = (0, 1, 2)
+    segment_size: int | None = None
+    """Unset: ``image_size``."""
+    unet: TrainConfig = field(
+        default_factory=lambda: TrainConfig(lr=1e-3, batch_size=16, epochs=3, min_steps=60, checks=5)
+    )
+    """How to train the U-Net."""
+    figure_images: int = 6
+    draws: int = 1000
+
+    def check(self) -> None:
+        """Raise a ValueError unless fractions and seeds are possible.
+
+        Whoever holds the sizes calls this: tyro prints a ValueError as one line only where the command's own
+        configuration raises it.
+        """
+        check_fractions("fractions", self.fractions)
+        check_fractions("segment_fractions", self.segment_fractions)
+        check_seeds("segment_seeds", self.segment_seeds)
+        small, large = self.split_fractions()
+        if small:
+            check_seeds("seeds", self.small_seeds)
+        if large:
+            check_seeds("large_seeds", self.large_seeds)
+        if self.finetune_seeds is not None:
+            check_seeds("finetune_seeds", self.finetune_seeds)
+
+    def split_fractions(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """The fractions that ``small_seeds`` serve, and those that ``large_seeds`` serve."""
+        return tuple(f for f in self.fractions if f < SMALL), tuple(f for f in self.fractions if f >= SMALL)
+
+
+@dataclass(frozen=True)
 class Budget:
-    """All sizes, the same for every row; what is unset is as the named budget has it."""
+    """What a comparison spends on each row: the sizes, and settings of the pretraining that go with them."""
+
+    sizes: Sizes
+    queue: int | None = None
+    """Keys in the queues of methods that have any; unset: each method's own."""
+    key_momentum: float | None = None
+    """Momentum of the key encoder of those; unset: each method's own."""
+    precision: Precision | None = None
+    """Of the pretraining; unset: the fastest of this machine."""
+
+
+BUDGETS = {
+    "small": Budget(
+        Sizes(
+            image_size=64, epochs=10, batch_size=64, fractions=(0.01, 0.1, 1.0), small_seeds=(0, 1, 2),
+            large_seeds=(0,), finetune=TrainConfig(lr=1e-3, epochs=5, min_steps=60, checks=5),
+            heatmap_fractions=(0.01,), segment_fractions=(1.0,), segment_seeds=(0,), neighbours=False,
+            unet=TrainConfig(lr=1e-3, batch_size=16, epochs=3, min_steps=60, checks=5), figure_images=6, draws=2000,
+        ),
+        queue=1024, key_momentum=0.99,
+    ),
+    "paper": Budget(
+        Sizes(
+            image_size=224, epochs=300, batch_size=64, fractions=(0.01, 0.1, 1.0), small_seeds=(0, 1, 2, 3, 4),
+            large_seeds=(0, 1, 2), finetune=TrainConfig(lr=1e-4, epochs=30, min_steps=300, checks=10),
+            heatmap_fractions=(0.01,), segment_fractions=(1.0,), segment_seeds=(0, 1, 2), neighbours=False,
+            unet=TrainConfig(lr=1e-3, batch_size=16, epochs=30, min_steps=300, checks=10), figure_images=6, draws=2000,
+        ),
+        precision="32-true",
+    ),
+}  # fmt: skip
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class SizeFlags:
+    """Flags of ``compare`` that replace sizes of the named budget. The budget's value stands where a flag is unset."""
 
     image_size: int | None = None
     epochs: int | None = None
@@ -49,18 +148,52 @@ class Budget:
     draws: int | None = None
     """Bootstrap replicates."""
 
+    def applied_to(self, budget: Budget) -> Budget:
+        """The budget with the flags that are set."""
+        usual = budget.sizes
+        sizes = replace(
+            usual,
+            epochs=_first_set(self.epochs, usual.epochs),
+            batch_size=_first_set(self.batch_size, usual.batch_size),
+            image_size=_first_set(self.image_size, usual.image_size),
+            min_scale=_first_set(self.min_scale, usual.min_scale),
+            fractions=_first_set(self.fractions, usual.fractions),
+            small_seeds=_first_set(self.small_seeds, usual.small_seeds),
+            large_seeds=_first_set(self.large_seeds, usual.large_seeds),
+            finetune=_training(
+                usual.finetune, self.finetune_lr, self.finetune_epochs, self.finetune_steps, self.finetune_max_steps,
+                self.checks,
+            ),
+            heatmap_fractions=_first_set(self.heatmap_fractions, usual.heatmap_fractions),
+            segment_fractions=_first_set(self.segment_fractions, usual.segment_fractions),
+            segment_seeds=_first_set(self.segment_seeds, usual.segment_seeds),
+            unet=_training(
+                usual.unet, self.unet_lr, self.unet_epochs, self.unet_steps, self.unet_max_steps, self.checks
+            ),
+            figure_images=_first_set(self.figure_images, usual.figure_images),
+            draws=_first_set(self.draws, usual.draws),
+        )  # fmt: skip
+        return Budget(
+            sizes,
+            queue=_first_set(self.queue, budget.queue),
+            key_momentum=_first_set(self.key_momentum, budget.key_momentum),
+            precision=_first_set(self.precision, budget.precision),
+        )
 
-BUDGETS = {
-    "small": Budget(
-        image_size=64, epochs=10, batch_size=64, queue=1024, key_momentum=0.99,
-        fractions=(0.01, 0.1, 1.0), small_seeds=(0, 1, 2), large_seeds=(0,),
-        heatmap_fractions=(0.01,), finetune_lr=1e-3, finetune_epochs=5, finetune_steps=60, segment_fractions=(1.0,),
-        segment_seeds=(0,), unet_lr=1e-3, unet_epochs=3, unet_steps=60, checks=5, figure_images=6, draws=2000,
-    ),
-    "paper": Budget(
-        image_size=224, epochs=300, batch_size=64, precision="32-true",
-        fractions=(0.01, 0.1, 1.0), small_seeds=(0, 1, 2, 3, 4), large_seeds=(0, 1, 2),
-        heatmap_fractions=(0.01,), finetune_lr=1e-4, finetune_epochs=30, finetune_steps=300, segment_fractions=(1.0,),
-        segment_seeds=(0, 1, 2), unet_lr=1e-3, unet_epochs=30, unet_steps=300, checks=10, figure_images=6, draws=2000,
-    ),
-}  # fmt: skip
+
+def _first_set(flag: T | None, usual: T) -> T:
+    return usual if flag is None else flag
+
+
+def _training(
+    usual: TrainConfig, lr: float | None, epochs: int | None, steps: int | None, max_steps: int | None,
+    checks: int | None,
+) -> TrainConfig:  # fmt: skip
+    return replace(
+        usual,
+        lr=_first_set(lr, usual.lr),
+        epochs=_first_set(epochs, usual.epochs),
+        min_steps=_first_set(steps, usual.min_steps),
+        max_steps=_first_set(max_steps, usual.max_steps),
+        checks=_first_set(checks, usual.checks),
+    )

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from ..data.fractions import SMALL
 from ..data.index import open_index, with_all_splits
 from ..data.masks import has_outlines, mask_set
 from ..downstream.evaluate import Evaluation, FrozenFeatures, evaluate, source_record
@@ -20,10 +19,12 @@ from ..downstream.result_files import Record
 from ..downstream.segment import segment
 from ..downstream.settings import EvaluateConfig, HeatmapConfig, SegmentConfig, StartConfig
 from ..downstream.starting_weights import Start, resolve, run_folder
+from ..errors import CommandError
 from ..pretraining.settings import AugmentConfig, PretrainConfig
 from ..pretraining.trainer import pretrain
 from ..reporting.report import report
 from .settings import XrayConfig
+from .sizes import Sizes
 
 UNTRAINED = "untrained"
 
@@ -32,23 +33,24 @@ def xray(config: XrayConfig, console: Console | None = None) -> Path:
     """All stages; returns the report."""
     console = console or Console()
     common = _common(config)
-    config = dataclasses.replace(config, image_size=common["image_size"])
+    config = replace(config, sizes=replace(config.sizes, image_size=common["image_size"]))
     held_out = common["val_fraction"], common["split_seed"]
     index = with_all_splits(open_index(config.data, *held_out))
     if config.segment_data is not None:  # a wrong --label is worth knowing before hours of pretraining
         mask_set(open_index(config.segment_data, *held_out), config.label)
     elif has_outlines(index, config.label):
-        config = dataclasses.replace(config, segment_data=config.data)
+        config = replace(config, segment_data=config.data)
     console.rule("pretrain")
     runs = config.run or tuple(_pretrained(config, seed, console) for seed in config.pretrain_seeds)
     dataset = config.dataset or config.data.resolve().name
     downstream = config.out / "downstream"
     records: list[Record] = []
-    if alone := source_record(index, dataset, downstream / dataset, config.draws):
+    if alone := source_record(index, dataset, downstream / dataset, config.sizes.draws):
         records.append(alone)
     for run in (None, *runs):
         start = resolve(StartConfig(config.data, run=run, untrained=run is None, dataset=dataset, **common))
-        records += stages(config, start, UNTRAINED if run is None else _name(run), downstream, console)
+        name = UNTRAINED if run is None else _name(run)
+        records += stages(config.sizes, start, name, downstream, console, config.segment_data, config.label)
     console.rule("report")
     path = report(records, config.out / "report", console)
     if config.results:
@@ -72,30 +74,31 @@ def _common(config: XrayConfig) -> dict[str, Any]:
     rows = [f"{start.arm}, seed {start.pretraining.get('seed')}" for start in starts]
     for what, keys in (("name", names), ("row of the report", rows)):
         if twice := next((key for key in keys if keys.count(key) > 1), None):
-            raise SystemExit(f"--run: two networks have the {what} {twice!r}; run xray for each, under its own --out")
+            raise CommandError(f"--run: two networks have the {what} {twice!r}; run xray for each, under its own --out")
     if len(splits := {(start.val_fraction, start.split_seed) for start in starts}) > 1:
         shown = " and ".join(f"val_fraction {share}, split_seed {seed}" for share, seed in sorted(splits))
-        raise SystemExit(f"--run: the networks held out different validation patients ({shown}); run xray for each")
+        raise CommandError(f"--run: the networks held out different validation patients ({shown}); run xray for each")
     like = starts[0] if starts else PretrainConfig(config.data, config.out, image_size=64)
-    size = config.image_size or like.image_size
+    size = config.sizes.image_size or like.image_size
     return {"image_size": size, "val_fraction": like.val_fraction, "split_seed": like.split_seed}
 
 
 def run_name(config: XrayConfig, seed: int) -> str:
     """Folder of the pretraining of a seed, in ``config.out``."""
-    return f"{config.method}-{config.image_size}px-{config.epochs}epochs-seed{seed}"
+    return f"{config.method}-{config.sizes.image_size}px-{config.sizes.epochs}epochs-seed{seed}"
 
 
 def _pretrained(config: XrayConfig, seed: int, console: Console) -> Path:
-    assert config.image_size is not None  # xray has filled it in
+    sizes = config.sizes
+    assert sizes.image_size is not None  # xray has filled it in
     out = config.out / run_name(config, seed)
     run = PretrainConfig(
-        config.data, out, config.method, epochs=config.epochs, batch_size=config.batch_size,
-        image_size=config.image_size, seed=seed, augment=AugmentConfig(min_scale=config.min_scale),
+        config.data, out, config.method, epochs=sizes.epochs, batch_size=sizes.batch_size,
+        image_size=sizes.image_size, seed=seed, augment=AugmentConfig(min_scale=sizes.min_scale),
         workers=config.workers, precision=config.precision,
     )  # fmt: skip
     if pretrain(run, console) is None:
-        raise SystemExit(f"{out} did not finish; the same command goes on")
+        raise CommandError(f"{out} did not finish; the same command goes on")
     return out
 
 
@@ -104,53 +107,57 @@ def outlined(segment_data: Path, data: Path, dataset: str) -> str:
     return dataset if segment_data.resolve() == data.resolve() else segment_data.resolve().name
 
 
-def stages(config: XrayConfig, start: Start, name: str, folder: Path, console: Console) -> Iterator[Record]:
+def stages(
+    sizes: Sizes, start: Start, name: str, folder: Path, console: Console, segment_data: Path | None = None,
+    label: str = "",
+) -> Iterator[Record]:  # fmt: skip
     """Evaluate, segment and draw heatmaps from one start: each record as it is made or found.
 
-    Records lie in ``folder`` / DATASET / ``name``; the sizes are the configuration's, the data set that is evaluated on
-    the start's.
+    Records lie in ``folder`` / DATASET / ``name``. ``start`` says which data set is evaluated on; ``label`` is
+    segmented on ``segment_data``, unless that is None.
     """
     index, out = start.index(), folder / start.dataset / name
-    boxed = bool(config.heatmap_fractions and targets(index.split("test")))
-    small = tuple(f for f in config.fractions if f < SMALL)
-    rest = tuple(f for f in config.fractions if f >= SMALL)
-    plan = [(fs, seeds) for fs, seeds in ((small, config.seeds), (rest, config.large_seeds)) if fs]
+    boxed = bool(sizes.heatmap_fractions and targets(index.split("test")))
+    small, large = sizes.split_fractions()
+    plan = [(fractions, s) for fractions, s in ((small, sizes.small_seeds), (large, sizes.large_seeds)) if fractions]
     console.rule(f"evaluate, frozen: {name}")
     features = FrozenFeatures(start, index)
     for fractions, seeds in plan:
-        frozen = EvaluateConfig(start.data, fractions=fractions, seeds=seeds, draws=config.draws, out=out)
+        frozen = EvaluateConfig(start.data, fractions=fractions, seeds=seeds, draws=sizes.draws, out=out)
         yield from evaluate(frozen, console, start, features)
-    if config.neighbours:
-        seeds = config.large_seeds if start.random else config.large_seeds[:1]
-        vote = EvaluateConfig(start.data, protocol="neighbours", seeds=seeds, draws=config.draws, out=out)
+    if sizes.neighbours:
+        seeds = sizes.large_seeds if start.random else sizes.large_seeds[:1]
+        vote = EvaluateConfig(start.data, protocol="neighbours", seeds=seeds, draws=sizes.draws, out=out)
         yield from evaluate(vote, console, start, features)
+    if large and sizes.finetune_seeds is not None:
+        plan[-1] = (large, sizes.finetune_seeds)
     console.rule(f"evaluate, finetune: {name}")
     for fractions, seeds in plan:
         tuned = EvaluateConfig(
-            start.data, protocol="finetune", fractions=fractions, seeds=seeds, train=config.finetune,
-            draws=config.draws, out=out,
+            start.data, protocol="finetune", fractions=fractions, seeds=seeds, train=sizes.finetune, draws=sizes.draws,
+            out=out,
         )  # fmt: skip
         evaluation = Evaluation(tuned, console, start)
         for fraction, seed in evaluation.plan():
-            if not (boxed and fraction in config.heatmap_fractions):
+            if not (boxed and fraction in sizes.heatmap_fractions):
                 yield evaluation.one(fraction, seed, keep=False)
                 continue
             maps = HeatmapConfig(
-                start.data, fraction=fraction, seeds=(seed,), figure_images=config.figure_images, draws=config.draws,
+                start.data, fraction=fraction, seeds=(seed,), figure_images=sizes.figure_images, draws=sizes.draws,
                 out=out,
             )  # fmt: skip
             *_, known = heatmap_record(maps, start, index.split("test"), out, seed, evaluation.identity(fraction, seed))
             yield evaluation.one(fraction, seed, keep=known is None)
             yield from heatmap(maps, console, start)
-    if config.segment_data is not None:
+    if segment_data is not None:
         console.rule(f"segment: {name}")
-        column = outlined(config.segment_data, start.data, start.dataset)
-        size = config.segment_size or start.image_size
-        task = dataclasses.replace(start, data=config.segment_data, dataset=column, image_size=size)
-        for seed in config.segment_seeds:
+        column = outlined(segment_data, start.data, start.dataset)
+        size = sizes.segment_size or start.image_size
+        task = replace(start, data=segment_data, dataset=column, image_size=size)
+        for seed in sizes.segment_seeds:
             unet = SegmentConfig(
-                config.segment_data, label=config.label, fractions=config.segment_fractions, seeds=(seed,),
-                train=config.unet, draws=config.draws, out=folder / column / name,
+                segment_data, label=label, fractions=sizes.segment_fractions, seeds=(seed,), train=sizes.unet,
+                draws=sizes.draws, out=folder / column / name,
             )  # fmt: skip
             yield from segment(unet, console, task)
 

@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from ..errors import CommandError
 from .images import open_grey
 from .nih_format import BOX_FILE, BOX_SPACE, ENTRY_FILE, OLD_ENTRY_FILE, TEST_FILE, TRAIN_FILE
 
@@ -124,14 +125,14 @@ def open_index(root: Path, val_fraction: float = 0.14, split_seed: int = 0) -> C
         index = read_index(root, val_fraction, split_seed)
         index.split("train")  # there is nothing to do without
     except (OSError, ValueError) as error:
-        raise SystemExit(str(error)) from error
+        raise CommandError(str(error)) from error
     return index
 
 
 def with_all_splits(index: ChestIndex) -> ChestIndex:
     """The same index; ends the command where nothing could be fitted, chosen or scored."""
     if missing := [name for name in SPLITS if name not in index.splits]:
-        raise SystemExit(f"{index.root} has no image in split {missing[0]!r}; needed are {', '.join(SPLITS)}")
+        raise CommandError(f"{index.root} has no image in split {missing[0]!r}; needed are {', '.join(SPLITS)}")
     return index
 
 

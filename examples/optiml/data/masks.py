@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from ..errors import CommandError
 from .batches import Rows, grey_batch
 from .images import ImageStore, resize_mask
 from .index import MASK_FOLDER, ChestIndex, mask_path, with_all_splits
@@ -65,7 +66,7 @@ def mask_set(index: ChestIndex, label: str) -> MaskSet:
     if not drawn.any():
         known = ", ".join(folder.name for folder in sorted((index.root / MASK_FOLDER).glob("*")))
         has = f"it has those of {known}" if known else "segmentation needs masks"
-        raise SystemExit(f"{index.root} has no outlines of {label}; {has}")
+        raise CommandError(f"{index.root} has no outlines of {label}; {has}")
     if label in index.classes:
         drawn |= index.labels[:, index.classes.index(label)] == 0
     return MaskSet(with_all_splits(index.take(np.flatnonzero(drawn))), label)

@@ -16,7 +16,7 @@ from ..data.index import SPLITS, ChestIndex
 from ..data.subsets import label_fraction, write_ids
 from ..pretraining.features import extract
 from ..pretraining.monitor import knn_scores
-from ..pretraining.network import Backbone, load_backbone
+from ..pretraining.network import Backbone
 from ..pretraining.settings import MonitorConfig
 from .finetune import finetune, predict, save_classifier, usable_classes
 from .probe import fit_probe
@@ -69,12 +69,6 @@ def neighbour_scores(index: ChestIndex, x: dict[str, Tensor], train: ChestIndex)
     scores = knn_scores(bank, labels, x["test"], vote.neighbours, vote.temperature)
     notes = {"neighbours": vote.neighbours, "temperature": vote.temperature}
     return Scored(index.split("test"), scores.double().numpy().round(9), usable_classes(train), notes)
-
-
-def score_backbone(index: ChestIndex, weights: Path | None, image_size: int, seed: int = 0) -> Scored:
-    """Frozen features of a weights file (None: untrained, from ``seed``) through the probe."""
-    backbone = load_backbone(weights, seed)
-    return probe_scores(index, split_features(backbone, index, image_size))
 
 
 def score_metadata(index: ChestIndex) -> Scored | None:
@@ -153,6 +147,7 @@ class Evaluation:
         known = read_if_current(path, identity)
         if known is not None and (model_path is None or model_path.exists()):
             return known
+        self.start.ensure_weights()
         train = label_fraction(self.index.split("train"), fraction, seed)
         write_ids(train, self.out / "subsets", fraction, seed)
         if protocol == "linear":

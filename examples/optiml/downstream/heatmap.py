@@ -26,6 +26,7 @@ from torch.nn.functional import interpolate
 from ..data.batches import grey_batch
 from ..data.images import ImageStore
 from ..data.index import Box, ChestIndex
+from ..errors import CommandError
 from ..metrics import Estimate, Floats, patient_draws
 from ..pretraining.network import device
 from .finetune import Classifier, load_classifier
@@ -134,7 +135,7 @@ def heatmap(config: HeatmapConfig, console: Console | None = None, start: Start 
     start, console = start or resolve(config), console or Console()
     index, out = start.index().split(config.split), config.out or default_out(config.run, start)
     if not targets(index):
-        raise SystemExit(f"{start.data} has no box on a film of split {config.split!r}")
+        raise CommandError(f"{start.data} has no box on a film of split {config.split!r}")
     return [_one(config, start, index, out, seed, console) for seed in config.seeds]
 
 
@@ -163,7 +164,7 @@ def _one(config: HeatmapConfig, start: Start, index: ChestIndex, out: Path, seed
         return known
     if not network.is_file():
         first = f"evaluate --protocol finetune --fractions {config.fraction:g}"
-        raise SystemExit(f"{network} is missing: run {first} first")
+        raise CommandError(f"{network} is missing: run {first} first")
     model, facts = load_classifier(network)
     size, usable = facts["image_size"], dict(zip(facts["classes"], facts["usable"], strict=True))
     index = index.take(np.unique([target.row for target in targets(index)]))  # few films have boxes

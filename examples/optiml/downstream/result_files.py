@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..atomic import write_json
+from ..errors import CommandError
 from ..provenance import provenance
 
 Record = dict[str, Any]
@@ -43,7 +44,7 @@ def read_records(folders: Iterable[Path]) -> list[Record]:
             records += json.loads(folder.read_text())
             continue
         if not folder.is_dir():
-            raise SystemExit(f"{folder} is neither a folder nor a file")
+            raise CommandError(f"{folder} is neither a folder nor a file")
         for path in sorted(folder.rglob("*.json")):
             content = json.loads(path.read_text())
             if isinstance(content, dict) and "stage" in content:

@@ -88,6 +88,7 @@ def _one(
     known = read_if_current(path, identity)
     if known is not None:
         return known
+    start.ensure_weights()
     train = dataclasses.replace(task, index=label_fraction(task.index.split("train"), fraction, seed))
     write_ids(train.index, out / "subsets-segment", fraction, seed)
     model = unet(start.backbone(seed), seed).to(device())

@@ -1,4 +1,4 @@
-"""Where a downstream task starts from: a pretraining run, an untrained network, or ImageNet's weights."""
+"""The weights that a downstream task starts from: a pretraining run's, random ones, or ImageNet's."""
 
 from __future__ import annotations
 
@@ -10,21 +10,23 @@ from pathlib import Path
 from typing import Any
 
 from ..data.index import ChestIndex, open_index, with_all_splits
+from ..errors import CommandError
 from ..pretraining.network import Backbone, imagenet_weights, load_backbone
 from ..pretraining.settings import CONFIG
 from ..pretraining.trainer import BACKBONE
 from .arms import SUP1, SUP2, arm_of
 from .settings import StartConfig
 
-#: Size of a view where no run says otherwise.
+#: Size of an image if neither an option nor a run says another.
 IMAGE_SIZE = 224
 
 
 @dataclass(frozen=True)
 class Start:
-    """A resolved :class:`StartConfig`: the index, and how to make the backbone."""
+    """A resolved :class:`StartConfig`: the data set to work on, and the weights to start from."""
 
     arm: str
+    """The row of the report, as records name it."""
     dataset: str
     image_size: int
     val_fraction: float
@@ -35,19 +37,26 @@ class Start:
     pretraining: dict[str, Any] = field(default_factory=dict)
     """The run's config.json; empty where there is none."""
     seed: int | None = None
-    """Draws random weights; unset: the seed of each task does."""
-    make: Callable[[], object] | None = None
-    """Called before the weights are used for the first time, to see to it that they are there."""
+    """Seed of random weights. Unset: each task draws weights from its own seed."""
+    make_weights: Callable[[], object] | None = None
+    """What :meth:`ensure_weights` calls. Unset: the weights are there."""
     title: str = ""
-    """The row's name in the report, where the paper has none."""
+    """How the report prints the arm, where the paper has no name for it."""
 
     def index(self) -> ChestIndex:
+        """The data set, with all three splits."""
         return with_all_splits(open_index(self.data, self.val_fraction, self.split_seed))
 
+    def ensure_weights(self) -> None:
+        """Make the weights if they are not there, which in a comparison may be hours of pretraining.
+
+        A stage calls this once it knows that its record has to be made, before the first call of :meth:`backbone`.
+        """
+        if self.make_weights is not None:
+            self.make_weights()
+
     def backbone(self, seed: int) -> Backbone:
-        """A fresh backbone; ``seed`` matters only where the weights are random."""
-        if self.make is not None:
-            self.make()
+        """A new backbone with the starting weights; ``seed`` draws them if they are random."""
         backbone = load_backbone(self.weights, seed if self.seed is None else self.seed)
         if self.imagenet:
             backbone.load_state_dict(imagenet_weights())
@@ -55,18 +64,18 @@ class Start:
 
     @property
     def random(self) -> bool:
-        """Whether each task's seed gives other weights."""
+        """Whether the weights differ between the seeds of tasks."""
         return self.weights is None and not self.imagenet and self.seed is None
 
     def identity(self) -> dict[str, Any]:
-        """What the start contributes to a result.
+        """The part of a record's identity that the start decides.
 
-        A run counts by what it depends on, not by its weights, so that its results are known without them; a file
-        from elsewhere by its bytes.
+        A pretraining run is identified by its configuration, so that its records stay current when its weights are
+        deleted. A weights file without a run is identified by its bytes.
         """
         if self.weights is None:
-            drawn = "untrained" if self.seed is None else f"untrained, seed {self.seed}"
-            start = "imagenet" if self.imagenet else drawn
+            untrained = "untrained" if self.seed is None else f"untrained, seed {self.seed}"
+            start = "imagenet" if self.imagenet else untrained
         elif self.pretraining:
             start = "run " + _digest(json.dumps(self.pretraining, sort_keys=True).encode())
         else:
@@ -74,9 +83,9 @@ class Start:
         return {"start": start, "image_size": self.image_size}
 
     def labels(self) -> dict[str, Any]:
-        """How the report finds a record of this start, and what it compares before it averages over several."""
-        known = {"arm": self.arm, "dataset": self.dataset, "pretraining": self.pretraining}
-        return {**known, "title": self.title} if self.title else known
+        """The keys of a record that say whose it is: the report groups by these."""
+        labels = {"arm": self.arm, "dataset": self.dataset, "pretraining": self.pretraining}
+        return {**labels, "title": self.title} if self.title else labels
 
 
 def _digest(content: bytes) -> str:
@@ -84,16 +93,16 @@ def _digest(content: bytes) -> str:
 
 
 def run_folder(run: Path | None) -> Path | None:
-    """The run folder that is meant: given as such, or by the backbone in it."""
+    """The run folder, if ``run`` is one or is the backbone in one; else None."""
     if run is not None and run.name == BACKBONE and (run.parent / CONFIG).is_file():
         return run.parent
     return run if run is not None and run.is_dir() else None
 
 
 def default_out(run: Path | None, start: Start) -> Path:
-    """Beside the run where there is a run folder; the data set's name keeps several sets apart.
+    """Where the records go if no ``--out`` is given: into the run folder, else into ``runs/ARM-DATASET``.
 
-    Weights from elsewhere by their bytes too, as many a file has the same name.
+    The latter has a digest of the bytes for a weights file, as two such files may have the same name.
     """
     if folder := run_folder(run):
         return folder / "evaluate" / start.dataset
@@ -102,22 +111,22 @@ def default_out(run: Path | None, start: Start) -> Path:
 
 
 def resolve(config: StartConfig) -> Start:
-    """Check what was asked for and fill in what the run knows."""
+    """Check the options and fill in what the run's configuration says."""
     if (config.run is not None) + config.untrained + config.imagenet != 1:
-        raise SystemExit("give one of --run FOLDER, --untrained and --imagenet")
+        raise CommandError("give one of --run FOLDER, --untrained and --imagenet")
     weights, saved = config.run, {}
     if folder := run_folder(config.run):
         if not (folder / CONFIG).is_file():
-            raise SystemExit(f"{folder} is no run folder: it holds no {CONFIG}")
+            raise CommandError(f"{folder} is no run folder: it holds no {CONFIG}")
         saved = json.loads((folder / CONFIG).read_text())
         weights = folder / BACKBONE
     if weights is not None and not weights.is_file():
-        raise SystemExit(f"{weights} does not exist: has the run finished?")
-    default = SUP1 if config.untrained else SUP2
+        raise CommandError(f"{weights} does not exist: has the run finished?")
+    arm = SUP1 if config.untrained else SUP2
     if weights is not None:
-        default = arm_of(saved) if saved else weights.stem
+        arm = arm_of(saved) if saved else weights.stem
     return Start(
-        arm=config.arm or default,
+        arm=config.arm or arm,
         dataset=config.dataset or config.data.resolve().name,
         image_size=config.image_size or saved.get("image_size", IMAGE_SIZE),
         val_fraction=saved.get("val_fraction") or config.val_fraction,  # something must choose the model

@@ -1,4 +1,9 @@
-"""The supervised loop that fine-tuning and segmentation share: seeded, resumable, chosen on validation."""
+"""The supervised loop that fine-tuning and segmentation share: seeded, resumable, chosen on validation.
+
+Pretraining uses a Lightning Trainer; this does not. There are many short fits here, two in a row for each backbone
+(fine-tuning, then the U-Net), and each keeps the weights that score best on validation. A Trainer's start-up for each
+fit and its checkpoint format would cost more than this loop.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +24,7 @@ from torch.nn.functional import affine_grid, grid_sample
 
 from ..atomic import torch_save_atomic
 from ..data.batches import read_ahead
+from ..errors import CommandError
 from ..pretraining.network import device
 from .settings import TrainConfig
 
@@ -84,7 +90,7 @@ def fit(
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         loss = loss_of(x.to(device()), y.to(device()), generator)
         if not torch.isfinite(loss):
-            raise SystemExit(f"the loss is {loss.item()} in step {step + 1} of {total}; a smaller lr usually helps")
+            raise CommandError(f"the loss is {loss.item()} in step {step + 1} of {total}; a smaller lr usually helps")
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()

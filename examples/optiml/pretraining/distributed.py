@@ -10,6 +10,8 @@ import torch.distributed as dist
 from lightly.utils.dist import gather
 from torch import Tensor
 
+from ..errors import CommandError
+
 
 @dataclass(frozen=True)
 class World:
@@ -38,7 +40,7 @@ class World:
     def share(self, batch_size: int) -> int:
         """How many images of a batch are this process's."""
         if batch_size % self.size:
-            raise SystemExit(f"--batch-size {batch_size} (of all processes together) does not divide by {self.size}")
+            raise CommandError(f"--batch-size {batch_size} (of all processes together) does not divide by {self.size}")
         return batch_size // self.size
 
 

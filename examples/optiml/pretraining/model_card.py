@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ..data.index import SPLITS, ChestIndex, read_index
+from ..markdown import markdown_table
 from ..provenance import provenance
 from .distributed import World
 from .log import epoch_means, log_frame, read_log
@@ -69,7 +70,9 @@ def _card(config: PretrainConfig, index: ChestIndex, train: ChestIndex, world: W
         f"{world.size} process{'es' if world.size > 1 else ''}; {hours:.2f} hours in steps; preset `{config.preset}`, "
         f"seed {config.seed}, precision {config.precision}. Means over the first and the last epoch:",
         "",
-        *_table(["", "first epoch", "last epoch"], [[name, first.get(name), last[name]] for name in last]),
+        *markdown_table(
+            ["", "first epoch", "last epoch"], [[name, _cell(first.get(name)), _cell(last[name])] for name in last]
+        ),
         "",
     ]  # fmt: skip
     if monitor:
@@ -78,7 +81,7 @@ def _card(config: PretrainConfig, index: ChestIndex, train: ChestIndex, world: W
             f"Monitored on validation images (`knn_auc`: macro AUC of {config.monitor.neighbours} neighbours' labels; "
             "labels served for measuring only):",
             "",
-            *_table(names, [[row[name] for name in names] for row in monitor[-10:]]),
+            *markdown_table(names, [[_cell(row[name]) for name in names] for row in monitor[-10:]]),
             "",
         ]
     lines += [
@@ -101,12 +104,5 @@ def _card(config: PretrainConfig, index: ChestIndex, train: ChestIndex, world: W
     return "\n".join(lines)
 
 
-def _table(head: list[str], rows: list[list[str | float | None]]) -> list[str]:
-    def cell(value: str | float | None) -> str:
-        return "–" if value is None else value if isinstance(value, str) else f"{value:.5g}"
-
-    return [
-        f"| {' | '.join(head)} |",
-        "|" + " --- |" * len(head),
-        *(f"| {' | '.join(cell(value) for value in row)} |" for row in rows),
-    ]
+def _cell(value: float | None) -> str:
+    return "–" if value is None else f"{value:.5g}"

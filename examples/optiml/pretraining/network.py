@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models import ResNet18_Weights
 from torchvision.models.resnet import BasicBlock, ResNet
 
+from ..errors import CommandError
 from .settings import ExpanderConfig, Norm
 
 FEATURE_DIM = 512
@@ -44,7 +45,7 @@ def imagenet_weights() -> dict[str, Tensor]:
         weights = ResNet18_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True)
     except URLError as error:
         url, folder = ResNet18_Weights.IMAGENET1K_V1.url, Path(torch.hub.get_dir()) / "checkpoints"
-        raise SystemExit(f"cannot download ImageNet weights ({error}); put {url} into {folder}") from error
+        raise CommandError(f"cannot download ImageNet weights ({error}); put {url} into {folder}") from error
     return {name: torch.as_tensor(value) for name, value in weights.items() if not name.startswith("fc.")}
 
 
@@ -68,7 +69,7 @@ def load_backbone(path: Path | None, seed: int = 0) -> Backbone:
             backbone.load_state_dict({name: x for name, x in weights.items() if not name.startswith("fc.")})
         except (RuntimeError, AttributeError, TypeError, EOFError, pickle.UnpicklingError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise SystemExit(f"{path} holds no ResNet18 weights under torchvision's names ({reason})") from error
+            raise CommandError(f"{path} holds no ResNet18 weights under torchvision's names ({reason})") from error
     return backbone.eval()
 
 

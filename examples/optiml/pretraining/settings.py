@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from ..atomic import write_json
+from ..errors import CommandError
 from .methods import METHODS
 
 #: What a run is, in its folder.
@@ -179,7 +180,9 @@ class PretrainConfig:
         values = {**PRESETS[self.preset], **METHODS[self.method].presets.get(self.preset, {})}
         usual = values["optim.optimizer"]
         if self.optim.lr is None and self.optim.optimizer not in (None, usual):
-            raise SystemExit(f"--optim.optimizer {self.optim.optimizer} needs --optim.lr; the preset's is for {usual}")
+            raise CommandError(
+                f"--optim.optimizer {self.optim.optimizer} needs --optim.lr; the preset's is for {usual}"
+            )
         for path, value in values.items():
             value = value * self.batch_size / 64 if path == "optim.lr" else value
             filled = _fill(filled, path.split("."), value)
@@ -216,8 +219,8 @@ def claim_run_folder(config: PretrainConfig, fingerprint: str) -> None:
         changed = [key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key)]
         if changed:
             detail = "; ".join(f"{key}: {theirs.get(key)} there, {mine.get(key)} now" for key in sorted(changed))
-            raise SystemExit(f"{config.out} holds a different run ({detail}). Choose another --out or delete it.")
+            raise CommandError(f"{config.out} holds a different run ({detail}). Choose another --out or delete it.")
         return
     if config.out.exists() and any(config.out.iterdir()):
-        raise SystemExit(f"{config.out} is not empty and holds no {CONFIG}. Choose another --out.")
+        raise CommandError(f"{config.out} is not empty and holds no {CONFIG}. Choose another --out.")
     write_json(path, mine)

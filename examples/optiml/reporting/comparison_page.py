@@ -1,4 +1,4 @@
-"""What a comparison writes about itself: how it was made, and its tables between two lines of a page."""
+"""The text around a comparison's tables, which says how they were made; and the tables' place in a page."""
 
 from __future__ import annotations
 
@@ -13,30 +13,32 @@ from ..atomic import atomic_path
 from ..data.index import ChestIndex
 from ..downstream.arms import SUP2
 from ..downstream.result_files import Record
+from ..errors import CommandError
+from ..markdown import markdown_table
 from .comparison_rows import Kind, rows
-from .row_store import RowStore
+from .row_store import Stores
 from .tables import Table, markdown, only_ran
 
 
 def provenance_text(
-    kind: Kind, options: dict[str, Any], index: ChestIndex, records: list[Record], kept: dict[str, dict[int, RowStore]]
+    kind: Kind, options: dict[str, Any], index: ChestIndex, records: list[Record], stores: Stores
 ) -> str:
-    """The command with its ``options``, the sizes, where and how long."""
-    settings = {**options, "seeds": tuple(sorted(set().union(*kept.values())))}  # all that are reported
-    settings["precision"] = None  # which says below what was, not what would be
+    """The command with its ``options``, the time and the machines it took, the number of films, and what is missing."""
+    settings = {**options, "seeds": tuple(sorted(set().union(*stores.values())))}  # all seeds in the report
+    settings["precision"] = None  # the text says below what was computed in which precision
     given = [
         f"--{name.replace('_', '-')} {' '.join(map(str, x)) if isinstance(x, tuple) else x}"
         for name, x in settings.items()
         if x is not None
     ]
     machines = sorted({_machine(r["made"]) for r in records})
-    hours = sum(files.seconds for seeds in kept.values() for files in seeds.values()) / 3600
+    hours = sum(files.seconds for seeds in stores.values() for files in seeds.values()) / 3600
     commits = sorted({str(r["made"]["commit"])[:10] for r in records})
     films = f"{len(index.split('train'))} training and {len(index.split('test'))} test films"
     return (
         f"Made by `python -m examples.optiml compare {' '.join(given)}` in {hours:.1f} h on {', '.join(machines)} at "
-        f"commit {', '.join(commits)}: {films}.{seeds_of(kept)}{precisions(kept)}{uncommitted(records)}"
-        f"{without_scores(kept)}{missing_rows_text(kind, kept)}\n"
+        f"commit {', '.join(commits)}: {films}.{seeds_of(stores)}{precisions(stores)}"
+        f"{uncommitted(records)}{without_scores(stores)}{missing_rows_text(kind, stores)}\n"
     )
 
 
@@ -46,43 +48,43 @@ def _machine(made: dict[str, Any]) -> str:
 
 
 def uncommitted(records: list[Record]) -> str:
-    """Which rows and seeds were made where something was not committed."""
+    """Which rows and seeds were made by code with uncommitted changes."""
     changed = sorted({Path(r["file"]).parent.name for r in records if r["made"]["uncommitted_changes"]})
     return f" With uncommitted changes: {', '.join(changed)}." if changed else ""
 
 
-def without_scores(kept: dict[str, dict[int, RowStore]]) -> str:
-    """Which rows and seeds have a figure with all labels, but not the test scores that a paired difference needs."""
+def without_scores(stores: Stores) -> str:
+    """Which rows and seeds lack the test scores with all labels, which a paired difference needs."""
     lacking: dict[str, list[str]] = {}
-    for files in (files for seeds in kept.values() for files in seeds.values()):
+    for files in (files for seeds in stores.values() for files in seeds.values()):
         for protocol in dict.fromkeys(files.records[key]["protocol"] for key in files.records_without_scores()):
             lacking.setdefault(protocol, []).append(files.name)
     parts = [f"{protocol}: {', '.join(names)}" for protocol, names in lacking.items()]
     return f" Not in the paired differences, as test scores were not kept: {'; '.join(parts)}." if parts else ""
 
 
-def missing_rows_text(kind: Kind, kept: dict[str, dict[int, RowStore]]) -> str:
-    """Which rows are not in the report, and why one may not be."""
-    why = {SUP2: " (its weights have to be downloaded)"}
-    names = [row.name + why.get(row.name, "") for row in rows(kind) if row.name not in kept]
-    return f" Not in this report: {', '.join(names)}." if names else ""
+def missing_rows_text(kind: Kind, stores: Stores) -> str:
+    """Which rows are not in the report, with the reason if there is one."""
+    reasons = {SUP2: " (its weights have to be downloaded)"}
+    missing = [row.arm + reasons.get(row.arm, "") for row in rows(kind) if row.arm not in stores]
+    return f" Not in this report: {', '.join(missing)}." if missing else ""
 
 
-def seeds_of(kept: dict[str, dict[int, RowStore]]) -> str:
-    """Which rows were made under which seeds, where not all have the same."""
-    made: dict[tuple[int, ...], list[str]] = {}
-    for name, files in kept.items():
-        made.setdefault(tuple(sorted(files)), []).append(name)
-    if len(made) < 2:
+def seeds_of(stores: Stores) -> str:
+    """Which rows were made under which seeds; nothing if all have the same seeds."""
+    arms_by_seeds: dict[tuple[int, ...], list[str]] = {}
+    for arm, files in stores.items():
+        arms_by_seeds.setdefault(tuple(sorted(files)), []).append(arm)
+    if len(arms_by_seeds) < 2:
         return ""
-    parts = [f"{', '.join(map(str, seeds))}: {', '.join(made[seeds])}" for seeds in sorted(made)]
+    parts = [f"{', '.join(map(str, seeds))}: {', '.join(arms_by_seeds[seeds])}" for seeds in sorted(arms_by_seeds)]
     return f" Seeds {'; '.join(parts)}."
 
 
-def precisions(kept: dict[str, dict[int, RowStore]]) -> str:
-    """What was pretrained in which precision: the most frequent one, and what was in another."""
+def precisions(stores: Stores) -> str:
+    """The most frequent precision of the pretrainings, and the rows and seeds of each other one."""
     found: dict[str, list[str]] = {}
-    for files in (files for seeds in kept.values() for files in seeds.values()):
+    for files in (files for seeds in stores.values() for files in seeds.values()):
         if precision := files.pretraining.get("precision"):
             found.setdefault(precision, []).append(files.name)
     if not found:
@@ -91,8 +93,8 @@ def precisions(kept: dict[str, dict[int, RowStore]]) -> str:
     return f" Pretrained in {usual}" + "".join(f", in {p} {', '.join(found[p])}" for p in others) + "."
 
 
-#: Columns of the table of how pretraining ended, by their names in the log.
-ENDS = {
+#: The columns of :func:`pretraining_table`: their names in the log, and their titles.
+FIGURES = {
     "loss": "loss", "std_q": "std of embeddings", "std_g": "std of pooled features", "effective_rank": "effective rank",
     "map_std": "std over a map", "perplexity": "perplexity of marginals", "knn_auc_within": "kNN AUC, within source",
     "knn_auc": "kNN AUC",
@@ -100,37 +102,41 @@ ENDS = {
 
 
 def pretraining_table(curves: dict[str, list[list[dict[str, float]]]]) -> str:
-    """How each row's pretraining ended, as a table in Markdown."""
-    ended = [run[-1] for runs in curves.values() for run in runs]
-    names = [name for name in ENDS if any(np.isfinite(epoch.get(name, np.nan)) for epoch in ended)]
+    """How each row's pretraining ended, as a table in Markdown. ``curves``: by title, the epochs under each seed."""
+    last_epochs = [run[-1] for runs in curves.values() for run in runs]
+    names = [name for name in FIGURES if any(np.isfinite(epoch.get(name, np.nan)) for epoch in last_epochs)]
+    cells = []
+    for title, runs in ((title, runs) for title, runs in curves.items() if runs):
+        found = [[run[-1][name] for run in runs if np.isfinite(run[-1].get(name, np.nan))] for name in names]
+        counts = [f" ({len(x)})" if len(x) < len(runs) else "" for x in found]
+        means = [f"{np.mean(x):.3g}{count}" if x else "" for x, count in zip(found, counts, strict=True)]
+        cells.append([title, str(len(runs)), *means])
     lines = [
         "Means over the last epoch, then over seeds (in brackets: over how many, where not all had the figure); after "
         "it: effective rank of the pooled features of the training films, and a vote of the nearest of these on the "
         "validation films. Embeddings of SimCLR, MoCo v2, DenseCL, BYOL and SimSiam have length 1, so that their "
         "deviation is at most 1 / √dim.", "",
-        "| | seeds | " + " | ".join(ENDS[name] for name in names) + " |", "| --- |" + " ---: |" * (1 + len(names)),
+        *markdown_table(["", "seeds", *(FIGURES[name] for name in names)], cells, align="right"),
     ]  # fmt: skip
-    for row, runs in ((row, runs) for row, runs in curves.items() if runs):
-        found = [[run[-1][name] for run in runs if np.isfinite(run[-1].get(name, np.nan))] for name in names]
-        of_some = [f" ({len(x)})" if len(x) < len(runs) else "" for x in found]
-        means = [f"{np.mean(x):.3g}{few}" if x else "" for x, few in zip(found, of_some, strict=True)]
-        lines.append(f"| {' | '.join([row, str(len(runs)), *means])} |")
     return "\n".join(lines) + "\n"
 
 
 def markers(kind: Kind) -> tuple[str, str]:
-    """Lines of a file between which a comparison's tables stand."""
+    """The two lines of a page between which a comparison's tables stand."""
     return f"<!-- compare --rows {kind}: written by that command, do not edit -->", f"<!-- end of {kind} -->"
 
 
 def write_tables(path: Path, kind: Kind, tables: list[Table], notes: str, folder: Path) -> None:
-    """Put what ran between the markers, a level of headings deeper; pictures are in ``folder``."""
+    """Write the tables with results and the notes between the markers, with their headings two levels down.
+
+    They replace what stands there. Links become relative to the page; the files they name are in ``folder``.
+    """
     ran = [markdown(table) for table in map(only_ran, tables) if table.sections]
     body = "\n".join([*ran, notes]).replace("](", f"]({os.path.relpath(folder, path.parent)}/")
     body = re.sub("^#", "###", body, flags=re.MULTILINE)
     text, (begin, end) = path.read_text(), markers(kind)
     if begin not in text or end not in text:
-        raise SystemExit(f"{path} lacks the lines {begin!r} and {end!r}")
+        raise CommandError(f"{path} lacks the lines {begin!r} and {end!r}")
     before, _, rest = text.partition(begin)
     with atomic_path(path) as part:
         part.write_text(f"{before}{begin}\n\n{body}\n{end}{rest.partition(end)[2]}")

@@ -1,4 +1,4 @@
-"""What is compared: each row of the report by its name, its method, and the settings in which it differs."""
+"""The rows of a comparison: each one's arm, its method, and the settings in which it differs from the others."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from ..pretraining.methods import METHODS
 from ..pretraining.settings import PRESETS, PretrainConfig
 
 Kind = Literal["methods", "ablation"]
-#: Weights that are not pretrained here: drawn at random, or ImageNet's.
+#: Arms that are not pretrained here: random weights and ImageNet's.
 NOT_TRAINED = (SUP1, SUP2)
 RECOMMENDED = "optiml"
-#: The objective as printed, under everybody's optimiser: the printed rate of 3e-4 would hardly move the weights.
+#: OPTiML's objective as the paper prints it. The optimiser is that of all rows, as the printed learning rate of 3e-4
+#: would hardly move the weights in so few steps.
 PRINTED = {path: value for path, value in PRESETS["paper"].items() if path.startswith(("options.optiml.", "expander."))}
-#: One factor at a time: a row for each of these values that is not the recommended one. Marginals without CV-SIM
-#: (uniform) are a row of Table III.
+#: One factor at a time: each of these values has a row, except the recommended one. Uniform marginals are missing here:
+#: they are OPTiML without CV-SIM, a row of Table III.
 FACTORS: dict[str, tuple[Any, ...]] = {
     "options.optiml.invariance": (0.0, 25.0),
     "options.optiml.dense": (0, 256),
@@ -36,60 +37,62 @@ FACTORS: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class ComparisonRow:
-    """One row; ``method`` is an entry of ``METHODS``, or None for weights that are not pretrained here."""
+    """One row of the report."""
 
-    name: str
-    """The arm in its records."""
+    arm: str
+    """How records and files call the row."""
     method: str | None = None
+    """An entry of ``METHODS``; None if the weights are not pretrained here."""
     overrides: dict[str, Any] = field(default_factory=dict)
-    """Settings of ``PretrainConfig`` by dotted path, where they are not everybody's."""
+    """The settings of ``PretrainConfig``, by dotted path, in which the row differs from the others."""
     title: str = ""
-    """Its name in the report, where that is none of the paper's."""
+    """How the report prints the row. Unset: the paper's name for the arm, or else the arm."""
 
-    @property
-    def shown(self) -> str:
-        return self.title or ROWS.get(self.name, self.name)
+    def __post_init__(self) -> None:
+        if not self.title:
+            object.__setattr__(self, "title", ROWS.get(self.arm, self.arm))
 
     def apply(self, config: PretrainConfig) -> PretrainConfig:
-        """``config`` with the overrides, and every unset field filled from the preset."""
+        """``config`` with the row's overrides, and with every unset field filled from the preset."""
         for path, value in self.overrides.items():
             config = _changed(config, path, value)
         return config.resolve()
 
 
 def rows(kind: Kind) -> list[ComparisonRow]:
-    """All rows of a comparison, in the order of the report."""
+    """All rows of a comparison, in the report's order."""
     return methods() if kind == "methods" else ablation()
 
 
 def methods() -> list[ComparisonRow]:
-    """Tables I and II: the two yardsticks, every method there is, and OPTiML's objective as printed."""
-    known = [name for name in ROWS if name in METHODS] + sorted(METHODS.keys() - ROWS.keys())
+    """Tables I and II: random and ImageNet's weights, every method, and OPTiML's objective as printed."""
+    arms = [arm for arm in ROWS if arm in METHODS] + sorted(METHODS.keys() - ROWS.keys())
     printed = ComparisonRow("optiml-printed", "optiml", PRINTED, "OPTiML, objective as printed")
-    return [ComparisonRow(SUP1), ComparisonRow(SUP2), *(ComparisonRow(name, name) for name in known), printed]
+    return [ComparisonRow(SUP1), ComparisonRow(SUP2), *(ComparisonRow(arm, arm) for arm in arms), printed]
 
 
 def ablation() -> list[ComparisonRow]:
     """Table III, and one factor at a time around the recommended settings; Sup.1 and VICReg for scale."""
     result = [ComparisonRow(SUP1)]
-    for name, (var_cov, cvsim) in ABLATION.items():
-        # Invariance with nothing beside it has the constant embedding as its minimum.
-        alone = ("beta", "eta", "invariance")
-        off: dict[str, Any] = {} if var_cov else {f"options.optiml.{name}": 0.0 for name in alone}
+    for arm, (var_cov, cvsim) in ABLATION.items():
+        # Invariance goes with variance and covariance: without these, a constant embedding would minimise it.
+        weights = ("beta", "eta", "invariance")
+        off: dict[str, Any] = {} if var_cov else {f"options.optiml.{weight}": 0.0 for weight in weights}
         off |= {} if cvsim else {"options.optiml.marginals": "uniform"}
         missing = " and ".join(part for part, on in (("var+cov", var_cov), ("CV-SIM", cvsim)) if not on)
-        result.append(ComparisonRow(name, "optiml", off, f"OPTiML without {missing}" if missing else ""))
+        result.append(ComparisonRow(arm, "optiml", off, f"OPTiML without {missing}" if missing else ""))
     usual = PretrainConfig(Path(), Path(), RECOMMENDED).resolve()
     for path, values in FACTORS.items():
         factor = path.rpartition(".")[2].replace("_", "-")
         for value in values:
             if _value(usual, path) != value:
-                name = f"optiml-{factor}-{value}".lower()
-                result.append(ComparisonRow(name, "optiml", {path: value}, f"OPTiML, {factor} {value}"))
-    # Three at once, which make sense together only: local features, and a weight of their transport that counts.
+                arm = f"optiml-{factor}-{value}".lower()
+                result.append(ComparisonRow(arm, "optiml", {path: value}, f"OPTiML, {factor} {value}"))
+    # Three settings that make sense only together: local features, matched by position, and a larger weight of their
+    # transport.
     local = {"options.optiml.dense": 256, "options.optiml.match": "position", "options.optiml.alpha": 25.0}
     result.append(ComparisonRow("optiml-local", "optiml", local, "OPTiML, dense 256, match position, alpha 25.0"))
-    # For scale, and what the optimiser and the views of all methods were chosen by.
+    # VICReg for scale. Its last two rows are what the optimiser and the crops of all methods were chosen by.
     lars = {"optim.optimizer": "lars", "optim.lr": 0.3, "optim.trust": 0.02}
     return [
         *result,

@@ -1,4 +1,7 @@
-"""Paired differences between rows: the same seeds, the same resampled test patients, averaged over the seeds."""
+"""Paired differences between rows, over the same seeds and the same resampled test patients.
+
+A row is named by its title here, as in the report.
+"""
 
 from __future__ import annotations
 
@@ -13,21 +16,22 @@ from ..data.index import ChestIndex
 from ..data.masks import MaskSet
 from ..downstream.dice import weighted_mean
 from ..downstream.finetune import usable_classes
+from ..markdown import markdown_table
 from ..metrics import Estimate, Floats, class_aucs, comparable_patients, macro, patient_draws
 from .tables import Cell, Row, Section, Summary, Table
 
-#: A class whose within-source AUC rests on fewer positive patients is left out of the firmer of the two averages.
+#: The average over firm classes leaves out a class with fewer positive patients that its within-source AUC can use.
 FEW_PATIENTS = 10
-#: What stands beside a difference.
+#: The note above the tables of differences.
 MEANING = (
     "Mean over the pretraining seeds of which both rows' test scores are kept ± deviation over these, 95 % interval "
     "over resampled test patients (of these seeds: it does not say what other seeds would give), and the number of "
     f"seeds. Firm classes: those of which {FEW_PATIENTS} test patients or more have a film that its source has a "
     "negative for."
 )
-#: Of one row, by pretraining seed: its figure on the test films as they are, then on each drawn set of patients.
+#: A figure of one row, by pretraining seed: first on the test films as they are, then on each resample of patients.
 Replicates = dict[int, Floats]
-#: Of one row, by pretraining seed: what was kept of its test films, by DATASET/RECORD/ARRAY.
+#: The stored arrays of one row, by pretraining seed, then by DATASET/RECORD/ARRAY.
 Arrays = dict[int, dict[str, NDArray[Any]]]
 
 
@@ -36,11 +40,11 @@ class Difference(Summary):
     """One row minus another."""
 
     agreed: bool
-    """Whether it has one sign under every seed."""
+    """Whether it has the same sign under every seed."""
 
     @classmethod
     def between(cls, a: Replicates, b: Replicates) -> Difference | None:
-        """Over the seeds that both have; None where there are none, or no figure."""
+        """``a`` minus ``b`` over the seeds that both have; None if they share no seed, or the figure is not defined."""
         seeds = sorted(a.keys() & b.keys())
         if not seeds:
             return None
@@ -59,30 +63,31 @@ class Difference(Summary):
 
     @property
     def beyond(self) -> bool:
-        """Whether its interval leaves out 0."""
+        """Whether 0 lies outside the interval."""
         return self.low > 0 or self.high < 0
 
     @property
     def verdict(self) -> str:
-        """The difference, in bold where its interval and all seeds say that the first row is above or below."""
+        """The difference. In bold, with its direction, if 0 lies outside the interval and the seeds agree in sign."""
         word = ("above " if self.low > 0 else "below ") if self.beyond and self.agreed else ""
         return f"**{word}{self.text(3)}**" if word else self.text(3)
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A figure that rows are compared by."""
+    """A figure by which rows are compared, and how to compute it from stored arrays."""
 
     section: str
     column: str
     record: str
-    """What the keys of its arrays begin with ..."""
+    """How the keys of its arrays begin."""
     array: str
-    """... and end with; several (the seeds of a task) are averaged."""
+    """How the keys of its arrays end. Several arrays, one for each of the task's own seeds, are averaged."""
     of: Callable[[NDArray[Any]], Floats]
-    """The figure of an array, as it is and on each drawn set of patients."""
+    """Computes the figure from an array: on the test films as they are, then on each resample of patients."""
 
     def replicates(self, arrays: Arrays) -> Replicates:
+        """The figure of one row, under each seed that has arrays for it."""
         found = {
             seed: [x for key, x in sorted(kept.items()) if key.startswith(self.record) and key.endswith(self.array)]
             for seed, kept in arrays.items()
@@ -90,14 +95,14 @@ class Measure:
         return {seed: np.mean([self.of(x) for x in all_of], axis=0) for seed, all_of in found.items() if all_of}
 
 
-#: By measure, then row.
+#: The figures of all rows: by measure, then by title.
 Replicated = dict[Measure, dict[str, Replicates]]
 
 
 def auc_measures(index: ChestIndex, dataset: str, draws: int) -> list[Measure]:
-    """Macro AUC with all labels, frozen, then fine-tuned: within sources, where these are known, and raw."""
+    """Macro AUC with all labels, frozen, then fine-tuned: within sources, if they are known, and raw."""
     test, usable = index.split("test"), usable_classes(index.split("train"))
-    weights = with_itself(test.patients, draws)
+    weights = draws_with_original(test.patients, draws)
 
     def auc(groups: NDArray[np.str_] | None, classes: NDArray[np.bool_]) -> Callable[[NDArray[Any]], Floats]:
         return lambda x: macro(class_aucs(x.astype(float), test.labels, groups, weights), classes)
@@ -105,9 +110,9 @@ def auc_measures(index: ChestIndex, dataset: str, draws: int) -> list[Measure]:
     kinds = {}
     if test.sources is not None:
         kinds["within source"] = auc(test.sources, usable)
-        founded = comparable_patients(test.labels, test.sources, test.patients)
-        firm = usable & (founded >= FEW_PATIENTS)
-        if firm.any() and (usable & (founded > 0) & ~firm).any():
+        patients = comparable_patients(test.labels, test.sources, test.patients)
+        firm = usable & (patients >= FEW_PATIENTS)
+        if firm.any() and (usable & (patients > 0) & ~firm).any():
             kinds[f"within source, firm classes ({firm.sum()})"] = auc(test.sources, firm)
     kinds["raw"] = auc(None, usable)
     return [
@@ -118,8 +123,8 @@ def auc_measures(index: ChestIndex, dataset: str, draws: int) -> list[Measure]:
 
 
 def dice_measure(task: MaskSet, dataset: str, fraction: float, draws: int) -> Measure:
-    """Dice over films that have something to find; others are NaN."""
-    weights = with_itself(task.split("test").index.patients, draws)
+    """Mean Dice over the films with an outline; the others have NaN in the array."""
+    weights = draws_with_original(task.split("test").index.patients, draws)
 
     def dice(x: NDArray[Any]) -> Floats:
         known = ~np.isnan(x)
@@ -131,43 +136,42 @@ def dice_measure(task: MaskSet, dataset: str, fraction: float, draws: int) -> Me
 
 
 def replicated(measures: list[Measure], rows: dict[str, Arrays]) -> Replicated:
-    """Every row by every measure that any row has."""
-    found = {measure: {name: measure.replicates(arrays) for name, arrays in rows.items()} for measure in measures}
+    """The figures of all ``rows``, without the measures for which no row has arrays. ``rows``: by title."""
+    found = {measure: {title: measure.replicates(arrays) for title, arrays in rows.items()} for measure in measures}
     return {measure: of_rows for measure, of_rows in found.items() if any(of_rows.values())}
 
 
 def difference_table(first: str, found: Replicated) -> Table:
-    """Row ``first`` minus each other one, a section per data set; rows by the names in the report."""
+    """The row with the title ``first`` minus each other row; one section per data set."""
     sections = []
-    for title, here in _by_section(found):
-        names = dict.fromkeys(name for of_rows in here.values() for name in of_rows if name != first)
+    for section, columns in _by_section(found):
+        titles = dict.fromkeys(title for of_rows in columns.values() for title in of_rows if title != first)
         lines = [
             Row(
-                f"− {name}",
-                [Cell(column, None, Difference.between(x.get(first, {}), x[name])) for column, x in here.items()],
+                f"− {title}",
+                [Cell(column, None, Difference.between(x.get(first, {}), x[title])) for column, x in columns.items()],
             )
-            for name in names
+            for title in titles
         ]
-        sections.append(Section(title, lines, MEANING, 3, True))
+        sections.append(Section(section, lines, MEANING, 3, True))
     return Table("differences", f"{first} minus each row: paired differences [95 %]", [s for s in sections if s.rows])
 
 
 def verdicts(untrained: str, found: Replicated) -> str:
-    """A table in Markdown per data set, a line per row: this minus the untrained network."""
+    """Each row minus the untrained network: one table in Markdown per data set. ``untrained``: its title."""
     lines = ["## Each row minus the untrained network", ""]
     lines += [f"{MEANING} In bold where that leaves out 0 and all seeds, if there are several, agree in the sign.", ""]
-    for section, here in _by_section(found):
-        lines += [f"| {section} | {' | '.join(here)} |", f"| --- |{' --- |' * len(here)}"]
-        for name in (name for name in next(iter(here.values())) if name != untrained):
-            gaps = [Difference.between(x[name], x.get(untrained, {})) for x in here.values()]
-            texts = [gap.verdict if gap else "" for gap in gaps]
-            lines.append(f"| {name} | {' | '.join(texts)} |")
-        lines.append("")
+    for section, columns in _by_section(found):
+        rows = []
+        for title in (title for title in next(iter(columns.values())) if title != untrained):
+            gaps = [Difference.between(x[title], x.get(untrained, {})) for x in columns.values()]
+            rows.append([title, *(gap.verdict if gap else "" for gap in gaps)])
+        lines += [*markdown_table([section, *columns], rows), ""]
     return "\n".join(lines)
 
 
 def beyond_zero(table: Table) -> str:
-    """How many intervals leave out 0, which some do by chance."""
+    """How many intervals leave out 0, and how many would by chance."""
     cells = [cell.ours for section in table.sections for row in section.rows for cell in row.cells]
     gaps = [gap for gap in cells if isinstance(gap, Difference)]
     if not gaps:
@@ -181,11 +185,11 @@ def beyond_zero(table: Table) -> str:
 
 
 def _by_section(found: Replicated) -> list[tuple[str, dict[str, dict[str, Replicates]]]]:
-    """Each data set's title, and by the columns of its measures all rows."""
-    titles = dict.fromkeys(measure.section for measure in found)
-    return [(title, {m.column: of_rows for m, of_rows in found.items() if m.section == title}) for title in titles]
+    """Each section with its columns; a column holds the figures of all rows."""
+    sections = dict.fromkeys(measure.section for measure in found)
+    return [(name, {m.column: of_rows for m, of_rows in found.items() if m.section == name}) for name in sections]
 
 
-def with_itself(patients: NDArray[np.str_], draws: int) -> Floats:
-    """The test films as they are, then every drawn set."""
+def draws_with_original(patients: NDArray[np.str_], draws: int) -> Floats:
+    """Weights of the test films: all 1, which is the test set as it is, then those of each resample of patients."""
     return np.concatenate([np.ones((1, len(patients))), patient_draws(patients, draws)])

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from ..downstream.arms import ROWS
 from ..downstream.result_files import Record, read_records
+from ..errors import CommandError
 from .figures import draw_heatmaps, draw_table, same_films
 from .paper import TABLE1, TABLE2
 from .settings import ReportConfig
@@ -95,7 +96,7 @@ def check(records: list[Record]) -> None:
         key = str([record.get(name) for name in keys] + [record["pretraining"].get("seed")])
         if key in seen:
             both = f"{record['file']} and {seen[key]}"
-            raise SystemExit(f"{both} are the same run of the same arm; leave one out or set --arm")
+            raise CommandError(f"{both} are the same run of the same arm; leave one out or set --arm")
         seen[key] = record["file"]
 
 

@@ -1,8 +1,11 @@
-"""What is kept of a row and seed: small files from which it is known, without its weights, that nothing is to be done.
+"""The small files of one row under one seed. They show that nothing is left to do, even when the weights are gone.
 
-``NAME.json`` holds the records of all stages, ``NAME.npz`` what the records do not say and paired comparisons and the
-figure of heatmaps need, ``NAME.csv`` the pretraining's log as means over epochs, and what its monitor measured.
-``films.npz`` has the films of the figure, once for all rows.
+* ``NAME.json``: the records of all stages;
+* ``NAME.npz``: arrays that the records do not hold: for paired differences and for the figure of heatmaps;
+* ``NAME.csv``: the pretraining's log as means over each epoch, with what the monitor measured;
+* ``films.npz``: the films of the figure of heatmaps, once for all rows.
+
+NAME is the arm with the seed, such as ``vicreg-seed0``.
 """
 
 from __future__ import annotations
@@ -23,15 +26,16 @@ FILMS = "films"
 
 
 def ranks(scores: NDArray[Any]) -> NDArray[Any]:
-    """Each column's values by their place among its different values: all that an AUC depends on, in few bytes."""
+    """Each column's scores as ranks, equal ones sharing a rank. An AUC depends on nothing else, and they are small."""
     columns = [np.unique(column, return_inverse=True)[1] for column in scores.T]
     return np.stack(columns, 1).astype(np.uint16 if len(scores) <= 2**16 else np.uint32)
 
 
 class RowStore:
-    """Files of one row and seed in the folder of results; arrays go by DATASET/RECORD/ARRAY.
+    """The files of one row and seed in the folder of results. The keys of arrays are DATASET/RECORD/ARRAY.
 
-    All records are of one start. Sizes that a command does not ask for stay; another start's records take their place.
+    All records are of one start: a record of another start removes those that are there. Records of the same start
+    stay, also those of sizes that a command does not ask for.
     """
 
     def __init__(self, folder: Path, name: str) -> None:
@@ -46,11 +50,11 @@ class RowStore:
 
     @property
     def curves(self) -> list[dict[str, float]]:
-        """A row per epoch of the pretraining; of the untrained network, one."""
+        """One dictionary per epoch of the pretraining; a single one for the untrained network."""
         return read_log(self.path.with_suffix(".csv"))
 
     def restore(self, folder: Path) -> None:
-        """Put the records back where the stages look for them: ``folder`` / DATASET / NAME."""
+        """Write the records to where the stages look for them: ``folder`` / DATASET / NAME."""
         for key, record in self.records.items():
             dataset, _, stem = key.partition("/")
             path = folder / dataset / self.name / f"{stem}.json"
@@ -60,7 +64,7 @@ class RowStore:
                 _save(path.with_suffix(".npz"), {"maps": self.arrays[f"{key}/maps"], **films})
 
     def add(self, record: Record) -> None:
-        """Keep a record, and what is needed of the arrays beside it."""
+        """Store a record, and those arrays beside its file that the report needs."""
         key, path = _key(record), Path(record["file"])
         stripped = {name: value for name, value in record.items() if name not in ("file", "pretraining")}
         if self.records.get(key) == stripped:
@@ -72,7 +76,7 @@ class RowStore:
         self.write()
 
     def records_without_scores(self) -> list[str]:
-        """Records with all labels of which the test scores are not there: a stage keeps more than it once did."""
+        """The keys of records with all labels whose test scores are missing, as earlier versions did not store them."""
         return [key for key, r in self.records.items() if _with_scores(r) and f"{key}/ranks" not in self.arrays]
 
     def _store_arrays(self, key: str, record: Record, arrays: dict[str, NDArray[Any]]) -> None:
@@ -83,52 +87,57 @@ class RowStore:
         elif record["stage"] == "heatmap":
             of_fraction = key.rpartition("-seed")[0]
             if any(name.startswith(f"{of_fraction}-seed") and name != f"{key}/maps" for name in self.arrays):
-                return  # the figure shows one seed
+                return  # the figure shows one seed, and has it
             self.arrays[f"{key}/maps"] = arrays["maps"]
             films = {f"{key}/{name}": x for name, x in arrays.items() if name != "maps"}
-            self.films = _load(self.folder / f"{FILMS}.npz")  # to which another command may have added
+            self.films = _load(self.folder / f"{FILMS}.npz")  # another command may have added films
             if any(name not in self.films or not np.array_equal(x, self.films[name]) for name, x in films.items()):
                 self.films |= films
                 _save(self.folder / f"{FILMS}.npz", self.films)
 
     def _forget(self, keys: list[str]) -> None:
-        """Drop records with their arrays; and the time it took, if none is left."""
+        """Remove records with their arrays. If no record is left, the time that was spent is 0 again."""
         self.records = {key: record for key, record in self.records.items() if key not in keys}
         self.arrays = {name: x for name, x in self.arrays.items() if name.rpartition("/")[0] not in keys}
         self.seconds = self.seconds if self.records else 0.0
 
     def arrays_of(self, records: list[Record]) -> dict[str, NDArray[Any]]:
-        """The arrays that belong to those of these records that are of this row and seed."""
-        mine = {_key(record) for record in records if Path(record["file"]).parent.name == self.name}
-        return {name: x for name, x in self.arrays.items() if name.rpartition("/")[0] in mine}
+        """The arrays of those among ``records`` that are of this row and seed."""
+        keys = {_key(record) for record in records if Path(record["file"]).parent.name == self.name}
+        return {name: x for name, x in self.arrays.items() if name.rpartition("/")[0] in keys}
 
     def spend(self, seconds: float) -> None:
-        """Count the time that making it took."""
+        """Add to the time that making the row took."""
         self.seconds = round(self.seconds + seconds, 1)
         if self.records:
             self.write()
 
     def write(self) -> None:
-        """A record is a line, so that a difference between two versions shows which were made again."""
+        """Write the files if a record has changed. Each record is one line, so that ``git diff`` shows which did."""
         head = json.dumps({"name": self.name, "seconds": self.seconds, "pretraining": self.pretraining})
         lines = [f"{json.dumps(key)}: {json.dumps(self.records[key], sort_keys=True)}" for key in sorted(self.records)]
         text = head[:-1] + ', "records": {\n' + ",\n".join(lines) + "\n}}\n"
         if not self.path.exists() or self.path.read_text() != text:
-            _save(self.path.with_suffix(".npz"), self.arrays)  # first: records without their arrays are not complete
+            # Arrays before records: a stop between the two must not leave records without their arrays.
+            _save(self.path.with_suffix(".npz"), self.arrays)
             with atomic_path(self.path) as part:
                 part.write_text(text)
 
-    def keep_curves(self, rows: list[dict[str, float]]) -> None:
-        """A row per epoch; a column is blank where a row lacks it."""
-        names = list(dict.fromkeys(name for row in rows for name in row))
+    def keep_curves(self, epochs: list[dict[str, float]]) -> None:
+        """Write one line per epoch. A cell is blank where the epoch lacks the figure."""
+        columns = list(dict.fromkeys(column for epoch in epochs for column in epoch))
         with atomic_path(self.path.with_suffix(".csv")) as part, part.open("w", newline="") as file:
-            writer = csv.DictWriter(file, names, lineterminator="\n")
+            writer = csv.DictWriter(file, columns, lineterminator="\n")
             writer.writeheader()
-            writer.writerows({name: f"{x:.5g}" for name, x in row.items()} for row in rows)
+            writer.writerows({column: f"{x:.5g}" for column, x in epoch.items()} for epoch in epochs)
+
+
+#: The files of all rows that are in the report: by arm, then by seed.
+Stores = dict[str, dict[int, RowStore]]
 
 
 def curves_of(log: Path, monitor: Path) -> list[dict[str, float]]:
-    """Means over epochs of a run's log, with what was measured after an epoch, where it was."""
+    """A run's log as means over each epoch, with what the monitor measured after it, if it did."""
     measured = {row["epoch"]: row for row in read_log(monitor)}
     return [
         {name: mean for name, mean in row.items() if mean == mean} | monitor_columns(measured.get(row["epoch"], {}))
@@ -137,12 +146,12 @@ def curves_of(log: Path, monitor: Path) -> list[dict[str, float]]:
 
 
 def monitor_columns(measured: dict[str, float]) -> dict[str, float]:
-    """What is kept of the monitor's figures."""
+    """Those of the monitor's figures that are stored."""
     return {name: x for name, x in measured.items() if name in ("knn_auc", "knn_auc_within", "effective_rank")}
 
 
 def _with_scores(record: Record) -> bool:
-    """Whether its test scores are kept, by their ranks."""
+    """Whether the ranks of the record's test scores are stored."""
     return bool(record["stage"] == "evaluate" and record["fraction"] == 1.0)
 
 
@@ -151,7 +160,7 @@ def _key(record: Record) -> str:
 
 
 def _start_of(record: Record) -> tuple[Any, Any]:
-    """Whose features its figures are of."""
+    """What identifies the start that a record is of."""
     return record["identity"]["start"], record["identity"]["image_size"]
 
 

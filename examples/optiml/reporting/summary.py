@@ -20,7 +20,7 @@ from ..downstream.result_files import Record
 from ..downstream.scores import Scored
 from ..metrics import Estimate, Floats
 from ..pretraining.callbacks import duration
-from .differences import Difference, Replicates, with_itself
+from .differences import Difference, Replicates, draws_with_original
 
 #: The share of the labels whose figures the summary shows.
 FRACTION = 0.1
@@ -57,7 +57,7 @@ def gains(records: list[Record], index: ChestIndex, arm: str, draws: int, task: 
         task: the films that were segmented, where they were.
     """
     test, train = index.split("test"), index.split("train")
-    weights = with_itself(test.patients, draws)
+    weights = draws_with_original(test.patients, draws)
 
     def auc(record: Record) -> Floats:
         usable = usable_classes(label_fraction(train, record["fraction"], record["seed"]))
@@ -67,7 +67,7 @@ def gains(records: list[Record], index: ChestIndex, arm: str, draws: int, task: 
         assert task is not None
         per_film, patients = _array(record, "dice").astype(float), task.split("test").index.patients
         known = ~np.isnan(per_film)
-        return 100 * weighted_mean(per_film[known], with_itself(patients, draws)[:, known])
+        return 100 * weighted_mean(per_film[known], draws_with_original(patients, draws)[:, known])
 
     percent = f"{FRACTION:.0%}".replace("%", " %")
     wanted: list[tuple[str, Callable[[Record], Floats], dict[str, Any]]] = [

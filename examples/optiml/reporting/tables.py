@@ -13,6 +13,7 @@ import numpy as np
 
 from ..downstream.arms import ABLATION, DATASETS, ROWS, paper_dataset
 from ..downstream.result_files import Record
+from ..markdown import markdown_table
 from .paper import FIG3, FRACTIONS, TABLE3
 
 HEATMAP_COLUMNS = {"pointing": "pointing game", "iou": "IoU", "empty": "empty maps"}
@@ -222,12 +223,11 @@ def markdown(table: Table) -> str:
         plain = all(kind == "ours" for _, _, kind, _ in shown)
         if section.note:
             lines += [section.note, ""]
-        lines.append("| | " + " | ".join(c if plain else f"{c} {kind}" for _, c, kind, _ in shown) + " |")
-        lines.append("| --- |" + " ---: |" * len(shown))
-        for row in section.rows:
-            texts = [text(row.cells[place], section.digits) for place, _, _, text in shown]
-            lines.append(f"| {row.name} | " + " | ".join(texts) + " |")
-        lines.append("")
+        head = ["", *(column if plain else f"{column} {kind}" for _, column, kind, _ in shown)]
+        cells = [
+            [row.name, *(text(row.cells[place], section.digits) for place, _, _, text in shown)] for row in section.rows
+        ]
+        lines += [*markdown_table(head, cells, align="right"), ""]
     return "\n".join(lines)
 
 

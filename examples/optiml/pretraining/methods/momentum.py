@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...errors import CommandError
 from ..distributed import all_gather_stack
 
 
@@ -52,7 +53,7 @@ class Queue(nn.Module):
     def __init__(self, size: int, dim: int, batch_size: int) -> None:
         super().__init__()
         if size < 1 or size % batch_size:
-            raise SystemExit(f"a queue of {size} keys does not divide by --batch-size {batch_size}")
+            raise CommandError(f"a queue of {size} keys does not divide by --batch-size {batch_size}")
         self.register_buffer("keys", torch.zeros(size, dim))
         self.register_buffer("count", torch.zeros((), dtype=torch.long))  # of all keys that were ever put
 
