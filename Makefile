@@ -7,10 +7,10 @@ PY      := $(VENV)/bin/python
 SOURCES := pyproject.toml $(wildcard setup.py MANIFEST.in csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help example example-xray test bench bench-quick bench-gpu lint clean
+.PHONY: help example example-xray test test-processors bench bench-quick bench-gpu lint clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # PyTorch first and pinned: these are the versions that the tests run with.
 $(VENV)/.torch:
@@ -42,6 +42,10 @@ example-xray: $(VENV)/.examples  ## the same on a prepared data set: make exampl
 # Up to four processes, one per core, since most tests run on one thread; one that has no more takes from another.
 test: $(VENV)/.dev  ## run every test and every docstring's example
 	$(PY) -m pytest -q -n logical --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
+
+# Arguments go to the script, which gives pytest what is not its own: make test-processors PROCESSORS_ARGS="--only avx2".
+test-processors: $(VENV)/.dev  ## the tests that compute, as on older processors and with more threads (15 minutes)
+	$(PY) tests/processors.py $(PROCESSORS_ARGS)
 
 bench: $(VENV)/.bench  ## time otloss and its peers, draw the plots, write the README's table (more than an hour)
 	$(PY) -m benchmarks all $(BENCH_ARGS)

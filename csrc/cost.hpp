@@ -12,7 +12,7 @@ namespace otloss::OTLOSS_LEVEL {
 
 constexpr int block = mr;      // rows handled at once in every pass over an (n, m) matrix
 constexpr int tile_rows = 32;  // rows of a gradient contracted at once
-constexpr int chain_rows = 4096;  // about how many rows are summed in one chain
+constexpr int chain_rows = 4096;  // about how many rows, or in unroll.hpp columns, are summed in one chain
 
 template <class T> using band = typename band_of<T, block>::type;
 template <class T> OTLOSS_INLINE band<T> load_band(const T* p) {

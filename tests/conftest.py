@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,17 @@ import torch
 from torch import Tensor
 
 import otloss
+from otloss.backends import cpu
 
-# The tensors are small: more threads mostly wait for each other. Tests of threads set a number of their own.
-torch.set_num_threads(1)
+# The tensors are small: more threads mostly wait for each other. Tests of threads set a number of their own, and
+# processors.py asks for another one.
+torch.set_num_threads(int(os.environ.get("OTLOSS_TEST_THREADS", "1")))
+
+
+def pytest_report_header() -> str:
+    """The code that PyTorch and the cpu backend have chosen here; processors.py reads it."""
+    capability, level = torch.backends.cpu.get_cpu_capability(), cpu.level() or "none"
+    return f"processor: PyTorch {capability}, threads {torch.get_num_threads()}, kernels {level}"
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -90,10 +90,17 @@ def test_every_parameter_gets_a_gradient(module: CVSIM) -> None:
 def test_one_token_would_be_degenerate() -> None:
     """Why the module has two readings: with one key the softmax is constant, and q and k cannot learn."""
     module = CVSIM(12, 3, tokens="batch").double()
-    r = module(torch.randn(1, 12, dtype=F64), g_t := torch.randn(1, 12, dtype=F64))
+    g_s, g_t = torch.randn(1, 12, dtype=F64), torch.randn(1, 12, dtype=F64)
+    r = module(g_s, g_t)
     torch.testing.assert_close(r, module.out(module.value(g_t)))
     r.square().sum().backward()
-    assert module.query.weight.grad.abs().max() == 0 and module.key.weight.grad.abs().max() == 0
+    # The weight of the one key is 1, so a score's gradient is dO·v less dO·o with o = v: dot products of `size` terms
+    # with three more roundings (softmax, o, difference), each right to that many u times the sum of the terms' sizes.
+    # A layer's gradient is that, times size^(-1/2), an entry of the other side's token and an entry of the input.
+    size, u, v = 4, torch.finfo(F64).eps / 2, module.value(g_t)
+    score = 2 * (size + 3) * u * (module.value.bias.grad * v).abs().view(3, size).sum(-1).max()
+    for layer, token, g in ((module.query, module.key(g_t), g_s), (module.key, module.query(g_s), g_t)):
+        assert layer.weight.grad.abs().max() <= score * size**-0.5 * token.abs().max() * g.abs().max()
     assert module.value.weight.grad.abs().max() > 0
 
 

@@ -114,10 +114,13 @@ def test_a_batch_is_a_loop_and_features_are_their_cost(
     x = torch.randn(3, n, d, generator=generator, dtype=torch.float64)
     y = torch.randn(3, m, d, generator=generator, dtype=torch.float64)
     options = {"eps": eps, "max_iter": 20, "tol": 0.0, "backend": backend}
+    # The kernels do not see the batch. PyTorch may take another order of sums for it: a cosine of d terms is known to
+    # (d + 3) u, u = 2^-53, and <T, C> moves by that of C, and of T = exp(C/eps), of which C <= 2.
+    slack = 0.0 if backend == "cpu" else 2 * (d + 3) * 2**-53 * (1 + 2 / eps)
     batch = cosine_sinkhorn(x, y, **options)
     for i in range(3):
         alone = cosine_sinkhorn(x[i], y[i], **options)
-        assert torch.allclose(batch.transport_cost[i], alone.transport_cost, rtol=1e-12, atol=1e-14)
+        assert torch.allclose(batch.transport_cost[i], alone.transport_cost, rtol=slack, atol=slack)
     unit = torch.nn.functional.normalize
     dense = sinkhorn(1 - unit(x, dim=-1) @ unit(y, dim=-1).mT, **options)
     assert torch.allclose(batch.transport_cost, dense.transport_cost, atol=1e-12)

@@ -176,9 +176,13 @@ def test_layouts_do_not_matter(backend: str) -> None:
     cost, a, b = random_problem(3, n=6, m=4)
     expected = sinkhorn(cost, a, b, backend=backend).transport_cost
     strided = cost.transpose(-1, -2).contiguous().transpose(-1, -2)
-    assert torch.equal(sinkhorn(strided, a, b, backend=backend).transport_cost, expected)
+    other = sinkhorn(strided, a, b, backend=backend)
     expanded = sinkhorn(cost[:1].expand(3, 6, 4), a[0], b[0], backend=backend).transport_cost
-    assert torch.equal(expanded[0], expanded[2])
+    # PyTorch, unlike the kernels, sums in an order that follows the layout. An iteration takes two sums of up to 6
+    # terms, exponentials and logarithms: some 20 roundings, of numbers up to 1 in an exponent that is over eps = 0.05.
+    slack = 0.0 if backend == "cpu" else 20 * float(other.n_iter.max()) * 2**-53 / 0.05
+    assert torch.allclose(other.transport_cost, expected, rtol=slack, atol=0)
+    assert torch.allclose(expanded[0], expanded[2], rtol=slack, atol=0)
 
 
 @pytest.mark.parametrize("scale", [1e3, -1e3])
@@ -206,7 +210,9 @@ def test_masked_is_cropped(backend: str) -> None:
     assert torch.allclose(masked.transport_cost, cropped.transport_cost, atol=1e-14)
     assert torch.allclose(masked.f[rows], cropped.f, atol=1e-13) and masked.f.isfinite().all()
     assert int(masked.n_iter) == int(cropped.n_iter)
-    assert float(masked.plan.sum()) == pytest.approx(float(masked.plan[rows][:, columns].sum()), abs=1e-15)
+    # Two sums of the same 12 masses, which total 1, in any order: 11 roundings each.
+    live = float(masked.plan[rows][:, columns].sum())
+    assert float(masked.plan.sum()) == pytest.approx(live, abs=2 * 11 * 2**-53)
 
 
 def test_features_equal_their_cost(backend: str) -> None:
@@ -368,11 +374,15 @@ def test_large_totals_are_compared_exactly() -> None:
 
 
 def test_a_softmax_over_many_points_has_total_one() -> None:
-    """Logits of two values round alike: in float32 the masses of PyTorch's own softmax are 2e-6 off together."""
-    logits = torch.where(torch.rand(4, 4096) < 0.5, 0.0, 0.1)
+    """Logits of two values round alike: in float32 the masses of PyTorch's own softmax are 2e-6 off together.
+
+    How far depends on the processor, so that here they are put off by that much.
+    """
+    logits = torch.where(torch.rand(4, 4096) < 0.5, 0.0, 0.1).double()
     b, cost = torch.full((3,), 1 / 3), torch.rand(4, 4096, 3)
-    assert (logits.softmax(-1).double().sum(-1) - 1).abs().max() > 1e-6
-    for masses in ({"a": logits.softmax(-1)}, {"log_a": logits.log_softmax(-1)}):
+    a = ((1 + 2e-6) * logits.softmax(-1)).float()  # each mass rounds by 6e-8 of itself at most, hence so does the total
+    assert (a.double().sum(-1) - 1).min() > 1.9e-6
+    for masses in ({"a": a}, {"log_a": a.log()}):
         assert sinkhorn(cost, **masses, b=b, eps=0.5).converged.all()
 
 
