@@ -24,7 +24,7 @@ pytest.importorskip("captum", reason="the example needs otloss[examples]")
 
 from rich.console import Console
 
-from examples.optiml.commands.compare import compare, page_of
+from examples.optiml.commands.compare import compare
 from examples.optiml.commands.settings import CompareConfig
 from examples.optiml.commands.sizes import SizeFlags
 from examples.optiml.data.index import read_index
@@ -40,7 +40,6 @@ from examples.optiml.pretraining.precision import fast_precision
 from examples.optiml.pretraining.settings import PretrainConfig
 from examples.optiml.pretraining.trainer import pretrain
 from examples.optiml.reporting.comparison_page import (
-    markers,
     precisions,
     seeds_of,
     uncommitted,
@@ -77,10 +76,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def done(data: Path, tmp_path_factory: pytest.TempPathFactory) -> CompareConfig:
     """Three rows under one seed, from nothing to the report."""
     folder = tmp_path_factory.mktemp("compare")
-    (folder / "README.md").write_text("before\n{}\nstale\n{}\nafter\n".format(*markers("methods")))
     config = CompareConfig(
         data, folder / "out", folder / "results", "nih-phantoms", segment_data=data, label="Effusion",
-        only=("sup1", "vicreg", "optiml"), seeds=(0,), size_flags=TINY, readme=folder / "README.md",
+        only=("sup1", "vicreg", "optiml"), seeds=(0,), size_flags=TINY,
     )  # fmt: skip
     compare(config, QUIET)
     return config
@@ -113,9 +111,7 @@ def test_a_comparison_is_kept_in_small_files(done: CompareConfig) -> None:
     text = files["methods/report.md"].decode()
     for row in ("− Sup.1 (random)", "− VICReg", "| VICReg | ", "| OPTiML | "):
         assert row in text
-    readme = done.readme.read_text() if done.readme else ""
-    assert readme.startswith("before\n<!-- compare") and readme.endswith("after\n") and "stale" not in readme
-    assert "− VICReg" in readme and "VinBig" not in readme and "](results/methods/curves.png)" in readme
+    assert "VinBig" not in text and "(curves.png)" in text and "methods/paper-tables.md" in files
 
     cells = list(csv.DictReader(files["methods/differences.csv"].decode().splitlines()))
     assert len(cells) == 2 * 7
@@ -151,16 +147,15 @@ def test_what_is_kept_is_not_made_again(done: CompareConfig, tmp_path: Path, mon
         compare(dataclasses.replace(config, size_flags=dataclasses.replace(TINY, precision=precision)), QUIET)
     assert not pretrained and contents(config.results) == before
     fewer = dataclasses.replace(TINY, fractions=(1.0,), heatmap_fractions=())
-    smaller = dataclasses.replace(config, size_flags=fewer, report_only=True, segment_data=None, readme=None)
+    smaller = dataclasses.replace(config, size_flags=fewer, report_only=True, segment_data=None)
     assert ", Effusion" not in compare(smaller, QUIET).read_text()
     runs = {name: x for name, x in before.items() if name.startswith("runs/")}
     assert contents(config.results).items() >= runs.items()  # what is not asked for stays
-    compare(dataclasses.replace(config, rows="ablation", only=(), report_only=True, readme=None), QUIET)
+    compare(dataclasses.replace(config, rows="ablation", only=(), report_only=True), QUIET)
     assert "− Sup.1 (random)" in (config.results / "ablation" / "report.md").read_text()  # what both share
 
     longer = dataclasses.replace(TINY, finetune_max_steps=3, finetune_steps=3)
-    changed = dataclasses.replace(config, size_flags=longer, only=("vicreg",), readme=tmp_path / "none")
-    (tmp_path / "none").write_text("\n".join(markers("methods")))
+    changed = dataclasses.replace(config, size_flags=longer, only=("vicreg",))
     old = kept(config, "vicreg")
     shutil.rmtree(config.out)
     text = compare(changed, QUIET).read_text()
@@ -259,32 +254,26 @@ def test_ranks_of_many_films() -> None:
 
 def test_a_lone_row_is_reported(done: CompareConfig, tmp_path: Path) -> None:
     """Nothing is there that it could be compared with."""
-    (tmp_path / "README.md").write_text("\n".join(markers("methods")))
-    config = dataclasses.replace(
-        done, results=tmp_path / "results", out=tmp_path / "out", report_only=True, readme=tmp_path / "README.md"
-    )
+    config = dataclasses.replace(done, results=tmp_path / "results", out=tmp_path / "out", report_only=True)
     for path in (done.results / "runs").glob("optiml-*"):
         (config.results / "runs").mkdir(parents=True, exist_ok=True)
         shutil.copy(path, config.results / "runs")
-    assert "## OPTiML minus each row: paired differences [95 %]\n\nNot run." in compare(config, QUIET).read_text()
-    assert "differences.png" not in (tmp_path / "README.md").read_text()
+    text = compare(config, QUIET).read_text()
+    assert "| OPTiML | " in text and "minus each row" not in text and "differences.png" not in text
 
 
 def test_a_command_for_one_seed_reports_them_all(done: CompareConfig, tmp_path: Path) -> None:
-    (tmp_path / "README.md").write_text("\n".join(markers("methods")))
     config = dataclasses.replace(
         done, results=tmp_path / "results", out=tmp_path / "out", only=("sup1",), seeds=(2,),
-        readme=tmp_path / "README.md",
     )  # fmt: skip
     shutil.copytree(done.results, config.results)
     compare(config, QUIET)
     runs = {path.stem for path in (config.results / "runs").glob("*.json")}
     assert runs == {"sup1-seed0", "vicreg-seed0", "optiml-seed0", "sup1-seed2"}
-    text = (tmp_path / "README.md").read_text()
+    text = (config.results / "methods" / "report.md").read_text()
     assert "--seeds 0 2 " in text and "− VICReg" in text and "Not in this report: sup2" in text
-    figures = [line for line in text.splitlines() if line.startswith("Figures: ")]
-    assert len(figures) == 1 and "[table2](results/methods/table2.png)" in figures[0]
-    assert all((tmp_path / path).exists() for path in re.findall(r"\]\((.*?)\)", figures[0]))
+    pictures = [path for path in re.findall(r"\]\((.*?)\)", text) if path.endswith(".png")]
+    assert "table2.png" in pictures and all((config.results / "methods" / path).exists() for path in pictures)
     cells = csv.DictReader((config.results / "methods" / "table2.csv").read_text().splitlines())
     assert {c["seeds"] for c in cells if c["row"].startswith("Sup.1") and c["seeds"]} == {"2"}
 
@@ -297,15 +286,8 @@ def test_what_is_kept_can_be_committed() -> None:
     assert subprocess.run(["git", "check-ignore", "--quiet", path], cwd=root).returncode != 0
 
 
-def test_the_packages_results_go_into_its_readme(tmp_path: Path) -> None:
-    config = CompareConfig(Path())
-    assert page_of(config) == Path(__file__).parents[1] / "examples" / "optiml" / "README.md"
-    assert page_of(dataclasses.replace(config, results=tmp_path)) is None
-    assert page_of(dataclasses.replace(config, readme=tmp_path / "page.md")) == tmp_path / "page.md"
-
-
 def test_an_interruption_loses_nothing(done: CompareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = dataclasses.replace(done, results=tmp_path / "results", out=tmp_path / "out", only=("sup1",), readme=None)
+    config = dataclasses.replace(done, results=tmp_path / "results", out=tmp_path / "out", only=("sup1",))
 
     def interrupted(*args: object) -> None:
         raise KeyboardInterrupt
@@ -327,7 +309,7 @@ def test_the_time_before_an_interruption_counts(
     done: CompareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = dataclasses.replace(
-        done, results=tmp_path / "results", out=tmp_path / "out", only=("vicreg",), readme=None,
+        done, results=tmp_path / "results", out=tmp_path / "out", only=("vicreg",),
         size_flags=dataclasses.replace(TINY, epochs=2),
     )  # fmt: skip
 
@@ -350,7 +332,7 @@ def test_the_time_before_an_interruption_counts(
 def test_the_untrained_networks_curve_follows_another_start(done: CompareConfig, tmp_path: Path) -> None:
     shutil.copytree(done.results, tmp_path / "results")
     config = dataclasses.replace(
-        done, results=tmp_path / "results", out=tmp_path / "out", only=("sup1",), readme=None,
+        done, results=tmp_path / "results", out=tmp_path / "out", only=("sup1",),
         size_flags=dataclasses.replace(TINY, image_size=24), segment_data=None,
     )  # fmt: skip
     curve = config.results / "runs" / "sup1-seed0.csv"
@@ -368,7 +350,7 @@ def test_imagenet_is_left_blank_without_its_weights(
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
     shutil.copytree(done.results, tmp_path / "results")
     console = Console(record=True, quiet=False, file=(tmp_path / "log").open("w"), width=200)
-    config = dataclasses.replace(done, results=tmp_path / "results", out=tmp_path / "out", only=("sup2",), readme=None)
+    config = dataclasses.replace(done, results=tmp_path / "results", out=tmp_path / "out", only=("sup2",))
     text = compare(config, console).read_text()
     assert "sup2-seed0 is left out: cannot download ImageNet weights (<urlopen error no route to host>)" in (
         console.export_text()

@@ -112,7 +112,6 @@ def test_the_readme_is_short() -> None:
     assert lines("README.md") <= 160
 
 
-@pytest.mark.xfail(reason="the page holds its long tables still; without them this mark must go", strict=True)
 def test_the_page_of_the_example_is_short() -> None:
     assert lines("examples/optiml/README.md") <= 150
 
@@ -153,7 +152,6 @@ def paths_of_the_map() -> list[str]:
     return found
 
 
-@pytest.mark.xfail(reason="the map shows the folders of the example as they are going to be", strict=True)
 def test_the_map_shows_what_is_there() -> None:
     missing = [path for path in paths_of_the_map() if path.rstrip("/") not in FILES | FOLDERS]
     assert not missing

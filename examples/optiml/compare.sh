@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The comparison of README.md under the small budget: the methods and the ablation on cxr-dev, the methods on phantoms.
+# The comparison of COMPARISON.md and PHANTOMS.md under the small budget: the methods and the ablation on cxr-dev, the methods on phantoms.
 #
 #   bash examples/optiml/compare.sh methods|ablation DATA [OPTIONS OF compare ...]
 #   bash examples/optiml/compare.sh phantoms [OPTIONS OF compare ...]
@@ -22,8 +22,7 @@ methods | ablation)
 phantoms)
     optiml prepare --dataset phantom --phantom-train 2000 --phantom-test 600 --phantom-size 64 --out data/phantoms
     optiml compare --data data/phantoms --segment-data data/phantoms --label Effusion --rows methods \
-        --out runs/compare-phantoms --results examples/optiml/results/compare-phantoms \
-        --readme examples/optiml/PHANTOMS.md "$@"
+        --out runs/compare-phantoms --results examples/optiml/results/compare-phantoms "$@"
     ;;
 *)
     echo "say methods, ablation or phantoms, not '$what'" >&2

@@ -19,4 +19,4 @@ optiml prepare --dataset csv --root "$data/cxr-seg" --table "$data/cxr-seg/label
     --test-fraction 0.3 --val-fraction 0.1 --out data/seg-select
 optiml compare --data data/cxr-select --segment-data data/seg-select --label Lung --rows ablation --epochs 15 \
     --fractions 1.0 --heatmap-fractions --out runs/selection \
-    --results examples/optiml/results/selection --readme examples/optiml/SELECTION.md "$@"
+    --results examples/optiml/results/selection "$@"

@@ -11,13 +11,13 @@ from rich.console import Console
 from ..downstream.arms import SUP1, SUP2
 from ..downstream.result_files import Record
 from ..errors import CommandError
-from ..reporting.comparison_page import pretraining_table, provenance_text, write_tables
+from ..reporting.comparison_page import pretraining_table, provenance_text
 from ..reporting.comparison_rows import RECOMMENDED
 from ..reporting.differences import auc_measures, beyond_zero, dice_measure, difference_table, replicated, verdicts
 from ..reporting.figures import draw_curves
-from ..reporting.report import RECORDS, build, report
+from ..reporting.report import RECORDS, report
 from ..reporting.row_store import Stores
-from ..reporting.tables import Table, only_ran
+from ..reporting.tables import Table
 from .comparison import Comparison
 from .settings import CompareConfig
 from .xray import outlined
@@ -40,7 +40,7 @@ def compare(config: CompareConfig, console: Console | None = None) -> Path:
 
 
 def write_report(comparison: Comparison, records: list[Record], stores: Stores) -> Path:
-    """Write the report, copy it to ``results`` and put its tables into the page; return the report."""
+    """Write the report and copy it to ``results``; return the page."""
     config, console = comparison.config, comparison.console
     table, notes = differences(comparison, records, stores)
     notes += "\n" + provenance_text(config.rows, config.options(), comparison.main_set.index, records, stores)
@@ -58,19 +58,8 @@ def write_report(comparison: Comparison, records: list[Record], stores: Stores) 
         notes = f"## Pretraining\n\n{pretraining_table(curves)}\n{picture}\n\n{notes}"
     path = report(records, out, console, (table,), notes)
     shutil.copytree(out, final, dirs_exist_ok=True, ignore=shutil.ignore_patterns(RECORDS))
-    if page := page_of(config):
-        picture = f"![{table.title}](differences.png)\n\n" if only_ran(table).sections else ""
-        figures = ", ".join(f"[{path.stem}]({path.name})" for path in sorted(out.glob("*.png")))
-        links = f"\nFigures: {figures}. Everything on one page: [report.md](report.md).\n"
-        write_tables(page, config.rows, [*build(records), table], picture + notes + links, final)
     console.print(f"Copied to {final}")
     return path
-
-
-def page_of(config: CompareConfig) -> Path | None:
-    """The page that the tables go into; None if the results are not the package's and no page is given."""
-    inside = config.results.resolve().is_relative_to(PACKAGE)
-    return config.readme or (PACKAGE / "README.md" if inside else None)
 
 
 def differences(comparison: Comparison, records: list[Record], stores: Stores) -> tuple[Table, str]:

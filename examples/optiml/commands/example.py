@@ -30,10 +30,10 @@ TRAIN, TEST, SIZE = 2000, 600, 64
 LABEL = "Effusion"
 #: Most of the minutes belong to the pretraining. Both networks get the same short fine-tuning.
 SIZES = Sizes(
-    epochs=10, image_size=SIZE, fractions=(FRACTION,), large_seeds=(0, 1), finetune_seeds=(0,),
+    epochs=8, image_size=SIZE, fractions=(FRACTION,), large_seeds=(0, 1), finetune_seeds=(0,),
     finetune=TrainConfig(lr=1e-3, epochs=5, min_steps=30, checks=3), heatmap_fractions=(FRACTION,),
     segment_fractions=(1.0,), segment_seeds=(0,),
-    unet=TrainConfig(lr=1e-3, batch_size=16, epochs=1, min_steps=40, max_steps=40, checks=2),
+    unet=TrainConfig(lr=1e-3, batch_size=16, epochs=1, min_steps=100, max_steps=100, checks=2),
 )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ class ExampleConfig:
     out: Path = Path("runs/example")
     """Working folder; a second call goes on where the first was stopped."""
     method: str = "optiml"
-    epochs: int = 10
+    epochs: int = 8
     """Epochs of pretraining."""
     seed: int = 0
     """Of the phantoms and of the pretraining."""
@@ -92,8 +92,6 @@ class CompareConfig:
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of the pretraining, or of random weights: those to make. All that are complete are reported."""
     size_flags: Annotated[SizeFlags, tyro.conf.arg(name="")] = field(default_factory=SizeFlags)
-    readme: Path | None = None
-    """Write the tables between this file's markers. Unset: the package's, if ``results`` lie inside the package."""
     workers: int = 0
 
     def __post_init__(self) -> None:

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..atomic import atomic_path
 from ..data.index import ChestIndex
 from ..downstream.arms import SUP2
 from ..downstream.result_files import Record
-from ..errors import CommandError
 from ..markdown import markdown_table
 from .comparison_rows import Kind, rows
 from .row_store import Stores
-from .tables import Table, markdown, only_ran
 
 
 def provenance_text(
@@ -119,24 +114,3 @@ def pretraining_table(curves: dict[str, list[list[dict[str, float]]]]) -> str:
         *markdown_table(["", "seeds", *(FIGURES[name] for name in names)], cells, align="right"),
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
-
-
-def markers(kind: Kind) -> tuple[str, str]:
-    """The two lines of a page between which a comparison's tables stand."""
-    return f"<!-- compare --rows {kind}: written by that command, do not edit -->", f"<!-- end of {kind} -->"
-
-
-def write_tables(path: Path, kind: Kind, tables: list[Table], notes: str, folder: Path) -> None:
-    """Write the tables with results and the notes between the markers, with their headings two levels down.
-
-    They replace what stands there. Links become relative to the page; the files they name are in ``folder``.
-    """
-    ran = [markdown(table) for table in map(only_ran, tables) if table.sections]
-    body = "\n".join([*ran, notes]).replace("](", f"]({os.path.relpath(folder, path.parent)}/")
-    body = re.sub("^#", "###", body, flags=re.MULTILINE)
-    text, (begin, end) = path.read_text(), markers(kind)
-    if begin not in text or end not in text:
-        raise CommandError(f"{path} lacks the lines {begin!r} and {end!r}")
-    before, _, rest = text.partition(begin)
-    with atomic_path(path) as part:
-        part.write_text(f"{before}{begin}\n\n{body}\n{end}{rest.partition(end)[2]}")

@@ -18,6 +18,7 @@ from ..downstream.dice import weighted_mean
 from ..downstream.finetune import usable_classes
 from ..downstream.result_files import Record
 from ..downstream.scores import Scored
+from ..markdown import markdown_table
 from ..metrics import Estimate, Floats
 from ..pretraining.callbacks import duration
 from .differences import Difference, Replicates, draws_with_original
@@ -151,3 +152,21 @@ def summary_lines(training: Training, index: ChestIndex, found: list[Gain], seco
         "      --root chestmnist_64.npz --out data/chestmnist",
         "  make example-xray DATA=data/chestmnist",
     ]
+
+
+def seeds_table(results: list[dict[str, Any]]) -> str:
+    """The results files of several seeds as a Markdown table, for the example's page."""
+    names = list(dict.fromkeys(gain["name"] for result in results for gain in result["gains"]))
+    rows = []
+    for result in results:
+        gains_of = {gain["name"]: gain for gain in result["gains"]}
+        rows.append(
+            [f"seed {result['seed']}", *(_gain_cell(gains_of[name]) if name in gains_of else "" for name in names)]
+        )
+    return "\n".join(markdown_table(["", *names], rows))
+
+
+def _gain_cell(gain: dict[str, Any]) -> str:
+    difference = gain["difference"]
+    sides = f"{gain['untrained']['value']:.1f} → {gain['pretrained']['value']:.1f}"
+    return f"{sides} ({difference['value']:+.1f} [{difference['low']:+.1f}, {difference['high']:+.1f}])"
