@@ -26,8 +26,7 @@ from otloss.backends import reference, triton
 if not triton.interpreted():
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
 
-from otloss.backends.gpu import config, launch
-from otloss.backends.gpu import solve as solving
+from otloss.backends.triton import config, launch, solver
 
 EPS = 0.1
 DTYPES = (torch.float32, torch.float64)
@@ -268,14 +267,14 @@ def test_columns_that_no_row_prefers_take_a_launch_of_their_own(monkeypatch: pyt
     """Shares of the second column underflow; it has to be found by half-steps of the row blocks, added."""
     monkeypatch.setattr(config, "LIMITS", REGIMES["medium"])
     launches: list[Any] = []
-    made = solving.launch
+    made = solver.launch
 
     def counted(kernel: Any, *rest: Any, **more: Any) -> None:
         launches.append(kernel)
         made(kernel, *rest, **more)
 
-    monkeypatch.setattr(solving, "launch", counted)
-    monkeypatch.setattr(solving, "iterate", lambda step, most, running: [step() for _ in range(most) if running.any()])
+    monkeypatch.setattr(solver, "launch", counted)
+    monkeypatch.setattr(solver, "iterate", lambda step, most, running: [step() for _ in range(most) if running.any()])
     cost = torch.rand(1, 40, 5)
     cost[..., 1] += 100
     a, b = torch.full((1, 40), 1 / 40), torch.full((1, 5), 0.2)

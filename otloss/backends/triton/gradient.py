@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from otloss.backends.gpu import adjoint, config, contract, rows, small, stream
-from otloss.backends.gpu.launch import Problem, View, iterate, launch
 from otloss.backends.reference import known, live, unrolled_by_mass
+from otloss.backends.triton import adjoint, config, contract, rows, small, stream
+from otloss.backends.triton.launch import Problem, View, iterate, launch
 
 # Potentials, masses, multipliers and weights of the rows and columns that ``contract.py`` takes.
 Side = tuple[Tensor, Tensor, Tensor | None, Tensor | None]

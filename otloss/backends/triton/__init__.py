@@ -1,10 +1,30 @@
-"""Triton kernels for NVIDIA GPUs (``gpu/``), chosen for CUDA tensors.
+"""Triton kernels for NVIDIA GPUs, chosen for CUDA tensors.
 
 Float32 or float64 masses set the precision of everything; cost or features may be float16, bfloat16 or the same, and
 are read as they are: no copy of a half-precision cost, of features only their unit rows in float32. Their gradient is
 rounded once per call; where the plan is differentiated too, autograd adds its part in the inputs' precision. Where
 there is no GPU, ``TRITON_INTERPRET=1`` in the environment before the first import runs the kernels on CPU tensors by
 Triton's interpreter: slow, for tests. Results are the same in every run: no atomics, fixed orders of summation.
+
+This file is the backend's door: the functions that every backend has. It imports the library ``triton``, and the
+modules beside it, only when one of them is called.
+
+=============  ======================================================================================================
+``tiles``      what the kernels share: a tile of cost, the kernel on it, half-steps
+``small``      n, m up to 128: one program per problem, every iteration in one launch
+``rows``       n, m up to 1024: blocks of whole rows, one launch and one pass over the cost per iteration
+``stream``     any size: tiles of a streaming pass, columns split where rows are few
+``adjoint``    conjugate gradients between those passes
+``contract``   gradients of the cost, contracted to those of features
+``features``   unit rows and the way back
+``config``     which kernel for which size, and its tile
+``launch``     a problem's views and how kernels are launched; ``solver`` and ``gradient`` order the launches
+=============  ======================================================================================================
+
+Each module states its equations and its roofline: operations per unit at the sustained rates of one H100 (A100):
+495 (156) TFLOP/s of dense TF32, 132 (108) SMs at 1.7 (1.4) GHz with 128 (64) float32 instructions and 16
+exponentials per clock, 3.35 (1.55) TB/s of memory. These are predictions: nothing here has run on a GPU yet
+(README).
 """
 
 from __future__ import annotations
@@ -73,7 +93,7 @@ def _problem(left: Tensor, right: Tensor | None, a: Tensor, b: Tensor, eps: floa
     reason = status()
     if reason is not None:
         raise RuntimeError(f"the triton backend cannot be used: {reason}")
-    from otloss.backends.gpu.launch import Problem  # imports triton
+    from otloss.backends.triton.launch import Problem  # imports the library
 
     return Problem(left, right, a, b, eps)
 
@@ -89,9 +109,9 @@ def solve(
     """``f, g, transport_cost, value, n_iter, error``, after ``max_iter`` iterations or at an L1 error below ``tol``."""
     with _on(left):
         problem = _problem(left, right, a, b, eps)
-        from otloss.backends.gpu import solve as solving
+        from otloss.backends.triton import solver
 
-        return solving.solve(problem, max_iter, tol)
+        return solver.solve(problem, max_iter, tol)
 
 
 def implicit_gradient(
@@ -116,7 +136,7 @@ def implicit_gradient(
     """
     with _on(left):
         problem = _problem(left, right, a, b, eps)
-        from otloss.backends.gpu import gradient
+        from otloss.backends.triton import gradient
 
         upstream = (grad_cost, grad_value, grad_f, grad_g)
         return gradient.implicit_gradient(problem, f, g, *upstream, adjoint, need_cost)
@@ -137,6 +157,6 @@ def unrolled_gradient(
     """``grad_left, grad_right, grad_a, grad_b`` through the ``n_iter`` iterations run, at most ``max_iter``."""
     with _on(left):
         problem = _problem(left, right, a, b, eps)
-        from otloss.backends.gpu import gradient
+        from otloss.backends.triton import gradient
 
         return gradient.unrolled_gradient(problem, n_iter, grad_cost, grad_value, need_cost, max_iter)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from otloss.backends.gpu import config, features, stream
+from otloss.backends.triton import config, features, stream
 
 MOST_BLOCKS = 65535  # of a grid's second and third dimension
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from otloss.backends.gpu import config, rows, small, stream
-from otloss.backends.gpu.launch import Problem, iterate, launch
 from otloss.backends.reference import known, live
+from otloss.backends.triton import config, rows, small, stream
+from otloss.backends.triton.launch import Problem, iterate, launch
 
 Solution = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
