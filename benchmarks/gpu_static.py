@@ -122,8 +122,9 @@ def recording(found: dict[Variant, list[str]], label: str, processors: int) -> I
 
 def variants(shapes: list[tuple[int, int, int, int, torch.dtype]], processors: int) -> dict[Variant, list[str]]:
     """Every launch of solve and both gradients on these shapes."""
+    from otloss.backends.protocol import Problem, Upstream
     from otloss.backends.triton import gradient
-    from otloss.backends.triton.launch import Problem
+    from otloss.backends.triton.launch import DeviceProblem
     from otloss.backends.triton.solver import solve
 
     found: dict[Variant, list[str]] = {}
@@ -135,11 +136,11 @@ def variants(shapes: list[tuple[int, int, int, int, torch.dtype]], processors: i
         label = f"{batch}x{n}x{m}" + (f", d {d}" if d else ", dense") + (", float64" if dtype == torch.float64 else "")
         with recording(found, label, processors):
             left, right = (empty(batch, n, d), empty(batch, m, d)) if d else (empty(batch, n, m), None)
-            problem = Problem(left, right, empty(batch, n), empty(batch, m), 0.05)
+            problem = DeviceProblem(Problem(left, right, empty(batch, n), empty(batch, m), 0.05))
             f, g, w, *_ = solve(problem, 50, 1e-5)
             for adjoint in (True, False):
-                gradient.implicit_gradient(problem, f, g, w, w, None, None, adjoint, True)
-            gradient.unrolled_gradient(problem, empty(batch, dtype=torch.int64), w, w, True, 2)
+                gradient.implicit_gradient(problem, f, g, Upstream(w, w), adjoint, True)
+            gradient.unrolled_gradient(problem, empty(batch, dtype=torch.int64), Upstream(w, w), True, 2)
     return found
 
 

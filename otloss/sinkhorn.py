@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from otloss.backends import choose_backend, get_backend
+from otloss.backends.protocol import Problem, Solution
 from otloss.backends.reference import transport_plan
 from otloss.checks import (
     check_choice,
@@ -49,13 +50,13 @@ class SinkhornOutput:
     any, nor does anything of a problem that was solved under ``torch.no_grad``.
     """
 
-    def __init__(self, problem: _Problem, solution: tuple[Tensor, ...], gradient: str, tol: float) -> None:
-        shape = problem.batch
-        self._problem, self._gradient = problem, gradient
+    def __init__(self, source: _PlanSource, solution: Solution, gradient: str, tol: float) -> None:
+        shape = source.batch
+        self._source, self._gradient = source, gradient
         self._plan: Tensor | None = None
         if len(shape) != 1:
-            solution = tuple(out.reshape((*shape, *out.shape[1:])) for out in solution[:6])
-        self.f, self.g, self.transport_cost, self.value, self.n_iter, self.marginal_error = solution[:6]
+            solution = Solution(*(out.reshape((*shape, *out.shape[1:])) for out in solution))
+        self.f, self.g, self.transport_cost, self.value, self.n_iter, self.marginal_error = solution
         self.converged = self.marginal_error < tol
 
     @property
@@ -63,7 +64,7 @@ class SinkhornOutput:
         """The plan ``(B, n, m)``. Any function of it is differentiable in mode "implicit"."""
         if self._plan is not None:
             return self._plan
-        plan = self._problem.plan(self.f, self.g, constant=self._gradient != "implicit")
+        plan = self._source.plan(self.f, self.g, constant=self._gradient != "implicit")
         if plan.requires_grad or not self.f.requires_grad:  # else built under no_grad, perhaps only for a log
             self._plan = plan
         return plan
@@ -73,11 +74,11 @@ class SinkhornOutput:
         return f"SinkhornOutput(f={tuple(self.f.shape)}, g={tuple(self.g.shape)}, converged={done}/{total})"
 
 
-class _Problem:
-    """A checked problem: cost or features, normalised masses, and the shape of the batch."""
+class _PlanSource:
+    """A problem that was solved, from which the plan can be built, and the shape of its batch."""
 
-    def __init__(self, left: Tensor, right: Tensor | None, batch: torch.Size, a: Tensor, b: Tensor, eps: float) -> None:
-        self.left, self.right, self.batch, self.a, self.b, self.eps = left, right, batch, a, b, eps
+    def __init__(self, problem: Problem, batch: torch.Size) -> None:
+        self.problem, self.batch = problem, batch
         self._versions = None if torch.compiler.is_compiling() else self._count_writes()
         self._tracked = self._tracks_gradients()
 
@@ -92,7 +93,8 @@ class _Problem:
 
     def _operands(self) -> list[Tensor]:
         """Cost or features, and the masses."""
-        return [t for t in (self.left, self.right, self.a, self.b) if t is not None]
+        left, right, a, b, _ = self.problem
+        return [t for t in (left, right, a, b) if t is not None]
 
     def _tracks_gradients(self) -> list[bool]:
         """Of each operand, whether what is computed from it now gets a gradient by it."""
@@ -100,11 +102,11 @@ class _Problem:
 
     def _count_writes(self) -> list[int]:
         """How often cost or features were written in place; they may share memory with the caller's tensors."""
-        return [t._version for t in (self.left, self.right) if t is not None and not t.is_inference()]
+        return [t._version for t in (self.problem.left, self.problem.right) if t is not None and not t.is_inference()]
 
     def _check_unchanged(self) -> None:
         if self._versions is not None and not torch.compiler.is_compiling() and self._count_writes() != self._versions:
-            what = "the cost was" if self.right is None else "x or y were"
+            what = "the cost was" if self.problem.right is None else "x or y were"
             raise RuntimeError(f"{what} changed in place after the problem was solved; read out.plan before that")
 
     def plan(self, f: Tensor, g: Tensor, constant: bool) -> Tensor:
@@ -118,7 +120,7 @@ class _Problem:
                 f, g = f.detach(), g.detach()
             points = [t.to(f.dtype) for t in points]
             cost = points[0] if len(points) == 1 else cosine_cost(points[0], points[1])
-            plan = transport_plan(cost, a, b, f, g, self.eps)
+            plan = transport_plan(cost, a, b, f, g, self.problem.eps)
         return plan.reshape(*self.batch, *plan.shape[1:])
 
 
@@ -207,11 +209,12 @@ def _solve(
         mass_tol = max((MASS_TOLERANCE.get(mass.dtype, 2e-2) for mass in masses.values()), default=0.0)
         # Whether it pays depends on the sizes, which an exported graph may leave open.
         keep = gradient != "unroll" and torch.is_grad_enabled() and not _exporting()
-        solution = Sinkhorn.apply(
-            left, right, p, q, log_totals, " ".join(masses), mass_tol, float(eps), int(max_iter), float(tol), keep,
-            gradient, chosen,
-        )  # fmt: skip
-    return SinkhornOutput(_Problem(left, right, batch, p, q, float(eps)), solution, gradient, float(tol))
+        problem = Problem(left, right, p, q, float(eps))
+        given = " ".join(masses)
+        *solution, _ = Sinkhorn.apply(
+            *problem, log_totals, given, mass_tol, int(max_iter), float(tol), keep, gradient, chosen
+        )
+    return SinkhornOutput(_PlanSource(problem, batch), Solution(*solution), gradient, float(tol))
 
 
 def sinkhorn(

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from otloss.backends.protocol import Gradients, Problem, Solution, Upstream
 from otloss.checks import wide
 from otloss.cost import live_rows, negligible, row_norms, unit_rows
 
@@ -103,10 +104,9 @@ def _row_error(a: Tensor, f: Tensor, f_next: Tensor, eps: float) -> Tensor:
     return (a * (drift.exp() - 1).abs()).sum(dim=-1)
 
 
-def solve(
-    left: Tensor, right: Tensor | None, a: Tensor, b: Tensor, eps: float, max_iter: int, tol: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Potentials f, g in the gauge <a, f> = <b, g>, transport cost, value, iterations and error of each problem."""
+def solve(problem: Problem, max_iter: int, tol: float, kept: Tensor | None = None) -> Solution:
+    """The solution of each problem, with potentials in the gauge <a, f> = <b, g>; ``kept`` is not used."""
+    left, right, a, b, eps = problem
     cost = dense_cost(left, right)
     log_a, log_b = log_mass(a), log_mass(b)
     f, g = torch.zeros_like(a), torch.zeros_like(b)
@@ -130,7 +130,7 @@ def solve(
     plan = transport_plan(cost, a, b, f, g, eps)
     transport_cost = (plan * cost).sum((-1, -2))
     value = (plan.sum(-1) * f).sum(-1) + (plan.sum(-2) * g).sum(-1) - eps * (plan.sum((-1, -2)) - 1)
-    return f, g, transport_cost, value, n_iter, error
+    return Solution(f, g, transport_cost, value, n_iter, error)
 
 
 def _column(weight: Tensor | None, like: Tensor) -> Tensor:
@@ -193,31 +193,26 @@ def _or_one(x: Tensor) -> Tensor:
 
 
 def implicit_gradient(
-    left: Tensor,
-    right: Tensor | None,
-    a: Tensor,
-    b: Tensor,
+    problem: Problem,
     f: Tensor,
     g: Tensor,
-    grad_cost: Tensor | None,
-    grad_value: Tensor | None,
-    grad_f: Tensor | None,
-    grad_g: Tensor | None,
-    eps: float,
+    upstream: Upstream,
     adjoint: bool,
     need_cost: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of cost or features, a and b, and the adjoint's relative residual; see ``otloss/gradients.py``."""
+    kept: Tensor | None = None,
+) -> tuple[Gradients, Tensor]:
+    """Gradients and the adjoint's relative residual; see ``otloss/gradients.py``. ``kept`` is not used."""
+    left, right, a, b, eps = problem
     cost = dense_cost(left, right)
     k = _normalised_kernel(cost, a, b, f, g, eps)
     plan = a.unsqueeze(-1) * k * b.unsqueeze(-2)
-    w, w_value = _column(grad_cost, cost), _column(grad_value, cost)
+    w, w_value = _column(upstream.cost, cost), _column(upstream.value, cost)
     grad = (w + w_value) * plan
     grad_a, grad_b = w_value[..., 0] * f, w_value[..., 0] * g
     residual = torch.zeros_like(cost[..., 0, 0])
     if adjoint:
-        p = torch.zeros_like(f) if grad_f is None else grad_f
-        q = torch.zeros_like(g) if grad_g is None else grad_g
+        p = torch.zeros_like(f) if upstream.f is None else upstream.f
+        q = torch.zeros_like(g) if upstream.g is None else upstream.g
         rows = (k * b.unsqueeze(-2)).sum(-1)
         columns = (k * a.unsqueeze(-1)).sum(-2)
         reduced = torch.where(k > 0, w * (cost - f.unsqueeze(-1) - g.unsqueeze(-2)), 0.0)  # not 0 * inf
@@ -234,7 +229,7 @@ def implicit_gradient(
         grad = grad + k * (b.unsqueeze(-2) * (p / rows).unsqueeze(-1) + a.unsqueeze(-1) * (q / columns).unsqueeze(-2))
         grad_a, grad_b = grad_a + u + w[..., 0] * f, grad_b + v + w[..., 0] * g
     grad_left, grad_right = _pull_back(grad, left, right) if need_cost else (cost.new_empty(0), cost.new_empty(0))
-    return grad_left, grad_right, grad_a, grad_b, residual
+    return Gradients(grad_left, grad_right, grad_a, grad_b), residual
 
 
 def _tangent_of_no_mass(mass: Tensor) -> Tensor:
@@ -243,18 +238,10 @@ def _tangent_of_no_mass(mass: Tensor) -> Tensor:
 
 
 def unrolled_gradient(
-    left: Tensor,
-    right: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    n_iter: Tensor,
-    grad_cost: Tensor | None,
-    grad_value: Tensor | None,
-    eps: float,
-    need_cost: bool,
-    max_iter: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    problem: Problem, n_iter: Tensor, upstream: Upstream, need_cost: bool, max_iter: int
+) -> Gradients:
     """Exact gradient of the iterations that were run: the potentials of each are kept, the kernels made again."""
+    left, right, a, b, eps = problem
     cost = dense_cost(left, right)
     log_a, log_b = log_mass(a), log_mass(b)
     twice = torch.is_grad_enabled()  # then masses of 0 need what their logarithm does not let through
@@ -274,7 +261,7 @@ def unrolled_gradient(
 
     # Without mass as with it: of the last iteration, which is the limit of a vanishing mass.
     f_last, g_last = history[-1]
-    w, w_value = _column(grad_cost, cost), _column(grad_value, cost)
+    w, w_value = _column(upstream.cost, cost), _column(upstream.value, cost)
     k = kernel(cost, f_last, g_last, eps)
     plan = a.unsqueeze(-1) * k * b.unsqueeze(-2)
     outer = w * cost + w_value * (f_last.unsqueeze(-1) + g_last.unsqueeze(-2))
@@ -301,4 +288,4 @@ def unrolled_gradient(
         grad_f = torch.where(running[..., 0], 0.0, grad_f)
     grad_a, grad_b = unrolled_by_mass(grad_a, a, f_last, eps), unrolled_by_mass(grad_b, b, g_last, eps)
     grad_left, grad_right = _pull_back(grad, left, right) if need_cost else (cost.new_empty(0), cost.new_empty(0))
-    return grad_left, grad_right, grad_a, grad_b
+    return Gradients(grad_left, grad_right, grad_a, grad_b)

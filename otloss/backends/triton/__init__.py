@@ -39,6 +39,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from otloss.backends.protocol import Gradients, Problem, Solution, Upstream
+
 TWICE_DIFFERENTIABLE = False
 KEEPS_COST = False
 READS_HALF = True
@@ -89,13 +91,13 @@ def interpreted() -> bool:
     return _INTERPRETED
 
 
-def _problem(left: Tensor, right: Tensor | None, a: Tensor, b: Tensor, eps: float) -> Any:
+def _device_problem(problem: Problem) -> Any:
     reason = status()
     if reason is not None:
         raise RuntimeError(f"the triton backend cannot be used: {reason}")
-    from otloss.backends.triton.launch import Problem  # imports the library
+    from otloss.backends.triton.launch import DeviceProblem  # imports the library
 
-    return Problem(left, right, a, b, eps)
+    return DeviceProblem(problem)
 
 
 def _on(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -103,60 +105,38 @@ def _on(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-def solve(
-    left: Tensor, right: Tensor | None, a: Tensor, b: Tensor, eps: float, max_iter: int, tol: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``f, g, transport_cost, value, n_iter, error``, after ``max_iter`` iterations or at an L1 error below ``tol``."""
-    with _on(left):
-        problem = _problem(left, right, a, b, eps)
+def solve(problem: Problem, max_iter: int, tol: float, kept: Tensor | None = None) -> Solution:
+    """The solution after ``max_iter`` iterations or at an L1 error below ``tol``; ``kept`` is not used."""
+    with _on(problem.left):
+        prepared = _device_problem(problem)
         from otloss.backends.triton import solver
 
-        return solver.solve(problem, max_iter, tol)
+        return solver.solve(prepared, max_iter, tol)
 
 
 def implicit_gradient(
-    left: Tensor,
-    right: Tensor | None,
-    a: Tensor,
-    b: Tensor,
+    problem: Problem,
     f: Tensor,
     g: Tensor,
-    grad_cost: Tensor | None,
-    grad_value: Tensor | None,
-    grad_f: Tensor | None,
-    grad_g: Tensor | None,
-    eps: float,
+    upstream: Upstream,
     adjoint: bool,
     need_cost: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``grad_left, grad_right, grad_a, grad_b, residual`` of the converged problem.
-
-    ``grad_f`` and ``grad_g`` have equal totals. Without ``adjoint`` the plan is a constant. The gradients of the masses
-    are not projected. ``grad_right`` is empty for a dense cost, both are without ``need_cost``.
-    """
-    with _on(left):
-        problem = _problem(left, right, a, b, eps)
+    kept: Tensor | None = None,
+) -> tuple[Gradients, Tensor]:
+    """Gradients of the converged problem and the residual of its adjoint system; ``kept`` is not used."""
+    with _on(problem.left):
+        prepared = _device_problem(problem)
         from otloss.backends.triton import gradient
 
-        upstream = (grad_cost, grad_value, grad_f, grad_g)
-        return gradient.implicit_gradient(problem, f, g, *upstream, adjoint, need_cost)
+        return gradient.implicit_gradient(prepared, f, g, upstream, adjoint, need_cost)
 
 
 def unrolled_gradient(
-    left: Tensor,
-    right: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    n_iter: Tensor,
-    grad_cost: Tensor | None,
-    grad_value: Tensor | None,
-    eps: float,
-    need_cost: bool,
-    max_iter: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``grad_left, grad_right, grad_a, grad_b`` through the ``n_iter`` iterations run, at most ``max_iter``."""
-    with _on(left):
-        problem = _problem(left, right, a, b, eps)
+    problem: Problem, n_iter: Tensor, upstream: Upstream, need_cost: bool, max_iter: int
+) -> Gradients:
+    """Gradients through the ``n_iter`` iterations that were run, at most ``max_iter``."""
+    with _on(problem.left):
+        prepared = _device_problem(problem)
         from otloss.backends.triton import gradient
 
-        return gradient.unrolled_gradient(problem, n_iter, grad_cost, grad_value, need_cost, max_iter)
+        return gradient.unrolled_gradient(prepared, n_iter, upstream, need_cost, max_iter)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from otloss.backends.protocol import Problem
 from otloss.backends.triton import config, features, stream
 
 MOST_BLOCKS = 65535  # of a grid's second and third dimension
@@ -48,10 +49,11 @@ def register_bound(warps: int) -> int:
     return min(255, 65536 // (32 * warps))
 
 
-class Problem:
+class DeviceProblem:
     """Inputs made contiguous, features normalised, both views; half-precision cost or features are read as they are."""
 
-    def __init__(self, left: Tensor, right: Tensor | None, a: Tensor, b: Tensor, eps: float) -> None:
+    def __init__(self, problem: Problem) -> None:
+        left, right, a, b, eps = problem
         if a.dtype not in (torch.float32, torch.float64) or b.dtype != a.dtype:
             raise TypeError(
                 f"the triton backend takes float32 or float64 masses of one dtype, not {a.dtype}, {b.dtype}"
