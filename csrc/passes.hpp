@@ -23,7 +23,7 @@ OTLOSS_INLINE void sweep_rows(const T* K, int begin, int end, int cols, int ld, 
       const vec<T> x = load(v + j);
       repeat<block>(OTLOSS_EACH(r) { part[r] += load(k + r * size_t(ld) + j) * x; });
     }
-    T s[unit<T>], w[block];
+    T s[pad_to<T>], w[block];
     sums<T, block>(part, s);
     weight(i0, s, w);
     repeat<block>(OTLOSS_EACH(r) { u[r] = splat<T>(w[r]); });

@@ -61,7 +61,7 @@ class Sinkhorn(torch.autograd.Function):
         b: Tensor,
         eps: float,
         log_totals: Tensor,
-        given: str,
+        mass_names: str,
         mass_tol: float,
         max_iter: int,
         tol: float,
@@ -69,7 +69,7 @@ class Sinkhorn(torch.autograd.Function):
         mode: str,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        options = (given, mass_tol, eps, max_iter, tol, keep, backend)
+        options = (mass_names, mass_tol, eps, max_iter, tol, keep, backend)
         return operators.solve(left, right, a, b, log_totals, *options)  # type: ignore[no-any-return]
 
     @staticmethod

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -36,11 +36,18 @@ def _checks_on(x: Tensor) -> bool:
 
 
 def _finite(x: Tensor) -> bool:
-    return not x.numel() or all(math.isfinite(float(end)) for end in x.aminmax())  # a NaN is both ends
+    return not x.numel() or all(
+        math.isfinite(float(end)) for end in x.aminmax()
+    )  # aminmax gives NaN twice if any entry is
 
 
-def _check_marginals(a: Tensor, b: Tensor, log_totals: Tensor, given: str, mass_tol: float) -> bool:
-    """Whether every point has mass."""
+def _side_of(mass_name: str) -> str:
+    """The marginal, "a" or "b", that an argument "a", "b", "log_a" or "log_b" gives."""
+    return mass_name.removeprefix("log_")
+
+
+def _check_marginals(a: Tensor, b: Tensor, log_totals: Tensor, mass_names: Sequence[str], mass_tol: float) -> bool:
+    """Raise unless the masses that came by these names are valid; return whether every point has mass."""
     if not a.numel() or not b.numel():
         return True
     # Masses are normalised: what is not finite in them or their totals has become NaN, which fails every comparison.
@@ -49,8 +56,8 @@ def _check_marginals(a: Tensor, b: Tensor, log_totals: Tensor, given: str, mass_
     if least[0] >= 0 and least[1] >= 0 and float(gap) <= mass_tol:
         return min(least) > 0
     sides = {"a": (a, log_totals[:, 0]), "b": (b, log_totals[:, 1])}
-    for name in given.split():
-        mass, total = sides[name[-1]]
+    for name in mass_names:
+        mass, total = sides[_side_of(name)]
         bad = ~(torch.isfinite(total) & torch.isfinite(mass).all(-1))
         if bad.any():
             kind = "finite masses" if name in sides else "logarithms of finite masses"
@@ -67,7 +74,7 @@ def _check_marginals(a: Tensor, b: Tensor, log_totals: Tensor, given: str, mass_
     )
 
 
-def _explain_nonfinite(problem: Problem, given: str) -> str:
+def _explain_nonfinite(problem: Problem, mass_names: Sequence[str]) -> str:
     left, right, a, b, eps = problem
     named = (("cost", left),) if right is None else (("x", left), ("y", right))
     for name, value in named:
@@ -75,14 +82,17 @@ def _explain_nonfinite(problem: Problem, given: str) -> str:
             kind = "NaN" if torch.isnan(value).any() else "inf"
             return f"{name} must be finite, got {kind}; to leave a point out, give it no mass and entries such as 0"
     sides = {"a": a, "b": b}
-    for name in given.split():
-        if (sides[name[-1]] == 0).all(-1).any():  # divided by a total that has overflowed
+    for name in mass_names:
+        if (sides[_side_of(name)] == 0).all(-1).any():  # divided by a total that has overflowed
             return f"{name} must be masses whose total is finite in {a.dtype}; rescale them"
     return f"the cost is too large for {left.dtype} at eps {eps:g}, results are not finite; rescale both"
 
 
 def room_to_keep(problem: Problem, keep: bool, backend: str) -> Tensor:
-    """Where the cost of features stays for the gradient, which spares it a product; only where it is small."""
+    """The buffer in which solve saves the cost of features for the gradient, which then need not compute it again.
+
+    It is empty where it would take more than half the memory of the features.
+    """
     left, right, a, _, _ = problem
     if not keep or right is None or not get_backend(backend).KEEPS_COST:
         return a.new_empty(0)
@@ -112,12 +122,13 @@ def solve(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """f, g, transport cost, value, iterations, error, and what is kept for the gradient (empty where nothing is).
 
-    ``log_totals (B, 2)`` are of the masses before normalising, ``given`` the names by which they came ("log_a b"),
-    empty where they are uniform by default. ``keep`` says that an implicit gradient may follow.
+    ``log_totals (B, 2)`` are the logarithms of the masses' totals before normalising. ``given`` holds the names of the
+    arguments by which masses came, separated by blanks, as "log_a b"; a marginal that is not named is uniform. ``keep``
+    says that an implicit gradient may follow.
     """
-    problem = Problem(left, right, a, b, eps)
+    problem, mass_names = Problem(left, right, a, b, eps), given.split()
     checked = _checks_on(left)
-    all_live = not checked or _check_marginals(a, b, log_totals, given, mass_tol)
+    all_live = not checked or _check_marginals(a, b, log_totals, mass_names, mass_tol)
     kept = room_to_keep(problem, keep, backend)
     with no_autocast(left):
         solution = get_backend(backend).solve(problem, max_iter, tol, _or_none(kept))
@@ -125,7 +136,7 @@ def solve(
         # What lies between points without mass shows in no output, only in gradients.
         hidden: tuple[Tensor, ...] = () if all_live else (left,) if right is None else (left, right)
         if not all(map(_finite, (solution.transport_cost, solution.f, solution.g, *hidden))):
-            raise ValueError(_explain_nonfinite(problem, given))
+            raise ValueError(_explain_nonfinite(problem, mass_names))
         if tol > 0 and solution.error.numel() and float(solution.error.max()) >= tol:
             # No figures of this call in the text: Python shows each text once.
             warn(
@@ -174,7 +185,7 @@ def implicit_gradient(
         gradients, residual = get_backend(backend).implicit_gradient(
             problem, f, g, upstream, adjoint, need_cost, _or_none(kept)
         )
-    if _checks_on(left) and residual.numel() and not float(residual.max()) <= 1e-2:  # nor where it is NaN
+    if _checks_on(left) and residual.numel() and not float(residual.max()) <= 1e-2:  # so written, NaN warns too
         warn(
             f"the gradient's linear system was left with a relative residual above 1e-2 at eps={eps:g}: "
             "the plan is close to a permutation of blocks; raise eps or use float64",
@@ -215,7 +226,8 @@ def unrolled_gradient(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of left, right, a and b through the iterations that were run, of which none took over max_iter."""
     problem, upstream = Problem(left, right, a, b, eps), Upstream(grad_cost, grad_value)
-    capturing = n_iter.is_cuda and torch.cuda.is_current_stream_capturing()  # then nothing can be looked at
+    # While a CUDA graph is captured the host cannot read n_iter.
+    capturing = n_iter.is_cuda and torch.cuda.is_current_stream_capturing()
     longest = max_iter if capturing else int(n_iter.max()) if n_iter.numel() else 0
     with no_autocast(left):
         gradients = get_backend(backend).unrolled_gradient(problem, n_iter, upstream, need_cost, longest)

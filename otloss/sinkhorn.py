@@ -1,4 +1,4 @@
-"""The verb: entropic optimal transport for batches of problems, with exact gradients."""
+"""`sinkhorn` and `cosine_sinkhorn`: entropic optimal transport for batches of problems, with exact gradients."""
 
 from __future__ import annotations
 
@@ -88,8 +88,8 @@ class _PlanSource:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._versions = self._count_writes()  # which begin anew in a copy
-        self._tracked = [False] * len(self._tracked)  # a copy's potentials follow nothing
+        self._versions = self._count_writes()  # a copy's tensors count from 0 again
+        self._tracked = [False] * len(self._tracked)  # a copy's potentials have no graph
 
     def _operands(self) -> list[Tensor]:
         """Cost or features, and the masses."""
@@ -112,7 +112,8 @@ class _PlanSource:
     def plan(self, f: Tensor, g: Tensor, constant: bool) -> Tensor:
         self._check_unchanged()
         with no_autocast(f):
-            # The potentials do not follow what has come to ask for a gradient since: a part of it would be missing.
+            # An operand that did not require a gradient when the problem was solved gets none here: f and g have no
+            # graph to it, so its gradient would lack their part.
             tracked = zip(self._operands(), self._tracks_gradients(), self._tracked, strict=True)
             *points, a, b = (t.detach() if constant or (now and not then) else t for t, now, then in tracked)
             f, g = f.reshape(a.shape), g.reshape(b.shape)
@@ -161,7 +162,7 @@ def _masses(
 
 
 def _without_traces(mass: Tensor) -> Tensor:
-    """``mass``, exactly 0 where there is too little to count. Its gradient is that of a mass of 0, which has one."""
+    """``mass``, exactly 0 where there is too little to count. The gradient passes straight through."""
     trace = (mass > 0) & (mass <= negligible(mass.dtype))
     return torch.where(trace, mass - mass.detach(), mass)
 
@@ -210,9 +211,9 @@ def _solve(
         # Whether it pays depends on the sizes, which an exported graph may leave open.
         keep = gradient != "unroll" and torch.is_grad_enabled() and not _exporting()
         problem = Problem(left, right, p, q, float(eps))
-        given = " ".join(masses)
+        mass_names = " ".join(masses)
         *solution, _ = Sinkhorn.apply(
-            *problem, log_totals, given, mass_tol, int(max_iter), float(tol), keep, gradient, chosen
+            *problem, log_totals, mass_names, mass_tol, int(max_iter), float(tol), keep, gradient, chosen
         )
     return SinkhornOutput(_PlanSource(problem, batch), Solution(*solution), gradient, float(tol))
 
