@@ -65,7 +65,7 @@ template <class T> struct Adjoint {
     for (int j = cost.m; j < cost.cols; ++j) log_c[j] = none;
   }
 
-  // M, A, S and the right-hand side, each block of rows of cost as soon as it exists. C becomes R.
+  // Computes M, A, S and the right-hand side, block by block as the rows of the cost are filled. C becomes R.
   void assemble() {
     normalise_dead_columns();
     team.each(cost.parts.count, [&](int part) {
@@ -125,7 +125,7 @@ template <class T> struct Adjoint {
       if (solve && up.g) q_sum = dot(k, qg, cost.cols);
       y[i] = (w * sharp - p.eps * q_sum) * factor[r];
       Aw[r] = A[i] * w;
-      // rho_i is 1 by definition where there is no mass, and rounding of huge costs would make it anything.
+      // In a row without mass rho_i is 1 by definition. The computed one may be anything, by rounding of huge costs.
       rest[r] = A[i] * y[i] + p.eps * (log_a[i] != none ? rho[i] : T(1)) * pf[i];
     }
     T *R = cost.row(i0), *k = M + size_t(i0) * cost.ld;
@@ -143,10 +143,10 @@ template <class T> struct Adjoint {
     }
   }
 
-  // The reduced cost where any kernel is left. Elsewhere it may be near the largest number, and 0 * inf is not a number.
+  // The reduced cost where the kernel is not 0. Elsewhere it may overflow, and 0 * inf is not a number.
   static vec<T> masked(vec<T> kernel, vec<T> reduced) { return kernel != 0 ? reduced : vec<T>{}; }
 
-  // The row again, scaled by its largest entry with mass: its sum overflowed or is lost in rounding.
+  // Computes a row again, scaled by its largest entry with mass. Its sum has overflowed or was lost in rounding.
   void rescue(int i, T& row, T& sharp) {
     const T scale = exponent_scale(p.eps);
     T *R = cost.row(i), *k = M + size_t(i) * cost.ld;

@@ -6,8 +6,8 @@
 //
 // The methods, in lanes_solve.hpp and lanes_adjoint.hpp, are those of solve.hpp and adjoint.hpp with a mask where those have an
 // if. A lane computes what its own problem says and never looks at another lane, so results do not depend on who shares the
-// vector; lanes left over hold a trivial problem. What is rare is not done here at all: a problem with an empty mass, one that
-// needs an iteration in the log-domain, one whose rows lost their sums, is handed to the kernel for single problems.
+// vector; lanes left over hold a trivial problem. Rare cases are not handled here: a problem with a point without mass,
+// one that needs an iteration in the log-domain, and one whose rows lost their sums go to the kernel for single problems.
 #pragma once
 #include "cost.hpp"
 

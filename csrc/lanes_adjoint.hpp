@@ -34,7 +34,7 @@ template <class T> struct LaneAdjoint : Lanes<T> {
     }
   }
 
-  // M, A, S and the right-hand side; C becomes R.
+  // Computes M, A, S and the right-hand side; C becomes R.
   void assemble() {
     for (int i = 0; i < n; ++i) {
       Vec total{}, sharp{};
@@ -80,7 +80,8 @@ template <class T> struct LaneAdjoint : Lanes<T> {
     for (int j = 0; j < m; ++j) set(x, j, at(x, j) - along * at(root, j));
   }
 
-  // Adjoint::conjugate_gradients, lane by lane. The squared sizes of the right-hand sides; V is left in `best`.
+  // Adjoint::conjugate_gradients, lane by lane. Returns the squared sizes of the right-hand sides; the multipliers V are in
+  // `best`.
   Vec conjugate_gradients() {
     constexpr T target = Adjoint<T>::cg_target, noise = Adjoint<T>::cg_noise;
     const int cap = Adjoint<T>::cg_cap(n, m);
@@ -128,7 +129,7 @@ template <class T> struct LaneAdjoint : Lanes<T> {
     return start;
   }
 
-  // V in `best`, U in `fu`; the residuals by lane.
+  // Computes the multipliers, V in `best` and U in `fu`, and returns the residual of each lane.
   Vec multipliers() {
     const Vec start = conjugate_gradients();
     normal(best, work);
@@ -138,7 +139,7 @@ template <class T> struct LaneAdjoint : Lanes<T> {
     return start == 0 ? Vec{} : Base::square_root(inner(res, res) / start);
   }
 
-  // M becomes the gradient by the cost.
+  // Turns M into the gradient by the cost.
   void gradient() {
     const T ie = solve ? 1 / eps : T(0);
     for (int i = 0; i < n; ++i) {

@@ -212,7 +212,7 @@ void solve(const Problem<T>& p, Arena& arena, const Team& team, int64_t max_iter
   });
   double sharp = 0, potential = 0, mass = 0, missed = 0;
   for (int i = 0; i < cost.n; ++i) {
-    if (s.a[i] == 0) continue;  // whose sums may have overflowed
+    if (s.a[i] == 0) continue;  // its sums may have overflowed
     const double a = s.a[i], row = mass_of[i];
     sharp += a * sharp_of[i];
     potential += a * (f[i] * row + potential_of[i]);

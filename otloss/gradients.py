@@ -114,7 +114,7 @@ class Sinkhorn(torch.autograd.Function):
         )
 
 
-# Function.apply looks the signature up at every call; this is where it looks first.
+# Function.apply asks for the signature at every call. inspect finds this attribute first, which saves its work.
 _SIGNATURE = inspect.signature(Sinkhorn.forward)
 Sinkhorn.forward.__signature__ = _SIGNATURE  # type: ignore[attr-defined]
 # No gradient for what follows left, right, a and b.
@@ -174,7 +174,7 @@ def _run(name: str, backend: str, mode: str, *args: Any) -> Gradients:
 
 
 class OnceDifferentiable(torch.autograd.Function):
-    """A gradient whose own derivative raises."""
+    """An operator's gradient; differentiating it again raises an error."""
 
     generate_vmap_rule = True
 

@@ -27,7 +27,7 @@ class ConvergenceWarning(UserWarning):
 
 
 def _contiguous(*tensors: Tensor) -> Any:
-    """What the fake kernels promise to a compiler, whatever layout the inputs had."""
+    """Outputs in the layout that the fake kernels promise to a compiler, whatever layout the inputs had."""
     return tuple(tensor.contiguous() for tensor in tensors)
 
 
@@ -133,12 +133,12 @@ def solve(
     with no_autocast(left):
         solution = get_backend(backend).solve(problem, max_iter, tol, _or_none(kept))
     if checked:
-        # What lies between points without mass shows in no output, only in gradients.
+        # An entry between two points without mass appears in no output, but it does in gradients.
         hidden: tuple[Tensor, ...] = () if all_live else (left,) if right is None else (left, right)
         if not all(map(_finite, (solution.transport_cost, solution.f, solution.g, *hidden))):
             raise ValueError(_explain_nonfinite(problem, mass_names))
         if tol > 0 and solution.error.numel() and float(solution.error.max()) >= tol:
-            # No figures of this call in the text: Python shows each text once.
+            # The text holds no figures of this call, so that Python shows it once.
             warn(
                 f"problems did not reach tol={tol:g} in max_iter={max_iter} iterations at eps={eps:g} "
                 "(see converged and marginal_error); raise max_iter, tol or eps",
@@ -240,7 +240,7 @@ def _(left, right, a, b, n_iter, gc, gv, eps, need_cost, max_iter, backend):  # 
 
 
 def _fold_batch(op: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
-    """The vmap rule of every operator here: problems are independent, so a mapped dimension is more problems."""
+    """The vmap rule of every operator here: problems are independent, so the mapped dimension joins the batch."""
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         size = info.batch_size

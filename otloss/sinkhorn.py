@@ -65,7 +65,8 @@ class SinkhornOutput:
         if self._plan is not None:
             return self._plan
         plan = self._source.plan(self.f, self.g, constant=self._gradient != "implicit")
-        if plan.requires_grad or not self.f.requires_grad:  # else built under no_grad, perhaps only for a log
+        # A plan that was built under no_grad is not stored: the next one may need a graph.
+        if plan.requires_grad or not self.f.requires_grad:
             self._plan = plan
         return plan
 
@@ -131,7 +132,7 @@ def _exporting() -> bool:
 
 
 def _one_batch(x: Tensor, dims: int) -> Tensor:
-    """All leading dimensions in one, before the last ``dims``."""
+    """``x`` with all dimensions before the last ``dims`` joined into one."""
     return x if x.dim() == dims + 1 else x.reshape(math.prod(x.shape[:-dims]), *x.shape[-dims:])
 
 
@@ -202,13 +203,13 @@ def _solve(
         left, right = _one_batch(left, 2), None if right is None else _one_batch(right, 2)
         p, log_total_a = _masses("a", a, log_a, batch, n, like)
         q, log_total_b = _masses("b", b, log_b, batch, m, like)
-        if gradient == "none":  # then nothing depends on them
+        if gradient == "none":  # no output is differentiated by the masses
             p, q = p.detach(), q.detach()
         totals = [total for total in (log_total_a, log_total_b) if total is not None]
         totals = totals or [like.new_zeros(left.shape[0], 1)]
         log_totals = torch.cat((totals[0], totals[-1]), dim=-1)
         mass_tol = max((MASS_TOLERANCE.get(mass.dtype, 2e-2) for mass in masses.values()), default=0.0)
-        # Whether it pays depends on the sizes, which an exported graph may leave open.
+        # Whether keeping the cost pays depends on the sizes, which an exported graph may leave open.
         keep = gradient != "unroll" and torch.is_grad_enabled() and not _exporting()
         problem = Problem(left, right, p, q, float(eps))
         mass_names = " ".join(masses)

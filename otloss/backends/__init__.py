@@ -60,7 +60,7 @@ def check_backend(name: str, device: str | None = None) -> str:
     if reason is not None:
         raise ValueError(f"backend {name!r} is off: {reason}")
     if devices is not None and name == "triton" and triton.interpreted():
-        devices = (*devices, "cpu")  # when asked for; never chosen
+        devices = (*devices, "cpu")  # usable when asked for by name, never chosen by itself
     if device is not None and devices is not None and device not in devices:
         raise ValueError(f"backend {name!r} works on {', '.join(devices)} tensors, got a tensor on {device}")
     return name

@@ -29,7 +29,7 @@ def status() -> str | None:
 
 
 def live(mass: Tensor) -> Tensor:
-    """Where there is mass."""
+    """Which points have mass."""
     return mass > negligible(mass.dtype)
 
 
@@ -70,8 +70,8 @@ def kernel(cost: Tensor, f: Tensor, g: Tensor, eps: float) -> Tensor:
 def _normalised_kernel(cost: Tensor, a: Tensor, b: Tensor, f: Tensor, g: Tensor, eps: float) -> Tensor:
     """k_ij, scaled where a row or column has no mass, so that the sum with the others' masses is 1.
 
-    It is that by definition of its potential. Rounding puts the potential, hence the sum, off by any factor where the
-    costs that have no mass are huge, as they may be.
+    By the definition of its potential, the sum of such a row or column is 1. Costs of points without mass may be huge;
+    then rounding of the potential changes the sum by any factor, which this takes back.
     """
     exponent = _exponent(cost, f, g, eps)
     rows = torch.logsumexp(exponent + log_mass(b).unsqueeze(-2), -1)
@@ -154,12 +154,12 @@ def _through_unit_rows(x: Tensor, unit: Tensor, grad: Tensor) -> Tensor:
 def _solve_adjoint(plan: Tensor, r: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     """V of [D_a T; T' D_b][U; V] = [r; s] by the Schur complement on the columns, and the relative residual.
 
-    D holds the realised marginals, else the system is inconsistent for a plan that has not converged. The complement
-    D_b - T' D_a^-1 T is then the Laplacian of the graph on the columns with weights W = T' D_a^-1 T: its diagonal is
-    taken as the degrees of W, which nothing cancels in. It is scaled to diagonal 1, its null vector is lifted by a
-    rank-one term, and a ridge of the size of rounding keeps it definite where the graph falls apart into blocks; two
-    steps of refinement take the ridge out again. Cholesky, because MKL 2024.2's batched LU returns wrong results once
-    a process has raised its number of threads. A row or column without mass is left out.
+    D holds the realised marginals; with a and b the system would be inconsistent for a plan that has not converged.
+    The complement D_b - T' D_a^-1 T is then the Laplacian of the graph on the columns with weights W = T' D_a^-1 T: its
+    diagonal is computed as the degrees of W, a sum without cancellation. It is scaled to diagonal 1, its null vector
+    is lifted by a rank-one term, and a ridge of the size of rounding keeps it definite where the graph falls apart into
+    blocks; two steps of refinement take the ridge out again. Cholesky, because MKL 2024.2's batched LU returns wrong
+    results once a process has raised its number of threads. A row or column without mass is left out.
     """
     dtype, m = plan.dtype, plan.shape[-1]
     plan, r, s = wide(plan), wide(r), wide(s)
@@ -178,7 +178,7 @@ def _solve_adjoint(plan: Tensor, r: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     z = torch.cholesky_solve(right_side, factor)
     for _ in range(2):
         z = z + torch.cholesky_solve(right_side - laplacian @ z, factor)
-    z = torch.where(failed[..., None, None] == 0, z, torch.nan)  # only what is not finite fails: let it show
+    z = torch.where(failed[..., None, None] == 0, z, torch.nan)  # it fails only on input that is not finite
     norm = torch.linalg.vector_norm
     size, terms = norm(right_side, dim=(-1, -2)), norm(unroot * s, dim=-1) + norm(unroot * of_rows, dim=-1)
     left_over = norm(right_side - laplacian @ z, dim=(-1, -2))
@@ -188,7 +188,7 @@ def _solve_adjoint(plan: Tensor, r: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _or_one(x: Tensor) -> Tensor:
-    """``x`` to divide by: 1 where it counts as zero."""
+    """``x`` as a divisor: 1 where it counts as zero."""
     return torch.where(live(x), x, 1.0)
 
 
@@ -244,7 +244,7 @@ def unrolled_gradient(
     left, right, a, b, eps = problem
     cost = dense_cost(left, right)
     log_a, log_b = log_mass(a), log_mass(b)
-    twice = torch.is_grad_enabled()  # then masses of 0 need what their logarithm does not let through
+    twice = torch.is_grad_enabled()  # then a mass of 0 needs a derivative, which its logarithm does not have
     of_a, of_b = _tangent_of_no_mass(a).unsqueeze(-1), _tangent_of_no_mass(b).unsqueeze(-2)
     history = [(torch.zeros_like(a), torch.zeros_like(b))]
     for iteration in range(max_iter):
@@ -259,7 +259,7 @@ def unrolled_gradient(
             g_next = g_next - eps * (kernel(cost, f, g_next, eps) * of_a).sum(-2)
         history.append((f, torch.where(running, g_next, g)))
 
-    # Without mass as with it: of the last iteration, which is the limit of a vanishing mass.
+    # Points without mass take the potentials of the last iteration too: that is the limit of a vanishing mass.
     f_last, g_last = history[-1]
     w, w_value = _column(upstream.cost, cost), _column(upstream.value, cost)
     k = kernel(cost, f_last, g_last, eps)

@@ -1,10 +1,13 @@
 """Triton kernels for NVIDIA GPUs, chosen for CUDA tensors.
 
-Float32 or float64 masses set the precision of everything; cost or features may be float16, bfloat16 or the same, and
-are read as they are: no copy of a half-precision cost, of features only their unit rows in float32. Their gradient is
-rounded once per call; where the plan is differentiated too, autograd adds its part in the inputs' precision. Where
-there is no GPU, ``TRITON_INTERPRET=1`` in the environment before the first import runs the kernels on CPU tensors by
-Triton's interpreter: slow, for tests. Results are the same in every run: no atomics, fixed orders of summation.
+The masses are float32 or float64, and everything is computed in their precision. Cost or features may also be float16
+or bfloat16. A half-precision cost is read without a copy; of half-precision features only the unit rows are stored, in
+float32. The gradient by cost or features is rounded once per call. Where the plan is differentiated too, autograd adds
+its part in the inputs' precision. Results are the same in every run: there are no atomics, and the orders of summation
+are fixed.
+
+Without a GPU, set ``TRITON_INTERPRET=1`` in the environment before the first import: then Triton's interpreter runs the
+kernels on CPU tensors. It is slow, and meant for tests.
 
 This file is the backend's door: the functions that every backend has. It imports the library ``triton``, and the
 modules beside it, only when one of them is called.
@@ -52,7 +55,7 @@ _HOW_TO_TEST = "to try its kernels on the CPU, set TRITON_INTERPRET=1 before the
 
 
 def _version() -> str | None:
-    """That of the package, under whatever name it was installed; None where nothing says."""
+    """The version of the library, under whatever name it was installed; None if it is not known."""
     for name in ("triton", "pytorch-triton", "triton-windows"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(name)
@@ -67,7 +70,7 @@ def _too_old(version: str | None) -> str | None:
     return f"its kernels need Triton 3.8, which PyTorch 2.14 brings, and this is {version}"
 
 
-# Once: the choice of a backend asks at every call, and torch.compile traces it.
+# Computed once: status() is called at every choice of a backend, and torch.compile traces it.
 _TOO_OLD = _too_old(_version())
 
 

@@ -107,8 +107,11 @@ def _conjugate_gradients(
     mass: Tensor,
     y: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """z of (I - L'L) z = right_side, its largest entry and, in units of that, which may have no square, its squared
-    size; and where that is the rounding of the terms ``mass y^2``, which cancel."""
+    """Solve (I - L'L) z = right_side; return z, the largest entry of the right side, its squared size and a mask.
+
+    The squared size is in units of the largest entry, whose square might overflow or vanish. The mask says where the
+    right side is only the rounding of the terms ``mass y^2``, which cancel: there z = 0 solves the system.
+    """
     count, n, m, d = problem.count, problem.n, problem.m, problem.d
     res = _without(right_side, root)
     unit = res.abs().amax(-1, keepdim=True)

@@ -16,7 +16,7 @@ MOST_BLOCKS = 65535  # of a grid's second and third dimension
 
 
 class View(NamedTuple):
-    """A problem from the side of its rows or of its columns; see ``tiles.py``."""
+    """A problem seen from its rows or from its columns; see ``tiles.py``."""
 
     left: Tensor
     right: Tensor | None
@@ -33,7 +33,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     Raises:
         ValueError: CUDA has no grid of that many blocks; only the first dimension may have more than 65535.
 
-    The bound on registers is the hardware's own. Said aloud, it keeps the assembler from spilling for more occupancy.
+    The bound on registers is the hardware's own. It is passed on because the assembler may otherwise spill registers
+    to let more programs run at once.
     """
     if max(grid[1:], default=0) > MOST_BLOCKS:
         raise ValueError(
