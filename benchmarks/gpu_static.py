@@ -32,7 +32,7 @@ RESULTS = Path(__file__).parent / "results"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Multiprocessors (A100, H100, B200), and kilobytes of shared memory that one program and one multiprocessor may have.
 ARCHITECTURES = {80: (108, 163, 164), 90: (132, 227, 228), 100: (148, 227, 228)}
-# Batch, n, m, d (0: a dense cost), dtype: one shape or more for every entry of otloss/backends/gpu/config.py.
+# Batch, n, m, d (0: a dense cost), dtype: one shape or more for every entry of otloss/backends/triton/config.py.
 SHAPES: list[tuple[int, int, int, int, torch.dtype]] = [
     *((64, size, size, d, torch.float32) for size, d in ((16, 24), (32, 0), (49, 384), (64, 0), (128, 0), (128, 384))),
     *((64, n, m, 49, torch.float32) for n, m in ((16, 128), (128, 64), (64, 128))),
@@ -104,7 +104,7 @@ def _variant(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Var
 @contextlib.contextmanager
 def recording(found: dict[Variant, list[str]], label: str, processors: int) -> Iterator[None]:
     """Inside, launches are noted and not made, and an iteration runs once."""
-    from otloss.backends.gpu import gradient, launch, solve
+    from otloss.backends.triton import gradient, launch, solver
 
     def note(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
         labels = found.setdefault(_variant(kernel, args, options), [])
@@ -112,9 +112,9 @@ def recording(found: dict[Variant, list[str]], label: str, processors: int) -> I
             labels.append(label)
 
     with contextlib.ExitStack() as stack:
-        for module in (launch, solve, gradient):
+        for module in (launch, solver, gradient):
             stack.enter_context(mock.patch.object(module, "launch", note))
-        for module in (solve, gradient):
+        for module in (solver, gradient):
             stack.enter_context(mock.patch.object(module, "iterate", lambda step, most, running: step()))
         stack.enter_context(mock.patch.object(launch, "processors", lambda device: processors))
         yield
@@ -122,9 +122,10 @@ def recording(found: dict[Variant, list[str]], label: str, processors: int) -> I
 
 def variants(shapes: list[tuple[int, int, int, int, torch.dtype]], processors: int) -> dict[Variant, list[str]]:
     """Every launch of solve and both gradients on these shapes."""
-    from otloss.backends.gpu import gradient
-    from otloss.backends.gpu.launch import Problem
-    from otloss.backends.gpu.solve import solve
+    from otloss.backends.protocol import Problem, Upstream
+    from otloss.backends.triton import gradient
+    from otloss.backends.triton.launch import DeviceProblem
+    from otloss.backends.triton.solver import solve
 
     found: dict[Variant, list[str]] = {}
     for batch, n, m, d, dtype in shapes:
@@ -135,11 +136,11 @@ def variants(shapes: list[tuple[int, int, int, int, torch.dtype]], processors: i
         label = f"{batch}x{n}x{m}" + (f", d {d}" if d else ", dense") + (", float64" if dtype == torch.float64 else "")
         with recording(found, label, processors):
             left, right = (empty(batch, n, d), empty(batch, m, d)) if d else (empty(batch, n, m), None)
-            problem = Problem(left, right, empty(batch, n), empty(batch, m), 0.05)
+            problem = DeviceProblem(Problem(left, right, empty(batch, n), empty(batch, m), 0.05))
             f, g, w, *_ = solve(problem, 50, 1e-5)
             for adjoint in (True, False):
-                gradient.implicit_gradient(problem, f, g, w, w, None, None, adjoint, True)
-            gradient.unrolled_gradient(problem, empty(batch, dtype=torch.int64), w, w, True, 2)
+                gradient.implicit_gradient(problem, f, g, Upstream(w, w), adjoint, True)
+            gradient.unrolled_gradient(problem, empty(batch, dtype=torch.int64), Upstream(w, w), True, 2)
     return found
 
 
@@ -184,7 +185,7 @@ def compile_variant(variant: Variant, arch: int) -> Report:
         dict(variant.constants),
         {(names.index(name),): [["tt.divisibility", 16]] for name in variant.divisible},
     )
-    from otloss.backends.gpu.launch import register_bound
+    from otloss.backends.triton.launch import register_bound
 
     options = {"num_warps": variant.warps, "num_stages": variant.stages, "maxnreg": register_bound(variant.warps)}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks.peers import OURS
 from benchmarks.workloads import Workload
 from otloss import operators
 from otloss.backends import cpu
+from otloss.backends.protocol import Gradients, Problem, Solution, Upstream
 
 PHASES = {
     "cost_s": "cost and values",
@@ -30,17 +30,17 @@ def measure(w: Workload, seconds: Any) -> dict[str, float]:
     step = OURS.build(w)
     x, y = (t.detach() for t in leaves[:2])
     a, b = (t.detach().softmax(-1) for t in leaves[2:])
-    kept = operators.room_to_keep(x, y, a, True, "cpu")
+    problem = Problem(x, y, a, b, w.eps)
+    kept = operators.room_to_keep(problem, True, "cpu")
     kept_or_none = kept if kept.numel() else None
     ones = torch.ones_like(a[:, 0])
-    f, g = cpu.solve(x, y, a, b, w.eps, w.iterations, 0.0, kept_or_none)[:2]
+    f, g = cpu.solve(problem, w.iterations, 0.0, kept_or_none)[:2]
 
-    def solve(iterations: int) -> tuple[Tensor, ...]:
-        return cpu.solve(x, y, a, b, w.eps, iterations, 0.0, kept_or_none)
+    def solve(iterations: int) -> Solution:
+        return cpu.solve(problem, iterations, 0.0, kept_or_none)
 
-    def gradient(need_cost: bool) -> tuple[Tensor, ...]:
-        upstream = (ones, None, None, None)
-        return cpu.implicit_gradient(x, y, a, b, f, g, *upstream, w.eps, True, need_cost, kept_or_none)
+    def gradient(need_cost: bool) -> Gradients:
+        return cpu.implicit_gradient(problem, f, g, Upstream(ones), True, need_cost, kept_or_none)[0]
 
     taken = seconds(  # this order leaves the same data in the caches for both runs of a difference
         {

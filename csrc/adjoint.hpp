@@ -65,12 +65,12 @@ template <class T> struct Adjoint {
     for (int j = cost.m; j < cost.cols; ++j) log_c[j] = none;
   }
 
-  // M, A, S and the right-hand side, each block of rows of cost as soon as it exists. C becomes R.
+  // Computes M, A, S and the right-hand side, block by block as the rows of the cost are filled. C becomes R.
   void assemble() {
     normalise_dead_columns();
     team.each(cost.parts.count, [&](int part) {
-      T *mass = S + size_t(part) * cost.cols, *side = h + size_t(part) * cost.cols;
-      for (int i0 = cost.parts.begin(part); i0 < cost.parts.end(part); i0 += block) assemble_block(i0, mass, side);
+      T *mass = S + size_t(part) * cost.cols, *rhs = h + size_t(part) * cost.cols;
+      for (int i0 = cost.parts.begin(part); i0 < cost.parts.end(part); i0 += block) assemble_block(i0, mass, rhs);
     });
     add_parts(S, cost.parts.count, cost.cols);
     add_parts(h, cost.parts.count, cost.cols);
@@ -100,7 +100,7 @@ template <class T> struct Adjoint {
     for (int j = 0; j < cost.cols; ++j) peak[j] = total[j] = 0;
   }
 
-  void assemble_block(int i0, T* mass, T* side) {
+  void assemble_block(int i0, T* mass, T* rhs) {
     const T scale = exponent_scale(p.eps), w = up.cost;
     T factor[block] = {}, Aw[block] = {}, rest[block] = {};
     cost.fill(i0);
@@ -125,12 +125,12 @@ template <class T> struct Adjoint {
       if (solve && up.g) q_sum = dot(k, qg, cost.cols);
       y[i] = (w * sharp - p.eps * q_sum) * factor[r];
       Aw[r] = A[i] * w;
-      // rho_i is 1 by definition where there is no mass, and rounding of huge costs would make it anything.
+      // In a row without mass rho_i is 1 by definition. The computed one may be anything, by rounding of huge costs.
       rest[r] = A[i] * y[i] + p.eps * (log_a[i] != none ? rho[i] : T(1)) * pf[i];
     }
     T *R = cost.row(i0), *k = M + size_t(i0) * cost.ld;
     for (int j = 0; j < cost.cols; j += lanes<T>) {
-      vec<T> s = load(mass + j), t = load(side + j);
+      vec<T> s = load(mass + j), t = load(rhs + j);
       repeat<block>(OTLOSS_EACH(r) {
         const size_t at = r * size_t(cost.ld) + j;
         const vec<T> e = i0 + r < cost.n ? load(k + at) * factor[r] : vec<T>{};
@@ -139,14 +139,14 @@ template <class T> struct Adjoint {
         t += e * (Aw[r] * masked(e, load(R + at)) - rest[r]);
       });
       store<T>(mass + j, s);
-      store<T>(side + j, t);
+      store<T>(rhs + j, t);
     }
   }
 
-  // The reduced cost where any kernel is left. Elsewhere it may be near the largest number, and 0 * inf is not a number.
+  // The reduced cost where the kernel is not 0. Elsewhere it may overflow, and 0 * inf is not a number.
   static vec<T> masked(vec<T> kernel, vec<T> reduced) { return kernel != 0 ? reduced : vec<T>{}; }
 
-  // The row again, scaled by its largest entry with mass: its sum overflowed or is lost in rounding.
+  // Computes a row again, scaled by its largest entry with mass. Its sum has overflowed or was lost in rounding.
   void rescue(int i, T& row, T& sharp) {
     const T scale = exponent_scale(p.eps);
     T *R = cost.row(i), *k = M + size_t(i) * cost.ld;
@@ -185,7 +185,7 @@ template <class T> struct Adjoint {
   static constexpr int cg_cap(int64_t n, int64_t m) { return int(std::min<int64_t>(10 * (n + m), 2000)); }
 
   // Conjugate gradients from 0; keeps the best iterate and gives up when it stops improving. The right-hand side is divided by
-  // its largest entry, `unit`: its square might not exist. Returns its squared size, 0 if there is nothing to solve.
+  // its largest entry, `rhs_scale`: its square might not exist. Returns its squared size, 0 if there is nothing to solve.
   T conjugate_gradients() {
     const int m = cost.cols, cap = cg_cap(cost.n, cost.m);
     for (int j = 0; j < m; ++j) {
@@ -194,13 +194,13 @@ template <class T> struct Adjoint {
       res[j] = h[j] * unroot[j];
     }
     project(res);
-    unit = 0;
-    for (int j = 0; j < m; ++j) unit = std::max(unit, std::fabs(res[j]));
-    if (unit == 0) unit = 1;
-    for (int j = 0; j < m; ++j) res[j] /= unit;
+    rhs_scale = 0;
+    for (int j = 0; j < m; ++j) rhs_scale = std::max(rhs_scale, std::fabs(res[j]));
+    if (rhs_scale == 0) rhs_scale = 1;
+    for (int j = 0; j < m; ++j) res[j] /= rhs_scale;
     const T start = dot(res, res, m);
     T norm = start, least = start, terms = 0;
-    for (int i = 0; i < cost.n; ++i) terms += A[i] * (y[i] / unit) * (y[i] / unit);
+    for (int i = 0; i < cost.n; ++i) terms += A[i] * (y[i] / rhs_scale) * (y[i] / rhs_scale);
     if (start <= cg_noise * cg_noise * terms) return 0;  // h is the rounding of terms that cancel: V = 0 solves it
     for (int j = 0; j < m; ++j) dir[j] = res[j];
     for (int k = 0, last = 0; k < cap && norm > cg_target * cg_target * start && k - last < cg_patience; ++k) {
@@ -221,7 +221,7 @@ template <class T> struct Adjoint {
         std::memcpy(best, z, sizeof(T) * m);
       }
     }
-    for (int j = 0; j < m; ++j) V[j] = unroot[j] * best[j] * unit;
+    for (int j = 0; j < m; ++j) V[j] = unroot[j] * best[j] * rhs_scale;
     return start;
   }
 
@@ -233,7 +233,7 @@ template <class T> struct Adjoint {
     for (int j = 0; j < cost.cols; ++j) {
       if (live[j] != 0) {
         res[j] = (h[j] + work[j] - S[j] * V[j]) * unroot[j];
-        res[j] /= unit;
+        res[j] /= rhs_scale;
       } else {
         res[j] = 0;
         if (S[j] > 0) V[j] = (h[j] + work[j]) / S[j];
@@ -254,16 +254,16 @@ template <class T> struct Adjoint {
         for (int i = i0; i < i0 + count; ++i) solve && (up.f || up.g) ? gradient_row<true>(i) : gradient_row<false>(i);
         if (i0 >= cost.n) break;
         const T* G = M + size_t(i0) * cost.ld;
-        whole ? cost.pull(G, i0, count, out) : cost.pull_left(G, i0, count, out);
+        whole ? cost.backward(G, i0, count, out) : cost.backward_rows(G, i0, count, out);
       }
     });
     constexpr int width = 256;
     if (!whole)
       team.each((cost.m + width - 1) / width, [&](int strip) {
         for (int i0 = 0; i0 < cost.n; i0 += tile_rows)
-          cost.pull_right(M + size_t(i0) * cost.ld, i0, tile_rows, strip * width, width);
+          cost.backward_columns(M + size_t(i0) * cost.ld, i0, tile_rows, strip * width, width);
       });
-    cost.finish(out);
+    cost.write_feature_grads(out);
   }
 
   // A row of M becomes the gradient of that row of the cost. Potentials: whether there is a loss on f or g.
@@ -281,7 +281,7 @@ template <class T> struct Adjoint {
   }
 
  private:
-  T unit = 0;
+  T rhs_scale = 0;
   static constexpr T none = -std::numeric_limits<T>::infinity();
   bool up_ = false;
 };

@@ -22,8 +22,9 @@ template <class T> OTLOSS_INLINE void store_band(T* p, band<T> v) {
   *reinterpret_cast<typename band_of<T, block>::unaligned*>(p) = v;
 }
 
-template <class T> constexpr int unit = lanes<T> > block ? lanes<T> : block;
-template <class T> constexpr int round_up(int k) { return (k + unit<T> - 1) / unit<T> * unit<T>; }
+// Rows and columns are padded to a multiple of this.
+template <class T> constexpr int pad_to = lanes<T> > block ? lanes<T> : block;
+template <class T> constexpr int round_up(int k) { return (k + pad_to<T> - 1) / pad_to<T> * pad_to<T>; }
 // An even number of cache lines per row would send a column of a tile to a few cache sets.
 template <class T> constexpr int leading(int m) {
   const int line = 64 / sizeof(T), w = (round_up<T>(m) + line - 1) / line * line;
@@ -45,29 +46,30 @@ struct Parts {
 
 template <class T> struct Cost {
   const Problem<T>& p;
-  const int n, m, rows, cols, ld, depth, side;  // rows, cols, depth: padded n, m, d; ld, side: from row to row of C and of the features
+  const int n, m;
+  const int rows, cols, ld, depth, feature_stride;  // padded n and m, row stride of C; padded d, row stride of the features
   const Parts parts;
   T* C;  // rows x ld
 
   // Room for everything a constructor may take.
   static size_t bytes(const Problem<T>& p, bool gradient) {
-    const size_t n = round_up<T>(p.n), m = round_up<T>(p.m), k = round_up<T>(p.d), side = leading<T>(p.d);
+    const size_t n = round_up<T>(p.n), m = round_up<T>(p.m), k = round_up<T>(p.d), feature_stride = leading<T>(p.d);
     size_t need = Arena::bytes<T>(n * leading<T>(p.m));
     if (!p.right) return need;
-    const size_t sides = Arena::bytes<T>(n * side) + Arena::bytes<T>(m * side);
-    need += sides + Arena::bytes<T>(k * (m + lanes<T>)) + Arena::bytes<T>(n) + Arena::bytes<T>(m);
-    return gradient ? need + sides : need;
+    const size_t features = Arena::bytes<T>(n * feature_stride) + Arena::bytes<T>(m * feature_stride);
+    need += features + Arena::bytes<T>(k * (m + lanes<T>)) + Arena::bytes<T>(n) + Arena::bytes<T>(m);
+    return gradient ? need + features : need;
   }
 
-  // product: `fill` will be called; gradient: `pull` and `finish`. The rows stand at `place` if it is given.
+  // product: `fill` will be called; gradient: `backward` and `write_feature_grads` will be. C stands at `place` if it is given.
   Cost(const Problem<T>& p, Arena& arena, bool product, bool gradient, T* place = nullptr)
       : p(p), n(p.n), m(p.m), rows(round_up<T>(p.n)), cols(round_up<T>(p.m)), ld(leading<T>(p.m)), depth(round_up<T>(p.d)),
-        side(leading<T>(p.d)), parts(rows, cols) {
+        feature_stride(leading<T>(p.d)), parts(rows, cols) {
     C = place ? place : arena.take<T>(size_t(rows) * ld);
     product = product && !p.kept;
     if (!p.right || !(product || gradient)) return;
-    xh_ = arena.take<T>(size_t(rows) * side);
-    yh_ = arena.take<T>(size_t(cols) * side);
+    xh_ = arena.take<T>(size_t(rows) * feature_stride);
+    yh_ = arena.take<T>(size_t(cols) * feature_stride);
     x_inverse_ = arena.take<T>(rows);
     y_inverse_ = arena.take<T>(cols);
     normalise(p.left, n, rows, xh_, x_inverse_);
@@ -77,9 +79,9 @@ template <class T> struct Cost {
       pack();
     }
     if (!gradient) return;
-    gx_ = arena.take<T>(size_t(rows) * side);
-    gy_ = arena.take<T>(size_t(cols) * side);
-    std::memset(gy_, 0, sizeof(T) * cols * side);
+    gx_ = arena.take<T>(size_t(rows) * feature_stride);
+    gy_ = arena.take<T>(size_t(cols) * feature_stride);
+    std::memset(gy_, 0, sizeof(T) * cols * feature_stride);
   }
 
   T* row(int i) const { return C + size_t(i) * ld; }
@@ -89,8 +91,8 @@ template <class T> struct Cost {
     if (p.right && !p.kept) {
       const T *panels = panels_;
       const int k = depth;
-      strip<block, false>(cols, p.d, xh_ + size_t(i0) * side, side, 1, [=](int j) { return panels + size_t(j) * k; }, panel_ld,
-                          row(i0), ld, T(-1), T(1));
+      strip<block, false>(cols, p.d, xh_ + size_t(i0) * feature_stride, feature_stride, 1,
+                          [=](int j) { return panels + size_t(j) * k; }, panel_ld, row(i0), ld, T(-1), T(1));
       return;
     }
     for (int i = i0; i < i0 + block; ++i) {
@@ -100,36 +102,39 @@ template <class T> struct Cost {
     }
   }
 
-  // A copy without padding, for the gradient to come.
-  void keep(T* to) const {
+  // Copies C without its padding to `to`, unless that is null, for the gradient to come.
+  void copy_cost_to(T* to) const {
     for (int i = 0; to && i < n; ++i) std::memcpy(to + size_t(i) * m, row(i), sizeof(T) * m);
   }
 
-  // Takes the gradient of rows i0 .. i0 + count - 1 (leading dimension ld; padding is read but reaches no result) to the left input's,
-  void pull_left(const T* G, int i0, int count, const Gradient<T>& out) const {
+  // G is the gradient by rows i0 .. i0 + count - 1 of C, with row stride ld; its padding is read but reaches no result.
+  // gxh[rows] = -G yh. For a dense cost G is the result and is copied to out.left.
+  void backward_rows(const T* G, int i0, int count, const Gradient<T>& out) const {
     count = std::min(count, n - i0);
     if (!p.right) {
       for (int r = 0; r < count; ++r) std::memcpy(out.left + size_t(i0 + r) * m, G + size_t(r) * ld, sizeof(T) * m);
       return;
     }
     const T* yh = yh_;
-    gemm<false>(count, depth, m, G, ld, 1, [=](int k) { return yh + k; }, side, gx_ + size_t(i0) * side, side, T(-1), T(0));
+    gemm<false>(count, depth, m, G, ld, 1, [=](int k) { return yh + k; }, feature_stride, gx_ + size_t(i0) * feature_stride,
+                feature_stride, T(-1), T(0));
   }
 
-  // and of columns j0 .. j0 + width - 1 of those rows to the right input's.
-  void pull_right(const T* G, int i0, int count, int j0, int width) const {
+  // gyh[columns] -= G' xh, for columns j0 .. j0 + width - 1 of those rows. A dense cost has no right input.
+  void backward_columns(const T* G, int i0, int count, int j0, int width) const {
     if (!p.right) return;
-    const T* xh = xh_ + size_t(i0) * side;
-    gemm<true>(std::min(width, m - j0), depth, std::min(count, n - i0), G + j0, 1, ld, [=](int k) { return xh + k; }, side,
-               gy_ + size_t(j0) * side, side, T(-1), T(0));
+    const T* xh = xh_ + size_t(i0) * feature_stride;
+    gemm<true>(std::min(width, m - j0), depth, std::min(count, n - i0), G + j0, 1, ld, [=](int k) { return xh + k; }, feature_stride,
+               gy_ + size_t(j0) * feature_stride, feature_stride, T(-1), T(0));
   }
 
-  void pull(const T* G, int i0, int count, const Gradient<T>& out) const {
-    pull_left(G, i0, count, out);
-    pull_right(G, i0, count, 0, m);
+  void backward(const T* G, int i0, int count, const Gradient<T>& out) const {
+    backward_rows(G, i0, count, out);
+    backward_columns(G, i0, count, 0, m);
   }
 
-  void finish(const Gradient<T>& out) const {
+  // The gradients of the features from those of the unit rows, once every tile was contracted.
+  void write_feature_grads(const Gradient<T>& out) const {
     if (!p.right) return;
     denormalise(n, xh_, x_inverse_, gx_, out.left);
     denormalise(m, yh_, y_inverse_, gy_, out.right);
@@ -141,7 +146,7 @@ template <class T> struct Cost {
   void normalise(const T* x, int count, int padded, T* xh, T* inverse) const {
     constexpr T small = sizeof(T) == 4 ? T(1e-20) : T(1e-200), large = 1 / small;
     const int whole = p.d / lanes<T> * lanes<T>;
-    for (int i = 0; i < count; ++i, x += p.d, xh += side) {
+    for (int i = 0; i < count; ++i, x += p.d, xh += feature_stride) {
       vec<T> squares{}, more{};
       std::memset(xh + whole, 0, sizeof(T) * (depth - whole));
       std::memcpy(xh + whole, x + whole, sizeof(T) * (p.d - whole));
@@ -163,7 +168,7 @@ template <class T> struct Cost {
         inverse[i] = rescale(xh);
       }
     }
-    std::memset(xh, 0, sizeof(T) * (padded - count) * side);
+    std::memset(xh, 0, sizeof(T) * (padded - count) * feature_stride);
     for (int i = count; i < padded; ++i) inverse[i] = 0;
   }
 
@@ -192,7 +197,7 @@ template <class T> struct Cost {
       T* panel = panels_ + size_t(j - within) * depth + within;
       for (int k = 0; k < depth; k += lanes<T>) {
         vec<T> square[lanes<T>];
-        repeat<lanes<T>>(OTLOSS_EACH(r) { square[r] = load(yh_ + size_t(j + r) * side + k); });
+        repeat<lanes<T>>(OTLOSS_EACH(r) { square[r] = load(yh_ + size_t(j + r) * feature_stride + k); });
         transpose<T>(square);
         repeat<lanes<T>>(OTLOSS_EACH(r) { store<T>(panel + size_t(k + r) * panel_ld, square[r]); });
       }
@@ -200,7 +205,7 @@ template <class T> struct Cost {
   }
 
   void denormalise(int count, const T* xh, const T* inverse, const T* gh, T* out) const {
-    for (int i = 0; i < count; ++i, xh += side, gh += side, out += p.d) {
+    for (int i = 0; i < count; ++i, xh += feature_stride, gh += feature_stride, out += p.d) {
       const T along = dot(xh, gh, depth);
       int k = 0;
       for (; k + lanes<T> <= p.d; k += lanes<T>) store<T>(out + k, (load(gh + k) - load(xh + k) * along) * inverse[i]);

@@ -6,8 +6,8 @@
 //
 // The methods, in lanes_solve.hpp and lanes_adjoint.hpp, are those of solve.hpp and adjoint.hpp with a mask where those have an
 // if. A lane computes what its own problem says and never looks at another lane, so results do not depend on who shares the
-// vector; lanes left over hold a trivial problem. What is rare is not done here at all: a problem with an empty mass, one that
-// needs an iteration in the log-domain, one whose rows lost their sums, is handed to the kernel for single problems.
+// vector; lanes left over hold a trivial problem. Rare cases are not handled here: a problem with a point without mass,
+// one that needs an iteration in the log-domain, and one whose rows lost their sums go to the kernel for single problems.
 #pragma once
 #include "cost.hpp"
 
@@ -24,7 +24,7 @@ template <class T> OTLOSS_INLINE bool any(mask<T> x) {
 
 // The lanes' problems side by side: matrices n x stride and vectors, an entry of which is one vector.
 template <class T> struct Lanes {
-  using V = vec<T>;
+  using Vec = vec<T>;
   static constexpr int L = lanes<T>;
   static_assert(L <= most_lanes);
   static constexpr int most_rows = 8, most_columns = 12;  // vectors that a solve or a gradient may take
@@ -32,7 +32,7 @@ template <class T> struct Lanes {
   const Problem<T>* p;
   const int count, n, m, stride;
   T *staged, *C, *a, *b;
-  mask<T> out{};  // lanes that are left to the kernel for single problems
+  mask<T> fallback{};  // lanes whose problem is left to the kernel for single problems
   Arena& arena;
 
   static size_t bytes(const Problem<T>& p) {
@@ -51,30 +51,30 @@ template <class T> struct Lanes {
       const bool used = lane < count;
       for (int i = 0; i < n; ++i) put(a, i, lane, used ? p[lane].a[i] : 1 / T(n));
       for (int j = 0; j < m; ++j) put(b, j, lane, used ? p[lane].b[j] : 1 / T(m));
-      if (!used) out[lane] = -1;
+      if (!used) fallback[lane] = -1;
     }
-    for (int i = 0; i < n; ++i) out |= ~(at(a, i) > dead_mass<T>);
-    for (int j = 0; j < m; ++j) out |= ~(at(b, j) > dead_mass<T>);
+    for (int i = 0; i < n; ++i) fallback |= ~(at(a, i) > dead_mass<T>);
+    for (int j = 0; j < m; ++j) fallback |= ~(at(b, j) > dead_mass<T>);
   }
 
   T* matrix() const {  // with room for a square beyond the last row; what is not an entry is 0
     T* x = arena.take<T>((size_t(n) * stride + L) * L);
     std::memset(x + size_t(n) * stride * L, 0, sizeof(T) * L * L);
     if (stride > m)
-      for (int i = 0; i < n; ++i) set(x, i, m, V{});
+      for (int i = 0; i < n; ++i) set(x, i, m, Vec{});
     return x;
   }
   T* rows() const { return arena.take<T>(size_t(n) * L); }
   T* columns() const { return arena.take<T>(size_t(m) * L); }
   size_t step() const { return Arena::bytes<T>(size_t(round_up<T>(n)) * leading<T>(m)) / sizeof(T); }
-  OTLOSS_INLINE V entry(const T* x, int i, int j) const { return load(x + (size_t(i) * stride + j) * L); }
-  OTLOSS_INLINE void set(T* x, int i, int j, V v) const { store<T>(x + (size_t(i) * stride + j) * L, v); }
-  static OTLOSS_INLINE V at(const T* x, int i) { return load(x + size_t(i) * L); }
-  static OTLOSS_INLINE void set(T* x, int i, V v) { store<T>(x + size_t(i) * L, v); }
+  OTLOSS_INLINE Vec entry(const T* x, int i, int j) const { return load(x + (size_t(i) * stride + j) * L); }
+  OTLOSS_INLINE void set(T* x, int i, int j, Vec v) const { store<T>(x + (size_t(i) * stride + j) * L, v); }
+  static OTLOSS_INLINE Vec at(const T* x, int i) { return load(x + size_t(i) * L); }
+  static OTLOSS_INLINE void set(T* x, int i, Vec v) { store<T>(x + size_t(i) * L, v); }
   static OTLOSS_INLINE T get(const T* x, int i, int lane) { return x[size_t(i) * L + lane]; }
   static OTLOSS_INLINE void put(T* x, int i, int lane, T value) { x[size_t(i) * L + lane] = value; }
-  static OTLOSS_INLINE V absolute(V x) { return x < 0 ? -x : x; }
-  static OTLOSS_INLINE V square_root(V x) {
+  static OTLOSS_INLINE Vec absolute(Vec x) { return x < 0 ? -x : x; }
+  static OTLOSS_INLINE Vec square_root(Vec x) {
     for (int lane = 0; lane < L; ++lane) x[lane] = std::sqrt(x[lane]);
     return x;
   }
@@ -92,7 +92,7 @@ template <class T> struct Lanes {
     const int ld = leading<T>(m);
     for (int i = 0; i < n; ++i)
       for (int j = 0; j < m; j += L) {  // what goes beyond a row is overwritten by the next
-        V square[L];
+        Vec square[L];
         repeat<L>(OTLOSS_EACH(lane) { square[lane] = load(staged + lane * step() + size_t(i) * ld + j); });
         transpose<T>(square);
         repeat<L>(OTLOSS_EACH(k) { set(C, i, j + k, square[k]); });
@@ -104,7 +104,7 @@ template <class T> struct Lanes {
     const int ld = leading<T>(m);
     for (int i = 0; i < n; ++i)
       for (int j = 0; j < m; j += L) {
-        V square[L];
+        Vec square[L];
         repeat<L>(OTLOSS_EACH(k) { square[k] = entry(x, i, j + k); });
         transpose<T>(square);
         repeat<L>(OTLOSS_EACH(lane) { store<T>(staged + lane * step() + size_t(i) * ld + j, square[lane]); });
@@ -121,14 +121,14 @@ template <class T> struct Lanes {
     if (n & 1) sweep_rows<1>(K, i, v, acc, weight);
   }
   template <int R, class Weight> OTLOSS_INLINE void sweep_rows(const T* K, int i, const T* v, T* acc, Weight weight) const {
-    V part[R] = {};
+    Vec part[R] = {};
     for (int j = 0; j < m; ++j) {
-      const V x = at(v, j);
+      const Vec x = at(v, j);
       repeat<R>(OTLOSS_EACH(r) { part[r] += entry(K, i + r, j) * x; });
     }
     repeat<R>(OTLOSS_EACH(r) { part[r] = weight(i + r, part[r]); });
     for (int j = 0; j < m; ++j) {
-      V total[2] = {at(acc, j), {}};  // two chains
+      Vec total[2] = {at(acc, j), {}};  // two chains
       repeat<R>(OTLOSS_EACH(r) { total[r % 2] += entry(K, i + r, j) * part[r]; });
       set(acc, j, total[0] + total[1]);
     }

@@ -8,12 +8,13 @@ namespace otloss::OTLOSS_LEVEL {
 
 template <class T> struct LaneAdjoint : Lanes<T> {
   using Base = Lanes<T>;
-  using Base::L, Base::n, Base::m, Base::a, Base::b, Base::C, Base::out, Base::at, Base::get, Base::put, Base::set, Base::entry;
-  using V = vec<T>;
+  using Base::L, Base::n, Base::m, Base::a, Base::b, Base::C, Base::fallback, Base::at, Base::get, Base::put, Base::set, Base::entry;
+  using Vec = vec<T>;
   const T eps, scale;
   const bool solve;
-  V w{}, level{};  // upstream, by lane: of the transport cost, and of it and the value
-  V unit{};
+  Vec w{}, level{};  // upstream, by lane: of the transport cost, and of it and the value
+  Vec rhs_scale{};  // the largest entry of the right-hand side, by which it is divided
+  // As in adjoint.hpp; for columns `best` becomes the multiplier V, for rows `fu` becomes U.
   T *M, *A, *y, *f, *fu, *S, *h, *v, *g, *root, *unroot, *z, *res, *dir, *work, *best;
 
   LaneAdjoint(const Problem<T>* p, int count, Arena& arena, const T* const* f_in, const T* const* g_in, const Upstream<T>* up, bool solve)
@@ -33,24 +34,24 @@ template <class T> struct LaneAdjoint : Lanes<T> {
     }
   }
 
-  // M, A, S and the right-hand side; C becomes R.
+  // Computes M, A, S and the right-hand side; C becomes R.
   void assemble() {
     for (int i = 0; i < n; ++i) {
-      V total{}, sharp{};
-      const V fi = at(f, i);
+      Vec total{}, sharp{};
+      const Vec fi = at(f, i);
       for (int j = 0; j < m; ++j) {
-        const V reduced = (entry(C, i, j) - fi) - at(g, j), e = at(b, j) * exp2<T>(-reduced * scale);
+        const Vec reduced = (entry(C, i, j) - fi) - at(g, j), e = at(b, j) * exp2<T>(-reduced * scale);
         set(C, i, j, reduced);
         set(M, i, j, e);
         total += e;
         sharp += e * reduced;
       }
-      out |= ~((total > Adjoint<T>::least) & (total < 1 / Adjoint<T>::least));
-      const V factor = 1 / total, mass = at(a, i) * total, average = w * sharp * factor, slope = mass * w, rest = mass * average;
+      fallback |= ~((total > Adjoint<T>::least) & (total < 1 / Adjoint<T>::least));
+      const Vec factor = 1 / total, mass = at(a, i) * total, average = w * sharp * factor, slope = mass * w, rest = mass * average;
       set(A, i, mass);
       set(y, i, average);
       for (int j = 0; j < m; ++j) {
-        const V e = entry(M, i, j) * factor, reduced = Adjoint<T>::masked(e, entry(C, i, j));
+        const Vec e = entry(M, i, j) * factor, reduced = Adjoint<T>::masked(e, entry(C, i, j));
         set(M, i, j, e);
         set(C, i, j, reduced);
         set(S, j, at(S, j) + mass * e);
@@ -60,14 +61,14 @@ template <class T> struct LaneAdjoint : Lanes<T> {
   }
 
   void normal(const T* x, T* to) {
-    this->sweep(M, x, to, [this](int i, V s) __attribute__((always_inline)) {
+    this->sweep(M, x, to, [this](int i, Vec s) __attribute__((always_inline)) {
       set(fu, i, s);
       return s * at(A, i);
     });
   }
 
-  V inner(const T* x, const T* z) const {
-    V total[2] = {};
+  Vec inner(const T* x, const T* z) const {
+    Vec total[2] = {};
     int j = 0;
     for (; j + 2 <= m; j += 2) total[0] += at(x, j) * at(z, j), total[1] += at(x, j + 1) * at(z, j + 1);
     if (j < m) total[0] += at(x, j) * at(z, j);
@@ -75,31 +76,32 @@ template <class T> struct LaneAdjoint : Lanes<T> {
   }
 
   void project(T* x) const {
-    const V along = inner(x, root) / inner(root, root);
+    const Vec along = inner(x, root) / inner(root, root);
     for (int j = 0; j < m; ++j) set(x, j, at(x, j) - along * at(root, j));
   }
 
-  // Adjoint::conjugate_gradients, lane by lane. The squared sizes of the right-hand sides; V is left in `best`.
-  V conjugate_gradients() {
+  // Adjoint::conjugate_gradients, lane by lane. Returns the squared sizes of the right-hand sides; the multipliers V are in
+  // `best`.
+  Vec conjugate_gradients() {
     constexpr T target = Adjoint<T>::cg_target, noise = Adjoint<T>::cg_noise;
     const int cap = Adjoint<T>::cg_cap(n, m);
     for (int j = 0; j < m; ++j) {
-      const V mass = Base::square_root(at(S, j));
+      const Vec mass = Base::square_root(at(S, j));
       set(root, j, mass);
-      set(unroot, j, mass > 0 ? 1 / mass : V{});
+      set(unroot, j, mass > 0 ? 1 / mass : Vec{});
       set(res, j, at(h, j) * at(unroot, j));
     }
     project(res);
-    for (int j = 0; j < m; ++j) unit = max(max(at(res, j), -at(res, j)), unit);
-    unit = unit == 0 ? unit + 1 : unit;
-    for (int j = 0; j < m; ++j) set(res, j, at(res, j) / unit);
-    V terms{};
-    for (int i = 0; i < n; ++i) terms += at(A, i) * (at(y, i) / unit) * (at(y, i) / unit);
-    V start = inner(res, res);
+    for (int j = 0; j < m; ++j) rhs_scale = max(max(at(res, j), -at(res, j)), rhs_scale);
+    rhs_scale = rhs_scale == 0 ? rhs_scale + 1 : rhs_scale;
+    for (int j = 0; j < m; ++j) set(res, j, at(res, j) / rhs_scale);
+    Vec terms{};
+    for (int i = 0; i < n; ++i) terms += at(A, i) * (at(y, i) / rhs_scale) * (at(y, i) / rhs_scale);
+    Vec start = inner(res, res);
     const mask<T> trivial = start <= noise * noise * terms;
-    start = trivial ? V{} : start;
-    V norm = start, least = start;
-    mask<T> active = ~(trivial | out), last{};
+    start = trivial ? Vec{} : start;
+    Vec norm = start, least = start;
+    mask<T> active = ~(trivial | fallback), last{};
     std::memcpy(dir, res, sizeof(T) * m * L);
     for (int k = 0; k < cap; ++k) {
       active &= (norm > target * target * start) & (k - last < Adjoint<T>::cg_patience);
@@ -108,14 +110,14 @@ template <class T> struct LaneAdjoint : Lanes<T> {
       normal(v, work);
       for (int j = 0; j < m; ++j) set(work, j, at(dir, j) - at(unroot, j) * at(work, j));
       project(work);
-      const V curvature = inner(dir, work);
+      const Vec curvature = inner(dir, work);
       active &= curvature > 0;
-      const V step = active ? norm / curvature : V{};
+      const Vec step = active ? norm / curvature : Vec{};
       for (int j = 0; j < m; ++j) {
         set(z, j, active ? at(z, j) + step * at(dir, j) : at(z, j));
         set(res, j, active ? at(res, j) - step * at(work, j) : at(res, j));
       }
-      const V next = inner(res, res), turn = active ? next / norm : V{};
+      const Vec next = inner(res, res), turn = active ? next / norm : Vec{};
       for (int j = 0; j < m; ++j) set(dir, j, active ? at(res, j) + turn * at(dir, j) : at(dir, j));
       norm = active ? next : norm;
       const mask<T> better = active & (norm < least);
@@ -123,25 +125,25 @@ template <class T> struct LaneAdjoint : Lanes<T> {
       last = better ? mask<T>{} + k : last;
       for (int j = 0; j < m; ++j) set(best, j, better ? at(z, j) : at(best, j));
     }
-    for (int j = 0; j < m; ++j) set(best, j, at(unroot, j) * at(best, j) * unit);
+    for (int j = 0; j < m; ++j) set(best, j, at(unroot, j) * at(best, j) * rhs_scale);
     return start;
   }
 
-  // V in `best`, U in `fu`; the residuals by lane.
-  V multipliers() {
-    const V start = conjugate_gradients();
+  // Computes the multipliers, V in `best` and U in `fu`, and returns the residual of each lane.
+  Vec multipliers() {
+    const Vec start = conjugate_gradients();
     normal(best, work);
-    for (int j = 0; j < m; ++j) set(res, j, (at(h, j) + at(work, j) - at(S, j) * at(best, j)) * at(unroot, j) / unit);
+    for (int j = 0; j < m; ++j) set(res, j, (at(h, j) + at(work, j) - at(S, j) * at(best, j)) * at(unroot, j) / rhs_scale);
     project(res);
     for (int i = 0; i < n; ++i) set(fu, i, at(y, i) - at(fu, i));
-    return start == 0 ? V{} : Base::square_root(inner(res, res) / start);
+    return start == 0 ? Vec{} : Base::square_root(inner(res, res) / start);
   }
 
-  // M becomes the gradient by the cost.
+  // Turns M into the gradient by the cost.
   void gradient() {
     const T ie = solve ? 1 / eps : T(0);
     for (int i = 0; i < n; ++i) {
-      const V mass = at(A, i), slope = mass * ie, flat = mass * (at(fu, i) * ie + level), direct = -w * slope;
+      const Vec mass = at(A, i), slope = mass * ie, flat = mass * (at(fu, i) * ie + level), direct = -w * slope;
       for (int j = 0; j < m; ++j)
         set(M, i, j, entry(M, i, j) * (at(best, j) * slope + (entry(C, i, j) * direct + flat)));
     }
@@ -150,9 +152,9 @@ template <class T> struct LaneAdjoint : Lanes<T> {
 
 template <class T>
 void implicit_lanes(const Problem<T>* p, int count, Arena& arena, const T* const* f, const T* const* g, const Upstream<T>* up,
-                    bool adjoint, const Gradient<T>* outs) {
-  const bool need_cost = outs->left;
-  mask<T> left;
+                    bool adjoint, const Gradient<T>* grads) {
+  const bool need_cost = grads->left;
+  mask<T> fallback;
   {
     LaneAdjoint<T> s(p, count, arena, f, g, up, adjoint);
     vec<T> residual{};
@@ -165,26 +167,26 @@ void implicit_lanes(const Problem<T>* p, int count, Arena& arena, const T* const
       s.gradient();
       s.stage(s.M);
     }
-    left = s.out;
+    fallback = s.fallback;
     for (int lane = 0; lane < count; ++lane) {
-      if (left[lane]) continue;
-      const Gradient<T>& out = outs[lane];
+      if (fallback[lane]) continue;
+      const Gradient<T>& grad = grads[lane];
       const T value = (adjoint ? up[lane].cost : T(0)) + up[lane].value;
-      for (int i = 0; i < s.n; ++i) out.a[i] = s.get(s.fu, i, lane) + value * f[lane][i];
-      for (int j = 0; j < s.m; ++j) out.b[j] = s.get(s.best, j, lane) + value * g[lane][j];
-      *out.residual = residual[lane];
+      for (int i = 0; i < s.n; ++i) grad.a[i] = s.get(s.fu, i, lane) + value * f[lane][i];
+      for (int j = 0; j < s.m; ++j) grad.b[j] = s.get(s.best, j, lane) + value * g[lane][j];
+      *grad.residual = residual[lane];
       if (!need_cost) continue;
       const size_t mark = arena.used();
       T* G = s.staged + lane * s.step();
       const Cost<T> cost(p[lane], arena, false, true, G);
-      for (int i0 = 0; i0 < s.n; i0 += tile_rows) cost.pull(G + size_t(i0) * cost.ld, i0, tile_rows, out);
-      cost.finish(out);
+      for (int i0 = 0; i0 < s.n; i0 += tile_rows) cost.backward(G + size_t(i0) * cost.ld, i0, tile_rows, grad);
+      cost.write_feature_grads(grad);
       arena.rewind(mark);
     }
   }
   const Team alone;
   for (int lane = 0; lane < count; ++lane)
-    if (left[lane]) implicit_gradient(p[lane], arena, alone, f[lane], g[lane], up[lane], adjoint, outs[lane]);
+    if (fallback[lane]) implicit_gradient(p[lane], arena, alone, f[lane], g[lane], up[lane], adjoint, grads[lane]);
 }
 
 }  // namespace otloss::OTLOSS_LEVEL

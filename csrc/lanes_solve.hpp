@@ -7,8 +7,8 @@ namespace otloss::OTLOSS_LEVEL {
 
 template <class T> struct LaneSolver : Lanes<T> {
   using Base = Lanes<T>;
-  using Base::L, Base::n, Base::m, Base::a, Base::b, Base::C, Base::out, Base::at, Base::get, Base::put, Base::set, Base::entry;
-  using V = vec<T>;
+  using Base::L, Base::n, Base::m, Base::a, Base::b, Base::C, Base::fallback, Base::at, Base::get, Base::put, Base::set, Base::entry;
+  using Vec = vec<T>;
   const T eps, scale;
   T *K, *F, *G, *phi, *psi, *next_phi, *next_psi, *v;
 
@@ -17,28 +17,28 @@ template <class T> struct LaneSolver : Lanes<T> {
     for (T** x : {&F, &phi, &next_phi}) *x = this->rows();
     for (T** x : {&G, &psi, &next_psi, &v}) *x = this->columns();
     for (int i = 0; i < n; ++i) set(phi, i, splat<T>(1));
-    for (int j = 0; j < m; ++j) set(psi, j, splat<T>(1)), set(G, j, V{});
+    for (int j = 0; j < m; ++j) set(psi, j, splat<T>(1)), set(G, j, Vec{});
   }
 
   // See Solver::run. n_iter, error and whether the error fell below tol, by lane.
   void run(int64_t max_iter, T tol, int64_t* n_iter, T* error, bool* stopped) {
     for (int i = 0; i < n; ++i) {
-      V top = -entry(C, i, 0);
+      Vec top = -entry(C, i, 0);
       for (int j = 1; j < m; ++j) top = max(-entry(C, i, j), top);
       set(F, i, -top);
     }
     build(~mask<T>{});
     if (max_iter == 0) std::memset(F, 0, sizeof(T) * n * L);
     for (int lane = 0; lane < L; ++lane) n_iter[lane] = max_iter, stopped[lane] = false;
-    mask<T> active = ~out;
+    mask<T> active = ~fallback;
     for (int64_t k = 0; k < max_iter && any<T>(active); ++k) {
-      V missed, reach;
+      Vec missed, reach;
       iterate(missed, reach);
       const mask<T> done = k > 0 ? active & (missed < tol) : mask<T>{}, lost = active & ~done & ~(reach <= Solver<T>::wide);
       if (any<T>(done | lost)) {
         for (int lane = 0; lane < L; ++lane)
           if (done[lane]) n_iter[lane] = k, error[lane] = missed[lane], stopped[lane] = true;
-        out |= lost;
+        fallback |= lost;
         active &= ~(done | lost);
       }
       if (any<T>(~active)) {  // the others stay as they are
@@ -60,31 +60,31 @@ template <class T> struct LaneSolver : Lanes<T> {
  private:
   void build(mask<T> where) {
     for (int i = 0; i < n; ++i) {
-      const V f = at(F, i);
+      const Vec f = at(F, i);
       for (int j = 0; j < m; ++j) {
-        const V k = exp2<T>(((f + at(G, j)) - entry(C, i, j)) * scale);
+        const Vec k = exp2<T>(((f + at(G, j)) - entry(C, i, j)) * scale);
         set(K, i, j, where ? k : entry(K, i, j));
       }
     }
   }
 
-  void iterate(V& missed, V& reach) {
-    V top = splat<T>(1), bottom = top, nothing{}, miss{};
-    const auto spread = [&](V s) __attribute__((always_inline)) {
+  void iterate(Vec& missed, Vec& reach) {
+    Vec top = splat<T>(1), bottom = top, nothing{}, miss{};
+    const auto spread = [&](Vec s) __attribute__((always_inline)) {
       top = max(s, top);
       bottom = min(s, bottom);
       nothing += s * T(0);  // NaN where a scaling is not finite
     };
     for (int j = 0; j < m; ++j) set(v, j, at(b, j) * at(psi, j));
-    this->sweep(K, v, next_psi, [&](int i, V s) __attribute__((always_inline)) {
-      const V mass = at(a, i), scaling = 1 / s;
+    this->sweep(K, v, next_psi, [&](int i, Vec s) __attribute__((always_inline)) {
+      const Vec mass = at(a, i), scaling = 1 / s;
       miss += mass * Base::absolute(at(phi, i) * s - 1);
       set(next_phi, i, scaling);
       spread(scaling);
       return mass * scaling;
     });
     for (int j = 0; j < m; ++j) {
-      const V scaling = 1 / at(next_psi, j);
+      const Vec scaling = 1 / at(next_psi, j);
       set(next_psi, j, scaling);
       spread(scaling);
     }
@@ -111,16 +111,16 @@ template <class T> struct LaneSolver : Lanes<T> {
 template <class T>
 void solve_lanes(const Problem<T>* p, int count, Arena& arena, int64_t max_iter, T tol, const Solution<T>* outs) {
   constexpr int L = lanes<T>;
-  using V = vec<T>;
-  mask<T> left;
+  using Vec = vec<T>;
+  mask<T> fallback;
   {
     LaneSolver<T> s(p, count, arena);
-    s.fill([&](int lane, const Cost<T>& cost) { cost.keep(outs[lane].kept); });
+    s.fill([&](int lane, const Cost<T>& cost) { cost.copy_cost_to(outs[lane].kept); });
     int64_t n_iter[L];
     T error[L];
     bool stopped[L];
     s.run(max_iter, tol, n_iter, error, stopped);
-    left = s.out;
+    fallback = s.fallback;
 
     T *f = s.next_phi, *g = s.next_psi;
     s.potentials(f, g);
@@ -129,17 +129,17 @@ void solve_lanes(const Problem<T>* p, int count, Arena& arena, int64_t max_iter,
       for (int lane = 0; lane < L; ++lane) shift[lane] -= 0.5 * double(s.get(s.a, i, lane)) * s.get(f, i, lane);
     for (int j = 0; j < s.m; ++j)
       for (int lane = 0; lane < L; ++lane) shift[lane] += 0.5 * double(s.get(s.b, j, lane)) * s.get(g, j, lane);
-    V move;
+    Vec move;
     for (int lane = 0; lane < L; ++lane) move[lane] = T(shift[lane]);
     for (int i = 0; i < s.n; ++i) s.set(f, i, s.at(f, i) + move);
     for (int j = 0; j < s.m; ++j) s.set(g, j, s.at(g, j) - move);
 
     double sharp[L] = {}, potential[L] = {}, mass[L] = {}, missed[L] = {};  // the sums of solve()
     for (int i = 0; i < s.n; ++i) {
-      const V fi = s.at(f, i);
-      V t{}, tc{}, tg{};
+      const Vec fi = s.at(f, i);
+      Vec t{}, tc{}, tg{};
       for (int j = 0; j < s.m; ++j) {
-        const V c = s.entry(s.C, i, j), gj = s.at(g, j), k = exp2<T>(((fi + gj) - c) * s.scale) * s.at(s.b, j);
+        const Vec c = s.entry(s.C, i, j), gj = s.at(g, j), k = exp2<T>(((fi + gj) - c) * s.scale) * s.at(s.b, j);
         t += k;
         tc += k * c;
         tg += k * gj;
@@ -153,7 +153,7 @@ void solve_lanes(const Problem<T>* p, int count, Arena& arena, int64_t max_iter,
       }
     }
     for (int lane = 0; lane < count; ++lane) {
-      if (left[lane]) continue;
+      if (fallback[lane]) continue;
       const Solution<T>& out = outs[lane];
       for (int i = 0; i < s.n; ++i) out.f[i] = s.get(f, i, lane);
       for (int j = 0; j < s.m; ++j) out.g[j] = s.get(g, j, lane);
@@ -165,7 +165,7 @@ void solve_lanes(const Problem<T>* p, int count, Arena& arena, int64_t max_iter,
   }
   const Team alone;
   for (int lane = 0; lane < count; ++lane)
-    if (left[lane]) solve(p[lane], arena, alone, max_iter, tol, outs[lane]);
+    if (fallback[lane]) solve(p[lane], arena, alone, max_iter, tol, outs[lane]);
 }
 
 }  // namespace otloss::OTLOSS_LEVEL

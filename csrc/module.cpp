@@ -27,18 +27,30 @@ struct Inputs {
     return {at<T>(left, i * size), at<T>(right, i * m * d), at<T>(a, i * n), at<T>(b, i * m), int(n), int(m), int(d), T(eps),
             at<T>(kept, i * n * m)};
   }
-  template <class T> Upstream<T> upstream(int64_t i, Address cost, Address value, Address f, Address g) const {
-    return {cost ? *at<T>(cost, i) : T(0), value ? *at<T>(value, i) : T(0), at<T>(f, i * n), at<T>(g, i * m)};
+};
+
+// Where the gradients of the loss by the outputs stand: B, B, B x n and B x m numbers, each 0 for none.
+struct UpstreamAddresses {
+  Address cost, value, f, g;
+
+  template <class T> Upstream<T> upstream(const Inputs& in, int64_t i) const {
+    return {cost ? *at<T>(cost, i) : T(0), value ? *at<T>(value, i) : T(0), at<T>(f, i * in.n), at<T>(g, i * in.m)};
   }
-  template <class T>
-  Gradient<T> gradient(int64_t i, Address to_left, Address to_right, Address to_a, Address to_b, Address residual) const {
-    return {at<T>(to_left, i * (right ? n * d : n * m)), at<T>(to_right, i * m * d), at<T>(to_a, i * n), at<T>(to_b, i * m),
+};
+
+// Where the gradients by the inputs go, each in the shape of its input; left and right are 0 where they are not wanted, the
+// residual where there is no linear system.
+struct GradientAddresses {
+  Address left, right, a, b, residual;
+
+  template <class T> Gradient<T> gradient(const Inputs& in, int64_t i) const {
+    return {at<T>(left, i * in.n * (in.right ? in.d : in.m)), at<T>(right, i * in.m * in.d), at<T>(a, i * in.n), at<T>(b, i * in.m),
             at<T>(residual, i)};
   }
   // Gradients by cost or features are usually fresh memory, written once.
-  template <class T> void expect_gradient(Address to_left, Address to_right) const {
-    if (to_left) want_large_pages(at<T>(to_left, 0), sizeof(T) * count * n * (right ? d : m));
-    if (to_right) want_large_pages(at<T>(to_right, 0), sizeof(T) * count * m * d);
+  template <class T> void expect(const Inputs& in) const {
+    if (left) want_large_pages(at<T>(left, 0), sizeof(T) * in.count * in.n * (in.right ? in.d : in.m));
+    if (right) want_large_pages(at<T>(right, 0), sizeof(T) * in.count * in.m * in.d);
   }
 };
 
@@ -95,11 +107,11 @@ void solve(const Inputs& in, int64_t max_iter, double tol, Address f, Address g,
 }
 
 template <class T>
-void implicit(const Inputs& in, Address f, Address g, Address up_cost, Address up_value, Address up_f, Address up_g, bool adjoint,
-              Address left, Address right, Address a, Address b, Address residual, int threads) {
+void implicit(const Inputs& in, Address f, Address g, const UpstreamAddresses& up, bool adjoint, const GradientAddresses& out,
+              int threads) {
   const auto& kernel = kernels_of<T>(level());
-  in.expect_gradient<T>(left, right);
-  if (in.short_rows() && !up_f && !up_g)
+  out.expect<T>(in);
+  if (in.short_rows() && !up.f && !up.g)
     return each_group(in, kernel.lanes, threads, 30, [&](int64_t first, int count, Arena& scratch) {
       Problem<T> problems[most_lanes];
       const T *fs[most_lanes], *gs[most_lanes];
@@ -109,25 +121,23 @@ void implicit(const Inputs& in, Address f, Address g, Address up_cost, Address u
         const int64_t i = first + k;
         problems[k] = in.problem<T>(i);
         fs[k] = at<T>(f, i * in.n), gs[k] = at<T>(g, i * in.m);
-        upstream[k] = in.upstream<T>(i, up_cost, up_value, 0, 0);
-        gradient[k] = in.gradient<T>(i, left, right, a, b, residual);
+        upstream[k] = up.upstream<T>(in, i);
+        gradient[k] = out.gradient<T>(in, i);
       }
       kernel.implicit_lanes(problems, count, scratch, fs, gs, upstream, adjoint, gradient);
     });
   each_problem(in, threads, 30, [&](int64_t i, Arena& scratch, const Team& team) {
     kernel.implicit(in.problem<T>(i), scratch, team, at<T>(f, i * in.n), at<T>(g, i * in.m),
-                    in.upstream<T>(i, up_cost, up_value, up_f, up_g), adjoint, in.gradient<T>(i, left, right, a, b, residual));
+                    up.upstream<T>(in, i), adjoint, out.gradient<T>(in, i));
   });
 }
 
 template <class T>
-void unrolled(const Inputs& in, Address n_iter, Address up_cost, Address up_value, Address left, Address right, Address a,
-              Address b, int threads) {
+void unrolled(const Inputs& in, Address n_iter, const UpstreamAddresses& up, const GradientAddresses& out, int threads) {
   const auto& kernel = kernels_of<T>(level());
-  in.expect_gradient<T>(left, right);
+  out.expect<T>(in);
   parallel(in.count, useful(threads, double(in.count) * in.n * in.m * 100), [&](int64_t i, Arena& scratch) {
-    kernel.unrolled(in.problem<T>(i), scratch, *at<int64_t>(n_iter, i), in.upstream<T>(i, up_cost, up_value, 0, 0),
-                    in.gradient<T>(i, left, right, a, b, 0));
+    kernel.unrolled(in.problem<T>(i), scratch, *at<int64_t>(n_iter, i), up.upstream<T>(in, i), out.gradient<T>(in, i));
   });
 }
 
@@ -148,6 +158,13 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Inputs>(m, "Inputs")
       .def(py::init([](Address left, Address right, Address a, Address b, int64_t count, int64_t n, int64_t m, int64_t d,
                        double eps, Address kept) { return Inputs{left, right, a, b, count, n, m, d, eps, kept}; }));
+  py::class_<UpstreamAddresses>(m, "UpstreamAddresses").def(py::init([](Address cost, Address value, Address f, Address g) {
+    return UpstreamAddresses{cost, value, f, g};
+  }));
+  py::class_<GradientAddresses>(m, "GradientAddresses")
+      .def(py::init([](Address left, Address right, Address a, Address b, Address residual) {
+        return GradientAddresses{left, right, a, b, residual};
+      }));
   m.def("level", [] { return active_level() ? active_level()->name : ""; });
   m.def("problem", [] { return std::string(level_problem()); });
   const py::call_guard<py::gil_scoped_release> free;

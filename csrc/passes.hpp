@@ -23,7 +23,7 @@ OTLOSS_INLINE void sweep_rows(const T* K, int begin, int end, int cols, int ld, 
       const vec<T> x = load(v + j);
       repeat<block>(OTLOSS_EACH(r) { part[r] += load(k + r * size_t(ld) + j) * x; });
     }
-    T s[unit<T>], w[block];
+    T s[pad_to<T>], w[block];
     sums<T, block>(part, s);
     weight(i0, s, w);
     repeat<block>(OTLOSS_EACH(r) { u[r] = splat<T>(w[r]); });
@@ -43,7 +43,7 @@ OTLOSS_INLINE void sweep_rows(const T* K, int begin, int end, int cols, int ld, 
   }
 }
 
-// acc += the shares of parts 1, 2, .. behind it, in this order.
+// Adds to acc, which holds the share of part 0, the shares of parts 1, 2, .. that lie behind it, in this order.
 template <class T> void add_parts(T* acc, int count, int cols) {
   for (int part = 1; part < count; ++part)
     for (int j = 0; j < cols; j += lanes<T>) store<T>(acc + j, load(acc + j) + load(acc + size_t(part) * cols + j));

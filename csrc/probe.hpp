@@ -67,7 +67,7 @@ template <class T> double probe_products(Arena& arena, int n, int m, int d) {
   const double took = fastest([&] {
     for (int i0 = 0; i0 < cost.n; i0 += tile_rows) {
       for (int i = i0; i < std::min(i0 + tile_rows, cost.rows); i += block) cost.fill(i);
-      cost.pull(cost.row(i0), i0, tile_rows, out);
+      cost.backward(cost.row(i0), i0, tile_rows, out);
     }
   });
   return 6. * n * m * d / took * 1e-9;

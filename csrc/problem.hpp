@@ -36,7 +36,7 @@ template <class T> struct Solution {
   T* kept;  // n x m, or null
 };
 
-// What the loss says about each output; a null vector is zero.
+// Gradients of the loss by each output; a null vector stands for zero.
 template <class T> struct Upstream {
   T cost, value;
   const T *f, *g;
@@ -47,7 +47,7 @@ template <class T> struct Gradient {
   T* residual;
 };
 
-// A mass not above this is no mass: its reciprocal must stay representable with room to spare.
+// A mass not above this counts as no mass: the reciprocal of a larger one is representable with room to spare.
 template <class T> constexpr T dead_mass = sizeof(T) == 4 ? T(1e-30) : T(1e-290);
 
 // Asks for large pages in what lies whole within a range: first touches are then few, and small pages scattered over memory
@@ -63,8 +63,8 @@ inline void want_large_pages(void* data, size_t bytes) {
 #endif
 }
 
-// Scratch of one thread: a bump allocator that grows to the largest problem seen. Call reset() with the whole need first, and
-// trim() with the number of threads when a call is done.
+// Scratch of one thread: a bump allocator that grows to the largest problem seen. Call reset() first, with all the bytes that
+// will be taken, and trim() with the number of threads when a call is done.
 class Arena {
  public:
   Arena() = default;

@@ -170,7 +170,7 @@ void solve(const Problem<T>& p, Arena& arena, const Team& team, int64_t max_iter
   Solver<T> s(cost, arena, team);
   T error = 0;
   const bool stopped = s.run(max_iter, tol, *out.n_iter, error, [](int64_t) {});
-  cost.keep(out.kept);
+  cost.copy_cost_to(out.kept);
 
   T *f = s.F, *g = s.G;  // dead entries: one half-step from the live ones
   s.potentials(f, g);
@@ -203,7 +203,7 @@ void solve(const Problem<T>& p, Arena& arena, const Team& team, int64_t max_iter
         tg[r] += k * gj;
       });
     }
-    T all[unit<T>];
+    T all[pad_to<T>];
     const auto keep = [&](vec<T>* part, T* to) {
       sums<T, block>(part, all);
       std::memcpy(to + i0, all, sizeof(T) * block);
@@ -212,7 +212,7 @@ void solve(const Problem<T>& p, Arena& arena, const Team& team, int64_t max_iter
   });
   double sharp = 0, potential = 0, mass = 0, missed = 0;
   for (int i = 0; i < cost.n; ++i) {
-    if (s.a[i] == 0) continue;  // whose sums may have overflowed
+    if (s.a[i] == 0) continue;  // its sums may have overflowed
     const double a = s.a[i], row = mass_of[i];
     sharp += a * sharp_of[i];
     potential += a * (f[i] * row + potential_of[i]);

@@ -115,9 +115,9 @@ void unrolled_gradient(const Problem<T>& p, Arena& arena, int64_t n_iter, const 
   for (int j = 0; j < p.m; ++j) out.b[j] = by_mass(s.b[j], gk[j], db[j]);
   if (!out.left) return;
   for (int i0 = 0; i0 < cost.n; i0 += tile_rows) {
-    cost.pull(D + size_t(i0) * cost.ld, i0, tile_rows, out);
+    cost.backward(D + size_t(i0) * cost.ld, i0, tile_rows, out);
   }
-  cost.finish(out);
+  cost.write_feature_grads(out);
 }
 
 }  // namespace otloss::OTLOSS_LEVEL

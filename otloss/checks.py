@@ -40,7 +40,7 @@ def _is_inside(file: str) -> bool:
 def warn(message: str, category: type[Warning]) -> None:
     """Warn of the line that called: the nearest one that is neither PyTorch's, nor compiled, nor ours.
 
-    Filters go by modules, and one for PyTorch's warnings is not meant for these.
+    A filter names a module. So a filter that silences PyTorch's warnings does not hide ours.
     """
     frame = sys._getframe(1)
     while frame.f_back is not None and _is_inside(frame.f_code.co_filename):

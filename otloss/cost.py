@@ -16,9 +16,9 @@ def unit_rows(x: Tensor) -> Tensor:
 
 
 def negligible(dtype: torch.dtype) -> float:
-    """What is not above this counts as zero: its reciprocal nears the end of the dtype's range, and it moves no result.
+    """A number not above this counts as zero: its reciprocal nears the end of the dtype's range, and it moves nothing.
 
-    The kernels have the same number.
+    The kernels use the same bound.
     """
     return 1e-290 if dtype == torch.float64 else 1e-30
 
@@ -26,7 +26,7 @@ def negligible(dtype: torch.dtype) -> float:
 def live_rows(x: Tensor) -> Tensor:
     """Which rows are not zero ``(B, n, 1)``."""
     largest = x.detach().abs().amax(dim=-1, keepdim=True)
-    return ~(largest <= negligible(x.dtype))  # so written, NaN is live and will show
+    return ~(largest <= negligible(x.dtype))  # written so that a row with NaN counts as live
 
 
 def row_norms(x: Tensor) -> Tensor:

@@ -36,15 +36,20 @@ from torch import Tensor
 
 from otloss import operators
 from otloss.backends import get_backend
+from otloss.backends.protocol import Gradients, Problem, Solution, Upstream
 from otloss.checks import no_autocast
 
 MODES = ("implicit", "unroll", "none")
-# Outputs of ``Sinkhorn`` by position: f, g, transport cost, value, iterations, error, kept.
-_CONSTANT = {"implicit": (4, 5, 6), "unroll": (0, 1, 4, 5, 6), "none": (0, 1, 3, 4, 5, 6)}
+# The outputs that each mode differentiates, by their names in `Solution`.
+_DIFFERENTIABLE = {
+    "implicit": {"f", "g", "transport_cost", "value"},
+    "unroll": {"transport_cost", "value"},
+    "none": {"transport_cost"},
+}
 
 
 class Sinkhorn(torch.autograd.Function):
-    """(left, right, a, b) -> f, g, transport cost, value, iterations, error, kept."""
+    """A `Problem` and options -> a `Solution` and what is kept for the gradient, all flat: autograd sees no tuples."""
 
     generate_vmap_rule = True
 
@@ -54,59 +59,66 @@ class Sinkhorn(torch.autograd.Function):
         right: Tensor | None,
         a: Tensor,
         b: Tensor,
-        log_totals: Tensor,
-        given: str,
-        mass_tol: float,
         eps: float,
+        log_totals: Tensor,
+        mass_names: str,
+        mass_tol: float,
         max_iter: int,
         tol: float,
         keep: bool,
         mode: str,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        options = (given, mass_tol, eps, max_iter, tol, keep, backend)
+        options = (mass_names, mass_tol, eps, max_iter, tol, keep, backend)
         return operators.solve(left, right, a, b, log_totals, *options)  # type: ignore[no-any-return]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        left, right, a, b, _, _, _, eps, max_iter, _, _, mode, backend = inputs
-        f, g, _, _, n_iter, _, kept = output
-        ctx.save_for_backward(left, right, a, b, f, g, n_iter, kept)
-        ctx.eps, ctx.max_iter, ctx.mode, ctx.backend = eps, max_iter, mode, backend
-        ctx.mark_non_differentiable(*(output[i] for i in _CONSTANT[mode]))
+        left, right, a, b, ctx.eps, _, _, _, ctx.max_iter, _, _, ctx.mode, ctx.backend = inputs
+        *outputs, kept = output
+        solution = Solution(*outputs)
+        ctx.save_for_backward(left, right, a, b, solution.f, solution.g, solution.n_iter, kept)
+        names = _DIFFERENTIABLE[ctx.mode]
+        constant = [out for name, out in zip(Solution._fields, solution, strict=True) if name not in names]
+        ctx.mark_non_differentiable(*constant, kept)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        p, q, w, w_value = grads[:4]
+        by = dict(zip(Solution._fields, grads, strict=False))  # the last is of what was kept, and None
+        upstream = Upstream(by["transport_cost"], by["value"], by["f"], by["g"])
         left, right, a, b, f, g, n_iter, kept = ctx.saved_tensors
+        problem = Problem(left, right, a, b, ctx.eps)
         need_left, need_right, need_a, need_b = ctx.needs_input_grad[:4]
         need_cost = need_left or need_right
-        if p is None and q is None and w is None and w_value is None:
-            return (None,) * 13
+        if all(grad is None for grad in upstream):
+            return (None, None, None, None, *_OPTIONS)
         if ctx.mode == "unroll":
-            run = (n_iter, w, w_value, ctx.eps, need_cost, ctx.max_iter)
-            grad = _call("unrolled_gradient", ctx.backend, ctx.mode, left, right, a, b, *run)
+            gradients = _unrolled(problem, n_iter, upstream, need_cost, ctx.max_iter, ctx.backend)
         else:
             slope = None
-            if p is not None or q is not None:
-                p, q, slope = _project(p, q, a, b, f, g)
-            adjoint = ctx.mode == "implicit" and (w is not None or p is not None)
-            upstream = (w, w_value, p, q, ctx.eps, adjoint, need_cost)
-            grad = _call("implicit_gradient", ctx.backend, ctx.mode, left, right, a, b, f, g, kept, *upstream)
+            if upstream.f is not None or upstream.g is not None:
+                p, q, slope = _project(upstream.f, upstream.g, a, b, f, g)
+                upstream = Upstream(upstream.cost, upstream.value, p, q)
+            adjoint = ctx.mode == "implicit" and (upstream.cost is not None or upstream.f is not None)
+            gradients = _implicit(problem, f, g, kept, upstream, adjoint, need_cost, ctx.mode, ctx.backend)
             if slope is not None:
-                grad = (*grad[:2], grad[2] - slope * f / 2, grad[3] + slope * g / 2)
+                by_a, by_b = gradients.a - slope * f / 2, gradients.b + slope * g / 2
+                gradients = Gradients(gradients.left, gradients.right, by_a, by_b)
         return (
-            grad[0] if need_left else None,
-            grad[1] if need_right else None,
-            grad[2] if need_a else None,
-            grad[3] if need_b else None,
-            *(None,) * 9,
+            gradients.left if need_left else None,
+            gradients.right if need_right else None,
+            gradients.a if need_a else None,
+            gradients.b if need_b else None,
+            *_OPTIONS,
         )
 
 
-# Function.apply looks the signature up at every call; this is where it looks first.
-Sinkhorn.forward.__signature__ = inspect.signature(Sinkhorn.forward)  # type: ignore[attr-defined]
+# Function.apply asks for the signature at every call. inspect finds this attribute first, which saves its work.
+_SIGNATURE = inspect.signature(Sinkhorn.forward)
+Sinkhorn.forward.__signature__ = _SIGNATURE  # type: ignore[attr-defined]
+# No gradient for what follows left, right, a and b.
+_OPTIONS = (None,) * (len(_SIGNATURE.parameters) - len(Gradients._fields))
 
 
 def _project(
@@ -119,21 +131,50 @@ def _project(
     return p - slope * a / 2, q + slope * b / 2, slope
 
 
-def _call(name: str, backend: str, mode: str, *args: Any) -> tuple[Tensor, ...]:
-    """A backend's gradient; one that will be differentiated again must be made of differentiable operations."""
-    if not torch.is_grad_enabled():
-        return getattr(operators, name)(*args, backend)  # type: ignore[no-any-return]
-    module = get_backend(backend)
-    if mode == "none" or not module.TWICE_DIFFERENTIABLE:
-        return OnceDifferentiable.apply(name, backend, mode, *args)  # type: ignore[no-any-return]
-    with no_autocast(args[0]):
-        if name == "implicit_gradient":  # what is differentiated again is made again
-            args = (*args[:6], *args[7:])
-        return getattr(module, name)(*args)[:4]  # type: ignore[no-any-return]
+def _implicit(
+    problem: Problem,
+    f: Tensor,
+    g: Tensor,
+    kept: Tensor,
+    upstream: Upstream,
+    adjoint: bool,
+    need_cost: bool,
+    mode: str,
+    backend: str,
+) -> Gradients:
+    if mode != "none" and _twice(backend):
+        with no_autocast(problem.left):
+            # Without `kept`, which has no graph: the cost is computed again inside the graph.
+            return get_backend(backend).implicit_gradient(problem, f, g, upstream, adjoint, need_cost)[0]
+    left, right, a, b, eps = problem
+    return _run("implicit_gradient", backend, mode, left, right, a, b, f, g, kept, *upstream, eps, adjoint, need_cost)
+
+
+def _unrolled(
+    problem: Problem, n_iter: Tensor, upstream: Upstream, need_cost: bool, max_iter: int, backend: str
+) -> Gradients:
+    if _twice(backend):
+        with no_autocast(problem.left):
+            return get_backend(backend).unrolled_gradient(problem, n_iter, upstream, need_cost, max_iter)
+    left, right, a, b, eps = problem
+    options = (upstream.cost, upstream.value, eps, need_cost, max_iter)
+    return _run("unrolled_gradient", backend, "unroll", left, right, a, b, n_iter, *options)
+
+
+def _twice(backend: str) -> bool:
+    """Whether the gradient may be differentiated again, and is made of differentiable operations for that."""
+    return torch.is_grad_enabled() and get_backend(backend).TWICE_DIFFERENTIABLE
+
+
+def _run(name: str, backend: str, mode: str, *args: Any) -> Gradients:
+    """An operator's gradient; if it may be differentiated again, as a function whose derivative raises."""
+    if torch.is_grad_enabled():
+        return Gradients(*OnceDifferentiable.apply(name, backend, mode, *args))
+    return Gradients(*getattr(operators, name)(*args, backend))
 
 
 class OnceDifferentiable(torch.autograd.Function):
-    """A gradient whose own derivative raises."""
+    """An operator's gradient; differentiating it again raises an error."""
 
     generate_vmap_rule = True
 

@@ -2,19 +2,23 @@
 
 Checks of values stand here, inside the operator's body, where they also run under ``torch.compile`` and ``vmap``. On a
 GPU they would stop the queue, so there they run only when the environment sets ``OTLOSS_CHECK_VALUES=1``.
+
+The signatures are flat, since they are the operators' schemas, which exported programs name. The first lines of a body
+build the objects that backends take.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from otloss.backends import get_backend
+from otloss.backends.protocol import Gradients, Problem, Upstream
 from otloss.checks import no_autocast, warn
 
 
@@ -23,7 +27,7 @@ class ConvergenceWarning(UserWarning):
 
 
 def _contiguous(*tensors: Tensor) -> Any:
-    """What the fake kernels promise to a compiler, whatever layout the inputs had."""
+    """Outputs in the layout that the fake kernels promise to a compiler, whatever layout the inputs had."""
     return tuple(tensor.contiguous() for tensor in tensors)
 
 
@@ -32,11 +36,18 @@ def _checks_on(x: Tensor) -> bool:
 
 
 def _finite(x: Tensor) -> bool:
-    return not x.numel() or all(math.isfinite(float(end)) for end in x.aminmax())  # a NaN is both ends
+    return not x.numel() or all(
+        math.isfinite(float(end)) for end in x.aminmax()
+    )  # aminmax gives NaN twice if any entry is
 
 
-def _check_marginals(a: Tensor, b: Tensor, log_totals: Tensor, given: str, mass_tol: float) -> bool:
-    """Whether every point has mass."""
+def _side_of(mass_name: str) -> str:
+    """The marginal, "a" or "b", that an argument "a", "b", "log_a" or "log_b" gives."""
+    return mass_name.removeprefix("log_")
+
+
+def _check_marginals(a: Tensor, b: Tensor, log_totals: Tensor, mass_names: Sequence[str], mass_tol: float) -> bool:
+    """Raise unless the masses that came by these names are valid; return whether every point has mass."""
     if not a.numel() or not b.numel():
         return True
     # Masses are normalised: what is not finite in them or their totals has become NaN, which fails every comparison.
@@ -45,8 +56,8 @@ def _check_marginals(a: Tensor, b: Tensor, log_totals: Tensor, given: str, mass_
     if least[0] >= 0 and least[1] >= 0 and float(gap) <= mass_tol:
         return min(least) > 0
     sides = {"a": (a, log_totals[:, 0]), "b": (b, log_totals[:, 1])}
-    for name in given.split():
-        mass, total = sides[name[-1]]
+    for name in mass_names:
+        mass, total = sides[_side_of(name)]
         bad = ~(torch.isfinite(total) & torch.isfinite(mass).all(-1))
         if bad.any():
             kind = "finite masses" if name in sides else "logarithms of finite masses"
@@ -63,29 +74,35 @@ def _check_marginals(a: Tensor, b: Tensor, log_totals: Tensor, given: str, mass_
     )
 
 
-def _explain_nonfinite(left: Tensor, right: Tensor | None, a: Tensor, b: Tensor, given: str, eps: float) -> str:
+def _explain_nonfinite(problem: Problem, mass_names: Sequence[str]) -> str:
+    left, right, a, b, eps = problem
     named = (("cost", left),) if right is None else (("x", left), ("y", right))
     for name, value in named:
         if not torch.isfinite(value).all():
             kind = "NaN" if torch.isnan(value).any() else "inf"
             return f"{name} must be finite, got {kind}; to leave a point out, give it no mass and entries such as 0"
     sides = {"a": a, "b": b}
-    for name in given.split():
-        if (sides[name[-1]] == 0).all(-1).any():  # divided by a total that has overflowed
+    for name in mass_names:
+        if (sides[_side_of(name)] == 0).all(-1).any():  # divided by a total that has overflowed
             return f"{name} must be masses whose total is finite in {a.dtype}; rescale them"
     return f"the cost is too large for {left.dtype} at eps {eps:g}, results are not finite; rescale both"
 
 
-def room_to_keep(left: Tensor, right: Tensor | None, a: Tensor, keep: bool, backend: str) -> Tensor:
-    """Where the cost of features stays for the gradient, which spares it a product; only where it is small."""
+def room_to_keep(problem: Problem, keep: bool, backend: str) -> Tensor:
+    """The buffer in which solve saves the cost of features for the gradient, which then need not compute it again.
+
+    It is empty where it would take more than half the memory of the features.
+    """
+    left, right, a, _, _ = problem
     if not keep or right is None or not get_backend(backend).KEEPS_COST:
         return a.new_empty(0)
     (count, n, d), m = left.shape, right.shape[1]
     return a.new_empty(count, n, m) if 2 * n * m <= (n + m) * d else a.new_empty(0)
 
 
-def _if_kept(kept: Tensor) -> dict[str, Tensor]:
-    return {"kept": kept} if kept.numel() else {}
+def _or_none(kept: Tensor) -> Tensor | None:
+    """None for an empty tensor, which stands for it in the operators' schemas."""
+    return kept if kept.numel() else None
 
 
 @torch.library.custom_op("otloss::solve", mutates_args=())
@@ -105,29 +122,29 @@ def solve(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """f, g, transport cost, value, iterations, error, and what is kept for the gradient (empty where nothing is).
 
-    ``log_totals (B, 2)`` are of the masses before normalising, ``given`` the names by which they came ("log_a b"),
-    empty where they are uniform by default. ``keep`` says that an implicit gradient may follow.
+    ``log_totals (B, 2)`` are the logarithms of the masses' totals before normalising. ``given`` holds the names of the
+    arguments by which masses came, separated by blanks, as "log_a b"; a marginal that is not named is uniform. ``keep``
+    says that an implicit gradient may follow.
     """
+    problem, mass_names = Problem(left, right, a, b, eps), given.split()
     checked = _checks_on(left)
-    all_live = not checked or _check_marginals(a, b, log_totals, given, mass_tol)
-    kept = room_to_keep(left, right, a, keep, backend)
+    all_live = not checked or _check_marginals(a, b, log_totals, mass_names, mass_tol)
+    kept = room_to_keep(problem, keep, backend)
     with no_autocast(left):
-        f, g, cost, value, n_iter, error = get_backend(backend).solve(
-            left, right, a, b, eps, max_iter, tol, **_if_kept(kept)
-        )
+        solution = get_backend(backend).solve(problem, max_iter, tol, _or_none(kept))
     if checked:
-        # What lies between points without mass shows in no output, only in gradients.
+        # An entry between two points without mass appears in no output, but it does in gradients.
         hidden: tuple[Tensor, ...] = () if all_live else (left,) if right is None else (left, right)
-        if not all(map(_finite, (cost, f, g, *hidden))):
-            raise ValueError(_explain_nonfinite(left, right, a, b, given, eps))
-        if tol > 0 and error.numel() and float(error.max()) >= tol:
-            # No figures of this call in the text: Python shows each text once.
+        if not all(map(_finite, (solution.transport_cost, solution.f, solution.g, *hidden))):
+            raise ValueError(_explain_nonfinite(problem, mass_names))
+        if tol > 0 and solution.error.numel() and float(solution.error.max()) >= tol:
+            # The text holds no figures of this call, so that Python shows it once.
             warn(
                 f"problems did not reach tol={tol:g} in max_iter={max_iter} iterations at eps={eps:g} "
                 "(see converged and marginal_error); raise max_iter, tol or eps",
                 ConvergenceWarning,
             )
-    return _contiguous(f, g, cost, value, n_iter, error, kept)
+    return _contiguous(*solution, kept)
 
 
 @solve.register_fake
@@ -140,7 +157,7 @@ def _(left, right, a, b, log_totals, given, mass_tol, eps, max_iter, tol, keep, 
         torch.empty_like(scalar),
         torch.empty_like(scalar, dtype=torch.int64),
         torch.empty_like(scalar),
-        room_to_keep(left, right, a, keep, backend),
+        room_to_keep(Problem(left, right, a, b, eps), keep, backend),
     )
 
 
@@ -163,25 +180,24 @@ def implicit_gradient(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of left, right, a and b by the implicit function theorem."""
+    problem, upstream = Problem(left, right, a, b, eps), Upstream(grad_cost, grad_value, grad_f, grad_g)
     with no_autocast(left):
-        *grads, residual = get_backend(backend).implicit_gradient(
-            left, right, a, b, f, g, grad_cost, grad_value, grad_f, grad_g, eps, adjoint, need_cost, **_if_kept(kept)
+        gradients, residual = get_backend(backend).implicit_gradient(
+            problem, f, g, upstream, adjoint, need_cost, _or_none(kept)
         )
-    if _checks_on(left) and residual.numel() and not float(residual.max()) <= 1e-2:  # nor where it is NaN
+    if _checks_on(left) and residual.numel() and not float(residual.max()) <= 1e-2:  # so written, NaN warns too
         warn(
             f"the gradient's linear system was left with a relative residual above 1e-2 at eps={eps:g}: "
             "the plan is close to a permutation of blocks; raise eps or use float64",
             ConvergenceWarning,
         )
-    return _contiguous(*grads)
+    return _contiguous(*gradients)
 
 
-def _fake_gradients(
-    left: Tensor, right: Tensor | None, a: Tensor, b: Tensor, need_cost: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake_gradients(left: Tensor, right: Tensor | None, a: Tensor, b: Tensor, need_cost: bool) -> Gradients:
     empty = a.new_empty(0)
     like = torch.contiguous_format
-    return (
+    return Gradients(
         torch.empty_like(left, memory_format=like) if need_cost else empty,
         torch.empty_like(right, memory_format=like) if need_cost and right is not None else a.new_empty(0),
         torch.empty_like(a, memory_format=like),
@@ -209,13 +225,13 @@ def unrolled_gradient(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of left, right, a and b through the iterations that were run, of which none took over max_iter."""
-    capturing = n_iter.is_cuda and torch.cuda.is_current_stream_capturing()  # then nothing can be looked at
+    problem, upstream = Problem(left, right, a, b, eps), Upstream(grad_cost, grad_value)
+    # While a CUDA graph is captured the host cannot read n_iter.
+    capturing = n_iter.is_cuda and torch.cuda.is_current_stream_capturing()
     longest = max_iter if capturing else int(n_iter.max()) if n_iter.numel() else 0
     with no_autocast(left):
-        grads = get_backend(backend).unrolled_gradient(
-            left, right, a, b, n_iter, grad_cost, grad_value, eps, need_cost, longest
-        )
-    return _contiguous(*grads)
+        gradients = get_backend(backend).unrolled_gradient(problem, n_iter, upstream, need_cost, longest)
+    return _contiguous(*gradients)
 
 
 @unrolled_gradient.register_fake
@@ -224,7 +240,7 @@ def _(left, right, a, b, n_iter, gc, gv, eps, need_cost, max_iter, backend):  # 
 
 
 def _fold_batch(op: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
-    """The vmap rule of every operator here: problems are independent, so a mapped dimension is more problems."""
+    """The vmap rule of every operator here: problems are independent, so the mapped dimension joins the batch."""
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         size = info.batch_size

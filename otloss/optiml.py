@@ -124,6 +124,7 @@ class OPTiMLLoss(nn.Module):
     def __init__(
         self,
         dim: int,
+        *,
         alpha: float = 0.6,
         beta: float = 25.0,
         eta: float = 1.0,
@@ -131,7 +132,6 @@ class OPTiMLLoss(nn.Module):
         match: str = "channel",
         marginals: str = "perplexity",
         objective: str = "transport_cost",
-        *,
         perplexity: float = 0.5,
         invariance: float = 0.0,
         num_heads: int = 8,

@@ -1,4 +1,4 @@
-"""The verb: entropic optimal transport for batches of problems, with exact gradients."""
+"""`sinkhorn` and `cosine_sinkhorn`: entropic optimal transport for batches of problems, with exact gradients."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from otloss.backends import choose_backend, get_backend
+from otloss.backends.protocol import Problem, Solution
 from otloss.backends.reference import transport_plan
 from otloss.checks import (
     check_choice,
@@ -49,13 +50,13 @@ class SinkhornOutput:
     any, nor does anything of a problem that was solved under ``torch.no_grad``.
     """
 
-    def __init__(self, problem: _Problem, solution: tuple[Tensor, ...], gradient: str, tol: float) -> None:
-        shape = problem.batch
-        self._problem, self._gradient = problem, gradient
+    def __init__(self, source: _PlanSource, solution: Solution, gradient: str, tol: float) -> None:
+        shape = source.batch
+        self._source, self._gradient = source, gradient
         self._plan: Tensor | None = None
         if len(shape) != 1:
-            solution = tuple(out.reshape((*shape, *out.shape[1:])) for out in solution[:6])
-        self.f, self.g, self.transport_cost, self.value, self.n_iter, self.marginal_error = solution[:6]
+            solution = Solution(*(out.reshape((*shape, *out.shape[1:])) for out in solution))
+        self.f, self.g, self.transport_cost, self.value, self.n_iter, self.marginal_error = solution
         self.converged = self.marginal_error < tol
 
     @property
@@ -63,8 +64,9 @@ class SinkhornOutput:
         """The plan ``(B, n, m)``. Any function of it is differentiable in mode "implicit"."""
         if self._plan is not None:
             return self._plan
-        plan = self._problem.plan(self.f, self.g, constant=self._gradient != "implicit")
-        if plan.requires_grad or not self.f.requires_grad:  # else built under no_grad, perhaps only for a log
+        plan = self._source.plan(self.f, self.g, constant=self._gradient != "implicit")
+        # A plan that was built under no_grad is not stored: the next one may need a graph.
+        if plan.requires_grad or not self.f.requires_grad:
             self._plan = plan
         return plan
 
@@ -73,11 +75,11 @@ class SinkhornOutput:
         return f"SinkhornOutput(f={tuple(self.f.shape)}, g={tuple(self.g.shape)}, converged={done}/{total})"
 
 
-class _Problem:
-    """A checked problem: cost or features, normalised masses, and the shape of the batch."""
+class _PlanSource:
+    """A problem that was solved, from which the plan can be built, and the shape of its batch."""
 
-    def __init__(self, left: Tensor, right: Tensor | None, batch: torch.Size, a: Tensor, b: Tensor, eps: float) -> None:
-        self.left, self.right, self.batch, self.a, self.b, self.eps = left, right, batch, a, b, eps
+    def __init__(self, problem: Problem, batch: torch.Size) -> None:
+        self.problem, self.batch = problem, batch
         self._versions = None if torch.compiler.is_compiling() else self._count_writes()
         self._tracked = self._tracks_gradients()
 
@@ -87,12 +89,13 @@ class _Problem:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._versions = self._count_writes()  # which begin anew in a copy
-        self._tracked = [False] * len(self._tracked)  # a copy's potentials follow nothing
+        self._versions = self._count_writes()  # a copy's tensors count from 0 again
+        self._tracked = [False] * len(self._tracked)  # a copy's potentials have no graph
 
     def _operands(self) -> list[Tensor]:
         """Cost or features, and the masses."""
-        return [t for t in (self.left, self.right, self.a, self.b) if t is not None]
+        left, right, a, b, _ = self.problem
+        return [t for t in (left, right, a, b) if t is not None]
 
     def _tracks_gradients(self) -> list[bool]:
         """Of each operand, whether what is computed from it now gets a gradient by it."""
@@ -100,17 +103,18 @@ class _Problem:
 
     def _count_writes(self) -> list[int]:
         """How often cost or features were written in place; they may share memory with the caller's tensors."""
-        return [t._version for t in (self.left, self.right) if t is not None and not t.is_inference()]
+        return [t._version for t in (self.problem.left, self.problem.right) if t is not None and not t.is_inference()]
 
     def _check_unchanged(self) -> None:
         if self._versions is not None and not torch.compiler.is_compiling() and self._count_writes() != self._versions:
-            what = "the cost was" if self.right is None else "x or y were"
+            what = "the cost was" if self.problem.right is None else "x or y were"
             raise RuntimeError(f"{what} changed in place after the problem was solved; read out.plan before that")
 
     def plan(self, f: Tensor, g: Tensor, constant: bool) -> Tensor:
         self._check_unchanged()
         with no_autocast(f):
-            # The potentials do not follow what has come to ask for a gradient since: a part of it would be missing.
+            # An operand that did not require a gradient when the problem was solved gets none here: f and g have no
+            # graph to it, so its gradient would lack their part.
             tracked = zip(self._operands(), self._tracks_gradients(), self._tracked, strict=True)
             *points, a, b = (t.detach() if constant or (now and not then) else t for t, now, then in tracked)
             f, g = f.reshape(a.shape), g.reshape(b.shape)
@@ -118,7 +122,7 @@ class _Problem:
                 f, g = f.detach(), g.detach()
             points = [t.to(f.dtype) for t in points]
             cost = points[0] if len(points) == 1 else cosine_cost(points[0], points[1])
-            plan = transport_plan(cost, a, b, f, g, self.eps)
+            plan = transport_plan(cost, a, b, f, g, self.problem.eps)
         return plan.reshape(*self.batch, *plan.shape[1:])
 
 
@@ -128,7 +132,7 @@ def _exporting() -> bool:
 
 
 def _one_batch(x: Tensor, dims: int) -> Tensor:
-    """All leading dimensions in one, before the last ``dims``."""
+    """``x`` with all dimensions before the last ``dims`` joined into one."""
     return x if x.dim() == dims + 1 else x.reshape(math.prod(x.shape[:-dims]), *x.shape[-dims:])
 
 
@@ -159,7 +163,7 @@ def _masses(
 
 
 def _without_traces(mass: Tensor) -> Tensor:
-    """``mass``, exactly 0 where there is too little to count. Its gradient is that of a mass of 0, which has one."""
+    """``mass``, exactly 0 where there is too little to count. The gradient passes straight through."""
     trace = (mass > 0) & (mass <= negligible(mass.dtype))
     return torch.where(trace, mass - mass.detach(), mass)
 
@@ -199,19 +203,20 @@ def _solve(
         left, right = _one_batch(left, 2), None if right is None else _one_batch(right, 2)
         p, log_total_a = _masses("a", a, log_a, batch, n, like)
         q, log_total_b = _masses("b", b, log_b, batch, m, like)
-        if gradient == "none":  # then nothing depends on them
+        if gradient == "none":  # no output is differentiated by the masses
             p, q = p.detach(), q.detach()
         totals = [total for total in (log_total_a, log_total_b) if total is not None]
         totals = totals or [like.new_zeros(left.shape[0], 1)]
         log_totals = torch.cat((totals[0], totals[-1]), dim=-1)
         mass_tol = max((MASS_TOLERANCE.get(mass.dtype, 2e-2) for mass in masses.values()), default=0.0)
-        # Whether it pays depends on the sizes, which an exported graph may leave open.
+        # Whether keeping the cost pays depends on the sizes, which an exported graph may leave open.
         keep = gradient != "unroll" and torch.is_grad_enabled() and not _exporting()
-        solution = Sinkhorn.apply(
-            left, right, p, q, log_totals, " ".join(masses), mass_tol, float(eps), int(max_iter), float(tol), keep,
-            gradient, chosen,
-        )  # fmt: skip
-    return SinkhornOutput(_Problem(left, right, batch, p, q, float(eps)), solution, gradient, float(tol))
+        problem = Problem(left, right, p, q, float(eps))
+        mass_names = " ".join(masses)
+        *solution, _ = Sinkhorn.apply(
+            *problem, log_totals, mass_names, mass_tol, int(max_iter), float(tol), keep, gradient, chosen
+        )
+    return SinkhornOutput(_PlanSource(problem, batch), Solution(*solution), gradient, float(tol))
 
 
 def sinkhorn(

@@ -14,6 +14,7 @@ from scipy.special import logsumexp
 from torch import Tensor
 
 from otloss.backends import cpu, reference
+from otloss.backends.protocol import Problem, Upstream
 
 needs_cpu = pytest.mark.skipif(cpu.status() is not None, reason=f"cpu backend: {cpu.status()}")
 
@@ -55,9 +56,13 @@ def features(n: int, m: int, dtype: torch.dtype, batch: int = 2, d: int = 5) -> 
     return x, y, torch.randn(batch, n, dtype=dtype).softmax(-1), torch.randn(batch, m, dtype=dtype).softmax(-1)
 
 
-def upstream(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def wide(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.double() for t in tensors]
+
+
+def upstream(a: Tensor, b: Tensor) -> Upstream:
     w, v, p, q = torch.randn_like(a[:, 0]), torch.randn_like(a[:, 0]), torch.randn_like(a) * a, torch.randn_like(b) * b
-    return w, v, p, q + b * (p.sum(-1) - q.sum(-1)).unsqueeze(-1)
+    return Upstream(w, v, p, q + b * (p.sum(-1) - q.sum(-1)).unsqueeze(-1))
 
 
 def oracle(cost: Tensor, a: Tensor, b: Tensor, eps: float, iterations: int) -> tuple[np.ndarray, ...]:
@@ -86,15 +91,15 @@ def cosine(x: Tensor, y: Tensor) -> Tensor:
 def everything(left: Tensor, right: Tensor | None, a: Tensor, b: Tensor, eps: float = EPS) -> list[Tensor]:
     """Every output and gradient of the kernels that there is, one row a problem."""
     kept = None if right is None else left.new_empty(len(a), a.shape[1], b.shape[1])
-    out = cpu.solve(left, right, a, b, eps, 40, 1e-4, kept)
-    ones = torch.ones_like(a[:, 0])
-    implicit = (left, right, a, b, out[0], out[1], ones, None, None, None, eps, True, True)
-    from_kept = cpu.implicit_gradient(*implicit, kept)
-    gradients = [
-        *cpu.implicit_gradient(*implicit),
-        *cpu.unrolled_gradient(left, right, a, b, out[4], ones, None, eps, True),
-    ]
-    assert all(map(torch.equal, from_kept, gradients))  # the cost that was kept is the one that would be made again
+    problem, by_cost = Problem(left, right, a, b, eps), Upstream(torch.ones_like(a[:, 0]))
+    out = cpu.solve(problem, 40, 1e-4, kept)
+    implicit = (problem, out.f, out.g, by_cost, True, True)
+    from_kept, kept_residual = cpu.implicit_gradient(*implicit, kept)
+    made_again, residual = cpu.implicit_gradient(*implicit)
+    gradients = [*made_again, residual, *cpu.unrolled_gradient(problem, out.n_iter, by_cost, True, 40)]
+    assert all(
+        map(torch.equal, (*from_kept, kept_residual), gradients)
+    )  # the cost that was kept is the one that would be made again
     return [*out, *(grad for grad in gradients if len(grad) == len(a))]
 
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from cpu_problems import DTYPES, EPS, SIZES, close, cosine, features, needs_cpu, oracle, slack, upstream
+from cpu_problems import DTYPES, EPS, SIZES, close, cosine, features, needs_cpu, oracle, slack, upstream, wide
 from torch import Tensor
 
 from otloss.backends import cpu, reference
+from otloss.backends.protocol import Problem, Upstream
 
 pytestmark = needs_cpu
 
@@ -20,8 +21,8 @@ pytestmark = needs_cpu
 def test_solve_runs_the_iterations_of_the_oracle(n: int, m: int, dtype: torch.dtype) -> None:
     x, y, a, b = features(n, m, dtype)
     want = oracle(cosine(x, y), a, b, EPS, 6)
-    for problem in ((x, y), (cosine(x, y).to(dtype), None)):
-        *got, n_iter, error = cpu.solve(*problem, a, b, EPS, 6, 0.0)
+    for left, right in ((x, y), (cosine(x, y).to(dtype), None)):
+        *got, n_iter, error = cpu.solve(Problem(left, right, a, b, EPS), 6, 0.0)
         for g, w in zip(got, want, strict=True):
             close(g, w, slack(dtype))
         assert n_iter.tolist() == [6, 6]
@@ -39,21 +40,23 @@ def test_implicit_gradient_is_that_of_the_reference(
     n: int, m: int, adjoint: bool, potentials: bool, dtype: torch.dtype
 ) -> None:
     x, y, a, b = features(n, m, dtype)
-    f, g = (t.to(dtype) for t in cpu.solve(x.double(), y.double(), a.double(), b.double(), EPS, 2000, 1e-13)[:2])
-    up = upstream(a, b) if potentials else (*upstream(a, b)[:2], None, None)
+    double = Problem(x.double(), y.double(), a.double(), b.double(), EPS)
+    f, g = (t.to(dtype) for t in cpu.solve(double, 2000, 1e-13)[:2])
+    up = upstream(a, b) if potentials else Upstream(*upstream(a, b)[:2])
     for left, right in ((x, y), (cosine(x, y).to(dtype), None)):
-        problem = (left, right, a, b, f, g, *up)
-        want = reference.implicit_gradient(*(None if t is None else t.double() for t in problem), EPS, adjoint, True)
-        got = cpu.implicit_gradient(*problem, EPS, adjoint, True)
+        problem = Problem(left, right, a, b, EPS)
+        exact = Upstream(*wide(*up))
+        want, _ = reference.implicit_gradient(Problem(*wide(*problem[:4]), EPS), *wide(f, g), exact, adjoint, True)
+        got, residual = cpu.implicit_gradient(problem, f, g, up, adjoint, True)
         # The system's own condition, 1/(1 - sigma^2), multiplies the error of the right-hand side.
-        for k, (p, q) in enumerate(zip(got[:4], want[:4], strict=True)):
+        for k, (p, q) in enumerate(zip(got, want, strict=True)):
             if k in (2, 3):  # the marginals' gradients up to a constant: the gauge of U and V is free
                 p, q = p - p.mean(-1, keepdim=True), q - q.mean(-1, keepdim=True)
             close(p, q, slack(dtype, room=300.0))
-        assert (got[4] < (1e-5 if dtype == torch.float32 else 1e-10)).all()
-        without = cpu.implicit_gradient(*problem, EPS, adjoint, False)
-        assert without[0].numel() == without[1].numel() == 0
-        assert torch.equal(without[2], got[2]) and torch.equal(without[3], got[3])
+        assert (residual < (1e-5 if dtype == torch.float32 else 1e-10)).all()
+        without, _ = cpu.implicit_gradient(problem, f, g, up, adjoint, False)
+        assert without.left.numel() == without.right.numel() == 0
+        assert torch.equal(without.a, got.a) and torch.equal(without.b, got.b)
 
 
 def tangents(cost: Tensor, a: Tensor, b: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -70,11 +73,11 @@ def test_implicit_gradient_against_finite_differences(eps: float) -> None:
     cost, (w, v, p, q) = cosine(x, y), upstream(a, b)
 
     def loss(cost: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        f, g, sharp, value, *_ = cpu.solve(cost, None, a, b, eps, 20000, 1e-14)
+        f, g, sharp, value, *_ = cpu.solve(Problem(cost, None, a, b, eps), 20000, 1e-14)
         return (w * sharp + v * value + (p * f).sum(-1) + (q * g).sum(-1)).sum()
 
-    f, g = cpu.solve(cost, None, a, b, eps, 20000, 1e-14)[:2]
-    grads = cpu.implicit_gradient(cost, None, a, b, f, g, w, v, p, q, eps, True, True)
+    f, g = cpu.solve(Problem(cost, None, a, b, eps), 20000, 1e-14)[:2]
+    grads, _ = cpu.implicit_gradient(Problem(cost, None, a, b, eps), f, g, Upstream(w, v, p, q), True, True)
     step = 1e-5
     for tangent in tangents(cost, a, b):
         ahead, behind = (
@@ -91,11 +94,11 @@ def test_unrolled_gradient_against_finite_differences(iterations: int) -> None:
     cost, (w, v, *_) = cosine(x, y), upstream(a, b)
 
     def loss(cost: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        sharp, value = cpu.solve(cost, None, a, b, EPS, iterations, 0.0)[2:4]
+        sharp, value = cpu.solve(Problem(cost, None, a, b, EPS), iterations, 0.0)[2:4]
         return (w * sharp + v * value).sum()
 
     counts = torch.full((2,), iterations)
-    grads = cpu.unrolled_gradient(cost, None, a, b, counts, w, v, EPS, True)
+    grads = cpu.unrolled_gradient(Problem(cost, None, a, b, EPS), counts, Upstream(w, v), True, iterations)
     step = 1e-5
     for tangent in tangents(cost, a, b):
         ahead, behind = (
@@ -111,10 +114,10 @@ def test_unrolled_gradient_is_that_of_the_reference(n: int, m: int, dtype: torch
     x, y, a, b = features(n, m, dtype)
     w, v, *_ = upstream(a, b)
     counts = torch.tensor([3, 8])
-    for problem in ((x, y, a, b), (cosine(x, y).to(dtype), None, a, b)):
-        double = [None if t is None else t.double() for t in problem]
-        want = reference.unrolled_gradient(*double, counts, w.double(), v.double(), EPS, True, 8)
-        got = cpu.unrolled_gradient(*problem, counts, w, v, EPS, True)
+    for left, right in ((x, y), (cosine(x, y).to(dtype), None)):
+        double = Problem(*wide(left, right, a, b), EPS)
+        want = reference.unrolled_gradient(double, counts, Upstream(w.double(), v.double()), True, 8)
+        got = cpu.unrolled_gradient(Problem(left, right, a, b, EPS), counts, Upstream(w, v), True, 8)
         for p, q in zip(got, want, strict=True):
             close(p, q, slack(dtype, room=100.0))
 
@@ -124,9 +127,9 @@ def test_stops_at_the_first_iteration_below_tol(dtype: torch.dtype) -> None:
     x, y, a, b = features(21, 14, dtype, batch=6)
     a = (a.log() * torch.arange(1, 7, dtype=dtype)[:, None]).softmax(-1)
     tol = 1e-3
-    n_iter, error = cpu.solve(x, y, a, b, EPS, 500, tol)[4:]
+    n_iter, error = cpu.solve(Problem(x, y, a, b, EPS), 500, tol)[4:]
     assert len(set(n_iter.tolist())) > 1 and (error < tol).all() and (n_iter < 500).all()
     for k, count in enumerate(n_iter.tolist()):
-        one = [t[k : k + 1] for t in (x, y, a, b)]
-        assert float(cpu.solve(*one, EPS, count, 0.0)[5]) == pytest.approx(float(error[k]), rel=0.01)
-        assert count == 1 or float(cpu.solve(*one, EPS, count - 1, 0.0)[5]) >= tol
+        one = Problem(*(t[k : k + 1] for t in (x, y, a, b)), EPS)
+        assert float(cpu.solve(one, count, 0.0).error) == pytest.approx(float(error[k]), rel=0.01)
+        assert count == 1 or float(cpu.solve(one, count - 1, 0.0).error) >= tol

@@ -8,6 +8,7 @@ import torch
 from cpu_problems import DTYPES, EPS, close, cosine, everything, features, needs_cpu, oracle, slack, upstream
 
 from otloss.backends import cpu
+from otloss.backends.protocol import Problem, Upstream
 
 pytestmark = needs_cpu
 
@@ -19,15 +20,16 @@ def test_no_mass_is_cropping(dtype: torch.dtype) -> None:
     a, b = a * rows, b * columns
     a, b = a / a.sum(-1, keepdim=True), b / b.sum(-1, keepdim=True)
     small = [t.contiguous() for t in (x[:, rows], y[:, columns], a[:, rows], b[:, columns])]
-    whole, crop = cpu.solve(x, y, a, b, EPS, 30, 0.0), cpu.solve(*small, EPS, 30, 0.0)
+    whole, crop = cpu.solve(Problem(x, y, a, b, EPS), 30, 0.0), cpu.solve(Problem(*small, EPS), 30, 0.0)
     f, g = oracle(cosine(x, y), a, b, EPS, 30)[:2]
     close(whole[0], f, slack(dtype))
     close(whole[1], g, slack(dtype))
     for got, want in zip((whole[0][:, rows], whole[1][:, columns], *whole[2:4]), crop[:4], strict=True):
         close(got, want, slack(dtype))
     w, v, p, q = upstream(a, b)
-    big = cpu.implicit_gradient(x, y, a, b, *whole[:2], w, v, p, q, EPS, True, True)
-    cut = cpu.implicit_gradient(*small, *crop[:2], w, v, p[:, rows], q[:, columns], EPS, True, True)
+    large, little = Problem(x, y, a, b, EPS), Problem(*small, EPS)
+    big, _ = cpu.implicit_gradient(large, *whole[:2], Upstream(w, v, p, q), True, True)
+    cut, _ = cpu.implicit_gradient(little, *crop[:2], Upstream(w, v, p[:, rows], q[:, columns]), True, True)
     assert not big[0][:, ~rows].any() and not big[1][:, ~columns].any()
     keeps = (rows, columns, rows, columns)
     for k, keep in enumerate(keeps):
@@ -36,8 +38,8 @@ def test_no_mass_is_cropping(dtype: torch.dtype) -> None:
         if k > 1:
             got, want = got - got.mean(-1, keepdim=True), want - want.mean(-1, keepdim=True)
         close(got, want, slack(dtype, room=300.0))
-    unrolled = cpu.unrolled_gradient(x, y, a, b, torch.tensor([4, 5]), w, v, EPS, True)
-    want = cpu.unrolled_gradient(*small, torch.tensor([4, 5]), w, v, EPS, True)
+    unrolled = cpu.unrolled_gradient(large, torch.tensor([4, 5]), Upstream(w, v), True, 5)
+    want = cpu.unrolled_gradient(little, torch.tensor([4, 5]), Upstream(w, v), True, 5)
     for k, keep in enumerate(keeps):
         assert unrolled[k].isfinite().all()
         close(unrolled[k][:, keep], want[k], slack(dtype, room=100.0))
@@ -47,8 +49,9 @@ def test_no_mass_is_cropping(dtype: torch.dtype) -> None:
 def test_zero_features_have_no_cosine_and_no_gradient(dtype: torch.dtype) -> None:
     x, y, a, b = features(6, 5, dtype)
     x[:, 2], y[0, 1] = 0, 0
-    f, g, *_ = cpu.solve(x, y, a, b, EPS, 500, 0.0)
-    gx, gy, *_ = cpu.implicit_gradient(x, y, a, b, f, g, torch.ones_like(a[:, 0]), None, None, None, EPS, True, True)
+    problem = Problem(x, y, a, b, EPS)
+    f, g, *_ = cpu.solve(problem, 500, 0.0)
+    (gx, gy, *_), _ = cpu.implicit_gradient(problem, f, g, Upstream(torch.ones_like(a[:, 0])), True, True)
     assert gx.isfinite().all() and gy.isfinite().all()
     assert not gx[:, 2].any() and not gy[0, 1].any()
     assert gx[:, 1].any() and gy[1, 1].any()
@@ -57,9 +60,8 @@ def test_zero_features_have_no_cosine_and_no_gradient(dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("scale", [1e-18, 1e18])
 def test_the_length_of_a_feature_does_not_matter(scale: float) -> None:
     x, y, a, b = features(6, 5, torch.float32)
-    for got, want in zip(
-        cpu.solve(x * scale, y, a, b, EPS, 20, 0.0)[:4], cpu.solve(x, y, a, b, EPS, 20, 0.0)[:4], strict=True
-    ):
+    scaled, plain = (cpu.solve(Problem(z, y, a, b, EPS), 20, 0.0) for z in (x * scale, x))
+    for got, want in zip(scaled[:4], plain[:4], strict=True):
         close(got, want.double(), slack(torch.float32))
 
 
@@ -69,7 +71,7 @@ def test_small_eps_follows_the_oracle(eps: float, dtype: torch.dtype) -> None:
     cost = torch.rand(2, 20, 23, dtype=torch.float64).mul(2).to(dtype)
     a, b = torch.randn(2, 20, dtype=dtype).softmax(-1), torch.randn(2, 23, dtype=dtype).softmax(-1)
     for iterations in (1, 3, 200):
-        *got, _, error = cpu.solve(cost, None, a, b, eps, iterations, 0.0)
+        *got, _, error = cpu.solve(Problem(cost, None, a, b, eps), iterations, 0.0)
         want = oracle(cost, a, b, eps, iterations)
         # Potentials are averages of costs: each iteration adds a rounding of the cost, not of cost/eps.
         tolerance = torch.finfo(dtype).eps * 2 * (4 + iterations)
@@ -84,7 +86,7 @@ def test_small_eps_reaches_optimal_transport() -> None:
     ot = pytest.importorskip("ot")
     cost = torch.rand(2, 64, 64)
     a = torch.full((2, 64), 1 / 64)
-    sharp = cpu.solve(cost, None, a, a, 1e-3, 3000, 0.0)[2]
+    sharp = cpu.solve(Problem(cost, None, a, a, 1e-3), 3000, 0.0)[2]
     for k in range(2):
         exact = ot.emd2(a[k].double().numpy(), a[k].double().numpy(), cost[k].double().numpy())
         assert float(sharp[k]) == pytest.approx(exact, rel=0.02)
@@ -110,13 +112,14 @@ def test_hard_problems_stay_finite_and_right(kind: str, dtype: torch.dtype) -> N
         cost, size = cost[None], 800.0
     cost, a, b = cost.to(dtype), a.softmax(-1).to(dtype), b.softmax(-1).to(dtype)
     want = oracle(cost, a, b, eps, 40)
-    *got, _, error = cpu.solve(cost, None, a, b, eps, 40, 0.0)
+    problem = Problem(cost, None, a, b, eps)
+    *got, _, error = cpu.solve(problem, 40, 0.0)
     for p, q in zip(got[:2], want[:2], strict=True):
         close(p, q, 50 * torch.finfo(dtype).eps * size / float(np.abs(q).max()) + slack(dtype))
     close(got[2], want[2], slack(dtype, eps, size))
-    grads = cpu.implicit_gradient(cost, None, a, b, *got[:2], *upstream(a, b), eps, True, True)
-    unrolled = cpu.unrolled_gradient(cost, None, a, b, torch.tensor([40]), torch.ones(1, dtype=dtype), None, eps, True)
-    assert all(t.isfinite().all() for t in (error, *grads, *unrolled))
+    grads, residual = cpu.implicit_gradient(problem, *got[:2], upstream(a, b), True, True)
+    unrolled = cpu.unrolled_gradient(problem, torch.tensor([40]), Upstream(torch.ones(1, dtype=dtype)), True, 40)
+    assert all(t.isfinite().all() for t in (error, *grads, residual, *unrolled))
 
 
 @pytest.mark.parametrize("dead", [False, True])
@@ -129,15 +132,16 @@ def test_many_points_against_few(wide: bool, dead: bool) -> None:
     if dead:
         a[:, 7] = b[:, 3] = 0
     a, b = a / a.sum(), b / b.sum()
-    *_, n_iter, error = cpu.solve(cost, None, a, b, EPS, 200, 1e-5)
+    *_, n_iter, error = cpu.solve(Problem(cost, None, a, b, EPS), 200, 1e-5)
     assert int(n_iter) < 50 and float(error) < 1e-5
 
     def everything(dtype: torch.dtype) -> list[torch.Tensor]:
-        given, one = (cost.to(dtype), None, a.to(dtype), b.to(dtype)), torch.ones(1, dtype=dtype)
-        f, g, sharp, *_ = cpu.solve(*given, EPS, 200, 1e-5 if dtype == torch.float32 else 1e-9)
-        implicit = cpu.implicit_gradient(*given, f, g, one, None, None, None, EPS, True, True)
-        unrolled = cpu.unrolled_gradient(*given, n_iter, one, None, EPS, True)
-        return [sharp, implicit[0].sum(axis), unrolled[0].sum(axis), *unrolled[2:]]
+        given = Problem(cost.to(dtype), None, a.to(dtype), b.to(dtype), EPS)
+        by_cost = Upstream(torch.ones(1, dtype=dtype))
+        f, g, sharp, *_ = cpu.solve(given, 200, 1e-5 if dtype == torch.float32 else 1e-9)
+        implicit, _ = cpu.implicit_gradient(given, f, g, by_cost, True, True)
+        unrolled = cpu.unrolled_gradient(given, n_iter, by_cost, True, 200)
+        return [sharp, implicit.left.sum(axis), unrolled.left.sum(axis), unrolled.a, unrolled.b]
 
     tolerances = (2e-5, 2e-5, 2e-5, 1e-4, 1e-4)
     for got, want, tolerance in zip(everything(torch.float32), everything(torch.float64), tolerances, strict=True):
@@ -151,7 +155,7 @@ def test_what_is_not_finite_shows(bad: float) -> None:
     for left, right, where in ((cost, None, (1, 3, 4)), (x, y, (1, 3, 4))):
         left = left.clone()
         left[where] = bad
-        f, g, sharp, *_ = cpu.solve(left, right, a, b, EPS, 10**6, 0.0)
+        f, g, sharp, *_ = cpu.solve(Problem(left, right, a, b, EPS), 10**6, 0.0)
         assert sharp[0].isfinite() and f[0].isfinite().all() and g[0].isfinite().all()
         assert f[1].isnan().any() or g[1].isnan().any() or sharp[1].isnan()
 

@@ -12,6 +12,7 @@ import torch
 from cpu_problems import DTYPES, ODD_SIZES, everything, features, needs_cpu, unsteady
 
 from otloss.backends import cpu
+from otloss.backends.protocol import Problem, Upstream
 
 pytestmark = needs_cpu
 
@@ -36,10 +37,11 @@ def test_a_large_problem_is_split_the_same_way_by_any_threads() -> None:
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
-            problem = (x[:count], y[:count], a[:count], b[:count])
-            solved = cpu.solve(*problem, 0.05, 10, 0.0)
-            upstream = (torch.ones(count), None, None, None)
-            return solved + cpu.implicit_gradient(*problem, *solved[:2], *upstream, 0.05, True, True)
+            problem = Problem(x[:count], y[:count], a[:count], b[:count], 0.05)
+            solved = cpu.solve(problem, 10, 0.0)
+            upstream = Upstream(torch.ones(count))
+            gradients, residual = cpu.implicit_gradient(problem, solved.f, solved.g, upstream, True, True)
+            return (*solved, *gradients, residual)
         finally:
             torch.set_num_threads(before)
 
@@ -64,15 +66,17 @@ def test_called_from_several_threads() -> None:
 FORKED = """
 import os, torch
 from otloss.backends import cpu
+from otloss.backends.protocol import Problem
 torch.set_num_threads(2)
 x, a = torch.randn(16, 90, 20), torch.full((16, 90), 1 / 90)
-want = cpu.solve(x, x, a, a, 0.1, 30, 0.0)
+problem = Problem(x, x, a, a, 0.1)
+want = cpu.solve(problem, 30, 0.0)
 child = os.fork()
 if child == 0:
-    got = cpu.solve(x, x, a, a, 0.1, 30, 0.0)
+    got = cpu.solve(problem, 30, 0.0)
     os._exit(0 if all(map(torch.equal, got, want)) else 1)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-cpu.solve(x, x, a, a, 0.1, 30, 0.0)
+cpu.solve(problem, 30, 0.0)
 """
 
 

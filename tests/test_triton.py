@@ -53,7 +53,7 @@ def test_a_triton_that_is_too_old_is_said(monkeypatch: pytest.MonkeyPatch) -> No
 @installed
 def test_a_grid_that_cuda_does_not_have_is_refused() -> None:
     code = (
-        "from otloss.backends.gpu.launch import launch\n"
+        "from otloss.backends.triton.launch import launch\n"
         "try: launch(None, (1, 2, 65536), num_warps=4)\n"
         "except ValueError as error: assert 'no grid of (1, 2, 65536) blocks' in str(error)\n"
         "else: raise SystemExit('launched')"

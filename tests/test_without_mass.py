@@ -9,6 +9,7 @@ from torch import Tensor
 
 from otloss import sinkhorn
 from otloss.backends import get_backend
+from otloss.backends.protocol import Problem, Upstream
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -143,9 +144,8 @@ def test_zero_mass_has_the_one_sided_second_derivative_by_unrolling() -> None:
     weight, n_iter, direction = torch.ones(1, dtype=a.dtype), torch.tensor([3]), torch.randn_like(cost)
 
     def first(a: Tensor) -> Tensor:
-        left, *_ = get_backend("reference").unrolled_gradient(
-            cost, None, a, b, n_iter, weight, weight / 2, 0.2, True, 3
-        )
+        problem = Problem(cost, None, a, b, 0.2)
+        left, *_ = get_backend("reference").unrolled_gradient(problem, n_iter, Upstream(weight, weight / 2), True, 3)
         return (left * direction).sum()
 
     (second,) = torch.autograd.grad(first(a.requires_grad_()), a)
@@ -159,7 +159,8 @@ def test_a_gradient_by_no_mass_that_overflows_is_zero(backend: str) -> None:
     cost, a, b, _ = without_last("columns", 0.0, 0.0)
     cost[:, :, :-1] += 5
     weight, n_iter = torch.full((len(cost),), 1e15), torch.full((len(cost),), 3)
-    *_, by_a, by_b = get_backend(backend).unrolled_gradient(cost, None, a, b, n_iter, weight, weight, 0.05, True, 3)
+    problem, up = Problem(cost, None, a, b, 0.05), Upstream(weight, weight)
+    *_, by_a, by_b = get_backend(backend).unrolled_gradient(problem, n_iter, up, True, 3)
     assert by_a.isfinite().all() and by_b.isfinite().all() and by_b[:, :-1].all()
 
 
@@ -170,9 +171,8 @@ def test_a_large_loss_does_not_bring_points_without_mass_back(backend: str, side
     weight, n_iter = torch.full((len(cost),), 1e15), torch.full((len(cost),), 2)
 
     def gradients(cost: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        left, _, by_a, by_b = get_backend(backend).unrolled_gradient(
-            cost, None, a, b, n_iter, weight, weight, 0.05, True, 2
-        )
+        problem, up = Problem(cost, None, a, b, 0.05), Upstream(weight, weight)
+        left, _, by_a, by_b = get_backend(backend).unrolled_gradient(problem, n_iter, up, True, 2)
         return left, by_a, by_b
 
     got, want = gradients(cost, a, b), gradients(cost[live].contiguous(), a[live[:2]], b[:, live[2]])
@@ -189,8 +189,8 @@ def test_what_rounding_has_lost_of_a_point_without_mass_is_no_gradient(backend: 
 
     def gradient(dtype: torch.dtype, backend: str) -> Tensor:
         weight, n_iter = torch.ones(len(cost), dtype=dtype), torch.full((len(cost),), 20)
-        given = (cost.to(dtype), None, a.to(dtype), b.to(dtype), n_iter, weight, None)
-        _, _, *by_mass = get_backend(backend).unrolled_gradient(*given, 0.05, False, 20)
+        problem = Problem(cost.to(dtype), None, a.to(dtype), b.to(dtype), 0.05)
+        _, _, *by_mass = get_backend(backend).unrolled_gradient(problem, n_iter, Upstream(weight), False, 20)
         return by_mass[0 if side == "rows" else 1][:, -1]
 
     got = gradient(torch.float32, backend)

@@ -22,12 +22,12 @@ from torch import Tensor
 import otloss
 from benchmarks.workloads import WORKLOADS
 from otloss.backends import reference, triton
+from otloss.backends.protocol import Problem, Upstream
 
 if not triton.interpreted():
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
 
-from otloss.backends.gpu import config, launch
-from otloss.backends.gpu import solve as solving
+from otloss.backends.triton import config, launch, solver
 
 EPS = 0.1
 DTYPES = (torch.float32, torch.float64)
@@ -75,15 +75,15 @@ def wide(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.double() for t in tensors]
 
 
-def upstream(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def upstream(a: Tensor, b: Tensor) -> Upstream:
     w, v, p, q = torch.randn_like(a[:, 0]), torch.randn_like(a[:, 0]), torch.randn_like(a) * a, torch.randn_like(b) * b
-    return w, v, p, q + b * (p.sum(-1) - q.sum(-1)).unsqueeze(-1)
+    return Upstream(w, v, p, q + b * (p.sum(-1) - q.sum(-1)).unsqueeze(-1))
 
 
 def check_solve(given: Given, eps: float, iterations: int, room: float = 16.0) -> None:
     dtype = given[2].dtype
-    got = triton.solve(*given, eps, iterations, 0.0)
-    want = reference.solve(*wide(*given), eps, iterations, 0.0)
+    got = triton.solve(Problem(*given, eps), iterations, 0.0)
+    want = reference.solve(Problem(*wide(*given), eps), iterations, 0.0)
     for one, other in zip(got[:4], want[:4], strict=True):
         close(one, other, slack(dtype, eps, room))
     assert got[4].tolist() == [iterations] * len(given[0])
@@ -92,23 +92,25 @@ def check_solve(given: Given, eps: float, iterations: int, room: float = 16.0) -
 
 def check_implicit(given: Given, adjoint: bool = True) -> None:
     left, right, a, b = given
-    f, g = reference.solve(*wide(*given), EPS, 300, 1e-12)[:2]
-    arguments = (*given, f.to(a.dtype), g.to(a.dtype), *upstream(a, b))
-    got = triton.implicit_gradient(*arguments, EPS, adjoint, True)
-    want = reference.implicit_gradient(*wide(*arguments), EPS, adjoint, True)
-    for k, (one, other) in enumerate(zip(got[:4], want[:4], strict=True)):
+    f, g = reference.solve(Problem(*wide(*given), EPS), 300, 1e-12)[:2]
+    f, g, up = f.to(a.dtype), g.to(a.dtype), upstream(a, b)
+    got, residual = triton.implicit_gradient(Problem(*given, EPS), f, g, up, adjoint, True)
+    exact = Problem(*wide(*given), EPS)
+    want, _ = reference.implicit_gradient(exact, *wide(f, g), Upstream(*wide(*up)), adjoint, True)
+    for k, (one, other) in enumerate(zip(got, want, strict=True)):
         if k in (2, 3):  # up to a constant: the gauge of U and V is free
             one, other = one - one.mean(-1, keepdim=True), other - other.mean(-1, keepdim=True)
         close(one, other, slack(a.dtype, room=300.0))
-    assert (got[4] < (1e-5 if a.dtype == torch.float32 else 1e-10)).all()
+    assert (residual < (1e-5 if a.dtype == torch.float32 else 1e-10)).all()
     assert got[0].dtype == left.dtype and (right is None or got[1].dtype == right.dtype)
 
 
 def check_unrolled(given: Given, counts: list[int]) -> None:
     w, v, *_ = upstream(given[2], given[3])
     n_iter = torch.tensor(counts)
-    got = triton.unrolled_gradient(*given, n_iter, w, v, EPS, True, max(counts))
-    want = reference.unrolled_gradient(*wide(*given), n_iter, w.double(), v.double(), EPS, True, max(counts))
+    exact, up = Problem(*wide(*given), EPS), Upstream(w.double(), v.double())
+    got = triton.unrolled_gradient(Problem(*given, EPS), n_iter, Upstream(w, v), True, max(counts))
+    want = reference.unrolled_gradient(exact, n_iter, up, True, max(counts))
     for one, other in zip(got, want, strict=True):
         close(one, other, slack(given[2].dtype, room=100.0))
 
@@ -134,10 +136,10 @@ def test_the_plan_as_a_constant(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_of_the_masses_alone(regime: str, kind: str) -> None:
-    given = problem(kind, 12, 9, torch.float64)
-    f, g = triton.solve(*given, EPS, 20, 0.0)[:2]
-    up = upstream(given[2], given[3])
-    whole, part = (triton.implicit_gradient(*given, f, g, *up, EPS, True, need) for need in (True, False))
+    given = Problem(*problem(kind, 12, 9, torch.float64), EPS)
+    f, g = triton.solve(given, 20, 0.0)[:2]
+    up = upstream(given.a, given.b)
+    whole, part = (triton.implicit_gradient(given, f, g, up, True, need)[0] for need in (True, False))
     assert part[0].numel() == part[1].numel() == 0
     assert torch.equal(whole[2], part[2]) and torch.equal(whole[3], part[3])
 
@@ -174,7 +176,7 @@ def test_hard_problems(regime: str, kind: str) -> None:
 def test_stops_as_the_reference_does(regime: str) -> None:
     left, right, a, b = problem("features", 21, 14, torch.float64, batch=3, masked=False)
     a = (a.log() * torch.tensor([[0.1], [1.0], [3.0]], dtype=torch.float64)).softmax(-1)
-    got, want = (backend.solve(left, right, a, b, EPS, 25, 1e-3) for backend in (triton, reference))
+    got, want = (backend.solve(Problem(left, right, a, b, EPS), 25, 1e-3) for backend in (triton, reference))
     assert got[4].tolist() == want[4].tolist() and len(set(got[4].tolist())) > 1
     assert relative(got[5], want[5]) < 1e-6
     for one, other in zip(got[:4], want[:4], strict=True):
@@ -187,8 +189,9 @@ def test_half_precision_is_read_as_it_is(kind: str, dtype: torch.dtype) -> None:
     left, right, a, b = problem(kind, 21, 14, torch.float32)
     left, right = left.to(dtype), None if right is None else right.to(dtype)
     check_solve((left, right, a, b), EPS, 4)
-    f, g, *_ = triton.solve(left, right, a, b, EPS, 20, 0.0)
-    got = triton.implicit_gradient(left, right, a, b, f, g, *upstream(a, b)[:1], None, None, None, EPS, True, True)
+    given = Problem(left, right, a, b, EPS)
+    f, g, *_ = triton.solve(given, 20, 0.0)
+    got, _ = triton.implicit_gradient(given, f, g, Upstream(upstream(a, b).cost), True, True)
     assert got[0].dtype == dtype and got[0].isfinite().all()
 
 
@@ -213,8 +216,9 @@ def test_half_precision_through_the_verb(regime: str, kind: str, dtype: torch.dt
 def test_zero_features_have_no_cosine_and_no_gradient(dtype: torch.dtype) -> None:
     x, y, a, b = problem("features", 6, 5, dtype, masked=False)
     x[:, 2], y[0, 1] = 0, 0
-    f, g, *_ = triton.solve(x, y, a, b, EPS, 20, 0.0)
-    gx, gy, *_ = triton.implicit_gradient(x, y, a, b, f, g, torch.ones_like(a[:, 0]), None, None, None, EPS, True, True)
+    given = Problem(x, y, a, b, EPS)
+    f, g, *_ = triton.solve(given, 20, 0.0)
+    (gx, gy, *_), _ = triton.implicit_gradient(given, f, g, Upstream(torch.ones_like(a[:, 0])), True, True)
     assert gx.isfinite().all() and gy.isfinite().all()
     assert not gx[:, 2].any() and not gy[0, 1].any() and gx[:, 1].any() and gy[1, 1].any()
 
@@ -222,7 +226,7 @@ def test_zero_features_have_no_cosine_and_no_gradient(dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("scale", [1e-18, 1e18])
 def test_the_length_of_a_feature_does_not_matter(scale: float) -> None:
     x, y, a, b = problem("features", 6, 5, torch.float32)
-    scaled, plain = (triton.solve(z, y, a, b, EPS, 9, 0.0) for z in (x * scale, x))
+    scaled, plain = (triton.solve(Problem(z, y, a, b, EPS), 9, 0.0) for z in (x * scale, x))
     for one, other in zip(scaled, plain, strict=True):
         close(one, other.double(), slack(torch.float32))
 
@@ -232,7 +236,7 @@ def test_the_length_of_a_feature_does_not_matter(scale: float) -> None:
 def test_what_is_not_finite_shows(regime: str, kind: str, bad: float) -> None:
     left, right, a, b = problem(kind, 9, 10, torch.float32, masked=False)
     left[1, 3, 4] = bad
-    f, g, sharp, *_ = triton.solve(left, right, a, b, EPS, 6, 0.0)
+    f, g, sharp, *_ = triton.solve(Problem(left, right, a, b, EPS), 6, 0.0)
     assert sharp[0].isfinite() and f[0].isfinite().all() and g[0].isfinite().all()
     assert f[1].isnan().any() or g[1].isnan().any() or sharp[1].isnan()
 
@@ -240,16 +244,16 @@ def test_what_is_not_finite_shows(regime: str, kind: str, bad: float) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_problems(regime: str, kind: str) -> None:
     given = tuple(None if t is None else t[:0] for t in problem(kind, 3, 4, torch.float32))
-    f, g, sharp, _, n_iter, _ = triton.solve(*given, EPS, 5, 0.0)
+    f, g, sharp, _, n_iter, _ = triton.solve(Problem(*given, EPS), 5, 0.0)
     assert f.shape == (0, 3) and g.shape == (0, 4) and n_iter.dtype == torch.int64
-    grads = triton.implicit_gradient(*given, f, g, sharp, None, None, None, EPS, True, True)
-    assert grads[0].shape == given[0].shape
-    assert triton.unrolled_gradient(*given, n_iter, sharp, None, EPS, True, 0)[0].shape == given[0].shape
+    prepared, up = Problem(*given, EPS), Upstream(sharp)
+    assert triton.implicit_gradient(prepared, f, g, up, True, True)[0].left.shape == given[0].shape
+    assert triton.unrolled_gradient(prepared, n_iter, up, True, 0).left.shape == given[0].shape
 
 
 def test_the_same_twice(regime: str) -> None:
     given = problem("features", 40, 33, torch.float32)
-    one, other = (triton.solve(*given, EPS, 5, 0.0) for _ in range(2))
+    one, other = (triton.solve(Problem(*given, EPS), 5, 0.0) for _ in range(2))
     assert all(map(torch.equal, one, other))
 
 
@@ -268,14 +272,14 @@ def test_columns_that_no_row_prefers_take_a_launch_of_their_own(monkeypatch: pyt
     """Shares of the second column underflow; it has to be found by half-steps of the row blocks, added."""
     monkeypatch.setattr(config, "LIMITS", REGIMES["medium"])
     launches: list[Any] = []
-    made = solving.launch
+    made = solver.launch
 
     def counted(kernel: Any, *rest: Any, **more: Any) -> None:
         launches.append(kernel)
         made(kernel, *rest, **more)
 
-    monkeypatch.setattr(solving, "launch", counted)
-    monkeypatch.setattr(solving, "iterate", lambda step, most, running: [step() for _ in range(most) if running.any()])
+    monkeypatch.setattr(solver, "launch", counted)
+    monkeypatch.setattr(solver, "iterate", lambda step, most, running: [step() for _ in range(most) if running.any()])
     cost = torch.rand(1, 40, 5)
     cost[..., 1] += 100
     a, b = torch.full((1, 40), 1 / 40), torch.full((1, 5), 0.2)
@@ -343,11 +347,12 @@ def test_the_verb(regime: str, gradient: str) -> None:
 @pytest.mark.parametrize("weight", [1e-22, 1e22])
 def test_the_size_of_the_loss_is_free(regime: str, weight: float) -> None:
     left, right, a, b = problem("dense", 6, 5, torch.float32)
-    f, g = reference.solve(*wide(left, right, a, b), 0.2, 300, 1e-12)[:2]
-    solved = (left, right, a, b, f.float(), g.float())
+    f, g = reference.solve(Problem(*wide(left, right, a, b), 0.2), 300, 1e-12)[:2]
+    solved = (Problem(left, right, a, b, 0.2), f.float(), g.float())
 
     def gradients(w: float) -> tuple[Tensor, ...]:
-        return triton.implicit_gradient(*solved, torch.full((2,), w), None, None, None, 0.2, True, True)
+        gradients, residual = triton.implicit_gradient(*solved, Upstream(torch.full((2,), w)), True, True)
+        return (*gradients, residual)
 
     (*got, residual), (*want, _) = gradients(weight), gradients(1.0)
     assert all(torch.allclose(x / weight, y, rtol=1e-4, atol=1e-6) for x, y in zip(got, want, strict=True))
@@ -381,15 +386,15 @@ def test_pairs_of_points_without_mass_do_not_reach_the_others(regime: str) -> No
     for mass in (a, b):
         mass[:, 4] = 0
         mass /= mass.sum(-1, keepdim=True)
-    f, g, *_ = reference.solve(*wide(cost, None, a, b), EPS, 300, 1e-12)
+    f, g, *_ = reference.solve(Problem(*wide(cost, None, a, b), EPS), 300, 1e-12)
     f[:, 4] -= 40 * EPS
     g[:, 4] += 200 * EPS
-    w = torch.ones(2)
-    got = triton.implicit_gradient(cost, None, a, b, f.float(), g.float(), w, None, None, None, EPS, True, True)
-    crop = (cost[:, :4, :4], None, a[:, :4], b[:, :4], f[:, :4], g[:, :4], w)
-    want = reference.implicit_gradient(*wide(*crop), None, None, None, EPS, True, True)
-    close(got[0][:, :4, :4], want[0], slack(torch.float32, room=300.0))
-    assert (got[4] < 1e-5).all()
+    given, w = Problem(cost, None, a, b, EPS), torch.ones(2)
+    got, residual = triton.implicit_gradient(given, f.float(), g.float(), Upstream(w), True, True)
+    crop = Problem(*wide(cost[:, :4, :4], None, a[:, :4], b[:, :4]), EPS)
+    want, _ = reference.implicit_gradient(crop, f[:, :4], g[:, :4], Upstream(w.double()), True, True)
+    close(got.left[:, :4, :4], want.left, slack(torch.float32, room=300.0))
+    assert (residual < 1e-5).all()
 
 
 @pytest.mark.parametrize("side", ["rows", "columns", "both"])
@@ -420,9 +425,9 @@ def test_unrolled_points_without_mass_have_lost_their_gradient(side: str, weight
     cost, _, a, b = problem("dense", 5, 5, torch.float32, batch=4, masked=False)
     live = leave_out_last(side, cost, a, b, 1e9 * (1 + 0.1 * torch.rand(4, 5)))
     w, n_iter = torch.full((4,), weight), torch.full((4,), 2)
-    got = triton.unrolled_gradient(cost, None, a, b, n_iter, w, w, 0.05, True, 2)
+    got = triton.unrolled_gradient(Problem(cost, None, a, b, 0.05), n_iter, Upstream(w, w), True, 2)
     crop = (cost[live].contiguous(), None, a[live[:2]].contiguous(), b[:, live[2]].contiguous())
-    want = triton.unrolled_gradient(*crop, n_iter, w, w, 0.05, True, 2)
+    want = triton.unrolled_gradient(Problem(*crop, 0.05), n_iter, Upstream(w, w), True, 2)
     assert all(got[k].isfinite().all() for k in (0, 2, 3))
     assert not got[2 if side == "rows" else 3][:, 4].any()
     for one, other in ((got[0][live], want[0]), (got[2][live[:2]], want[2]), (got[3][:, live[2]], want[3])):

@@ -1,24 +1,4 @@
-"""Backends: the contract that each fulfils, the registry, and the choice of one.
-
-A *problem* is either a dense cost (``left = cost (B, n, m)``, ``right = None``) or a pair of feature sets
-(``left = x (B, n, d)``, ``right = y (B, m, d)``) whose cosine cost is meant, with masses ``a (B, n)``, ``b (B, m)``
-of total 1. A backend knows nothing of modules or autograd; it is a module with
-
-* ``status() -> str | None``: why it cannot be used here, or None;
-* ``solve(left, right, a, b, eps, max_iter, tol)`` -> potentials f and g, transport cost, value, iterations, error;
-* ``implicit_gradient(left, right, a, b, f, g, grad_cost, grad_value, grad_f, grad_g, eps, adjoint, need_cost)`` ->
-  gradients of left, right, a, b and the relative residual of the adjoint system; with ``adjoint=False`` the plan is
-  taken as it stands (multipliers 0);
-* ``unrolled_gradient(left, right, a, b, n_iter, grad_cost, grad_value, eps, need_cost, max_iter)`` -> gradients of
-  left, right, a, b through the iterations that were run, of which no problem took more than ``max_iter``;
-* ``TWICE_DIFFERENTIABLE``: whether the gradients are made of differentiable PyTorch operations;
-* ``KEEPS_COST``: whether ``solve`` and ``implicit_gradient`` take one more tensor ``kept (B, n, m)`` of the masses'
-  dtype, in which the cost of features goes from the one to the other;
-* ``READS_HALF``: whether cost or features may be float16 or bfloat16 beside float32 masses; if not, the verb converts
-  them.
-
-``backends/reference.py`` defines what each must return.
-"""
+"""Backends: the registry, and the choice of one; ``protocol.py`` says what each must offer."""
 
 from __future__ import annotations
 
@@ -26,14 +6,14 @@ import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from types import ModuleType
 
 from otloss.backends import cpu, reference, triton
+from otloss.backends.protocol import Backend
 
 __all__ = ["BackendStatus", "backends", "check_backend", "choose_backend", "get_backend", "use_backend"]
 
-# In order of preference for the devices named.
-_REGISTRY: dict[str, tuple[ModuleType, tuple[str, ...] | None]] = {
+# In order of preference for the devices named. Here the type checker holds each module against the protocol.
+_REGISTRY: dict[str, tuple[Backend, tuple[str, ...] | None]] = {
     "cpu": (cpu, ("cpu",)),
     "triton": (triton, ("cuda",)),
     "reference": (reference, None),  # None: every device
@@ -66,7 +46,7 @@ def backends() -> dict[str, BackendStatus]:
     return {name: BackendStatus(name, module.status()) for name, (module, _) in _REGISTRY.items()}
 
 
-def get_backend(name: str) -> ModuleType:
+def get_backend(name: str) -> Backend:
     """The module of a backend."""
     return _REGISTRY[name][0]
 
@@ -80,7 +60,7 @@ def check_backend(name: str, device: str | None = None) -> str:
     if reason is not None:
         raise ValueError(f"backend {name!r} is off: {reason}")
     if devices is not None and name == "triton" and triton.interpreted():
-        devices = (*devices, "cpu")  # when asked for; never chosen
+        devices = (*devices, "cpu")  # usable when asked for by name, never chosen by itself
     if device is not None and devices is not None and device not in devices:
         raise ValueError(f"backend {name!r} works on {', '.join(devices)} tensors, got a tensor on {device}")
     return name

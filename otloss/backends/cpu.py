@@ -1,9 +1,8 @@
 """The C++ kernels in csrc/, called by address.
 
-Float32 or float64 tensors on the CPU, one leading batch dimension. ``left`` is the cost ``(B, n, m)`` when ``right``
-is ``None``, else ``left, right`` are features ``(B, n, d)``, ``(B, m, d)`` whose cost stays
-in scratch, unless it is asked for in ``kept``. Everything is summed in an order that a problem's shape fixes: results
-do not depend on the batch or on the number of threads.
+They take float32 or float64 tensors on the CPU. The cost of features stays in scratch, unless it is asked for in
+``kept``. Everything is summed in an order that a problem's shape fixes: results do not depend on the batch or on the
+number of threads.
 """
 
 from __future__ import annotations
@@ -13,6 +12,8 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+
+from otloss.backends.protocol import Gradients, Problem, Solution, Upstream
 
 TWICE_DIFFERENTIABLE = False
 KEEPS_COST = True
@@ -43,15 +44,14 @@ def level() -> str:
     return _LEVEL
 
 
-class _Problem:
-    """The inputs made contiguous and kept alive, with the shapes read off once."""
+class _KernelCall:
+    """A problem's inputs made contiguous and kept alive, with the shapes read off once; ``run`` calls a kernel."""
 
-    def __init__(
-        self, left: Tensor, right: Tensor | None, a: Tensor, b: Tensor, eps: float, kept: Tensor | None = None
-    ) -> None:
+    def __init__(self, problem: Problem, kept: Tensor | None = None) -> None:
         reason = status()
         if _C is None or reason is not None:
             raise RuntimeError(f"the cpu backend cannot be used: {reason}")
+        left, right, a, b, eps = problem
         if left.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"the cpu backend takes float32 or float64, not {left.dtype}")
         self.left, self.a, self.b = left.contiguous(), a.contiguous(), b.contiguous()
@@ -77,13 +77,14 @@ class _Problem:
     def empty(self, *shape: int) -> Tensor:
         return self.left.new_empty((self.count, *shape))
 
-    def gradients(self, need_cost: bool) -> tuple[Tensor, Tensor]:
-        nothing = self.left.new_empty(0)
-        if not need_cost:
-            return nothing, self.left.new_empty(0)
-        return torch.empty_like(self.left), nothing if self.right is None else torch.empty_like(self.right)
+    def gradients(self, need_cost: bool) -> Gradients:
+        """Room for the gradients; what is not asked for is empty."""
+        left, right = self.left.new_empty(0), self.left.new_empty(0)
+        if need_cost:
+            left, right = torch.empty_like(self.left), right if self.right is None else torch.empty_like(self.right)
+        return Gradients(left, right, self.empty(self.n), self.empty(self.m))
 
-    def call(self, kernel: str, *arguments: object) -> None:
+    def run(self, kernel: str, *arguments: object) -> None:
         getattr(_C, f"{kernel}_{self.suffix}")(self.inputs, *arguments, torch.get_num_threads())
 
 
@@ -91,82 +92,61 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+def _contiguous(upstream: Upstream) -> Upstream:
+    return Upstream(*(None if tensor is None else tensor.contiguous() for tensor in upstream))
 
 
-def solve(
-    left: Tensor,
-    right: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    eps: float,
-    max_iter: int,
-    tol: float,
-    kept: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``f, g, transport_cost, value, n_iter, error``, after ``max_iter`` iterations or at an L1 error below ``tol``.
+def _upstream_addresses(upstream: Upstream) -> object:
+    return _C.UpstreamAddresses(*map(_address, upstream))  # type: ignore[union-attr]
+
+
+def _gradient_addresses(gradients: Gradients, residual: Tensor | None) -> object:
+    return _C.GradientAddresses(*map(_address, gradients), _address(residual))  # type: ignore[union-attr]
+
+
+def solve(problem: Problem, max_iter: int, tol: float, kept: Tensor | None = None) -> Solution:
+    """The solution after ``max_iter`` iterations or at an L1 error below ``tol`` (csrc/solve.hpp).
 
     The cost of features is written to ``kept (B, n, m)``.
     """
-    problem = _Problem(left, right, a, b, eps, kept)
-    f, g, cost, value, error = (problem.empty(*shape) for shape in ((problem.n,), (problem.m,), (), (), ()))
-    n_iter = torch.empty(problem.count, dtype=torch.int64)
-    out = (f, g, cost, value, n_iter, error)
-    problem.call("solve", max_iter, tol, *(tensor.data_ptr() for tensor in out))
-    return out
+    call = _KernelCall(problem, kept)
+    f, g, cost, value, error = (call.empty(*shape) for shape in ((call.n,), (call.m,), (), (), ()))
+    solution = Solution(f, g, cost, value, torch.empty(call.count, dtype=torch.int64), error)
+    call.run("solve", max_iter, tol, *(tensor.data_ptr() for tensor in solution))
+    return solution
 
 
 def implicit_gradient(
-    left: Tensor,
-    right: Tensor | None,
-    a: Tensor,
-    b: Tensor,
+    problem: Problem,
     f: Tensor,
     g: Tensor,
-    grad_cost: Tensor | None,
-    grad_value: Tensor | None,
-    grad_f: Tensor | None,
-    grad_g: Tensor | None,
-    eps: float,
+    upstream: Upstream,
     adjoint: bool,
     need_cost: bool,
     kept: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``grad_left, grad_right, grad_a, grad_b, residual`` of the converged problem (csrc/adjoint.hpp).
+) -> tuple[Gradients, Tensor]:
+    """Gradients of the converged problem and the residual of its adjoint system (csrc/adjoint.hpp).
 
-    ``grad_f`` and ``grad_g`` have equal totals. Without ``adjoint`` the plan is a constant. The gradients of the masses
-    are not projected. ``grad_right`` is empty for a dense cost, both are without ``need_cost``. ``kept`` is
-    what ``solve`` wrote there.
+    ``kept`` is what ``solve`` wrote there.
     """
     kept = None if kept is None else kept.contiguous()
-    problem = _Problem(left, right, a, b, eps, kept)
-    upstream = _contiguous(f, g, grad_cost, grad_value, grad_f, grad_g)
-    grad_left, grad_right = problem.gradients(need_cost)
-    out = (grad_left, grad_right, problem.empty(problem.n), problem.empty(problem.m), problem.empty())
-    problem.call("implicit", *map(_address, upstream), adjoint, *map(_address, out))
-    return out
+    call = _KernelCall(problem, kept)
+    f, g, upstream = f.contiguous(), g.contiguous(), _contiguous(upstream)
+    gradients, residual = call.gradients(need_cost), call.empty()
+    addresses = _upstream_addresses(upstream), adjoint, _gradient_addresses(gradients, residual)
+    call.run("implicit", f.data_ptr(), g.data_ptr(), *addresses)
+    return gradients, residual
 
 
 def unrolled_gradient(
-    left: Tensor,
-    right: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    n_iter: Tensor,
-    grad_cost: Tensor | None,
-    grad_value: Tensor | None,
-    eps: float,
-    need_cost: bool,
-    max_iter: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``grad_left, grad_right, grad_a, grad_b`` through the ``n_iter`` iterations that were run (csrc/unroll.hpp).
+    problem: Problem, n_iter: Tensor, upstream: Upstream, need_cost: bool, max_iter: int
+) -> Gradients:
+    """Gradients through the ``n_iter`` iterations that were run (csrc/unroll.hpp).
 
-    ``max_iter``, the contract's bound on ``n_iter``, is not needed: each problem runs its own number.
+    ``max_iter`` is not needed: each problem runs its own number.
     """
-    problem = _Problem(left, right, a, b, eps)
-    upstream = _contiguous(n_iter, grad_cost, grad_value)
-    grad_left, grad_right = problem.gradients(need_cost)
-    out = (grad_left, grad_right, problem.empty(problem.n), problem.empty(problem.m))
-    problem.call("unrolled", *map(_address, upstream), *map(_address, out))
-    return out
+    call = _KernelCall(problem)
+    n_iter, upstream = n_iter.contiguous(), _contiguous(upstream)
+    gradients = call.gradients(need_cost)
+    call.run("unrolled", n_iter.data_ptr(), _upstream_addresses(upstream), _gradient_addresses(gradients, None))
+    return gradients

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from otloss.backends.protocol import Gradients, Problem, Solution, Upstream
 from otloss.checks import wide
 from otloss.cost import live_rows, negligible, row_norms, unit_rows
 
@@ -28,7 +29,7 @@ def status() -> str | None:
 
 
 def live(mass: Tensor) -> Tensor:
-    """Where there is mass."""
+    """Which points have mass."""
     return mass > negligible(mass.dtype)
 
 
@@ -69,8 +70,8 @@ def kernel(cost: Tensor, f: Tensor, g: Tensor, eps: float) -> Tensor:
 def _normalised_kernel(cost: Tensor, a: Tensor, b: Tensor, f: Tensor, g: Tensor, eps: float) -> Tensor:
     """k_ij, scaled where a row or column has no mass, so that the sum with the others' masses is 1.
 
-    It is that by definition of its potential. Rounding puts the potential, hence the sum, off by any factor where the
-    costs that have no mass are huge, as they may be.
+    By the definition of its potential, the sum of such a row or column is 1. Costs of points without mass may be huge;
+    then rounding of the potential changes the sum by any factor, which this takes back.
     """
     exponent = _exponent(cost, f, g, eps)
     rows = torch.logsumexp(exponent + log_mass(b).unsqueeze(-2), -1)
@@ -103,10 +104,9 @@ def _row_error(a: Tensor, f: Tensor, f_next: Tensor, eps: float) -> Tensor:
     return (a * (drift.exp() - 1).abs()).sum(dim=-1)
 
 
-def solve(
-    left: Tensor, right: Tensor | None, a: Tensor, b: Tensor, eps: float, max_iter: int, tol: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Potentials f, g in the gauge <a, f> = <b, g>, transport cost, value, iterations and error of each problem."""
+def solve(problem: Problem, max_iter: int, tol: float, kept: Tensor | None = None) -> Solution:
+    """The solution of each problem, with potentials in the gauge <a, f> = <b, g>; ``kept`` is not used."""
+    left, right, a, b, eps = problem
     cost = dense_cost(left, right)
     log_a, log_b = log_mass(a), log_mass(b)
     f, g = torch.zeros_like(a), torch.zeros_like(b)
@@ -130,7 +130,7 @@ def solve(
     plan = transport_plan(cost, a, b, f, g, eps)
     transport_cost = (plan * cost).sum((-1, -2))
     value = (plan.sum(-1) * f).sum(-1) + (plan.sum(-2) * g).sum(-1) - eps * (plan.sum((-1, -2)) - 1)
-    return f, g, transport_cost, value, n_iter, error
+    return Solution(f, g, transport_cost, value, n_iter, error)
 
 
 def _column(weight: Tensor | None, like: Tensor) -> Tensor:
@@ -154,12 +154,12 @@ def _through_unit_rows(x: Tensor, unit: Tensor, grad: Tensor) -> Tensor:
 def _solve_adjoint(plan: Tensor, r: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     """V of [D_a T; T' D_b][U; V] = [r; s] by the Schur complement on the columns, and the relative residual.
 
-    D holds the realised marginals, else the system is inconsistent for a plan that has not converged. The complement
-    D_b - T' D_a^-1 T is then the Laplacian of the graph on the columns with weights W = T' D_a^-1 T: its diagonal is
-    taken as the degrees of W, which nothing cancels in. It is scaled to diagonal 1, its null vector is lifted by a
-    rank-one term, and a ridge of the size of rounding keeps it definite where the graph falls apart into blocks; two
-    steps of refinement take the ridge out again. Cholesky, because MKL 2024.2's batched LU returns wrong results once
-    a process has raised its number of threads. A row or column without mass is left out.
+    D holds the realised marginals; with a and b the system would be inconsistent for a plan that has not converged.
+    The complement D_b - T' D_a^-1 T is then the Laplacian of the graph on the columns with weights W = T' D_a^-1 T: its
+    diagonal is computed as the degrees of W, a sum without cancellation. It is scaled to diagonal 1, its null vector
+    is lifted by a rank-one term, and a ridge of the size of rounding keeps it definite where the graph falls apart into
+    blocks; two steps of refinement take the ridge out again. Cholesky, because MKL 2024.2's batched LU returns wrong
+    results once a process has raised its number of threads. A row or column without mass is left out.
     """
     dtype, m = plan.dtype, plan.shape[-1]
     plan, r, s = wide(plan), wide(r), wide(s)
@@ -178,7 +178,7 @@ def _solve_adjoint(plan: Tensor, r: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     z = torch.cholesky_solve(right_side, factor)
     for _ in range(2):
         z = z + torch.cholesky_solve(right_side - laplacian @ z, factor)
-    z = torch.where(failed[..., None, None] == 0, z, torch.nan)  # only what is not finite fails: let it show
+    z = torch.where(failed[..., None, None] == 0, z, torch.nan)  # it fails only on input that is not finite
     norm = torch.linalg.vector_norm
     size, terms = norm(right_side, dim=(-1, -2)), norm(unroot * s, dim=-1) + norm(unroot * of_rows, dim=-1)
     left_over = norm(right_side - laplacian @ z, dim=(-1, -2))
@@ -188,36 +188,31 @@ def _solve_adjoint(plan: Tensor, r: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _or_one(x: Tensor) -> Tensor:
-    """``x`` to divide by: 1 where it counts as zero."""
+    """``x`` as a divisor: 1 where it counts as zero."""
     return torch.where(live(x), x, 1.0)
 
 
 def implicit_gradient(
-    left: Tensor,
-    right: Tensor | None,
-    a: Tensor,
-    b: Tensor,
+    problem: Problem,
     f: Tensor,
     g: Tensor,
-    grad_cost: Tensor | None,
-    grad_value: Tensor | None,
-    grad_f: Tensor | None,
-    grad_g: Tensor | None,
-    eps: float,
+    upstream: Upstream,
     adjoint: bool,
     need_cost: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of cost or features, a and b, and the adjoint's relative residual; see ``otloss/gradients.py``."""
+    kept: Tensor | None = None,
+) -> tuple[Gradients, Tensor]:
+    """Gradients and the adjoint's relative residual; see ``otloss/gradients.py``. ``kept`` is not used."""
+    left, right, a, b, eps = problem
     cost = dense_cost(left, right)
     k = _normalised_kernel(cost, a, b, f, g, eps)
     plan = a.unsqueeze(-1) * k * b.unsqueeze(-2)
-    w, w_value = _column(grad_cost, cost), _column(grad_value, cost)
+    w, w_value = _column(upstream.cost, cost), _column(upstream.value, cost)
     grad = (w + w_value) * plan
     grad_a, grad_b = w_value[..., 0] * f, w_value[..., 0] * g
     residual = torch.zeros_like(cost[..., 0, 0])
     if adjoint:
-        p = torch.zeros_like(f) if grad_f is None else grad_f
-        q = torch.zeros_like(g) if grad_g is None else grad_g
+        p = torch.zeros_like(f) if upstream.f is None else upstream.f
+        q = torch.zeros_like(g) if upstream.g is None else upstream.g
         rows = (k * b.unsqueeze(-2)).sum(-1)
         columns = (k * a.unsqueeze(-1)).sum(-2)
         reduced = torch.where(k > 0, w * (cost - f.unsqueeze(-1) - g.unsqueeze(-2)), 0.0)  # not 0 * inf
@@ -234,7 +229,7 @@ def implicit_gradient(
         grad = grad + k * (b.unsqueeze(-2) * (p / rows).unsqueeze(-1) + a.unsqueeze(-1) * (q / columns).unsqueeze(-2))
         grad_a, grad_b = grad_a + u + w[..., 0] * f, grad_b + v + w[..., 0] * g
     grad_left, grad_right = _pull_back(grad, left, right) if need_cost else (cost.new_empty(0), cost.new_empty(0))
-    return grad_left, grad_right, grad_a, grad_b, residual
+    return Gradients(grad_left, grad_right, grad_a, grad_b), residual
 
 
 def _tangent_of_no_mass(mass: Tensor) -> Tensor:
@@ -243,21 +238,13 @@ def _tangent_of_no_mass(mass: Tensor) -> Tensor:
 
 
 def unrolled_gradient(
-    left: Tensor,
-    right: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    n_iter: Tensor,
-    grad_cost: Tensor | None,
-    grad_value: Tensor | None,
-    eps: float,
-    need_cost: bool,
-    max_iter: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    problem: Problem, n_iter: Tensor, upstream: Upstream, need_cost: bool, max_iter: int
+) -> Gradients:
     """Exact gradient of the iterations that were run: the potentials of each are kept, the kernels made again."""
+    left, right, a, b, eps = problem
     cost = dense_cost(left, right)
     log_a, log_b = log_mass(a), log_mass(b)
-    twice = torch.is_grad_enabled()  # then masses of 0 need what their logarithm does not let through
+    twice = torch.is_grad_enabled()  # then a mass of 0 needs a derivative, which its logarithm does not have
     of_a, of_b = _tangent_of_no_mass(a).unsqueeze(-1), _tangent_of_no_mass(b).unsqueeze(-2)
     history = [(torch.zeros_like(a), torch.zeros_like(b))]
     for iteration in range(max_iter):
@@ -272,9 +259,9 @@ def unrolled_gradient(
             g_next = g_next - eps * (kernel(cost, f, g_next, eps) * of_a).sum(-2)
         history.append((f, torch.where(running, g_next, g)))
 
-    # Without mass as with it: of the last iteration, which is the limit of a vanishing mass.
+    # Points without mass take the potentials of the last iteration too: that is the limit of a vanishing mass.
     f_last, g_last = history[-1]
-    w, w_value = _column(grad_cost, cost), _column(grad_value, cost)
+    w, w_value = _column(upstream.cost, cost), _column(upstream.value, cost)
     k = kernel(cost, f_last, g_last, eps)
     plan = a.unsqueeze(-1) * k * b.unsqueeze(-2)
     outer = w * cost + w_value * (f_last.unsqueeze(-1) + g_last.unsqueeze(-2))
@@ -301,4 +288,4 @@ def unrolled_gradient(
         grad_f = torch.where(running[..., 0], 0.0, grad_f)
     grad_a, grad_b = unrolled_by_mass(grad_a, a, f_last, eps), unrolled_by_mass(grad_b, b, g_last, eps)
     grad_left, grad_right = _pull_back(grad, left, right) if need_cost else (cost.new_empty(0), cost.new_empty(0))
-    return grad_left, grad_right, grad_a, grad_b
+    return Gradients(grad_left, grad_right, grad_a, grad_b)

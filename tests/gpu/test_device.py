@@ -8,6 +8,7 @@ from torch import Tensor
 
 import otloss
 from otloss.backends import reference, triton
+from otloss.backends.protocol import Problem, Upstream
 
 WHY_NOT = triton.status() or ("the interpreter is on" if triton.interpreted() else None)
 # Marks, not a skip of the module: without a single test collected pytest would fail, and `make bench-gpu` with it.
@@ -46,25 +47,25 @@ def wide(given: tuple[Tensor | None, ...]) -> list[Tensor | None]:
 def test_everything_is_that_of_the_reference(n: int, m: int, dense: bool, dtype: torch.dtype) -> None:
     x, y, a, b = problem(n, m, dtype)
     given = (reference.dense_cost(x, y), None, a, b) if dense else (x, y, a, b)
-    got, want = triton.solve(*given, EPS, 20, 0.0), reference.solve(*wide(given), EPS, 20, 0.0)
+    got, want = triton.solve(Problem(*given, EPS), 20, 0.0), reference.solve(Problem(*wide(given), EPS), 20, 0.0)
     for one, other in zip(got[:4], want[:4], strict=True):
         close(one, other, slack(dtype))
     # The implicit gradient is defined by the converged problem.
-    f, g = (potential.to(dtype) for potential in reference.solve(*wide(given), EPS, 500, 1e-12)[:2])
+    f, g = (potential.to(dtype) for potential in reference.solve(Problem(*wide(given), EPS), 500, 1e-12)[:2])
     w, v, p, q = torch.randn_like(a[:, 0]), torch.randn_like(a[:, 0]), torch.randn_like(a) * a, torch.randn_like(b) * b
     q = q + b * (p.sum(-1) - q.sum(-1)).unsqueeze(-1)
-    arguments = (*given, f, g, w, v, p, q)
-    got = triton.implicit_gradient(*arguments, EPS, True, True)
-    want = reference.implicit_gradient(*wide(arguments), EPS, True, True)
-    for k, (one, other) in enumerate(zip(got[:4], want[:4], strict=True)):
+    prepared, exact = Problem(*given, EPS), Problem(*wide(given), EPS)
+    got, residual = triton.implicit_gradient(prepared, f, g, Upstream(w, v, p, q), True, True)
+    want, _ = reference.implicit_gradient(exact, f.double(), g.double(), Upstream(*wide((w, v, p, q))), True, True)
+    for k, (one, other) in enumerate(zip(got, want, strict=True)):
         if one.numel():
             if k in (2, 3):
                 one, other = one - one.mean(-1, keepdim=True), other - other.mean(-1, keepdim=True)
             close(one, other, slack(dtype, room=300.0))
-    assert (got[4] < (1e-5 if dtype == torch.float32 else 1e-10)).all()
+    assert (residual < (1e-5 if dtype == torch.float32 else 1e-10)).all()
     n_iter = torch.tensor([0, 2, 5], device="cuda")
-    got = triton.unrolled_gradient(*given, n_iter, w, v, EPS, True, 5)
-    want = reference.unrolled_gradient(*wide(given), n_iter, w.double(), v.double(), EPS, True, 5)
+    got = triton.unrolled_gradient(prepared, n_iter, Upstream(w, v), True, 5)
+    want = reference.unrolled_gradient(exact, n_iter, Upstream(w.double(), v.double()), True, 5)
     for one, other in zip(got, want, strict=True):
         if one.numel():
             close(one, other, slack(dtype, room=100.0))
@@ -74,8 +75,8 @@ def test_everything_is_that_of_the_reference(n: int, m: int, dense: bool, dtype:
 def test_small_eps(n: int, m: int) -> None:
     cost, a, b = 2 * torch.rand(2, n, m, device="cuda"), *(torch.full((2, k), 1 / k, device="cuda") for k in (n, m))
     for iterations in (1, 3, 100):
-        got = triton.solve(cost, None, a, b, 1e-3, iterations, 0.0)
-        want = reference.solve(*wide((cost, None, a, b)), 1e-3, iterations, 0.0)
+        got = triton.solve(Problem(cost, None, a, b, 1e-3), iterations, 0.0)
+        want = reference.solve(Problem(*wide((cost, None, a, b)), 1e-3), iterations, 0.0)
         for one, other in zip(got[:2], want[:2], strict=True):
             close(one, other, 2 * torch.finfo(torch.float32).eps * (4 + iterations))
 
@@ -103,8 +104,8 @@ def test_columns_that_no_row_prefers(n: int, m: int) -> None:
     cost = torch.rand(2, n, m, device="cuda")
     cost[..., 1] += 100
     a, b = (torch.full((2, k), 1 / k, device="cuda") for k in (n, m))
-    got = triton.solve(cost, None, a, b, EPS, 3, 0.0)
-    want = reference.solve(*wide((cost, None, a, b)), EPS, 3, 0.0)
+    got = triton.solve(Problem(cost, None, a, b, EPS), 3, 0.0)
+    want = reference.solve(Problem(*wide((cost, None, a, b)), EPS), 3, 0.0)
     for one, other in zip(got[:4], want[:4], strict=True):
         close(one, other, slack(torch.float32, room=16.0 * 50))
 
@@ -166,11 +167,11 @@ def test_captured_in_a_cuda_graph(n: int) -> None:
     x, y, a, b = problem(n, n, torch.float32)
 
     def both() -> tuple[Tensor, ...]:
-        solution = triton.solve(x, y, a, b, EPS, 20, 0.0)
+        solution = triton.solve(Problem(x, y, a, b, EPS), 20, 0.0)
         f, g, w, _, n_iter, _ = solution
         unrolled = torch.ops.otloss.unrolled_gradient(x, y, a, b, n_iter, w, None, EPS, True, 20, "triton")
-        implicit = triton.implicit_gradient(x, y, a, b, f, g, w, None, None, None, EPS, True, True)
-        return (*solution, *implicit, *unrolled)
+        implicit, residual = triton.implicit_gradient(Problem(x, y, a, b, EPS), f, g, Upstream(w), True, True)
+        return (*solution, *implicit, residual, *unrolled)
 
     want = both()  # compiles what the capture launches
     graph = torch.cuda.CUDAGraph()
@@ -183,9 +184,9 @@ def test_captured_in_a_cuda_graph(n: int) -> None:
 
 def test_replayed_iterations_are_the_launched_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     given = problem(300, 300, torch.float32)
-    replayed = triton.solve(*given, EPS, 60, 1e-6)
+    replayed = triton.solve(Problem(*given, EPS), 60, 1e-6)
     monkeypatch.setenv("OTLOSS_TRITON_GRAPHS", "0")
-    assert all(map(torch.equal, replayed, triton.solve(*given, EPS, 60, 1e-6)))
+    assert all(map(torch.equal, replayed, triton.solve(Problem(*given, EPS), 60, 1e-6)))
 
 
 def test_features_never_become_a_cost_matrix() -> None:
@@ -219,6 +220,6 @@ def test_every_device() -> None:
 
 def test_many_problems() -> None:
     x, y, a, b = problem(5, 4, torch.float32, batch=70_000)
-    got = triton.solve(x, y, a, b, EPS, 5, 0.0)
-    want = reference.solve(*(t[-3:].double() for t in (x, y, a, b)), EPS, 5, 0.0)
+    got = triton.solve(Problem(x, y, a, b, EPS), 5, 0.0)
+    want = reference.solve(Problem(*(t[-3:].double() for t in (x, y, a, b)), EPS), 5, 0.0)
     close(got[2][-3:], want[2], slack(torch.float32))

@@ -21,7 +21,7 @@ reading the kernel 20 us.
 import triton
 import triton.language as tl
 
-from otloss.backends.gpu.tiles import (
+from otloss.backends.triton.tiles import (
     add_splits,
     base2,
     cost_tile,

@@ -11,7 +11,7 @@ and leave in the working dtype. Bytes: each entry once in, once out.
 import triton
 import triton.language as tl
 
-from otloss.backends.gpu.tiles import is_live
+from otloss.backends.triton.tiles import is_live
 
 
 @triton.jit(do_not_specialize=["count"])

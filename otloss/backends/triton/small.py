@@ -27,7 +27,7 @@ once. Launches: one, and one per side to normalise.
 import triton
 import triton.language as tl
 
-from otloss.backends.gpu.tiles import (
+from otloss.backends.triton.tiles import (
     base2,
     column_step,
     cost_tile,

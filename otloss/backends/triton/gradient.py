@@ -5,50 +5,48 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from otloss.backends.gpu import adjoint, config, contract, rows, small, stream
-from otloss.backends.gpu.launch import Problem, View, iterate, launch
+from otloss.backends.protocol import Gradients, Upstream
 from otloss.backends.reference import known, live, unrolled_by_mass
+from otloss.backends.triton import adjoint, config, contract, rows, small, stream
+from otloss.backends.triton.launch import DeviceProblem, View, iterate, launch
 
 # Potentials, masses, multipliers and weights of the rows and columns that ``contract.py`` takes.
 Side = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 def implicit_gradient(
-    problem: Problem,
+    problem: DeviceProblem,
     f: Tensor,
     g: Tensor,
-    grad_cost: Tensor | None,
-    grad_value: Tensor | None,
-    grad_f: Tensor | None,
-    grad_g: Tensor | None,
+    upstream: Upstream,
     use_adjoint: bool,
     need_cost: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Gradients, Tensor]:
     """Gradients of left, right, a, b, and the relative residual of the adjoint system."""
-    w, w_value = problem.scalars(grad_cost), problem.scalars(grad_value)
+    w, w_value = problem.scalars(upstream.cost), problem.scalars(upstream.value)
     f, g = f.contiguous(), g.contiguous()
     row: Side = (f, problem.a, None, None)
     column: Side = (g, problem.b, None, None)
     direct, residual = w_value.unsqueeze(-1), problem.zeros(problem.count)
     grad_a, grad_b = direct * f, direct * g
     if use_adjoint:
-        p = torch.zeros_like(f) if grad_f is None else grad_f.contiguous()
-        q = torch.zeros_like(g) if grad_g is None else grad_g.contiguous()
+        p = torch.zeros_like(f) if upstream.f is None else upstream.f.contiguous()
+        q = torch.zeros_like(g) if upstream.g is None else upstream.g.contiguous()
         if problem.regime == "small":
             u, v, by_p, by_q, residual = _small_multipliers(problem, f, g, w, p, q)
         else:
-            u, v, by_p, by_q, residual = _multipliers(problem, f, g, w, p, q, with_g=grad_g is not None)
+            u, v, by_p, by_q, residual = _multipliers(problem, f, g, w, p, q, with_g=upstream.g is not None)
         row, column = (f, problem.a, u, by_p), (g, problem.b, v, by_q)
         sharp = w.unsqueeze(-1)
         grad_a, grad_b = grad_a + u + sharp * f, grad_b + v + sharp * g
     left, right = problem.empty(0), problem.empty(0)
     if need_cost:
         left, right = _contract(problem, row, column, w, w_value, None)
-    return left, right, grad_a, grad_b, residual
+    return Gradients(left, right, grad_a, grad_b), residual
 
 
 def _small_multipliers(
-    problem: Problem, f: Tensor, g: Tensor, w: Tensor, p: Tensor, q: Tensor
+    problem: DeviceProblem, f: Tensor, g: Tensor, w: Tensor, p: Tensor, q: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """U, V, p/rho, q/sigma and the residual, in one launch."""
     u, v, by_p, by_q = (torch.empty_like(like) for like in (f, g, f, g))
@@ -68,7 +66,7 @@ def _without(x: Tensor, root: Tensor) -> Tensor:
 
 
 def _multipliers(
-    problem: Problem, f: Tensor, g: Tensor, w: Tensor, p: Tensor, q: Tensor, with_g: bool
+    problem: DeviceProblem, f: Tensor, g: Tensor, w: Tensor, p: Tensor, q: Tensor, with_g: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """U, V, p/rho, q/sigma and the residual by conjugate gradients; ``adjoint.py`` has the equations."""
     eps, sharp = problem.eps, w.unsqueeze(-1)
@@ -99,7 +97,7 @@ def _multipliers(
 
 
 def _conjugate_gradients(
-    problem: Problem,
+    problem: DeviceProblem,
     f: Tensor,
     g: Tensor,
     weight: Tensor,
@@ -109,8 +107,11 @@ def _conjugate_gradients(
     mass: Tensor,
     y: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """z of (I - L'L) z = right_side, its largest entry and, in units of that, which may have no square, its squared
-    size; and where that is the rounding of the terms ``mass y^2``, which cancel."""
+    """Solve (I - L'L) z = right_side; return z, the largest entry of the right side, its squared size and a mask.
+
+    The squared size is in units of the largest entry, whose square might overflow or vanish. The mask says where the
+    right side is only the rounding of the terms ``mass y^2``, which cancel: there z = 0 solves the system.
+    """
     count, n, m, d = problem.count, problem.n, problem.m, problem.d
     res = _without(right_side, root)
     unit = res.abs().amax(-1, keepdim=True)
@@ -153,7 +154,7 @@ def _conjugate_gradients(
 
 
 def _contract(
-    problem: Problem, row: Side, column: Side, w: Tensor, w_value: Tensor, n_iter: Tensor | None
+    problem: DeviceProblem, row: Side, column: Side, w: Tensor, w_value: Tensor, n_iter: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the cost, or of both feature sets."""
     if problem.right is None:
@@ -178,7 +179,7 @@ def _sides(row: Side, column: Side) -> list[Tensor | None]:
 
 
 def _contract_features(
-    problem: Problem,
+    problem: DeviceProblem,
     view: View,
     row: Side,
     column: Side,
@@ -200,8 +201,8 @@ def _contract_features(
 
 
 def unrolled_gradient(
-    problem: Problem, n_iter: Tensor, grad_cost: Tensor | None, grad_value: Tensor | None, need_cost: bool, longest: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    problem: DeviceProblem, n_iter: Tensor, upstream: Upstream, need_cost: bool, longest: int
+) -> Gradients:
     """Gradients of left, right, a, b through the iterations that were run, of which no problem took over ``longest``.
 
     The iterations are run again and their potentials kept; the reverse sweep keeps its multipliers:
@@ -209,7 +210,7 @@ def unrolled_gradient(
     lambda -= a k(f^t, g^t) kappa, da -= eps k kappa;  then kappa = -b k(f^t, g^(t-1))' lambda, db -= eps k' lambda.
     """
     count, n, m, eps = problem.count, problem.n, problem.m, problem.eps
-    w, w_value, n_iter = problem.scalars(grad_cost), problem.scalars(grad_value), n_iter.contiguous()
+    w, w_value, n_iter = problem.scalars(upstream.cost), problem.scalars(upstream.value), n_iter.contiguous()
     live_a, live_b = live(problem.a), live(problem.b)
     a, b = torch.where(live_a, problem.a, 0.0), torch.where(live_b, problem.b, 0.0)
     f, u = problem.zeros(longest + 1, count, n), problem.zeros(longest + 1, count, n)
@@ -233,13 +234,13 @@ def unrolled_gradient(
         _reverse(problem, problem.columns, g[t - 1], f[t], b, u[t], v[t - 1], grad_b, n_iter, t)
     grad_a, grad_b = unrolled_by_mass(grad_a, a, f_last, eps), unrolled_by_mass(grad_b, b, g_last, eps)
     if not need_cost:
-        return problem.empty(0), problem.empty(0), grad_a, grad_b
+        return Gradients(problem.empty(0), problem.empty(0), grad_a, grad_b)
     left, right = _contract(problem, (f, a, u, None), (g, b, v, None), w, w_value, n_iter)
-    return left, right, grad_a, grad_b
+    return Gradients(left, right, grad_a, grad_b)
 
 
 def _outer(
-    problem: Problem, view: View, f: Tensor, g: Tensor, mass: Tensor, sharp: Tensor, value: Tensor
+    problem: DeviceProblem, view: View, f: Tensor, g: Tensor, mass: Tensor, sharp: Tensor, value: Tensor
 ) -> tuple[Tensor, Tensor]:
     """sum_j k_ij mass_j (w C_ij + w_V (f_i + g_j)) and sum_j k_ij mass_j."""
     share, by_cost, by_g = problem.sums(view, f, g, mass, mass, mass * g)
@@ -247,8 +248,8 @@ def _outer(
 
 
 def _reverse(
-    problem: Problem, view: View, f: Tensor, g: Tensor, mass: Tensor, multiplier: Tensor, out: Tensor, grad: Tensor,
-    n_iter: Tensor, step: int,
+    problem: DeviceProblem, view: View, f: Tensor, g: Tensor, mass: Tensor, multiplier: Tensor, out: Tensor,
+    grad: Tensor, n_iter: Tensor, step: int,
 ) -> None:  # fmt: skip
     tile = config.stream(view.n, view.m, view.d, problem.double)
     launch(

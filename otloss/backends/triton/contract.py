@@ -18,7 +18,7 @@ each), and per 64 features one exponential (unrolled: two per iteration); for n 
 import triton
 import triton.language as tl
 
-from otloss.backends.gpu.tiles import base2, cost_tile, kernel_tile, vector
+from otloss.backends.triton.tiles import base2, cost_tile, kernel_tile, vector
 
 
 @triton.jit

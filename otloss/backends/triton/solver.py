@@ -5,21 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from otloss.backends.gpu import config, rows, small, stream
-from otloss.backends.gpu.launch import Problem, iterate, launch
+from otloss.backends.protocol import Solution
 from otloss.backends.reference import known, live
+from otloss.backends.triton import config, rows, small, stream
+from otloss.backends.triton.launch import DeviceProblem, iterate, launch
 
-Solution = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
-
-def solve(problem: Problem, max_iter: int, tol: float) -> Solution:
-    """f, g, transport cost, value, iterations, error."""
+def solve(problem: DeviceProblem, max_iter: int, tol: float) -> Solution:
+    """All outputs of every problem."""
     if problem.regime == "small":
         return _small(problem, max_iter, tol)
     return _finish(problem, *(_medium if problem.regime == "medium" else _large)(problem, max_iter, tol))
 
 
-def _small(problem: Problem, max_iter: int, tol: float) -> Solution:
+def _small(problem: DeviceProblem, max_iter: int, tol: float) -> Solution:
     count, n, m = problem.count, problem.n, problem.m
     f, g = problem.empty(count, n), problem.empty(count, m)
     cost, value, error = (problem.empty(count) for _ in range(3))
@@ -30,10 +29,10 @@ def _small(problem: Problem, max_iter: int, tol: float) -> Solution:
         n, m, problem.d, problem.eps, tol, max_iter, N=tile.rows, M=tile.cols, J=16, K=tile.depth, DOT=problem.dot,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    return f, g, cost, value, n_iter, error
+    return Solution(f, g, cost, value, n_iter, error)
 
 
-def _medium(problem: Problem, max_iter: int, tol: float) -> tuple[Tensor, Tensor, Tensor]:
+def _medium(problem: DeviceProblem, max_iter: int, tol: float) -> tuple[Tensor, Tensor, Tensor]:
     """f, g and iterations; ``rows.py`` says what each buffer is for."""
     count, n, m, d = problem.count, problem.n, problem.m, problem.d
     view, tile, blocks, tiles = problem.rows, *problem.row_blocks()
@@ -54,7 +53,7 @@ def _medium(problem: Problem, max_iter: int, tol: float) -> tuple[Tensor, Tensor
     return f[n_iter % 2, every], g[:, 0].contiguous(), n_iter
 
 
-def _large(problem: Problem, max_iter: int, tol: float) -> tuple[Tensor, Tensor, Tensor]:
+def _large(problem: DeviceProblem, max_iter: int, tol: float) -> tuple[Tensor, Tensor, Tensor]:
     """f, g and iterations."""
     count, n, m, eps = problem.count, problem.n, problem.m, problem.eps
     f, g = problem.zeros(count, n), problem.zeros(count, m)
@@ -81,7 +80,7 @@ def _large(problem: Problem, max_iter: int, tol: float) -> tuple[Tensor, Tensor,
     return f, g, n_iter
 
 
-def _finish(problem: Problem, f: Tensor, g: Tensor, n_iter: Tensor) -> Solution:
+def _finish(problem: DeviceProblem, f: Tensor, g: Tensor, n_iter: Tensor) -> Solution:
     """Potentials where there is no mass, the gauge <a, f> = <b, g>, cost, value and error, as in the reference."""
     a, b, eps = problem.a, problem.b, problem.eps
     f_next = problem.potential(problem.rows, g, b)
@@ -93,4 +92,4 @@ def _finish(problem: Problem, f: Tensor, g: Tensor, n_iter: Tensor) -> Solution:
     f, g = f + shift, g - shift
     row, by_cost, by_g = problem.sums(problem.rows, f, g, b, b, b * g)
     value = (a * known(f * row + by_g, live(a))).sum(-1) - eps * ((a * row).sum(-1) - 1)
-    return f, g, (a * known(by_cost, live(a))).sum(-1), value, n_iter, error
+    return Solution(f, g, (a * known(by_cost, live(a))).sum(-1), value, n_iter, error)

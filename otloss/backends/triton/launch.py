@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from otloss.backends.gpu import config, features, stream
+from otloss.backends.protocol import Problem
+from otloss.backends.triton import config, features, stream
 
 MOST_BLOCKS = 65535  # of a grid's second and third dimension
 
 
 class View(NamedTuple):
-    """A problem from the side of its rows or of its columns; see ``tiles.py``."""
+    """A problem seen from its rows or from its columns; see ``tiles.py``."""
 
     left: Tensor
     right: Tensor | None
@@ -32,7 +33,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     Raises:
         ValueError: CUDA has no grid of that many blocks; only the first dimension may have more than 65535.
 
-    The bound on registers is the hardware's own. Said aloud, it keeps the assembler from spilling for more occupancy.
+    The bound on registers is the hardware's own. It is passed on because the assembler may otherwise spill registers
+    to let more programs run at once.
     """
     if max(grid[1:], default=0) > MOST_BLOCKS:
         raise ValueError(
@@ -48,10 +50,11 @@ def register_bound(warps: int) -> int:
     return min(255, 65536 // (32 * warps))
 
 
-class Problem:
+class DeviceProblem:
     """Inputs made contiguous, features normalised, both views; half-precision cost or features are read as they are."""
 
-    def __init__(self, left: Tensor, right: Tensor | None, a: Tensor, b: Tensor, eps: float) -> None:
+    def __init__(self, problem: Problem) -> None:
+        left, right, a, b, eps = problem
         if a.dtype not in (torch.float32, torch.float64) or b.dtype != a.dtype:
             raise TypeError(
                 f"the triton backend takes float32 or float64 masses of one dtype, not {a.dtype}, {b.dtype}"

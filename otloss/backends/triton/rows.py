@@ -31,7 +31,7 @@ nobody looks, and a launch without work takes about 2 us.
 import triton
 import triton.language as tl
 
-from otloss.backends.gpu.tiles import (
+from otloss.backends.triton.tiles import (
     add_splits,
     base2,
     column_step,

@@ -66,12 +66,12 @@ def stream(n: int, m: int, d: int, double: bool) -> Tile:
 
 
 def _warps(held: int) -> int:
-    """For so many numbers in registers: four warps hold 64 x 64 on sm_80 and sm_90, but spill a few bytes on sm_100."""
+    """Warps that keep so many numbers in registers: four hold 64 x 64 on sm_80 and sm_90, but spill on sm_100."""
     return 8 if held >= 4096 else 4
 
 
 def bucket(n: int, m: int, d: int, double: bool) -> tuple[int, int, int, bool]:
-    """What a timing is remembered by."""
+    """The key under which the tile of a timing is stored."""
     return power(n), power(m), power(d) if d else 0, double
 
 

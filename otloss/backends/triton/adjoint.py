@@ -17,7 +17,7 @@ program per problem: five reads and four writes of m numbers, microseconds.
 import triton
 import triton.language as tl
 
-from otloss.backends.gpu.tiles import vector
+from otloss.backends.triton.tiles import vector
 
 
 @triton.jit(do_not_specialize=["parts", "count", "m", "cap"])

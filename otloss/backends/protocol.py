@@ -1,0 +1,113 @@
+"""The contract between the solver and its backends: what goes in, what comes out, and the functions of a backend.
+
+A backend is a module that fits :class:`Backend`; it knows nothing of ``nn.Module`` or autograd. The type checker holds
+each of the modules against the protocol where they are registered (``otloss/backends/__init__.py``).
+``otloss/backends/reference.py`` defines what each function must return, ``otloss/gradients.py`` derives it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+__all__ = ["Backend", "Gradients", "Problem", "Solution", "Upstream"]
+
+
+class Problem(NamedTuple):
+    """A batch of B problems: a dense cost or two sets of features, masses, and the strength of the entropy."""
+
+    left: Tensor
+    """The cost ``(B, n, m)``, or the features x ``(B, n, d)``."""
+    right: Tensor | None
+    """None for a dense cost, or the features y ``(B, m, d)``; then the cosine cost of x and y is meant."""
+    a: Tensor
+    """Masses ``(B, n)`` of total 1."""
+    b: Tensor
+    """Masses ``(B, m)`` of total 1."""
+    eps: float
+
+
+class Solution(NamedTuple):
+    """What a solve returns."""
+
+    f: Tensor
+    """Potentials ``(B, n)``."""
+    g: Tensor
+    """Potentials ``(B, m)``, with <a, f> = <b, g>."""
+    transport_cost: Tensor
+    """``(B,)`` <T, C>."""
+    value: Tensor
+    """``(B,)`` <T, C> + eps KL(T | ab')."""
+    n_iter: Tensor
+    """``(B,)`` iterations that each problem took, int64."""
+    error: Tensor
+    """``(B,)`` L1 distance of the plan's marginals from a and b."""
+
+
+class Upstream(NamedTuple):
+    """Gradients of the loss by the outputs of a solve; None stands for zero."""
+
+    cost: Tensor | None = None
+    """``(B,)``, by the transport cost."""
+    value: Tensor | None = None
+    """``(B,)``, by the value."""
+    f: Tensor | None = None
+    """``(B, n)``, by f."""
+    g: Tensor | None = None
+    """``(B, m)``, by g. Of each problem, the totals of ``f`` and ``g`` are equal."""
+
+
+class Gradients(NamedTuple):
+    """Gradients of the loss by the inputs of a solve; those of the masses are not projected."""
+
+    left: Tensor
+    """By the cost or by x; empty where it was not asked for."""
+    right: Tensor
+    """By y; empty for a dense cost, and where it was not asked for."""
+    a: Tensor
+    b: Tensor
+
+
+class Backend(Protocol):
+    """The functions and constants of a backend's module."""
+
+    TWICE_DIFFERENTIABLE: bool
+    """Whether the gradients are made of differentiable PyTorch operations."""
+    KEEPS_COST: bool
+    """Whether ``solve`` and ``implicit_gradient`` make use of ``kept``."""
+    READS_HALF: bool
+    """Whether cost or features may be float16 or bfloat16 beside float32 masses; if not, they are converted before."""
+
+    def status(self) -> str | None:
+        """Why the backend cannot be used here, or None."""
+
+    def solve(self, problem: Problem, max_iter: int, tol: float, kept: Tensor | None = None) -> Solution:
+        """Iterate until the L1 error of the marginals falls below ``tol``, at most ``max_iter`` times.
+
+        ``kept (B, n, m)`` has the dtype of the masses; the cost of features is written to it for the gradient to come.
+        """
+
+    def implicit_gradient(
+        self,
+        problem: Problem,
+        f: Tensor,
+        g: Tensor,
+        upstream: Upstream,
+        adjoint: bool,
+        need_cost: bool,
+        kept: Tensor | None = None,
+    ) -> tuple[Gradients, Tensor]:
+        """The gradients of the converged problem, and the relative residual ``(B,)`` of its adjoint system.
+
+        Without ``adjoint`` the plan is a constant: the multipliers are 0. ``need_cost`` asks for the gradients of left
+        and right. ``kept`` is what ``solve`` has written there.
+        """
+
+    def unrolled_gradient(
+        self, problem: Problem, n_iter: Tensor, upstream: Upstream, need_cost: bool, max_iter: int
+    ) -> Gradients:
+        """The gradients through the ``n_iter (B,)`` iterations that were run; ``upstream`` has neither f nor g.
+
+        No problem took more than ``max_iter`` iterations.
+        """

@@ -1,0 +1,145 @@
+"""Triton kernels for NVIDIA GPUs, chosen for CUDA tensors.
+
+The masses are float32 or float64, and everything is computed in their precision. Cost or features may also be float16
+or bfloat16. A half-precision cost is read without a copy; of half-precision features only the unit rows are stored, in
+float32. The gradient by cost or features is rounded once per call. Where the plan is differentiated too, autograd adds
+its part in the inputs' precision. Results are the same in every run: there are no atomics, and the orders of summation
+are fixed.
+
+Without a GPU, set ``TRITON_INTERPRET=1`` in the environment before the first import: then Triton's interpreter runs the
+kernels on CPU tensors. It is slow, and meant for tests.
+
+This file is the backend's door: the functions that every backend has. It imports the library ``triton``, and the
+modules beside it, only when one of them is called.
+
+=============  ======================================================================================================
+``tiles``      what the kernels share: a tile of cost, the kernel on it, half-steps
+``small``      n, m up to 128: one program per problem, every iteration in one launch
+``rows``       n, m up to 1024: blocks of whole rows, one launch and one pass over the cost per iteration
+``stream``     any size: tiles of a streaming pass, columns split where rows are few
+``adjoint``    conjugate gradients between those passes
+``contract``   gradients of the cost, contracted to those of features
+``features``   unit rows and the way back
+``config``     which kernel for which size, and its tile
+``launch``     a problem's views and how kernels are launched; ``solver`` and ``gradient`` order the launches
+=============  ======================================================================================================
+
+Each module states its equations and its roofline: operations per unit at the sustained rates of one H100 (A100):
+495 (156) TFLOP/s of dense TF32, 132 (108) SMs at 1.7 (1.4) GHz with 128 (64) float32 instructions and 16
+exponentials per clock, 3.35 (1.55) TB/s of memory. These are predictions: nothing here has run on a GPU yet
+(README).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import os
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from otloss.backends.protocol import Gradients, Problem, Solution, Upstream
+
+TWICE_DIFFERENTIABLE = False
+KEEPS_COST = False
+READS_HALF = True
+
+# Read once, as Triton itself does at its import.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_INSTALLED = importlib.util.find_spec("triton") is not None
+_HOW_TO_TEST = "to try its kernels on the CPU, set TRITON_INTERPRET=1 before the first import (slow: for tests)"
+
+
+def _version() -> str | None:
+    """The version of the library, under whatever name it was installed; None if it is not known."""
+    for name in ("triton", "pytorch-triton", "triton-windows"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
+    return None
+
+
+def _too_old(version: str | None) -> str | None:
+    """Why the kernels do not run under this version: before 3.8, Triton multiplies no tiles of depth 8."""
+    numbers = re.match(r"(\d+)\.(\d+)", version or "")
+    if not numbers or (int(numbers[1]), int(numbers[2])) >= (3, 8):
+        return None
+    return f"its kernels need Triton 3.8, which PyTorch 2.14 brings, and this is {version}"
+
+
+# Computed once: status() is called at every choice of a backend, and torch.compile traces it.
+_TOO_OLD = _too_old(_version())
+
+
+def status() -> str | None:
+    """``None`` when the kernels can be used, else why not."""
+    if not _INSTALLED:
+        return "the package triton is not installed; PyTorch's CUDA builds for Linux bring it"
+    if _INTERPRETED:
+        return None
+    if _TOO_OLD is not None:
+        return _TOO_OLD
+    if torch.version.hip is not None:
+        return "its kernels are for NVIDIA GPUs"
+    if not torch.cuda.is_available():
+        return f"PyTorch sees no CUDA device; {_HOW_TO_TEST}"
+    return None
+
+
+def interpreted() -> bool:
+    """Whether the kernels run in Triton's interpreter, which takes CPU tensors."""
+    return _INTERPRETED
+
+
+def _device_problem(problem: Problem) -> Any:
+    reason = status()
+    if reason is not None:
+        raise RuntimeError(f"the triton backend cannot be used: {reason}")
+    from otloss.backends.triton.launch import DeviceProblem  # imports the library
+
+    return DeviceProblem(problem)
+
+
+def _on(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device: make it the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def solve(problem: Problem, max_iter: int, tol: float, kept: Tensor | None = None) -> Solution:
+    """The solution after ``max_iter`` iterations or at an L1 error below ``tol``; ``kept`` is not used."""
+    with _on(problem.left):
+        prepared = _device_problem(problem)
+        from otloss.backends.triton import solver
+
+        return solver.solve(prepared, max_iter, tol)
+
+
+def implicit_gradient(
+    problem: Problem,
+    f: Tensor,
+    g: Tensor,
+    upstream: Upstream,
+    adjoint: bool,
+    need_cost: bool,
+    kept: Tensor | None = None,
+) -> tuple[Gradients, Tensor]:
+    """Gradients of the converged problem and the residual of its adjoint system; ``kept`` is not used."""
+    with _on(problem.left):
+        prepared = _device_problem(problem)
+        from otloss.backends.triton import gradient
+
+        return gradient.implicit_gradient(prepared, f, g, upstream, adjoint, need_cost)
+
+
+def unrolled_gradient(
+    problem: Problem, n_iter: Tensor, upstream: Upstream, need_cost: bool, max_iter: int
+) -> Gradients:
+    """Gradients through the ``n_iter`` iterations that were run, at most ``max_iter``."""
+    with _on(problem.left):
+        prepared = _device_problem(problem)
+        from otloss.backends.triton import gradient
+
+        return gradient.unrolled_gradient(prepared, n_iter, upstream, need_cost, max_iter)
