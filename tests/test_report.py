@@ -21,6 +21,7 @@ from examples.optiml.commands.settings import XrayConfig
 from examples.optiml.commands.sizes import Sizes
 from examples.optiml.commands.xray import xray
 from examples.optiml.data.index import read_index
+from examples.optiml.data.masks import mask_set
 from examples.optiml.downstream.arms import arm_of, paper_dataset
 from examples.optiml.downstream.heatmap import heatmap
 from examples.optiml.downstream.settings import HeatmapConfig
@@ -29,7 +30,8 @@ from examples.optiml.errors import CommandError
 from examples.optiml.pretraining.network import load_backbone
 from examples.optiml.reporting.paper import TABLE1, TABLE2
 from examples.optiml.reporting.report import _made, _mixed, build, report
-from examples.optiml.reporting.tables import markdown, only_ran
+from examples.optiml.reporting.summary import Training, gains, summary_lines
+from examples.optiml.reporting.tables import heatmap_table, markdown, only_ran
 
 
 def test_every_stage_ends_in_the_report_and_is_not_repeated(phantoms: Path, tmp_path: Path) -> None:
@@ -44,7 +46,7 @@ def test_every_stage_ends_in_the_report_and_is_not_repeated(phantoms: Path, tmp_
     path = xray(config, QUIET)
     records = json.loads((tmp_path / "kept" / "records.json").read_text())
     kinds = [(r["stage"], r["arm"], r.get("protocol"), r["fraction"]) for r in records]
-    assert len(kinds) == len(set(kinds)) == 2 * (2 + 2 + 1 + 1)  # both arms: linear, finetune, segment, heatmap
+    assert len(kinds) == len(set(kinds)) == 2 * (2 + 1 + 2 + 1 + 1)  # linear, neighbours, finetune, segment, heatmap
     text = path.read_text()
     for picture in ("table1.png", "table2.png", "fig2-phantoms-0.1.png", "fig3.png"):
         with Image.open(tmp_path / "kept" / picture) as image:
@@ -57,6 +59,22 @@ def test_every_stage_ends_in_the_report_and_is_not_repeated(phantoms: Path, tmp_
     assert "(paper-tables.md)" in text and "| Sup.1 (random) | 61.0 |  | 71.1 |" in appendix
     assert f"{ours:.5g}" in (path.parent / "table1.csv").read_text()
     assert tuned["optiml"]["pretraining"]["method"] == "optiml" and tuned["sup1"]["pretraining"] == {}
+    index = read_index(phantoms)
+    found = {gain.name: gain for gain in gains(records, index, "optiml", 20, mask_set(index, "Effusion"))}
+    assert list(found) == ["frozen AUC, 10 %", "fine-tuned AUC, 10 %", "neighbours' AUC", "Dice, Effusion"]
+    few = {r["arm"]: r for r in records if r.get("protocol") == "linear" and r["fraction"] == 0.1}
+    dice = {r["arm"]: r["positives"]["value"] for r in records if r["stage"] == "segment"}
+    for gain, sides in (
+        (found["frozen AUC, 10 %"], {arm: r["macro_auc"] for arm, r in few.items()}),
+        (found["Dice, Effusion"], dice),
+    ):
+        assert gain.untrained.value == pytest.approx(100 * sides["sup1"], abs=1e-4)
+        assert gain.pretrained.value == pytest.approx(100 * sides["optiml"], abs=1e-4)
+        assert gain.difference.value == pytest.approx(gain.pretrained.value - gain.untrained.value)
+        assert gain.difference.low <= gain.difference.value <= gain.difference.high
+    training = Training("optiml", 1702, 10, 260, 64, 64, 345.0)
+    lines = summary_lines(training, index, list(found.values()), Path("runs/example/report/report.md"))
+    assert len(lines) <= 25 and max(map(len, lines)) <= 80 and "10 epochs of 26 steps" in lines[0]
     maps = next(r for r in records if r["stage"] == "heatmap")
     assert maps["scored_findings"] <= maps["boxed_findings"] and 0 < maps["chance"]["pointing"] < 1
 
@@ -166,3 +184,19 @@ def test_rows_and_columns_of_the_paper() -> None:
     assert arm_of({"method": "optiml", "options": {**options, "marginals": "uniform"}}) == "optiml-no-cvsim"
     assert arm_of({"method": "optiml", "options": {**options, "beta": 0, "eta": 0}}) == "optiml-no-varcov"
     assert arm_of({"method": "byol"}) == "byol"
+
+
+def test_maps_that_show_little_say_so() -> None:
+    def maps(arm: str, hits: float) -> dict:
+        figures = {"pointing": hits, "iou": 0.1, "empty": 0.5}
+        return {
+            **made(arm, "set", 0.1, 0, None), "stage": "heatmap", "scored_findings": 3, "boxed_findings": 3,
+            "chance": {"pointing": 0.1, "iou": 0.03},
+            **{key: {"value": x, "low": x, "high": x} for key, x in figures.items()},
+        }  # fmt: skip
+
+    (section,) = heatmap_table([maps("sup1", 0.3), maps("optiml", 0.15)]).sections
+    assert "OPTiML points at 15 % of the findings (chance: 10 %), 50 % of its maps are empty" in section.note
+    assert "Sup.1" not in section.note and "not as evidence" in section.note
+    (section,) = heatmap_table([maps("sup1", 0.3)]).sections
+    assert "evidence" not in section.note

@@ -15,6 +15,7 @@ from ..data.prepare.command import main as prepare
 from ..data.prepare.settings import PrepareConfig
 from ..downstream.result_files import read_records
 from ..downstream.settings import TrainConfig
+from ..pretraining.callbacks import duration
 from ..pretraining.log import log_frame
 from ..pretraining.precision import fast_precision
 from ..pretraining.trainer import LOG
@@ -66,20 +67,18 @@ def main(config: ExampleConfig) -> None:
         SIZE,
         float(log["seconds"].sum()),
     )
-    seconds = time.monotonic() - started
-    lines = summary_lines(training, index, found, seconds, report)
+    lines = summary_lines(training, index, found, report)
     console.rule()
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+    console.print(f"\nThis call took {duration(time.monotonic() - started)}.", highlight=False)
     if config.results:
-        write_results(config.results, config.seed, training, [gain_record(gain) for gain in found], seconds, lines)
+        write_results(config.results, config.seed, training, [gain_record(gain) for gain in found], lines)
 
 
-def write_results(
-    path: Path, seed: int, training: Training, found: list[dict[str, object]], seconds: float, lines: list[str]
-) -> None:
+def write_results(path: Path, seed: int, training: Training, found: list[dict[str, object]], lines: list[str]) -> None:
     """The figures of the last screen, and the screen, for pages that quote them."""
     content = {
-        "seed": seed, "pretraining": vars(training), "gains": found, "seconds": round(seconds), "screen": lines,
+        "seed": seed, "pretraining": vars(training), "gains": found, "screen": lines,
         **provenance(),
     }  # fmt: skip
     write_json(path, content)

@@ -128,21 +128,21 @@ class Training:
     seconds: float
 
 
-def summary_lines(training: Training, index: ChestIndex, found: list[Gain], seconds: float, report: Path) -> list[str]:
+def summary_lines(training: Training, index: ChestIndex, found: list[Gain], report: Path) -> list[str]:
     """The last screen of a run on phantoms, at most 25 lines of 80 columns."""
     t, test = training, index.split("test")
     labelled = round(FRACTION * len(index.split("train")), -1)
     return [
         f"{t.method}, pretrained without labels on {t.films:,} drawn films: {t.epochs} epochs of "
         f"{t.steps // t.epochs} steps",
-        f"of {t.batch_size} films, {t.image_size} px, in {duration(t.seconds)}. Scored on {len(test)} films of "
-        f"{len(np.unique(test.patients))} other patients, in percent:",
+        f"of {t.batch_size} films at {t.image_size} px, in {duration(t.seconds)}. Scored on {len(test)} films of "
+        f"{len(np.unique(test.patients))} other patients:",
         "",
         HEAD,
         *(gain.line() for gain in found),
         "",
-        f"10 %: networks that saw about {labelled:.0f} labels. Intervals resample the test patients.",
-        f"All stages took {duration(seconds)}.",
+        f"10 %: the labels of about {labelled:.0f} films were used. All figures are in percent;",
+        "the intervals resample the test patients.",
         "",
         f"Report with its figures   {report}",
         "",

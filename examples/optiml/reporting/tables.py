@@ -197,9 +197,29 @@ def heatmap_table(records: list[Record]) -> Table:
             counts = sorted({r["scored_findings"] for r in scored}) or [0]
             span = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
             note = f"{span} of {here[0]['boxed_findings']} boxed findings, whose class was among the labels."
+            note += _weak_maps(scored)
             title = f"{_title(dataset)}, networks fine-tuned with {f:.0%} of the labels"
             sections.append(Section(title, rows, note, 3))
     return Table("fig2", "Fig. 2: Grad-CAM against boxes", sections)
+
+
+def _weak_maps(scored: list[Record]) -> str:
+    """Which rows' maps show little, and why: what a reader of the figure must know."""
+    weak = []
+    for arm, name in _arms(scored, every=False):
+        runs = [r for r in scored if r["arm"] == arm]
+        hits, empty = (float(np.mean([r[key]["value"] for r in runs])) for key in ("pointing", "empty"))
+        luck = float(np.mean([r["chance"]["pointing"] for r in runs]))
+        if hits < 2 * luck:
+            weak.append(
+                f"{name} points at {hits:.0%} of the findings (chance: {luck:.0%}), {empty:.0%} of its maps are empty"
+            )
+    if not weak:
+        return ""
+    return (
+        f" {'; '.join(weak)}. A map is empty where no position speaks for the finding. So short a "
+        "training hardly teaches where the findings are: read these maps as a check of the stage, not as evidence."
+    ).replace("%", " %")
 
 
 _KINDS: dict[str, Callable[[Cell, int], str]] = {
