@@ -66,7 +66,10 @@ def report(
     check(records)
     out.mkdir(parents=True, exist_ok=True)
     full = build(records)
-    tables = [table for table in map(only_ran, [*full, neighbours_table(records), *more]) if table.sections]
+    ran = [only_ran(table) for table in (*full, neighbours_table(records), *more)]
+    for table in ran:  # also those without a line, so that no file of an earlier report stays
+        (out / f"{table.key}.csv").write_text(as_csv(table))
+    tables = [table for table in ran if table.sections]
     beside = [BESIDE] if any(has_printed_values(table) for table in tables) else []
     parts = [PREAMBLE, *beside, *_mixed(records)]
     for table in tables:
@@ -75,7 +78,6 @@ def report(
         else:
             pictures = [f"{table.key}.png"]
             draw_table(table, out / pictures[0])
-        (out / f"{table.key}.csv").write_text(as_csv(table))
         parts.append(markdown(table))
         parts += [f"![{table.title}]({picture})\n" for picture in pictures]
     appendix = f"The paper's tables, with a blank for all that was not run: [{PAPER_TABLES}]({PAPER_TABLES}).\n"
