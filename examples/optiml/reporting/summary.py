@@ -106,10 +106,10 @@ def _mean(of_seeds: Replicates, seeds: Iterable[int]) -> Estimate:
 
 
 def gain_record(gain: Gain) -> dict[str, Any]:
-    """A gain for a results file, with two digits."""
+    """A gain for a results file."""
     parts = {"untrained": gain.untrained, "pretrained": gain.pretrained, "difference": gain.difference}
     rounded = {
-        name: {key: round(dataclasses.asdict(x)[key], 2) for key in ("value", "low", "high")}
+        name: {key: round(dataclasses.asdict(x)[key], 4) for key in ("value", "low", "high")}
         for name, x in parts.items()
     }
     return {"name": gain.name, **rounded, "label_seeds": gain.difference.seeds}
