@@ -32,7 +32,7 @@ $(VENV)/.bench: $(VENV)/.torch $(SOURCES)
 	$(PY) -m pip install --quiet -e ".[bench]"
 	touch $@
 
-example: $(VENV)/.examples  ## every stage of OPTiML on generated images, from pretraining to the report (under 10 minutes)
+example: $(VENV)/.examples  ## every stage of OPTiML on generated images, from pretraining to the report (some minutes)
 	$(PY) -m examples.optiml example
 
 example-xray: $(VENV)/.examples  ## the same on a prepared data set: make example-xray DATA=folder [XRAY_ARGS="--epochs 20"]
