@@ -51,14 +51,14 @@ def manual_marginals(loss: OPTiMLLoss, z_s: Tensor, z_t: Tensor) -> tuple[Tensor
     return results[0], results[1]
 
 
-@pytest.mark.parametrize("match", ["channel", "position"])
-@pytest.mark.parametrize("marginals", POLICIES)
-@pytest.mark.parametrize("shared", [True, False])
 def test_options_go_by_keyword() -> None:
     with pytest.raises(TypeError, match="positional"):
         OPTiMLLoss(16, 0.6)  # type: ignore[misc]
 
 
+@pytest.mark.parametrize("match", ["channel", "position"])
+@pytest.mark.parametrize("marginals", POLICIES)
+@pytest.mark.parametrize("shared", [True, False])
 def test_equation_three(match: str, marginals: str, shared: bool) -> None:
     z_s, z_t, q_s, q_t = views(dtype=F64)
     solver = {"eps": 0.2, "tol": 1e-10, "max_iter": 2000}
