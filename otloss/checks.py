@@ -1,4 +1,4 @@
-"""Checks of arguments: every message names the argument, what came and what was expected."""
+"""Checks of arguments. Every message names the argument, what was passed and what was expected."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _INSIDE = ("<eval_with_key>", *(f"{Path(str(file)).parent}{os.sep}" for file in 
 
 
 def has_autocast(kind: str) -> bool:
-    """Whether this type of device knows autocast; elsewhere it cannot even be asked about."""
+    """Whether autocast exists for this type of device. Where it does not, even asking for its state is an error."""
     return kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)
 
 
 def no_autocast(like: Tensor) -> AbstractContextManager[object]:
-    """A context in which products of ``like``'s device keep their dtype; autocast would make them bfloat16."""
+    """A context in which products on the device of ``like`` keep their dtype. Autocast would lower their precision."""
     kind = like.device.type
     return torch.autocast(kind, enabled=False) if has_autocast(kind) else nullcontext()
 
@@ -38,9 +38,10 @@ def _is_inside(file: str) -> bool:
 
 
 def warn(message: str, category: type[Warning]) -> None:
-    """Warn of the line that called: the nearest one that is neither PyTorch's, nor compiled, nor ours.
+    """Give a warning that points at the caller's line: the nearest one outside PyTorch, compiled code and otloss.
 
-    A filter names a module. So a filter that silences PyTorch's warnings does not hide ours.
+    A warning filter names a module, and the warning carries the caller's. A filter that silences PyTorch's warnings
+    therefore does not hide ours.
     """
     frame = sys._getframe(1)
     while frame.f_back is not None and _is_inside(frame.f_code.co_filename):
@@ -50,12 +51,12 @@ def warn(message: str, category: type[Warning]) -> None:
 
 
 def wide(x: Tensor) -> Tensor:
-    """``x`` in float64, for sums whose terms cancel; MPS has none."""
+    """``x`` in float64, for sums whose terms cancel. On MPS, which has no float64, ``x`` as it is."""
     return x if x.device.type == "mps" else x.double()
 
 
 def check_tensor(name: str, value: object, min_dim: int, shape: str) -> None:
-    """``value`` is a floating-point tensor with at least ``min_dim`` dimensions."""
+    """Check that ``value`` is a dense floating-point tensor with at least ``min_dim`` dimensions."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor of shape {shape}, got {type(value).__name__}")
     if not value.is_floating_point():
@@ -68,7 +69,7 @@ def check_tensor(name: str, value: object, min_dim: int, shape: str) -> None:
 
 
 def check_features(x: object, y: object) -> None:
-    """``x (B, n, d)`` and ``y (B, m, d)`` fit each other."""
+    """Check that the shapes of ``x (B, n, d)`` and ``y (B, m, d)`` fit each other."""
     check_tensor("x", x, 2, "(B, n, d)")
     check_tensor("y", y, 2, "(B, m, d)")
     assert isinstance(x, Tensor) and isinstance(y, Tensor)
@@ -84,7 +85,7 @@ def check_features(x: object, y: object) -> None:
 
 
 def check_device(**tensors: Tensor | None) -> None:
-    """All tensors live on one device."""
+    """Check that all tensors are on one device."""
     present = {name: t.device for name, t in tensors.items() if t is not None}
     if len(set(present.values())) > 1:
         got = ", ".join(f"{name} on {device}" for name, device in present.items())
@@ -92,7 +93,7 @@ def check_device(**tensors: Tensor | None) -> None:
 
 
 def working_dtype(**tensors: Tensor | None) -> torch.dtype:
-    """The dtype to compute in: float64 if everything is float64, else float32; half precision joins float32 only."""
+    """The dtype to compute in: float64 if all tensors are float64, else float32. float64 mixes with no other dtype."""
     dtypes = {name: t.dtype for name, t in tensors.items() if t is not None}
     double = [dtype == torch.float64 for dtype in dtypes.values()]
     if any(double) and not all(double):
@@ -102,16 +103,16 @@ def working_dtype(**tensors: Tensor | None) -> torch.dtype:
 
 
 def check_number(name: str, value: object, *, positive: bool) -> None:
-    """``value`` is a finite number, NumPy's included, positive or at least not negative."""
+    """Check that ``value`` is a finite number, NumPy's included. It is positive, or at least 0 if not `positive`."""
     if isinstance(value, bool) or not isinstance(value, (Real, torch.SymFloat)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    # No math.isfinite, which a compiler's numbers lack. Real has no order for the type checker.
+    # math.isfinite does not take the symbolic numbers of a compiler. The type checker knows no order for Real.
     if not (0 < value < math.inf or (value == 0 and not positive)):  # type: ignore[operator]
         raise ValueError(f"{name} must be {'positive' if positive else 'at least 0'} and finite, got {value}")
 
 
 def check_count(name: str, value: object) -> None:
-    """``value`` is a positive integer, NumPy's included."""
+    """Check that ``value`` is a positive integer, NumPy's included."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
     if value < 1:
@@ -119,6 +120,6 @@ def check_count(name: str, value: object) -> None:
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    """``value`` is one of ``choices``."""
+    """Check that ``value`` is one of ``choices``."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

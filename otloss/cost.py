@@ -11,29 +11,30 @@ __all__ = ["cosine_cost"]
 
 
 def unit_rows(x: Tensor) -> Tensor:
-    """Rows of ``x`` scaled to length 1; a zero row stays zero and gets gradient exactly 0."""
+    """The rows of ``x``, scaled to length 1. A zero row stays zero, and its gradient is exactly 0."""
     return torch.where(live_rows(x), x, 0.0) / row_norms(x)
 
 
 def negligible(dtype: torch.dtype) -> float:
-    """A number not above this counts as zero: its reciprocal nears the end of the dtype's range, and it moves nothing.
+    """The bound for zero: a number that is not above it counts as zero.
 
-    The kernels use the same bound.
+    The reciprocal of such a number is near the end of the dtype's range, and the number is too small to change a
+    result. The kernels use the same bound.
     """
     return 1e-290 if dtype == torch.float64 else 1e-30
 
 
 def live_rows(x: Tensor) -> Tensor:
-    """Which rows are not zero ``(B, n, 1)``."""
+    """A mask ``(B, n, 1)`` of the rows that are not zero."""
     largest = x.detach().abs().amax(dim=-1, keepdim=True)
-    return ~(largest <= negligible(x.dtype))  # written so that a row with NaN counts as live
+    return ~(largest <= negligible(x.dtype))  # not `>`: a row with NaN must count as live
 
 
 def row_norms(x: Tensor) -> Tensor:
-    """Lengths of the rows ``(B, n, 1)``, 1 for a zero row.
+    """Lengths ``(B, n, 1)`` of the rows. The length given for a zero row is 1.
 
-    Each row is first divided by its largest entry, so that squares neither overflow nor underflow. That scale is a
-    constant of the derivative: the result does not depend on it.
+    Each row is first divided by its largest entry, so that squares neither overflow nor underflow. The result does not
+    depend on that scale, so the derivative treats it as a constant.
     """
     alive = live_rows(x)
     scale = torch.where(alive, x.detach().abs().amax(dim=-1, keepdim=True), 1.0)
@@ -46,17 +47,18 @@ def cosine_cost(x: Tensor, y: Tensor) -> Tensor:
 
     .. math:: C_{ij} = 1 - \frac{\langle x_i, y_j \rangle}{\lVert x_i \rVert \, \lVert y_j \rVert} \in [0, 2]
 
-    A zero row (a dead ReLU channel) has cosine 0 to everything, so cost 1, and gradient exactly 0. A row without any
-    entry above 1e-30 (1e-290 in float64) counts as zero.
+    A zero row (a dead ReLU channel) has cosine 0 to every row, so its costs are 1. Its gradient is exactly 0. A row
+    counts as zero if no entry is larger than 1e-30 (1e-290 in float64) in absolute value.
 
     Args:
-        x: features ``(B, n, d)``; ``B`` is any number of leading dimensions, also none.
+        x: features ``(B, n, d)``. ``B`` stands for any number of leading dimensions, also none.
         y: features ``(B, m, d)``.
 
     Returns:
-        Cost ``(B, n, m)``, float64 for float64 features and float32 otherwise; half-precision features are multiplied
-        in float32, also under autocast (a bfloat16 cost costs several percent of plan accuracy at eps 0.05). On a GPU
-        ``torch.set_float32_matmul_precision`` below "highest" makes this product, and so ``out.plan``, as coarse.
+        Cost ``(B, n, m)``, float64 for float64 features and float32 otherwise. Half-precision features are multiplied
+        in float32, also under autocast, because a bfloat16 cost loses several percent of the plan's accuracy at eps
+        0.05. On a GPU, a ``torch.set_float32_matmul_precision`` below "highest" makes this product that coarse too, and
+        with it ``out.plan``.
 
     Raises:
         TypeError: ``x`` or ``y`` is no floating-point tensor, or one is float64 and the other is not.
@@ -72,6 +74,7 @@ def cosine_cost(x: Tensor, y: Tensor) -> Tensor:
     dtype = working_dtype(x=x, y=y)
     with no_autocast(x):
         cosine = unit_rows(x.to(dtype)) @ unit_rows(y.to(dtype)).transpose(-1, -2)
-        # Rounding can leave [0, 2] by an ulp. The shift is a constant, so that identical rows keep their gradient.
+        # Rounding can move a cost out of [0, 2] by an ulp. The shift that moves it back is a constant of the gradient,
+        # so identical rows keep theirs.
         cost = 1 - cosine
         return cost + (cost.clamp(0, 2) - cost).detach()

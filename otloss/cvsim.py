@@ -1,4 +1,4 @@
-"""CV-SIM, OPTiML's cross-view attention, and the softmax with a given perplexity that turns its output into masses."""
+"""CV-SIM, OPTiML's cross-view attention, and a softmax of given perplexity, which turns its output into masses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TOKENS = ("channel", "batch")
 
 
 def check_cvsim(dim: object, num_heads: object, tokens: object) -> None:
-    """The options of `CVSIM`."""
+    """Check the options of `CVSIM`."""
     check_count("dim", dim)
     check_count("num_heads", num_heads)
     check_choice("tokens", tokens, TOKENS)
@@ -31,25 +31,25 @@ class CVSIM(nn.Module):
         q = W_q\, g_\text{query} + b_q, \quad k = W_k\, g_\text{context} + b_k, \quad v = W_v\, g_\text{context} + b_v,
         \quad r = W_o \big[\, \mathrm{softmax}(q k^\top / \sqrt{\dim})\, v \,\big]_\text{heads} + b_o
 
-    The paper prints this for pooled vectors :math:`g \in \mathbb{R}^d`, one per image. Read literally, attention then
-    has one key per image: its softmax is the constant 1, :math:`r = W_o v`, and :math:`W_q`, :math:`W_k` get gradient
-    exactly zero. Two readings give the formulas a meaning:
+    The paper prints this for pooled vectors :math:`g \in \mathbb{R}^d`, one per image. Taken literally, attention then
+    has one key per image. Its softmax is the constant 1, :math:`r = W_o v`, and the gradient of :math:`W_q` and
+    :math:`W_k` is exactly zero. Two other readings give the formulas a meaning:
 
     * ``tokens="channel"``: within a head the d/heads features are the tokens, each with an embedding of length 1.
-      :math:`q k^\top` is a (d/heads, d/heads) matrix over features, scaled by ``(d/heads)**-0.5``, the
-      dimensionality of the query vector that the paper names. Every image is treated by itself.
+      :math:`q k^\top` is a (d/heads, d/heads) matrix over features. It is scaled by ``(d/heads)**-0.5``, where d/heads
+      is the dimensionality of the query vector, as the paper names it. Every image is treated by itself.
     * ``tokens="batch"``: the images of the batch are the tokens, as in ``torch.nn.MultiheadAttention`` called on a
-      ``(B, d)`` input. The result for one image depends on the batch around it (under distributed training, on this
-      process's share of it).
+      ``(B, d)`` input. The result for one image depends on the other images of the batch. Under distributed training
+      these are the images of this process only.
 
-    The output projection :math:`W_o` is part of multi-head attention, though the paper does not print it: without it
-    channels of different heads would never meet, and since attention averages, the weights of the channels of one
-    head would hardly differ. There is no residual and no normalisation: the paper prints none. Weights start as in
-    ``torch.nn.MultiheadAttention`` (Xavier uniform, biases zero).
+    The output projection :math:`W_o` is part of multi-head attention, though the paper does not print it. Without it,
+    channels of different heads would never meet. Attention also averages, so the weights of the channels within one
+    head would hardly differ. There is no residual and no normalisation, since the paper prints none. Weights start as
+    in ``torch.nn.MultiheadAttention`` (Xavier uniform, biases zero).
 
     Args:
         dim: number of features d.
-        num_heads: number of heads; divides ``dim``. The paper does not give it.
+        num_heads: number of heads. It must divide ``dim``. The paper does not give it.
         tokens: ``"channel"`` or ``"batch"``, see above.
 
     Raises:
@@ -86,8 +86,8 @@ class CVSIM(nn.Module):
         """Attend from ``g_query (B, d)`` to ``g_context (B, d)``.
 
         Returns:
-            ``r (B, d)``, to be turned into masses by a softmax; the dtype is that of the module's weights, or
-            autocast's.
+            ``r (B, d)``, which a softmax turns into masses. Its dtype is that of the module's weights, or autocast's
+            under autocast.
 
         Raises:
             TypeError, ValueError: an input is no floating-point tensor of shape ``(B, d)``, or the two differ in shape.
@@ -106,9 +106,9 @@ class CVSIM(nn.Module):
             )
         batch, size = len(g_query), self.dim // self.num_heads
         if self.tokens == "channel":
-            shape, scale = (batch, self.num_heads, size, 1), size**-0.5  # heads beside the images, a token per feature
+            shape, scale = (batch, self.num_heads, size, 1), size**-0.5  # batch: images and heads; token: feature
         else:
-            shape, scale = (1, batch, self.num_heads, size), size**-0.5  # heads beside nothing, a token per image
+            shape, scale = (1, batch, self.num_heads, size), size**-0.5  # batch: heads; token: image
         q, k, v = (
             layer(g).view(shape) for layer, g in ((self.query, g_query), (self.key, g_context), (self.value, g_context))
         )
@@ -129,21 +129,22 @@ def log_softmax_with_perplexity(r: Tensor, perplexity: float) -> Tensor:
     .. math:: \log p = \log \mathrm{softmax}(\beta\, r), \qquad
         \beta > 0 \text{ such that } \exp\Big(-\sum_i p_i \log p_i\Big) = \text{perplexity}
 
-    as t-SNE calibrates its neighbourhoods. The result does not change when r is shifted or scaled by a positive
-    factor: r says where the mass goes, not how far it concentrates. The gradient includes that of :math:`\beta`
-    (implicit function theorem),
+    This is how t-SNE calibrates its neighbourhoods. The result does not change when r is shifted, or scaled by a
+    positive factor. So r says where the mass goes, not how strongly it concentrates. The gradient includes that of
+    :math:`\beta`, by the implicit function theorem:
 
     .. math:: d\log p = (I - \mathbf{1} p^\top)\, \beta\,
         \Big(dr - r\, \frac{\mathrm{Cov}_p(r, dr)}{\mathrm{Var}_p(r)}\Big),
 
-    dr less its regression on r. It grows like 1/spread(r), as a normalisation layer's does. It can be differentiated
-    again.
-    A row that is constant up to rounding gives the uniform distribution and gradient zero. Where ties keep the
-    perplexity from being reached, the nearest one is taken and :math:`\beta` is a constant of the gradient.
+    The bracket is dr less its regression on r. The gradient grows like 1/spread(r), as that of a normalisation layer
+    does. It can be differentiated again.
+
+    A row that is constant up to rounding gives the uniform distribution and gradient zero. If ties make the perplexity
+    unreachable, the nearest reachable one is taken, and the gradient treats :math:`\beta` as a constant.
 
     Args:
-        r: scores ``(..., n)``; half precision is computed in float32.
-        perplexity: the wanted exp-entropy, between 1 and n; outside, the nearest of the two is taken.
+        r: scores ``(..., n)``. The computation runs in float64 where the device has it.
+        perplexity: the wanted exp(entropy), between 1 and n. A value outside is moved to the nearer of the two.
 
     Returns:
         ``(..., n)``, float64 for float64 scores and float32 otherwise.
@@ -169,8 +170,8 @@ def log_softmax_with_perplexity(r: Tensor, perplexity: float) -> Tensor:
     target = math.log(max(perplexity, 1.0))
 
     with no_autocast(r):
-        # Standard units, in which the wanted inverse temperature is of order 1. Mean and spread are constants of the
-        # gradient: the result does not depend on them.
+        # Bring each row to mean 0 and spread 1. The wanted inverse temperature is then of order 1. The result does not
+        # depend on the mean and the spread, so the gradient treats them as constants.
         work = wide(r)
         center = work.detach().mean(-1, keepdim=True)
         spread = (work.detach() - center).square().mean(-1, keepdim=True).sqrt()
@@ -181,8 +182,8 @@ def log_softmax_with_perplexity(r: Tensor, perplexity: float) -> Tensor:
         with torch.no_grad():
             t, reached = _solve_log_beta(z, target)
             ready = reached & ~flat
-        # A Newton step from the root leaves its value and gives it a derivative: the first step is exact to first
-        # order, the second to third.
+        # A Newton step that starts at the root keeps the root's value and gives it a derivative. One step makes the
+        # derivatives exact to first order, two steps to third order.
         for _ in range(2):
             gap, slope = _entropy_gap(z, t, target)
             t = t - torch.where(ready, gap / torch.where(ready, slope, 1.0), 0.0)
@@ -201,11 +202,11 @@ def _entropy_gap(z: Tensor, t: Tensor, target: float) -> tuple[Tensor, Tensor]:
 
 
 def _solve_log_beta(z: Tensor, target: float) -> tuple[Tensor, Tensor]:
-    """The root t of `_entropy_gap`, and whether there is one in reach.
+    """The root t of `_entropy_gap`, and whether it was found.
 
-    Bisection to 22/2^12 = 0.005, then Newton. The entropy changes over lengths of t of 0.1 and more (each score enters
-    through exp(-exp(t) distance)), so that Newton converges quadratically from there. The number of steps is fixed,
-    and nothing waits for the device.
+    Bisection narrows t to an interval of length 22/2^12 = 0.005. Newton's method follows. Each score enters through
+    exp(-exp(t) distance), so the entropy changes only over lengths of t of 0.1 and more. From an interval this short,
+    Newton's method therefore converges quadratically. The number of steps is fixed, so nothing waits for the device.
     """
     z = z - z.amax(-1, keepdim=True)
     low, high = torch.full_like(z[..., :1], -12.0), torch.full_like(z[..., :1], 10.0)
@@ -222,7 +223,7 @@ def _solve_log_beta(z: Tensor, target: float) -> tuple[Tensor, Tensor]:
 
 
 def _shifted_gap(z: Tensor, t: Tensor, target: float) -> tuple[Tensor, Tensor]:
-    """`_entropy_gap` for rows with maximum 0, with one exponential and no care for the slope's last digits."""
+    """`_entropy_gap` for rows with maximum 0. It takes one exponential per score; its slope is less accurate."""
     beta = t.exp()
     e = (beta * z).exp()
     ez = e * z

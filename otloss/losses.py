@@ -1,4 +1,4 @@
-"""Optimal transport as modules: thin wrappers around the functions, with an objective and a reduction."""
+"""Optimal transport as modules: thin wrappers around the functions, which add an objective and a reduction."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ REDUCTIONS = ("mean", "sum", "none")
 
 
 class CosineCost(nn.Module):
-    r"""Cosine cost matrix between two sets of features, :func:`otloss.cosine_cost` as a module.
+    r"""Cosine cost matrix between two sets of features: the function :func:`otloss.cosine_cost` as a module.
 
     .. math:: C_{ij} = 1 - \frac{\langle x_i, y_j \rangle}{\lVert x_i \rVert \, \lVert y_j \rVert} \in [0, 2]
 
@@ -79,7 +79,7 @@ class _TransportLoss(nn.Module):
 
     def _reduce(self, loss: Tensor) -> Tensor:
         if self.reduction == "mean":
-            return loss.sum() / max(loss.numel(), 1)  # an empty batch costs nothing
+            return loss.sum() / max(loss.numel(), 1)  # 0 for an empty batch
         return loss.sum() if self.reduction == "sum" else loss
 
     def extra_repr(self) -> str:
@@ -95,17 +95,17 @@ class SinkhornLoss(_TransportLoss):
 
     .. math:: T = \arg\min_{T1 = a,\, T^\top 1 = b} \langle T, C\rangle + \varepsilon\, \mathrm{KL}(T \,|\, a b^\top)
 
-    ``objective="transport_cost"`` is the sharp :math:`\langle T, C \rangle`, ``"value"`` the minimum itself.
+    ``objective="transport_cost"`` gives the sharp cost :math:`\langle T, C \rangle`. ``"value"`` gives the minimum.
 
     Args:
         eps: strength of the entropy, in units of the cost.
         objective: ``"transport_cost"`` or ``"value"``.
         max_iter, tol, gradient, backend: as in :func:`otloss.sinkhorn`.
-        reduction: over problems: ``"mean"``, ``"sum"`` or ``"none"``.
+        reduction: what to do over problems: ``"mean"``, ``"sum"`` or ``"none"``.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong type or value, or ``gradient="none"`` is asked to
-            differentiate anything but the transport cost.
+        TypeError, ValueError: an argument is of the wrong type or value, or ``gradient="none"`` is combined with an
+            objective other than the transport cost.
 
     Example:
         >>> import torch, otloss
@@ -123,10 +123,10 @@ class SinkhornLoss(_TransportLoss):
         log_a: Tensor | None = None,
         log_b: Tensor | None = None,
     ) -> Tensor:
-        """Loss of ``cost (B, n, m)``; marginals as in :func:`otloss.sinkhorn`.
+        """Loss of ``cost (B, n, m)``. The marginals are those of :func:`otloss.sinkhorn`.
 
         Returns:
-            A scalar, or ``(B,)`` with ``reduction="none"``; float64 for float64 input, else float32.
+            A scalar, or ``(B,)`` with ``reduction="none"``. It is float64 for float64 input and float32 otherwise.
         """
         out = sinkhorn(cost, a, b, log_a=log_a, log_b=log_b, **self._options)
         return self._reduce(getattr(out, self.objective))
@@ -135,19 +135,19 @@ class SinkhornLoss(_TransportLoss):
 class CosineSinkhornLoss(_TransportLoss):
     r"""Entropic optimal-transport loss between two sets of features under the cosine cost.
 
-    ``objective`` is ``"transport_cost"`` or ``"value"``, called V here, as in `SinkhornLoss`, or ``"divergence"``, the
-    Sinkhorn divergence
+    The objectives ``"transport_cost"`` and ``"value"`` are those of `SinkhornLoss`. Let V be the value. The objective
+    ``"divergence"`` is the Sinkhorn divergence
 
     .. math:: S(x, y) = V(x, y) - \tfrac12 V(x, x) - \tfrac12 V(y, y)
 
-    where x and y bring their own marginals: (a, b), (a, a) and (b, b). Unlike V, it is zero for equal sets. It solves
-    three problems instead of one.
+    The marginals of the three terms are (a, b), (a, a) and (b, b). Unlike V, the divergence is zero for equal sets. It
+    solves three problems instead of one.
 
     Args:
         eps: strength of the entropy, in units of the cost.
         objective: ``"transport_cost"``, ``"value"`` or ``"divergence"``.
         max_iter, tol, gradient, backend: as in :func:`otloss.sinkhorn`.
-        reduction: over problems: ``"mean"``, ``"sum"`` or ``"none"``.
+        reduction: what to do over problems: ``"mean"``, ``"sum"`` or ``"none"``.
 
     Raises:
         TypeError, ValueError: as `SinkhornLoss`.
@@ -174,10 +174,10 @@ class CosineSinkhornLoss(_TransportLoss):
         log_a: Tensor | None = None,
         log_b: Tensor | None = None,
     ) -> Tensor:
-        """Loss of ``x (B, n, d)`` and ``y (B, m, d)``; marginals as in :func:`otloss.sinkhorn`.
+        """Loss of ``x (B, n, d)`` and ``y (B, m, d)``. The marginals are those of :func:`otloss.sinkhorn`.
 
         Returns:
-            A scalar, or ``(B,)`` with ``reduction="none"``; float64 for float64 input, else float32.
+            A scalar, or ``(B,)`` with ``reduction="none"``. It is float64 for float64 input and float32 otherwise.
         """
         return self._reduce(self.per_problem(x, y, a, b, log_a=log_a, log_b=log_b)[0])
 
@@ -191,7 +191,7 @@ class CosineSinkhornLoss(_TransportLoss):
         log_a: Tensor | None = None,
         log_b: Tensor | None = None,
     ) -> tuple[Tensor, SinkhornOutput]:
-        """The objective ``(B,)`` before reduction, and the solver's output for (x, y) with its diagnostics."""
+        """The objective ``(B,)`` before reduction, and the solver's output for (x, y), which holds the diagnostics."""
         out = cosine_sinkhorn(x, y, a, b, log_a=log_a, log_b=log_b, **self._options)
         if self.objective != "divergence":
             return getattr(out, self.objective), out

@@ -1,4 +1,4 @@
-"""OPTiML's loss: transport between two views' feature maps under learned marginals, with variance and covariance."""
+"""OPTiML's loss: optimal transport between two views' feature maps, plus variance and covariance terms."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ __all__ = ["MarginalCollapseWarning", "OPTiMLLoss", "OPTiMLOutput"]
 
 MATCHES = ("channel", "position")
 MARGINALS = ("perplexity", "hardest", "learned", "detached", "uniform")
-COLLAPSE = 0.05  # share of the way from 1 point to all below which the mean perplexity is called collapsed
+COLLAPSE = 0.05  # marginals count as collapsed when their mean perplexity is below 1 + COLLAPSE * (points - 1)
 
 
 class MarginalCollapseWarning(UserWarning):
-    """Nearly all of the learned mass sits on a few points; the transport loss has little left to say."""
+    """Nearly all of the learned mass sits on a few points, so the transport loss compares almost nothing."""
 
 
 class OPTiMLOutput(NamedTuple):
     """What `OPTiMLLoss` returns; every field is a scalar tensor.
 
-    The first six are part of the graph, the others are diagnostics without gradient.
+    The first six carry gradients. The others are diagnostics without gradient.
     """
 
     loss: Tensor
     """alpha·ot + beta·variance + eta·covariance + invariance weight·invariance."""
     ot: Tensor
-    """L_OT: mean over images of the objective."""
+    """L_OT, the mean of the objective over images."""
     variance: Tensor
     """v(q_s) + v(q_t)."""
     covariance: Tensor
@@ -44,7 +44,7 @@ class OPTiMLOutput(NamedTuple):
     transport_cost: Tensor
     """Mean over images of <T, M>; the same tensor as ``ot`` when that is the objective."""
     independent_cost: Tensor
-    """Mean over images of <mu nu', M>: what the transport costs when nothing is matched."""
+    """Mean over images of <mu nu', M>, the cost of the independent coupling, which matches nothing."""
     perplexity: Tensor
     """exp(entropy), the effective number of points, averaged over mu, nu and images."""
     marginal_error: Tensor
@@ -62,48 +62,48 @@ class OPTiMLLoss(nn.Module):
 
     (Eq. 1–3). The marginals come from CV-SIM on the pooled maps :math:`g = \mathrm{GAP}(z)`:
     :math:`r_s = \mathrm{CVSIM}(g_s, g_t)`, :math:`r_t = \mathrm{CVSIM}(g_t, g_s)`, and :math:`\mu, \nu` are their
-    softmax. v and c are `VarianceLoss` and `CovarianceLoss`, one value per view, without the halving of
-    VICReg's code.
+    softmax. v and c are `VarianceLoss` and `CovarianceLoss`. Each gives one value per view. VICReg's code halves the
+    sum of the two values; this loss does not.
 
-    **What is matched** (``match``). ``"channel"``: the d channels, each a vector of its hw activations; M is d × d, as
-    the paper's symbols say. ``"position"``: the hw positions, each a vector of d features; M is hw × hw, as the
-    paper's words say. r has no entry per position, so there :math:`\mu_i = \mathrm{softmax}_i\,
-    \langle r_s, z_{s,i} \rangle / \sqrt d`, and :math:`\nu` likewise; that is our addition.
+    **What is matched** (``match``). ``"channel"`` matches the d channels. Each is a vector of its hw activations, and M
+    is d × d, as the paper's symbols say. ``"position"`` matches the hw positions. Each is a vector of d features, and
+    M is hw × hw, as the paper's words say. r has no entry per position. For positions we therefore add
+    :math:`\mu_i = \mathrm{softmax}_i\, \langle r_s, z_{s,i} \rangle / \sqrt d`, and :math:`\nu` likewise.
 
-    **Where the mass goes** (``marginals``). The gradient of L_OT by its marginals moves mass to the cheapest pairs, and
-    nothing in Eq. 3 opposes it:
+    **Where the mass goes** (``marginals``). The gradient of L_OT by its marginals moves mass to the cheapest pairs.
+    Nothing in Eq. 3 opposes this. The options are:
 
-    * ``"perplexity"`` (default): the softmax has a temperature, solved for each image so that the perplexity of the
-      marginal is a given share of the points (`otloss.cvsim.log_softmax_with_perplexity`). CV-SIM says *where* the
-      mass goes and cannot collapse it. The gradient includes that of the temperature.
-    * ``"hardest"``: as ``"perplexity"``, but CV-SIM is trained to *raise* L_OT (its gradient is reversed), and the maps
-      get no gradient through the marginals. The mass of the given perplexity moves to what the views match worst.
-    * ``"learned"``: the plain softmax, as printed. It collapses onto few points; then a warning is given, once.
-    * ``"detached"``: CV-SIM's marginals without gradient, to CV-SIM or through it. A module at random weights.
+    * ``"perplexity"`` (default): the softmax has a temperature. It is solved for each image, so that the perplexity of
+      the marginal is a given share of the points (`otloss.cvsim.log_softmax_with_perplexity`). CV-SIM decides *where*
+      the mass goes and cannot collapse it. The gradient includes that of the temperature.
+    * ``"hardest"``: as ``"perplexity"``, but CV-SIM gets the reversed gradient and so learns to *raise* L_OT. The mass
+      moves to what the views match worst, at the given perplexity. The maps get no gradient through the marginals.
+    * ``"learned"``: the plain softmax, as printed. It collapses onto few points. The module warns once when it has.
+    * ``"detached"``: CV-SIM gives the marginals, but no gradient flows to it or through it. Its weights stay random.
     * ``"uniform"``: equal masses and no CV-SIM.
 
-    Parameters that get no gradient under a policy (CV-SIM when detached, or with ``gradient="none"``) are frozen.
+    CV-SIM's parameters are frozen where they get no gradient: with ``"detached"`` and with ``gradient="none"``.
 
-    **What Eq. 3 lacks** (``invariance``). No term of it compares q_s with q_t; that two views of one image be alike is
-    asked by L_OT alone. A weight above 0 adds the mean of :math:`(q_s - q_t)^2`, as VICReg does with a weight of 25.
+    **What Eq. 3 lacks** (``invariance``). No term of Eq. 3 compares q_s with q_t. Only L_OT asks that two views of one
+    image be alike. A weight above 0 adds the mean of :math:`(q_s - q_t)^2`, as VICReg does with a weight of 25.
 
-    Everything is computed in float32 (float64 for float64 input), also under autocast, but CV-SIM in its parameters'
-    dtype. Move the module to the device and give its parameters to the optimiser.
+    The loss is computed in float32 (float64 for float64 input), also under autocast. Only CV-SIM runs in the dtype of
+    its parameters. Move the module to the device and give its parameters to the optimiser.
 
     Args:
         dim: number of channels d of the feature maps.
-        alpha, beta, eta: weights of the three terms; the paper's values.
-        eps: strength of the entropy in the transport problem; the paper does not give it.
+        alpha, beta, eta: weights of the three terms. The defaults are the paper's values.
+        eps: strength of the entropy in the transport problem. The paper does not give it.
         match: ``"channel"`` or ``"position"``.
         marginals: ``"perplexity"``, ``"hardest"``, ``"learned"``, ``"detached"`` or ``"uniform"``.
-        perplexity: for the first two of these, the wanted share of d (or of hw for positions), in (0, 1).
+        perplexity: the wanted share of d (of hw for positions), in (0, 1), for ``"perplexity"`` and ``"hardest"``.
         invariance: weight of the mean squared difference of q_s and q_t; 0 is Eq. 3.
-        num_heads, tokens: of CV-SIM, see `CVSIM`.
-        shared: whether one CV-SIM serves both directions; else the second has its own weights.
+        num_heads, tokens: options of CV-SIM, see `CVSIM`.
+        shared: whether one CV-SIM serves both directions. If not, the second direction has its own weights.
         objective: what L_OT is: ``"transport_cost"`` (the paper's), ``"value"`` or ``"divergence"``, see
             `CosineSinkhornLoss`.
-        max_iter, tol, gradient, backend: of the solver, see :func:`otloss.sinkhorn`.
-        gather: collect q_s and q_t from all processes for v and c, see `VarianceLoss`. L_OT is per image.
+        max_iter, tol, gradient, backend: options of the solver, see :func:`otloss.sinkhorn`.
+        gather: collect q_s and q_t from all processes for v and c, see `VarianceLoss`. L_OT is always per image.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type or value.
@@ -144,7 +144,7 @@ class OPTiMLLoss(nn.Module):
         gather: bool = False,
     ) -> None:
         super().__init__()
-        check_cvsim(dim, num_heads, tokens)  # also where the marginals do without one
+        check_cvsim(dim, num_heads, tokens)  # also for uniform marginals, which use no CV-SIM
         for name, weight in (("alpha", alpha), ("beta", beta), ("eta", eta), ("invariance", invariance)):
             check_number(name, weight, positive=False)
         check_choice("match", match, MATCHES)
@@ -158,10 +158,10 @@ class OPTiMLLoss(nn.Module):
         self.match, self.marginals, self.perplexity = match, marginals, perplexity
         self.transport = CosineSinkhornLoss(eps, objective, max_iter, tol, gradient, reduction="none", backend=backend)
         self.variance, self.covariance = VarianceLoss(), CovarianceLoss()
-        self.gather = gather  # in forward, once for both
+        self.gather = gather  # forward gathers once for both terms
 
         self.cvsim: CVSIM | None = None
-        self.cvsim_t: CVSIM | None = None  # the other direction's own, unless shared
+        self.cvsim_t: CVSIM | None = None  # for the direction from t to s, unless shared
         if marginals != "uniform":
             self.cvsim = CVSIM(dim, num_heads, tokens)
             self.cvsim_t = None if shared else CVSIM(dim, num_heads, tokens)
@@ -173,7 +173,7 @@ class OPTiMLLoss(nn.Module):
     def forward(self, z_s: Tensor, z_t: Tensor, q_s: Tensor, q_t: Tensor) -> OPTiMLOutput:
         """The loss of feature maps ``z_s``, ``z_t (B, d, h, w)`` and expanded embeddings ``q_s``, ``q_t (B, D)``.
 
-        The maps' heights and widths may differ under ``match="position"``. The embeddings need at least two rows
+        The two maps may differ in height and width with ``match="position"``. The embeddings need at least two rows
         (after gathering).
 
         Raises:
@@ -188,8 +188,8 @@ class OPTiMLLoss(nn.Module):
             log_mu, log_nu = self._log_marginals(maps_s, maps_t)
             try:
                 per_image, solved = self.transport.per_problem(x, y, log_a=log_mu, log_b=log_nu)
-            except ValueError as error:  # which names arguments of the solver
-                with suppress(RuntimeError):  # under vmap there is no one answer
+            except ValueError as error:  # its message names the solver's arguments
+                with suppress(RuntimeError):  # under vmap there is no single answer
                     marginals = f"the marginals of CV-SIM (marginals={self.marginals!r})"
                     for name, z in (("z_s", z_s), ("z_t", z_t), (marginals, log_mu), (marginals, log_nu)):
                         if z is not None and not torch.isfinite(z).all():
@@ -221,10 +221,10 @@ class OPTiMLLoss(nn.Module):
         )
 
     def _log_marginals(self, maps_s: Tensor, maps_t: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """log mu and log nu, each ``(B, points)``, of maps ``(B, d, hw)``; None is uniform."""
+        """log mu and log nu, each ``(B, points)``, of maps ``(B, d, hw)``. None stands for uniform masses."""
         if self.cvsim is None:
             return None, None
-        if self.marginals == "hardest":  # the maps are not to become hard
+        if self.marginals == "hardest":  # the maps must not learn to be hard to match
             maps_s, maps_t = maps_s.detach(), maps_t.detach()
         with torch.set_grad_enabled(self._marginals_learn and torch.is_grad_enabled()):
             weight_dtype = self.cvsim.query.weight.dtype
@@ -241,7 +241,7 @@ class OPTiMLLoss(nn.Module):
         return scores.log_softmax(-1)
 
     def _report_collapse(self, perplexity: Tensor, points: int) -> None:
-        """Warn once. Reading the number makes a GPU wait, so there only every hundredth call looks."""
+        """Warn once. Reading the number makes a GPU wait, so on a GPU only every hundredth call reads it."""
         free = self.marginals in ("learned", "detached")
         if self._collapse_reported or not free or torch.compiler.is_compiling():
             return
@@ -250,7 +250,7 @@ class OPTiMLLoss(nn.Module):
             return
         try:
             collapsed = bool(perplexity - 1 < COLLAPSE * (points - 1))
-        except RuntimeError:  # under vmap there is no one number
+        except RuntimeError:  # under vmap there is no single number
             return
         if collapsed:
             self._collapse_reported = True
@@ -293,7 +293,7 @@ class OPTiMLLoss(nn.Module):
 def _describe(x: Tensor, y: Tensor, log_mu: Tensor | None, log_nu: Tensor | None) -> tuple[Tensor, Tensor]:
     """Mean perplexity of the marginals, and mean cost of the independent coupling.
 
-    <mu nu', M> = 1 - <sum_i mu_i x̂_i, sum_j nu_j ŷ_j> needs no ``(B, n, m)`` tensor.
+    The identity <mu nu', M> = 1 - <sum_i mu_i x̂_i, sum_j nu_j ŷ_j> needs no ``(B, n, m)`` tensor.
     """
     centers, perplexities = [], []
     for points, log_mass in ((x, log_mu), (y, log_nu)):

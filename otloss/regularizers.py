@@ -19,18 +19,18 @@ class VarianceLoss(nn.Module):
 
     .. math:: v(Z) = \frac{1}{D} \sum_{j=1}^{D} \max\Big(0,\; \gamma - \sqrt{\mathrm{Var}(z^{j}) + \epsilon}\Big)
 
-    with the unbiased variance (divisor B - 1). This is VICReg's printed formula for one branch; a loss over two views
-    adds ``v(q_s) + v(q_t)``, as OPTiML's Eq. 3 does. VICReg's published code halves that sum, so that a weight of 25
-    there is 12.5 here.
+    The variance is the unbiased one (divisor B - 1). This is VICReg's printed formula for one branch. A loss over two
+    views adds ``v(q_s) + v(q_t)``, as OPTiML's Eq. 3 does. VICReg's published code halves that sum, so a weight of 25
+    in that code equals a weight of 12.5 here.
 
     Args:
         gamma: the wanted standard deviation.
-        eps: added to the variance, so that the root has a gradient at zero.
-        gather: collect the batch from all processes of ``torch.distributed`` first, with gradients. Every process then
-            has the value of the whole batch. The gradient on a process is W times its share, W the number of processes,
-            so that after the averaging of ``DistributedDataParallel`` parameters get exactly the gradient of the
-            whole batch in one process. All processes must hold equally many rows (``drop_last=True``). Without an
-            initialised process group it does nothing.
+        eps: added to the variance, so that the square root has a finite gradient at variance zero.
+        gather: first collect the batch from all processes of ``torch.distributed``, with gradients. Every process then
+            has the value of the whole batch. The gradient on a process is W times its share, where W is the number of
+            processes. ``DistributedDataParallel`` averages over the processes, so the parameters get exactly the
+            gradient that one process with the whole batch would compute. All processes must hold equally many rows
+            (``drop_last=True``). Without an initialised process group this option does nothing.
 
     Source: Bardes, Ponce and LeCun, *VICReg*, ICLR 2022 (arXiv:2105.04906), Eq. 1.
 
@@ -48,7 +48,7 @@ class VarianceLoss(nn.Module):
         self.gamma, self.eps, self.gather = gamma, eps, gather
 
     def forward(self, z: Tensor) -> Tensor:
-        """v(Z) of ``z (B, D)``: a scalar, float64 for float64 input, else float32, also under autocast.
+        """v(Z) of ``z (B, D)``, a scalar. It is float64 for float64 input and float32 otherwise, also under autocast.
 
         Raises:
             TypeError: ``z`` is no floating-point tensor.
@@ -63,14 +63,17 @@ class VarianceLoss(nn.Module):
 
 
 class CovarianceLoss(nn.Module):
-    r"""Sum of the squared covariances between different dimensions of an embedding, over their number.
+    r"""Sum of squared covariances between different dimensions of an embedding, divided by the number of dimensions.
 
     .. math:: c(Z) = \frac{1}{D} \sum_{i \neq j} \mathrm{Cov}(Z)_{ij}^2, \qquad
         \mathrm{Cov}(Z) = \frac{1}{B-1} \sum_{b=1}^{B} (z_b - \bar z)(z_b - \bar z)^\top
 
-    for one branch, as VICReg prints and computes it; a loss over two views adds ``c(q_s) + c(q_t)``. With centred
-    rows X the sum over all pairs is also :math:`\lVert X X^\top \rVert_F^2 / (B-1)^2`, a B×B product instead of a D×D
-    one; it is taken where it is the smaller (a batch of 64 and 2048 dimensions: 32 times less work).
+    This is the value for one branch, as VICReg prints and computes it. A loss over two views adds
+    ``c(q_s) + c(q_t)``.
+
+    Let X hold the centred rows. The sum over all pairs, with i = j included, also equals
+    :math:`\lVert X X^\top \rVert_F^2 / (B-1)^2`. That product is B×B instead of D×D, and it is taken when 2B ≤ D. For a
+    batch of 64 with 2048 dimensions it is 32 times less work.
 
     Args:
         gather: as in `VarianceLoss`.
@@ -89,13 +92,13 @@ class CovarianceLoss(nn.Module):
         self.gather = gather
 
     def forward(self, z: Tensor) -> Tensor:
-        """c(Z) of ``z (B, D)``: a scalar; dtype and errors as in `VarianceLoss`."""
+        """c(Z) of ``z (B, D)``, a scalar. Its dtype and errors are those of `VarianceLoss`."""
         z = whole_batch("z", z, self.gather)
         with no_autocast(z):
             (batch, dim), dtype = z.shape, z.dtype
             z = (z - z.mean(dim=0)) / (batch - 1) ** 0.5
             if 2 * batch <= dim:
-                z = wide(z)  # one large dimension, and the two sums below are equal to seven digits
+                z = wide(z)  # with one large dimension, the two sums below agree to seven digits
                 squares = ((z @ z.T).square().sum() - z.square().sum(dim=0).square().sum()).to(dtype)
             else:
                 cov = z.T @ z
@@ -120,7 +123,7 @@ def whole_batch(name: str, z: Tensor, gather: bool) -> Tensor:
 
 
 class _Gather(torch.autograd.Function):
-    """All processes' rows, in the order of their ranks; backward sums what all processes want of this one's rows."""
+    """The rows of all processes, by rank. Backward sums the gradients of all processes by the rows of this one."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor) -> Tensor:
