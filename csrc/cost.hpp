@@ -1,17 +1,17 @@
-// The cost of one problem as padded rows in scratch, and the way back from its gradient.
+// The cost of one problem, as padded rows in scratch, and the gradient of the inputs from the gradient of the cost.
 //
-// Features: with xh = x/|x|, yh = y/|y| (zero rows stay zero), C = 1 - xh yh'. The gradient G of C arrives in tiles of
-// rows and is contracted at once,  gxh = -G yh,  gyh = -G' xh,  then through the normalisation:
-// gx = (gxh - xh <xh, gxh>) / |x|, exactly 0 for a zero row. No (n, m) gradient ever leaves the scratch.
-// Padding of rows and columns holds any finite number.
+// For features, C = 1 - xh yh' with xh = x/|x| and yh = y/|y|, where zero rows stay zero. The gradient G of C comes in tiles of
+// rows. Each tile is contracted at once: gxh = -G yh and gyh = -G' xh. The derivative of the normalisation then gives
+// gx = (gxh - xh <xh, gxh>) / |x|, which is exactly 0 for a zero row. For features no (n, m) gradient leaves the scratch.
+// The padding of rows and columns may hold any finite number.
 #pragma once
 #include "gemm.hpp"
 #include "pool.hpp"
 
 namespace otloss::OTLOSS_LEVEL {
 
-constexpr int block = mr;      // rows handled at once in every pass over an (n, m) matrix
-constexpr int tile_rows = 32;  // rows of a gradient contracted at once
+constexpr int block = mr;      // rows that every pass over an (n, m) matrix handles at once
+constexpr int tile_rows = 32;  // rows of a gradient that are contracted at once
 constexpr int chain_rows = 4096;  // about how many rows, or in unroll.hpp columns, are summed in one chain
 
 template <class T> using band = typename band_of<T, block>::type;
@@ -25,14 +25,14 @@ template <class T> OTLOSS_INLINE void store_band(T* p, band<T> v) {
 // Rows and columns are padded to a multiple of this.
 template <class T> constexpr int pad_to = lanes<T> > block ? lanes<T> : block;
 template <class T> constexpr int round_up(int k) { return (k + pad_to<T> - 1) / pad_to<T> * pad_to<T>; }
-// An even number of cache lines per row would send a column of a tile to a few cache sets.
+// The stride of a row, an odd number of cache lines. With an even number, a column of a tile would fall into a few cache sets.
 template <class T> constexpr int leading(int m) {
   const int line = 64 / sizeof(T), w = (round_up<T>(m) + line - 1) / line * line;
   return w / line % 2 ? w : w + line;
 }
 
-// The rows of a large matrix in parts, for the threads of a team: sums over rows are taken part by part, then over parts.
-// Also the parts of a tall matrix are short: float32 loses 3e-5 of a sum of 65,000 rows that is taken in one chain.
+// Splits the rows of a large matrix into parts, for the threads of a team. A sum over rows is taken within each part first, then
+// over the parts. A tall matrix is split too: float32 loses 3e-5 of a sum of 65,000 rows that is taken in one chain.
 struct Parts {
   int rows, size, count;
   Parts(int rows, int cols) : rows(rows) {
@@ -51,7 +51,7 @@ template <class T> struct Cost {
   const Parts parts;
   T* C;  // rows x ld
 
-  // Room for everything a constructor may take.
+  // The scratch that a constructor may take, in bytes.
   static size_t bytes(const Problem<T>& p, bool gradient) {
     const size_t n = round_up<T>(p.n), m = round_up<T>(p.m), k = round_up<T>(p.d), feature_stride = leading<T>(p.d);
     size_t need = Arena::bytes<T>(n * leading<T>(p.m));
@@ -61,7 +61,8 @@ template <class T> struct Cost {
     return gradient ? need + features : need;
   }
 
-  // product: `fill` will be called; gradient: `backward` and `write_feature_grads` will be. C stands at `place` if it is given.
+  // `product` says that `fill` will be called. `gradient` says that `backward` and `write_feature_grads` will be called.
+  // C stands at `place` if that is given.
   Cost(const Problem<T>& p, Arena& arena, bool product, bool gradient, T* place = nullptr)
       : p(p), n(p.n), m(p.m), rows(round_up<T>(p.n)), cols(round_up<T>(p.m)), ld(leading<T>(p.m)), depth(round_up<T>(p.d)),
         feature_stride(leading<T>(p.d)), parts(rows, cols) {
@@ -102,13 +103,13 @@ template <class T> struct Cost {
     }
   }
 
-  // Copies C without its padding to `to`, unless that is null, for the gradient to come.
+  // Copies C without its padding to `to`, for a later gradient. Does nothing if `to` is null.
   void copy_cost_to(T* to) const {
     for (int i = 0; to && i < n; ++i) std::memcpy(to + size_t(i) * m, row(i), sizeof(T) * m);
   }
 
-  // G is the gradient by rows i0 .. i0 + count - 1 of C, with row stride ld; its padding is read but reaches no result.
-  // gxh[rows] = -G yh. For a dense cost G is the result and is copied to out.left.
+  // gxh[rows] = -G yh. G is the gradient by rows i0 .. i0 + count - 1 of C, with row stride ld. Its padding is read but does not
+  // enter any result. For a dense cost, G itself is the result and is copied to out.left.
   void backward_rows(const T* G, int i0, int count, const Gradient<T>& out) const {
     count = std::min(count, n - i0);
     if (!p.right) {
@@ -120,7 +121,7 @@ template <class T> struct Cost {
                 feature_stride, T(-1), T(0));
   }
 
-  // gyh[columns] -= G' xh, for columns j0 .. j0 + width - 1 of those rows. A dense cost has no right input.
+  // gyh[columns] -= G' xh, for columns j0 .. j0 + width - 1 of the same rows. A dense cost has no right input.
   void backward_columns(const T* G, int i0, int count, int j0, int width) const {
     if (!p.right) return;
     const T* xh = xh_ + size_t(i0) * feature_stride;
@@ -133,7 +134,7 @@ template <class T> struct Cost {
     backward_columns(G, i0, count, 0, m);
   }
 
-  // The gradients of the features from those of the unit rows, once every tile was contracted.
+  // Writes the gradients of the features, from those of the unit rows. Call it after every tile has been contracted.
   void write_feature_grads(const Gradient<T>& out) const {
     if (!p.right) return;
     denormalise(n, xh_, x_inverse_, gx_, out.left);
@@ -172,13 +173,14 @@ template <class T> struct Cost {
     for (int i = count; i < padded; ++i) inverse[i] = 0;
   }
 
-  // Makes a row of unit length, scaled by its largest entry first, so that no square overflows or vanishes.
+  // Scales a row to unit length and returns the factor. The row is first divided by its largest entry, so that no square
+  // overflows or vanishes.
   T rescale(T* xh) const {
     vec<T> top{}, squares{}, nothing{};
     for (int k = 0; k < depth; k += lanes<T>) {
       const vec<T> v = load(xh + k);
       top = max(max(v, -v), top);
-      nothing += v - v;  // NaN if an entry is not finite, which the maximum may hide
+      nothing += v - v;  // NaN if an entry is not finite; the maximum may hide that
     }
     const T scale = max_of<T>(top), unscale = scale > dead_mass<T> ? 1 / scale : T(0);
     for (int k = 0; k < depth; k += lanes<T>) {
@@ -190,7 +192,7 @@ template <class T> struct Cost {
     return unscale * inv;
   }
 
-  // yh transposed, in panels of nv vectors of columns: B of the product that makes the cost.
+  // Writes yh transposed, in panels of nv vectors of columns. This is B in the product that makes the cost.
   void pack() const {
     for (int j = 0; j < cols; j += lanes<T>) {
       const int within = j % panel_ld;

@@ -1,11 +1,11 @@
-// The level of instructions in use: the best this machine has, or the one named by OTLOSS_CPU_LEVEL (v4, v3, baseline).
+// The instruction level in use. It is the best that this machine has, or the one that OTLOSS_CPU_LEVEL names (v4, v3, baseline).
 #pragma once
 #include "problem.hpp"
 
 namespace otloss {
 
-const Level* active_level();      // nullptr where OTLOSS_CPU_LEVEL cannot be had
-const char* level_problem();      // why not, or ""
+const Level* active_level();      // nullptr if the level that OTLOSS_CPU_LEVEL names cannot be used
+const char* level_problem();      // the reason, or ""
 
 template <class T> const Kernels<T>& kernels_of(const Level&);
 template <> inline const Kernels<float>& kernels_of<float>(const Level& l) { return l.f32; }

@@ -1,13 +1,14 @@
-// One register-blocked product: out (+)= alpha * A B + beta on a tile of R rows and NV vectors of columns.
+// One register-blocked product: out = alpha * A B + beta, or out += alpha * A B.
 //
-// A is read as scalars at any strides (row, depth), so that a matrix, its transpose and a packed panel all serve; B is
-// read as rows of vectors. 8 x 2 vectors keep 16 accumulators in flight, enough to hide the latency of two FMA pipes.
+// A tile of the product has R rows and NV vectors of columns. A is read as scalars, with any stride by row and by depth, so
+// it may be a matrix, its transpose or a packed panel. B is read as rows of vectors. A tile of 8 x 2 vectors keeps 16
+// accumulators in flight, which is enough to hide the latency of two FMA pipes.
 #pragma once
 #include "simd.hpp"
 
 namespace otloss::OTLOSS_LEVEL {
 
-constexpr int mr = OTLOSS_VECTOR_BYTES == 64 ? 8 : 4;  // 32 registers or 16
+constexpr int mr = OTLOSS_VECTOR_BYTES == 64 ? 8 : 4;  // for 32 vector registers, or for 16
 constexpr int nv = 2;
 
 template <int R, class T, int NV, bool Add>
@@ -30,7 +31,7 @@ OTLOSS_INLINE void tile(int depth, const T* A, size_t row, size_t step, const T*
   });
 }
 
-// R rows, all columns; column j of B and of out starts at B(j) and out + j.
+// The product for R rows and all columns. Column j of B starts at B(j), and column j of out starts at out + j.
 template <int R, bool Add, class T, class Panel>
 OTLOSS_INLINE void strip(int cols, int depth, const T* A, size_t row, size_t step, Panel B, size_t ldb, T* out, size_t ldo,
                          T alpha, T beta) {
@@ -39,8 +40,8 @@ OTLOSS_INLINE void strip(int cols, int depth, const T* A, size_t row, size_t ste
   if (j < cols) tile<R, T, 1, Add>(depth, A, row, step, B(j), ldb, out + j, ldo, alpha, beta);
 }
 
-// cols is a multiple of the lanes; A and out have room for rows up to a multiple of mr. Where strips of mr and of mr - 1
-// rows add up to `rows` (49 = 7 x 7), nothing is computed for padding.
+// The whole product. cols is a multiple of the lanes. A and out have room for `rows` rounded up to a multiple of mr. If strips
+// of mr and of mr - 1 rows can add up to `rows` (49 = 7 x 7), no row of padding is computed.
 template <bool Add, class T, class Panel>
 OTLOSS_INLINE void gemm(int rows, int cols, int depth, const T* A, size_t row, size_t step, Panel B, size_t ldb, T* out,
                         size_t ldo, T alpha, T beta) {

@@ -53,7 +53,7 @@ class Pool {
   }
 
  private:
-  // As many helpers as asked for, or as the system gives.
+  // Starts threads until there are `helpers` of them, or as many as the system gives. Returns how many may be used.
   int grow(int helpers) {
     try {
       while (static_cast<int>(threads_.size()) < helpers)
@@ -64,7 +64,8 @@ class Pool {
     return helpers;
   }
 
-  // The parts of one problem follow each other within microseconds, sooner than a sleeping thread wakes.
+  // Spins for a moment before the caller sleeps. The parts of one problem follow each other within microseconds, and a
+  // sleeping thread takes longer to wake.
   template <class Condition> static void watch(Condition done) {
     for (int spin = 0; spin < 4000 && !done(); ++spin) relax();
   }
@@ -109,7 +110,7 @@ class Pool {
   std::atomic<int> busy_{0};
 };
 
-// Never destroyed: at exit its threads may still wait on it, and in a forked child they no longer exist.
+// A pool is never destroyed. At exit its threads may still wait on it, and in a forked child its threads no longer exist.
 std::atomic<Pool*> current{nullptr};
 
 Pool& pool() {
@@ -127,7 +128,9 @@ Pool& pool() {
 }  // namespace
 
 void parallel(int64_t count, int threads, const Task& task) {
-  thread_local int depth = 0;  // a task that spreads one problem over the threads comes here too, and still uses its scratch
+  // A task that spreads its problem over the threads calls this function again, while it still uses its scratch. Only the
+  // outermost call therefore trims the scratch.
+  thread_local int depth = 0;
   if (threads > count) threads = static_cast<int>(count);
   struct Call {
     const int threads;

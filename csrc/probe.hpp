@@ -1,10 +1,10 @@
-// What one core can do, measured by the benchmarks beside the kernels: rates, not results.
+// Measures what one core can do. The benchmarks compare the kernels with these rates.
 #pragma once
 #include "cost.hpp"
 
 namespace otloss::OTLOSS_LEVEL {
 
-// Seconds of the fastest of several runs: a rate that is attainable, whatever else the machine does.
+// Seconds of the fastest of several runs. Other work on the machine slows some runs, and the fastest shows what is attainable.
 template <class Run> double fastest(Run run) {
   using clock = std::chrono::steady_clock;
   double best = 1e30;
@@ -16,7 +16,7 @@ template <class Run> double fastest(Run run) {
   return best;
 }
 
-// GB/s of adding up a working set of so many bytes, again and again.
+// GB/s of adding up a working set of `bytes` bytes again and again.
 template <class T> double probe_read(Arena& arena, int64_t bytes) {
   constexpr int chains = 8;
   const int64_t step = chains * lanes<T>, count = std::max<int64_t>(1, bytes / int64_t(sizeof(T)) / step) * step;
@@ -41,7 +41,7 @@ template <class T> double probe_fma() {
   T sink = 0;
   const double took = fastest([&] {
     const vec<T> x = splat<T>(factor), y = splat<T>(addend);
-    vec<T> total[chains];  // different from each other, else the compiler computes one chain for all
+    vec<T> total[chains];  // the chains differ, else the compiler would compute one for all
     repeat<chains>(OTLOSS_EACH(c) { total[c] = splat<T>(T(c)); });
     for (int k = 0; k < steps; ++k) repeat<chains>(OTLOSS_EACH(c) { total[c] = total[c] * x + y; });
     vec<T> all{};

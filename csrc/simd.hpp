@@ -1,11 +1,12 @@
 // Fixed-width vectors for one instruction level.
 //
-// Included once per level, inside a translation unit that has set OTLOSS_LEVEL (a namespace), OTLOSS_VECTOR_BYTES and
-// the compiler's target beforehand; everything below therefore compiles for that target and nothing leaks to another.
+// Each level includes this file once, in a translation unit that has set OTLOSS_LEVEL (a namespace), OTLOSS_VECTOR_BYTES
+// and the compiler's target before. All the code below is therefore compiled for that target, and no other level uses it.
 //
-// exp2(x) = 2^k 2^r with k = round(x), |r| <= 1/2 and 2^r = 1 + r q(r), q near-minimax by Chebyshev interpolation (relative
-// error 5e-9 at degree 6, 9e-18 at degree 11). Below the smallest normal number the result is 0, above the largest it
-// saturates (at 2^127 or 2^1023), NaN stays NaN. Exponents carry the factor log2(e) from the start: exp(x/eps) = exp2(x log2(e)/eps).
+// exp2(x) = 2^k 2^r, where k = round(x), |r| <= 1/2 and 2^r = 1 + r q(r). The polynomial q is near-minimax, by Chebyshev
+// interpolation. Its relative error is 5e-9 at degree 6 and 9e-18 at degree 11. A result below the smallest normal number is
+// 0. A large result saturates, at 2^127 or 2^1023. NaN stays NaN. Exponents carry the factor log2(e) from the start:
+// exp(x/eps) = exp2(x log2(e)/eps).
 #pragma once
 #include "problem.hpp"
 
@@ -15,8 +16,8 @@ template <class T> struct Simd;
 
 template <> struct Simd<float> {
   using I = int32_t;
-  static constexpr float magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
-  static constexpr float low = -127.f, high = 127.f;  // the exponent's bits are 0 at `low`, and so is the result
+  static constexpr float magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer, which the low bits hold
+  static constexpr float low = -127.f, high = 127.f;  // at `low` the bits of the exponent are 0, so the result is 0
   static constexpr int mantissa = 23, bias = 127, degree = 6;
   static constexpr float q[] = {0.69314718802622878f, 0.24022650760568127f, 0.055503571142190778f, 0.0096180825572778515f,
                                 0.0013390863364671234f, 0.00015453162945120690f};
@@ -42,7 +43,7 @@ template <class T> constexpr int lanes = OTLOSS_VECTOR_BYTES / int(sizeof(T));
 
 #define OTLOSS_INLINE inline __attribute__((always_inline))
 
-// f(0), .., f(N - 1) written out, with constant indices: an array of vectors so indexed stays in registers.
+// Calls f(0), .., f(N - 1), written out with constant indices. An array of vectors that is indexed so stays in registers.
 template <int N, int K = 0, class F> OTLOSS_INLINE void repeat(F f) {
   if constexpr (K < N) {
     f(std::integral_constant<int, K>{});
@@ -57,13 +58,13 @@ template <class T> OTLOSS_INLINE vec<T> splat(T s) { return s - vec<T>{}; }
 template <class V> OTLOSS_INLINE V max(V a, V b) { return a > b ? a : b; }  // b where either is NaN
 template <class V> OTLOSS_INLINE V min(V a, V b) { return a < b ? a : b; }
 
-// N values of a row block, for arithmetic on the sums of its rows.
+// N values, one for each row of a block, for arithmetic on the sums of the rows.
 template <class T, int N> struct band_of {
   typedef T type __attribute__((vector_size(N * sizeof(T))));
   typedef T unaligned __attribute__((vector_size(N * sizeof(T)), aligned(sizeof(T)), may_alias));
 };
 
-// Horizontal sum by halving: a fixed order.
+// The sum of a vector's lanes, by halving. The order of the additions is fixed.
 template <class T, int N> struct Halve {
   typedef T V __attribute__((vector_size(N * sizeof(T))));
   typedef T H __attribute__((vector_size(N / 2 * sizeof(T))));
@@ -80,13 +81,15 @@ template <class T> struct Halve<T, 2> {
 };
 template <class T> OTLOSS_INLINE T sum(vec<T> v) { return Halve<T, lanes<T>>::sum(v); }
 
-// One round of adding up several vectors at once: each holds sums in groups of G lanes, and every group is halved.
+// One round of adding up several vectors at once. Each vector holds partial sums in groups of G lanes. The round halves every
+// group.
 template <class T, int G, size_t... L> OTLOSS_INLINE vec<T> halve(vec<T> a, vec<T> b, std::index_sequence<L...>) {
   constexpr int half = lanes<T> / 2;
   return __builtin_shufflevector(a, b, (L < half ? 0 : lanes<T>) + L % half / (G / 2) * G + L % (G / 2)...) +
          __builtin_shufflevector(a, b, (L < half ? 0 : lanes<T>) + L % half / (G / 2) * G + L % (G / 2) + G / 2 ...);
 }
-// out[k] = the sum of v[k]'s lanes, k < N; `out` has room for max(N, lanes). A fixed order, fewer steps than N single sums.
+// out[k] = the sum of the lanes of v[k], for k < N. `out` has room for max(N, lanes) values. The order of the additions is fixed.
+// It takes fewer steps than N single sums.
 template <class T, int N, int G = lanes<T>> OTLOSS_INLINE void sums(vec<T>* v, T* out) {
   if constexpr (G == 1) {
     repeat<N>(OTLOSS_EACH(k) { store<T>(out + k * lanes<T>, v[k]); });
@@ -99,7 +102,7 @@ template <class T, int N, int G = lanes<T>> OTLOSS_INLINE void sums(vec<T>* v, T
   }
 }
 
-// A square of vectors turned over: lane k of v[i] becomes lane i of v[k].
+// Transposes a square of vectors: lane k of v[i] becomes lane i of v[k]. `exchange` is one step on two of the vectors.
 template <class T, int W, size_t... L> OTLOSS_INLINE void exchange(vec<T>& a, vec<T>& b, std::index_sequence<L...>) {
   const vec<T> low = __builtin_shufflevector(a, b, (L & W ? lanes<T> + L - W : L)...);
   b = __builtin_shufflevector(a, b, (L & W ? lanes<T> + L : L + W)...);
@@ -129,7 +132,7 @@ template <class T> OTLOSS_INLINE vec<T> exp2(vec<T> x) {
   using S = Simd<T>;
   using I = typename vec_of<T>::ints;
   const vec<T> c = min(splat<T>(S::high), max(splat<T>(S::low), x)), t = c + S::magic, r = c - (t - S::magic);
-  const I scale = ((I)t + S::bias) << S::mantissa;  // the magic number's own bits are shifted out
+  const I scale = ((I)t + S::bias) << S::mantissa;  // the shift drops the bits of the magic number itself
   return (horner<T, 0>(r) * r + T(1)) * (vec<T>)scale;
 }
 

@@ -1,10 +1,14 @@
 // The exact derivative of the K plain iterations that were run, in O(K (n + m)) memory.
 //
-// The iterations are run again (by scaling where no mass is zero, else in the log-domain, which also follows the dead
-// entries) and their potentials kept. Then in reverse, from L = w <T, C> + v value with D_ij = w C_ij + v (f_i + g_j):
+// First the iterations are run again and their potentials are kept. If no mass is zero, they run by scaling. Else they run in
+// the log-domain, which also gives the potentials of the entries without mass. Then the derivative goes backwards through them.
+//
+// The start, for L = w <T, C> + v value, with D_ij = w C_ij + v (f_i + g_j), k_ij = exp((f_i + g_j - C_ij)/eps) and
+// rho_i = sum_j b_j k_ij, is
 //   lambda = (D o T)1/eps, kappa = (D o T)'1/eps, dC = (w + v) T - D o T/eps,
-//   da_i = sum_j D_ij b_j k_ij - eps v (rho_i - 1), db likewise;
-// and for k = K .. 1, one pass over the rows, since row i of the second half needs lambda_i alone:
+//   da_i = sum_j D_ij b_j k_ij - eps v (rho_i - 1), db likewise.
+// Then, for k = K .. 1, first the line of Q and then the line of P. Row i of P needs only lambda_i, so one pass over the rows
+// does both:
 //   Q_ij = a_i exp((f^k_i + g^k_j     - C_ij)/eps):  lambda -= Q kappa,    dC += Q kappa_j,    da_i -= eps (Q kappa)_i / a_i
 //   P_ij = b_j exp((f^k_i + g^(k-1)_j - C_ij)/eps):  kappa  = -P' lambda,  dC += P lambda_i,   db_j -= eps (P' lambda)_j / b_j
 #pragma once
@@ -23,7 +27,7 @@ void unrolled_gradient(const Problem<T>& p, Arena& arena, int64_t n_iter, const 
   T *f = arena.take<T>((n_iter + 1) * rows), *g = arena.take<T>((n_iter + 1) * cols);
   T *lambda = arena.take<T>(rows), *da = arena.take<T>(rows);
   T *kappa = arena.take<T>(cols), *next = arena.take<T>(cols), *db = arena.take<T>(cols);
-  T *some = arena.take<T>(cols), *more = arena.take<T>(cols);  // column sums of one part of the rows
+  T *some = arena.take<T>(cols), *more = arena.take<T>(cols);  // column sums over one part of the rows
   std::memset(f, 0, sizeof(T) * (n_iter + 1) * rows);
   std::memset(g, 0, sizeof(T) * (n_iter + 1) * cols);
 
@@ -37,15 +41,15 @@ void unrolled_gradient(const Problem<T>& p, Arena& arena, int64_t n_iter, const 
     int64_t ran;
     T error;
     s.run(n_iter, T(0), ran, error, [&](int64_t k) { s.potentials(f + k * rows, g + k * cols); });
-    if (ran < n_iter) s.potentials(f + n_iter * rows, g + n_iter * cols);  // not finite: let it show
+    if (ran < n_iter) s.potentials(f + n_iter * rows, g + n_iter * cols);  // a value was not finite: the results must show it
   }
 
   const T ie = 1 / p.eps, scale = s.scale, w = up.cost, v = up.value;
-  T* D = s.K;  // the gradient of the cost takes the place of the kernel
+  T* D = s.K;  // the gradient of the cost overwrites the kernel
   for (size_t j = 0; j < cols; ++j) kappa[j] = some[j] = more[j] = 0, db[j] = v * p.eps;
-  // A row's sums are taken in chains of `chain_rows` columns: in one chain of 25,000 vectors of the baseline level, float32
-  // lost 1e-5 of sums that nearly cancel.
-  // Column sums are taken part by part, as a sweep's are. visit(i) adds row i's shares to `some` and `more`.
+  // The sum of a row is taken in chains of `chain_rows` columns. With a single chain of 25,000 vectors at the baseline level,
+  // float32 lost 1e-5 of sums that nearly cancel.
+  // Column sums are taken part by part, as in a sweep. visit(i) adds the terms of row i to `some` and `more`.
   const auto by_parts = [&](int count, T* total, T* other, auto visit) __attribute__((always_inline)) {
     for (int part = 0; part < cost.parts.count; ++part) {
       for (int i = cost.parts.begin(part); i < std::min(count, cost.parts.end(part)); ++i) visit(i);
@@ -95,7 +99,7 @@ void unrolled_gradient(const Problem<T>& p, Arena& arena, int64_t n_iter, const 
       da[i] -= p.eps * total;
       for (int j = 0; j < cost.cols; j += lanes<T>) {
         const vec<T> k = exp2<T>(min(splat(bound<T>), exponent(c, g0, j, fk[i], scale)));
-        store<T>(d + j, load(d + j) + k * load(s.b + j) * l);  // the mass first: without any, k * l may overflow
+        store<T>(d + j, load(d + j) + k * load(s.b + j) * l);  // mass first: where it is 0, k * l may overflow
         store<T>(some + j, load(some + j) + k * l);
       }
     });
@@ -105,8 +109,9 @@ void unrolled_gradient(const Problem<T>& p, Arena& arena, int64_t n_iter, const 
     }
   }
 
-  // Without mass, potentials are of the size of the costs, however large: where rounding of that may move an exponent by
-  // 1/256 or more, the gradient is lost and counts as 0.
+  // The potential of an entry without mass is about as large as the costs, and these may be of any size. If rounding of the
+  // potential may move an exponent by 1/256 or more, the gradient of that mass is lost and counts as 0. A gradient of such a
+  // mass that is not finite counts as 0 too.
   const T reach = p.eps / (128 * std::numeric_limits<T>::epsilon());
   const auto by_mass = [&](T mass, T potential, T grad) {
     return mass > 0 || (std::fabs(potential) < reach && std::isfinite(grad)) ? grad : T(0);
