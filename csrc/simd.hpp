@@ -89,7 +89,7 @@ template <class T, int G, size_t... L> OTLOSS_INLINE vec<T> halve(vec<T> a, vec<
          __builtin_shufflevector(a, b, (L < half ? 0 : lanes<T>) + L % half / (G / 2) * G + L % (G / 2) + G / 2 ...);
 }
 // out[k] = the sum of the lanes of v[k], for k < N. `out` has room for max(N, lanes) values. The order of the additions is fixed.
-// It takes fewer steps than N single sums.
+// This takes fewer steps than N single sums.
 template <class T, int N, int G = lanes<T>> OTLOSS_INLINE void sums(vec<T>* v, T* out) {
   if constexpr (G == 1) {
     repeat<N>(OTLOSS_EACH(k) { store<T>(out + k * lanes<T>, v[k]); });

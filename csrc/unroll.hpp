@@ -3,8 +3,8 @@
 // First the iterations are run again and their potentials are kept. If no mass is zero, they run by scaling. Else they run in
 // the log-domain, which also gives the potentials of the entries without mass. Then the derivative goes backwards through them.
 //
-// The start, for L = w <T, C> + v value, with D_ij = w C_ij + v (f_i + g_j), k_ij = exp((f_i + g_j - C_ij)/eps) and
-// rho_i = sum_j b_j k_ij, is
+// Let L = w <T, C> + v value, D_ij = w C_ij + v (f_i + g_j), k_ij = exp((f_i + g_j - C_ij)/eps) and rho_i = sum_j b_j k_ij.
+// The derivative starts from
 //   lambda = (D o T)1/eps, kappa = (D o T)'1/eps, dC = (w + v) T - D o T/eps,
 //   da_i = sum_j D_ij b_j k_ij - eps v (rho_i - 1), db likewise.
 // Then, for k = K .. 1, first the line of Q and then the line of P. Row i of P needs only lambda_i, so one pass over the rows

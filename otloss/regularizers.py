@@ -123,7 +123,7 @@ def whole_batch(name: str, z: Tensor, gather: bool) -> Tensor:
 
 
 class _Gather(torch.autograd.Function):
-    """The rows of all processes, by rank. Backward sums the gradients of all processes by the rows of this one."""
+    """The rows of all processes, by rank. Backward sums, over all processes, the gradients by this one's rows."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor) -> Tensor:
