@@ -163,9 +163,11 @@ class Evaluation:
         }  # fmt: skip
         np.savez_compressed(path.with_suffix(".npz"), scores=scored.scores.astype(np.float32), names=scored.test.names)
         auc = record["macro_auc"]
-        shown = "no class to score" if auc is None else f"macro AUC {auc:.3f} over {record['raw']['classes']} classes"
+        shown = "no class to score" if auc is None else f"AUC {auc:.3f}"
+        if (scored_classes := record["raw"]["classes"]) < len(self.index.classes):
+            shown += f", {scored_classes} of {len(self.index.classes)} classes"
         self.console.print(
-            f"{self.start.arm} {protocol} {fraction:.0%} seed {seed}: {len(train)} labelled images, {shown}",
+            f"{self.start.shown}, {protocol}, {fraction:.0%} of labels ({len(train)} films), seed {seed}: {shown}",
             highlight=False,
         )
         record = write_record(path, record)
@@ -175,7 +177,7 @@ class Evaluation:
     def finetuned(self, train: ChestIndex, seed: int, path: Path, identity: Record, keep: Path | None) -> Scored:
         val, test = self.index.split("val"), self.index.split("test")
         size, backbone = self.start.image_size, self.start.backbone(seed)
-        with self.console.status(f"fine-tuning {self.start.arm} with {len(train)} labelled films, seed {seed}"):
+        with self.console.status(f"fine-tuning, {self.start.shown}, with {len(train)} labelled films, seed {seed}"):
             model, fitted = finetune(
                 backbone, train, val, size, self.config.train, seed, path.with_suffix(".ckpt"), identity
             )
@@ -208,7 +210,7 @@ def main(config: EvaluateConfig) -> None:
     figures: dict[str, Any] = mean_figures(largest)
     if metadata := score_metadata(evaluation.index):
         figures["metadata_only"] = summarise(metadata, config.draws)
-    title = f"{evaluation.start.arm}, {config.protocol}, {max(config.fractions):.0%} of the labels"
+    title = f"{evaluation.start.shown}, {config.protocol}, {max(config.fractions):.0%} of the labels"
     console.print(figures_table(figures, f"{title}, {figures['images']} test images, {len(largest)} seeds"))
     console.print(f"Records: {evaluation.out}")
     if config.json:

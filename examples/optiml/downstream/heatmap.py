@@ -179,12 +179,11 @@ def _one(config: HeatmapConfig, start: Start, index: ChestIndex, out: Path, seed
         record |= _score(model, images, size, index, learnt, config.draws)
     shown = _for_figure(known_targets, config.figure_images)
     _save_figure_maps(path.with_suffix(".npz"), model, images, size, index, shown)
-    console.print(
-        f"{start.arm} Grad-CAM {config.fraction:.0%} seed {seed}: {len(learnt)} of {len(known_targets)} boxed findings "
-        + (f"pointing {record['pointing']['value']:.3f} (chance {record['chance']['pointing']:.3f}), "
-           f"IoU {record['iou']['value']:.3f} (chance {record['chance']['iou']:.3f})" if learnt else "could be learnt"),
-        highlight=False,
-    )  # fmt: skip
+    figures = "no boxed finding could be learnt"
+    if learnt:
+        pointing, iou, chance = record["pointing"]["value"], record["iou"]["value"], record["chance"]
+        figures = f"pointing {pointing:.2f} (chance {chance['pointing']:.2f}), IoU {iou:.2f} ({chance['iou']:.2f})"
+    console.print(f"{start.shown}, Grad-CAM, seed {seed}: {figures}", highlight=False)
     return write_record(path, record)
 
 

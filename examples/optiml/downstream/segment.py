@@ -92,7 +92,7 @@ def _one(
     train = dataclasses.replace(task, index=label_fraction(task.index.split("train"), fraction, seed))
     write_ids(train.index, out / "subsets-segment", fraction, seed)
     model = unet(start.backbone(seed), seed).to(device())
-    with console.status(f"U-Net from {start.arm} with {len(train)} outlined films, seed {seed}"):
+    with console.status(f"U-Net, {start.shown}, with {len(train)} outlined films, seed {seed}"):
         fitted = train_unet(
             model, train, task.split("val"), start.image_size, config.train, seed, path.with_suffix(".ckpt"), identity
         )
@@ -105,8 +105,8 @@ def _one(
         "stage": "segment", **start.labels(), "label": task.label, "fraction": fraction, "seed": seed,
         "identity": identity, "train_images": len(train), **fitted, **figures,
     }  # fmt: skip
-    shown = ", ".join(f"{name} {_text(figures[name]['value'])}" for name in ("positives", "kaggle", "global"))
-    console.print(f"{start.arm} {task.label} {fraction:.0%} seed {seed}: Dice {shown}", highlight=False)
+    dice = _text(figures["positives"]["value"])
+    console.print(f"{start.shown}, {task.label}, {len(train)} outlines, seed {seed}: Dice {dice}", highlight=False)
     record = write_record(path, record)
     path.with_suffix(".ckpt").unlink(missing_ok=True)
     return record

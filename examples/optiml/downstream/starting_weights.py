@@ -67,6 +67,11 @@ class Start:
         """Whether the weights differ between the seeds of tasks."""
         return self.weights is None and not self.imagenet and self.seed is None
 
+    @property
+    def shown(self) -> str:
+        """What lines on the screen call it."""
+        return "untrained" if self.arm == SUP1 else self.arm
+
     def identity(self) -> dict[str, Any]:
         """The part of a record's identity that the start decides.
 
