@@ -67,8 +67,8 @@ def report(
     out.mkdir(parents=True, exist_ok=True)
     full = build(records)
     ran = [only_ran(table) for table in (*full, neighbours_table(records), *more)]
-    for table in ran:
-        _write_csv(table, out)
+    for table in ran:  # also those without a line, so that no figure of an earlier report stays
+        (out / f"{table.key}.csv").write_text(as_csv(table))
     tables = [table for table in ran if table.sections]
     beside = [BESIDE] if any(has_printed_values(table) for table in tables) else []
     parts = [PREAMBLE, *beside, *_mixed(records)]
@@ -88,15 +88,6 @@ def report(
     path.write_text("\n".join(parts))
     console.print(f"{len(records)} records, report: {path}")
     return path
-
-
-def _write_csv(table: Table, out: Path) -> None:
-    """The table's figures; a table without a line has no file, and what an earlier report wrote of it goes."""
-    if table.sections:
-        (out / f"{table.key}.csv").write_text(as_csv(table))
-        return
-    for suffix in (".csv", ".png"):
-        (out / f"{table.key}{suffix}").unlink(missing_ok=True)
 
 
 def check(records: list[Record]) -> None:
