@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 from pathlib import Path
 
@@ -15,11 +16,12 @@ pytest.importorskip("segmentation_models_pytorch", reason="the example needs otl
 pytest.importorskip("captum", reason="the example needs otloss[examples]")
 
 from PIL import Image
+from rich.console import Console
 from xray_runs import QUIET, SHORT
 
 from examples.optiml.commands.settings import XrayConfig
 from examples.optiml.commands.sizes import Sizes
-from examples.optiml.commands.xray import xray
+from examples.optiml.commands.xray import _learnable, xray
 from examples.optiml.data.index import read_index
 from examples.optiml.data.masks import mask_set
 from examples.optiml.downstream.arms import arm_of, paper_dataset
@@ -30,7 +32,7 @@ from examples.optiml.errors import CommandError
 from examples.optiml.pretraining.network import load_backbone
 from examples.optiml.reporting.paper import TABLE1, TABLE2
 from examples.optiml.reporting.report import _made, _mixed, build, report
-from examples.optiml.reporting.summary import Training, gains, summary_lines
+from examples.optiml.reporting.summary import gains
 from examples.optiml.reporting.tables import heatmap_table, markdown, only_ran
 
 
@@ -43,7 +45,8 @@ def test_every_stage_ends_in_the_report_and_is_not_repeated(phantoms: Path, tmp_
             draws=20,
         ),
     )  # fmt: skip
-    path = xray(config, QUIET)
+    outcome = xray(config, QUIET)
+    path = outcome.report
     records = json.loads((tmp_path / "kept" / "records.json").read_text())
     kinds = [(r["stage"], r["arm"], r.get("protocol"), r["fraction"]) for r in records]
     assert len(kinds) == len(set(kinds)) == 2 * (2 + 1 + 2 + 1 + 1)  # linear, neighbours, finetune, segment, heatmap
@@ -61,7 +64,11 @@ def test_every_stage_ends_in_the_report_and_is_not_repeated(phantoms: Path, tmp_
     assert tuned["optiml"]["pretraining"]["method"] == "optiml" and tuned["sup1"]["pretraining"] == {}
     index = read_index(phantoms)
     found = {gain.name: gain for gain in gains(records, index, "optiml", 20, mask_set(index, "Effusion"))}
-    assert list(found) == ["frozen AUC, 10 %", "fine-tuned AUC, 10 %", "neighbours' AUC", "Dice, Effusion"]
+    assert list(found.values()) == outcome.gains
+    names = ["frozen AUC, 10 %", "frozen AUC, all", "fine-tuned AUC, 10 %", "fine-tuned AUC, all", "neighbours' AUC"]
+    assert set(found) <= {*names, "Dice, Effusion"} and "frozen AUC, 10 %" in found
+    gained = found["frozen AUC, 10 %"].cells()
+    assert f"| frozen AUC, 10 % | {' | '.join(gained)} |" in text
     few = {r["arm"]: r for r in records if r.get("protocol") == "linear" and r["fraction"] == 0.1}
     dice = {r["arm"]: r["positives"]["value"] for r in records if r["stage"] == "segment"}
     for gain, sides in (
@@ -72,23 +79,33 @@ def test_every_stage_ends_in_the_report_and_is_not_repeated(phantoms: Path, tmp_
         assert gain.pretrained.value == pytest.approx(100 * sides["optiml"], abs=1e-4)
         assert gain.difference.value == pytest.approx(gain.pretrained.value - gain.untrained.value)
         assert gain.difference.low <= gain.difference.value <= gain.difference.high
-    training = Training("optiml", 1702, 10, 260, 64, 64, 345.0)
-    lines = summary_lines(training, index, list(found.values()), Path("runs/example/report/report.md"))
-    assert len(lines) <= 25 and max(map(len, lines)) <= 80 and "10 epochs of 26 steps" in lines[0]
+    lines = outcome.lines
+    assert len(lines) <= 20 and max(map(len, lines)) <= 80 and "1 epochs of" in lines[0]
+    assert len([line for line in lines if line.startswith("Grad-CAM points at")]) == 1
     maps = next(r for r in records if r["stage"] == "heatmap")
     assert maps["scored_findings"] <= maps["boxed_findings"] and 0 < maps["chance"]["pointing"] < 1
 
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if "downstream" in p.parts and p.is_file()}
-    assert xray(config, QUIET).read_text() == text
+    assert xray(config, QUIET).report.read_text() == text
     run = tmp_path / "out" / "optiml-32px-1epochs-seed0"  # which knows its size
     sizes = dataclasses.replace(config.sizes, image_size=None)
-    assert xray(dataclasses.replace(config, run=(run,), sizes=sizes), QUIET).read_text() == text
+    assert xray(dataclasses.replace(config, run=(run,), sizes=sizes), QUIET).report.read_text() == text
     assert before == {p: p.stat().st_mtime_ns for p in before}
 
     with pytest.raises(CommandError, match="are the same run of the same arm"):
         report([*records, records[0]], tmp_path / "twice", QUIET)
     with pytest.raises(CommandError, match=r"is missing: run evaluate --protocol finetune --fractions 0\.5 first"):
         heatmap(HeatmapConfig(phantoms, untrained=True, image_size=32, fraction=0.5, out=tmp_path), QUIET)
+
+
+def test_labels_that_teach_nothing_are_left_out(phantoms: Path) -> None:
+    train, told = read_index(phantoms).split("train"), io.StringIO()
+    train = train.take(np.unique(train.patients, return_index=True)[1])  # a film of each patient
+    sizes = Sizes(fractions=(1 / len(train), 1.0))
+    assert _learnable(sizes, train, Console(file=told)).fractions == (1.0,)
+    assert "which is 1 film and teaches nothing" in told.getvalue()
+    with pytest.raises(CommandError, match="have no finding that some have and others have not"):
+        _learnable(sizes, train.take(np.arange(1)), Console(file=told))
 
 
 def finished_run(folder: Path, seed: int = 0, **changes: float) -> Path:

@@ -9,22 +9,15 @@ from pathlib import Path
 from rich.console import Console
 
 from ..atomic import write_json
-from ..data.index import open_index
-from ..data.masks import mask_set
 from ..data.prepare.command import main as prepare
 from ..data.prepare.settings import PrepareConfig
-from ..downstream.result_files import read_records
 from ..downstream.settings import TrainConfig
-from ..pretraining.callbacks import duration
-from ..pretraining.log import log_frame
 from ..pretraining.precision import fast_precision
-from ..pretraining.trainer import LOG
 from ..provenance import provenance
-from ..reporting.report import RECORDS
-from ..reporting.summary import FRACTION, Training, gain_record, gains, summary_lines
+from ..reporting.summary import FRACTION, gain_record
 from .settings import ExampleConfig, XrayConfig
 from .sizes import Sizes
-from .xray import run_name, xray
+from .xray import Outcome, close, xray
 
 TRAIN, TEST, SIZE = 2000, 600, 64
 #: The finding that the U-Net outlines.
@@ -36,6 +29,15 @@ SIZES = Sizes(
     segment_fractions=(1.0,), segment_seeds=(0,),
     unet=TrainConfig(lr=1e-3, batch_size=16, epochs=1, min_steps=100, max_steps=100, checks=2),
 )  # fmt: skip
+
+
+#: What the last screen ends with.
+NEXT = """
+Next, on real films: NIH's 112,120 in one file, or a folder of your own. Where to
+get the first, and what to do with the second: examples/optiml/README.md
+  python -m examples.optiml prepare --dataset medmnist \\
+      --root chestmnist_64.npz --out data/chestmnist
+  make example-xray DATA=data/chestmnist""".splitlines()
 
 
 def main(config: ExampleConfig) -> None:
@@ -52,33 +54,16 @@ def main(config: ExampleConfig) -> None:
         data, config.out, dataset="phantoms", method=config.method, pretrain_seeds=(config.seed,),
         precision=fast_precision(), label=LABEL, sizes=replace(SIZES, epochs=config.epochs),
     )  # fmt: skip
-    report = xray(stages, console)
-    index = open_index(data)
-    found = gains(
-        read_records([report.parent / RECORDS]), index, config.method, SIZES.draws, mask_set(index, LABEL)
-    )  # fmt: skip
-    log = log_frame(config.out / run_name(stages, config.seed) / LOG)
-    training = Training(
-        config.method,
-        len(index.split("train")),
-        config.epochs,
-        len(log),
-        SIZES.batch_size,
-        SIZE,
-        float(log["seconds"].sum()),
-    )
-    lines = summary_lines(training, index, found, report)
-    console.rule()
-    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
-    console.print(f"\nThis call took {duration(time.monotonic() - started)}.", highlight=False)
+    outcome = xray(stages, console, films="drawn films")
+    lines = close(console, outcome, started, NEXT)
     if config.results:
-        write_results(config.results, config.seed, training, [gain_record(gain) for gain in found], lines)
+        write_results(config.results, config.seed, outcome, lines)
 
 
-def write_results(path: Path, seed: int, training: Training, found: list[dict[str, object]], lines: list[str]) -> None:
+def write_results(path: Path, seed: int, outcome: Outcome, lines: list[str]) -> None:
     """The figures of the last screen, and the screen, for pages that quote them."""
     content = {
-        "seed": seed, "pretraining": vars(training), "gains": found, "screen": lines,
-        **provenance(),
+        "seed": seed, "pretraining": vars(outcome.training), "gains": [gain_record(gain) for gain in outcome.gains],
+        "screen": lines, **provenance(),
     }  # fmt: skip
     write_json(path, content)

@@ -4,33 +4,53 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from ..data.index import open_index, with_all_splits
+from ..data.fractions import SMALL
+from ..data.index import ChestIndex, open_index, with_all_splits
 from ..data.masks import has_outlines, mask_set
+from ..data.subsets import label_fraction
+from ..downstream.arms import SUP1
 from ..downstream.evaluate import Evaluation, FrozenFeatures, evaluate, source_record
+from ..downstream.finetune import usable_classes
 from ..downstream.heatmap import heatmap, heatmap_record, targets
 from ..downstream.result_files import Record
 from ..downstream.segment import segment
 from ..downstream.settings import EvaluateConfig, HeatmapConfig, SegmentConfig, StartConfig
 from ..downstream.starting_weights import Start, resolve, run_folder
 from ..errors import CommandError
+from ..pretraining.callbacks import duration
+from ..pretraining.log import log_frame
 from ..pretraining.settings import AugmentConfig, PretrainConfig
-from ..pretraining.trainer import pretrain
+from ..pretraining.trainer import LOG, pretrain
 from ..reporting.report import report
+from ..reporting.summary import Gain, Training, gains, gains_section, summary_lines
 from .settings import XrayConfig
 from .sizes import Sizes
 
 UNTRAINED = "untrained"
 
 
-def xray(config: XrayConfig, console: Console | None = None) -> Path:
-    """All stages; returns the report."""
+@dataclass(frozen=True)
+class Outcome:
+    """What all stages together came to."""
+
+    report: Path
+    gains: list[Gain]
+    """Over the untrained network; empty where several networks were evaluated."""
+    lines: list[str]
+    """The summary for the screen."""
+    training: Training | None
+    """Of the pretraining, where it is this command's own and the only one."""
+
+
+def xray(config: XrayConfig, console: Console | None = None, films: str = "films") -> Outcome:
+    """All stages. ``films`` is what the summary calls them."""
     console = console or Console()
     common = _common(config)
     config = replace(config, sizes=replace(config.sizes, image_size=common["image_size"]))
@@ -40,6 +60,7 @@ def xray(config: XrayConfig, console: Console | None = None) -> Path:
         mask_set(open_index(config.segment_data, *held_out), config.label)
     elif has_outlines(index, config.label):
         config = replace(config, segment_data=config.data)
+    config = replace(config, sizes=_learnable(config.sizes, index.split("train"), console))
     console.rule("pretrain")
     runs = config.run or tuple(_pretrained(config, seed, console) for seed in config.pretrain_seeds)
     dataset = config.dataset or config.data.resolve().name
@@ -52,11 +73,36 @@ def xray(config: XrayConfig, console: Console | None = None) -> Path:
         name = UNTRAINED if run is None else _name(run)
         records += stages(config.sizes, start, name, downstream, console, config.segment_data, config.label)
     console.rule("report")
-    path = report(records, config.out / "report", console)
+    outlines = None
+    if config.segment_data is not None:
+        outlines = mask_set(with_all_splits(open_index(config.segment_data, *held_out)), config.label)
+    arms = {record["arm"] for record in records} - {SUP1}
+    one = len(runs) == len(arms) == 1  # of several networks the report shows means
+    found = gains(records, index, arms.pop(), config.sizes.draws, outlines) if one else []
+    path = report(records, config.out / "report", console, opening=gains_section(found))
     if config.results:
         shutil.copytree(path.parent, config.results, dirs_exist_ok=True)
         console.print(f"Copied to {config.results}")
-    return path
+    training = None if config.run or not one else _training(config, runs[0], index, films)
+    return Outcome(path, found, summary_lines(training, index, found, records), training)
+
+
+def _learnable(sizes: Sizes, train: ChestIndex, console: Console) -> Sizes:
+    """Without the fractions whose labels teach no class, whichever subset is drawn; says so of each."""
+    taught = []
+    for fraction in sizes.fractions:
+        seeds = sizes.small_seeds if fraction < SMALL else sizes.large_seeds
+        subsets = [label_fraction(train, fraction, seed) for seed in seeds]
+        if any(usable_classes(subset).any() for subset in subsets):
+            taught.append(fraction)
+        else:
+            films = "1 film" if len(subsets[0]) == 1 else f"{len(subsets[0])} films"
+            console.print(
+                f"Left out: {fraction:.0%} of the labels, which is {films} and teaches nothing", highlight=False
+            )
+    if not taught:
+        raise CommandError(f"the {len(train)} training films have no finding that some have and others have not")
+    return replace(sizes, fractions=tuple(taught))
 
 
 def _name(run: Path) -> str:
@@ -126,7 +172,7 @@ def stages(
         frozen = EvaluateConfig(start.data, fractions=fractions, seeds=seeds, draws=sizes.draws, out=out)
         yield from evaluate(frozen, console, start, features)
     if sizes.neighbours:
-        seeds = sizes.large_seeds if start.random else sizes.large_seeds[:1]
+        seeds = sizes.large_seeds[:1]  # with all labels, seeds differ in random weights alone
         vote = EvaluateConfig(start.data, protocol="neighbours", seeds=seeds, draws=sizes.draws, out=out)
         yield from evaluate(vote, console, start, features)
     if large and sizes.finetune_seeds is not None:
@@ -162,8 +208,25 @@ def stages(
             yield from segment(unet, console, task)
 
 
+def _training(config: XrayConfig, run: Path, index: ChestIndex, kind: str) -> Training:
+    log, sizes = log_frame(run / LOG), config.sizes
+    assert sizes.image_size is not None  # xray has filled it in
+    films, seconds = len(index.split("train")), float(log["seconds"].sum())
+    return Training(
+        config.method, films, sizes.epochs, len(log), sizes.batch_size, sizes.image_size, seconds, kind
+    )  # fmt: skip
+
+
+def close(console: Console, outcome: Outcome, started: float, following: Sequence[str] = ()) -> list[str]:
+    """Print the last screen, with what may follow, and return its lines. ``started`` is a time of `time.monotonic`."""
+    lines = [*outcome.lines, "", f"Report with its figures   {outcome.report}", *following]
+    console.rule()
+    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+    console.print(f"\nThis call took {duration(time.monotonic() - started)}.", highlight=False)
+    return lines
+
+
 def main(config: XrayConfig) -> None:
     """The ``xray`` command."""
     console, started = Console(), time.monotonic()
-    path = xray(config, console)
-    console.print(f"{(time.monotonic() - started) / 60:.0f} min. {path}")
+    close(console, xray(config, console), started)

@@ -49,7 +49,7 @@ def _card(config: PretrainConfig, index: ChestIndex, train: ChestIndex, world: W
     else:
         validation = f"validation share {config.val_fraction}, split seed {config.split_seed}"
     lines = [
-        f"# ResNet18, pretrained by {config.method} on {len(train):,} chest X-rays",
+        f"# ResNet18, pretrained by {config.method} on {len(train):,} films",
         "",
         f"`backbone.pth`: the weights of a ResNet18 without classifier under torchvision's names, from {config.init} "
         f"initialisation, pretrained without labels at {config.image_size} px. Input: grey images repeated over three "

@@ -120,6 +120,8 @@ def draw_heatmaps(title: str, arms: dict[str, dict[str, Any]], path: Path) -> No
                 heat = arms[name]["maps"][i]
                 heat = heat / heat.max() if heat.max() > 0 else heat
                 axes.imshow(heat, cmap="jet", alpha=0.15 + 0.4 * heat, vmin=0, vmax=1, interpolation="bilinear")
+                if not heat.any():
+                    axes.text(0.5, 0.5, "empty map", transform=axes.transAxes, ha="center", color="white", fontsize=8)
             for row, x, y, w, h in first["boxes"]:
                 if int(row) == i:
                     corner = (x * size - 0.5, y * size - 0.5)

@@ -59,9 +59,13 @@ def build(records: list[Record]) -> list[Table]:
 
 
 def report(
-    records: list[Record], out: Path, console: Console | None = None, more: Sequence[Table] = (), notes: str = ""
-) -> Path:
-    """Write what was run, ``more`` tables and ``notes``, and the paper's tables as an appendix; returns the page."""
+    records: list[Record], out: Path, console: Console | None = None, more: Sequence[Table] = (), notes: str = "",
+    opening: str = "",
+) -> Path:  # fmt: skip
+    """Write ``opening``, what was run, ``more`` tables, ``notes``, and the paper's tables as an appendix.
+
+    Returns the page.
+    """
     console = console or Console()
     check(records)
     out.mkdir(parents=True, exist_ok=True)
@@ -71,7 +75,7 @@ def report(
         (out / f"{table.key}.csv").write_text(as_csv(table))
     tables = [table for table in ran if table.sections]
     beside = [BESIDE] if any(has_printed_values(table) for table in tables) else []
-    parts = [PREAMBLE, *beside, *_mixed(records)]
+    parts = [PREAMBLE, *beside, *_mixed(records), *([opening] if opening else [])]
     for table in tables:
         if table.key == "fig2":
             pictures = _heatmaps(records, out)

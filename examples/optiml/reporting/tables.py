@@ -16,6 +16,12 @@ from ..downstream.result_files import Record
 from ..markdown import markdown_table
 from .paper import FIG3, FRACTIONS, TABLE3
 
+#: What the columns of the Dice table are.
+DICE_NOTE = (
+    "*positives* is the mean over films that have an outline. *kaggle* counts the others too: as 1 where the network "
+    "outlines nothing, else as 0, so that a network that never outlines anything scores high. *global* is over all "
+    "pixels."
+)
 HEATMAP_COLUMNS = {"pointing": "pointing game", "iou": "IoU", "empty": "empty maps"}
 
 
@@ -169,7 +175,8 @@ def dice_table(records: list[Record]) -> Table:
                 cells += [Cell(kind, None, Summary.of([r[kind] for r in runs])) for kind in ("kaggle", "global")]
                 rows.append(Row(name, cells))
             part = "" if f == 1.0 else f", {f:.0%} of the outlines"
-            sections.append(Section(f"{_title(dataset)}, {label}{part}", rows, _sizes(here), digits=3))
+            note = " ".join(filter(None, [_sizes(here), DICE_NOTE if here else ""]))
+            sections.append(Section(f"{_title(dataset)}, {label}{part}", rows, note, digits=3))
     return Table("fig3", "Fig. 3: segmentation (Dice)", sections)
 
 
