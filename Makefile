@@ -14,23 +14,28 @@ help:  ## list the targets
 
 # PyTorch first and pinned: these are the versions that the tests run with.
 $(VENV)/.torch:
-	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet $(TORCH) || \
-	  { echo "make: $(TORCH) is not available here; taking the newest release"; $(PY) -m pip install --quiet torch torchvision; }
-	touch $@
+	@echo "make: installing PyTorch into $(VENV) (about 5 GB on the disk, some minutes)"
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@$(PY) -m pip install --quiet $(TORCH) || \
+	  { echo "make: no $(TORCH) here; taking the newest release"; $(PY) -m pip install --quiet torch torchvision; }
+	@touch $@
 
-# The stamps depend on the C++ sources, so that a changed kernel is rebuilt.
+# The stamps depend on the C++ sources, so that a changed kernel is rebuilt. An editable install by path is found from
+# every folder, also from the one that the clone lies in, where a folder named otloss would hide any other.
+INSTALL = @echo "make: building otloss and installing what it needs (some minutes)"; \
+	$(PY) -m pip install --quiet --config-settings editable_mode=compat -e
+
 $(VENV)/.examples: $(VENV)/.torch $(SOURCES)
-	$(PY) -m pip install --quiet -e ".[examples]"
-	touch $@
+	$(INSTALL) ".[examples]"
+	@touch $@
 
 $(VENV)/.dev: $(VENV)/.torch $(SOURCES)
-	$(PY) -m pip install --quiet -e ".[dev,examples]"
-	touch $@ $(VENV)/.examples
+	$(INSTALL) ".[dev,examples]"
+	@touch $@ $(VENV)/.examples
 
 $(VENV)/.bench: $(VENV)/.torch $(SOURCES)
-	$(PY) -m pip install --quiet -e ".[bench]"
-	touch $@
+	$(INSTALL) ".[bench]"
+	@touch $@
 
 example: $(VENV)/.examples  ## every stage of OPTiML on generated images, from pretraining to the report (some minutes)
 	$(PY) -m examples.optiml example
