@@ -24,6 +24,7 @@ class ExampleConfig:
     out: Path = Path("runs/example")
     """Working folder; a second call goes on where the first was stopped."""
     method: str = "optiml"
+    """Of the pretraining; a name of the methods that the pages compare, such as simclr."""
     epochs: int = 8
     """Epochs of pretraining."""
     seed: int = 0
@@ -50,10 +51,13 @@ class XrayConfig:
     run: tuple[Path, ...] = ()
     """Pretrained run folders to take instead of pretraining; all rows get the first one's validation patients."""
     method: str = "optiml"
+    """Of the pretraining; a name of the methods that the pages compare, such as simclr."""
     pretrain_seeds: tuple[int, ...] = (0,)
+    """A network is pretrained from each."""
     precision: Precision = "32-true"
     """Of the pretraining; bf16-mixed is faster on processors that multiply in it."""
     workers: int = 0
+    """Processes that read and augment films beside the training; 0: the training does it itself."""
     label: str = "Pneumothorax"
     """What to segment: a finding, or whatever else there are masks of, such as Lung."""
     sizes: Annotated[Sizes, tyro.conf.arg(name="")] = field(default_factory=Sizes)
@@ -93,6 +97,7 @@ class CompareConfig:
     """Of the pretraining, or of random weights: those to make. All that are complete are reported."""
     size_flags: Annotated[SizeFlags, tyro.conf.arg(name="")] = field(default_factory=SizeFlags)
     workers: int = 0
+    """Processes that read and augment films beside the training; 0: the training does it itself."""
 
     def __post_init__(self) -> None:
         if self.budget not in BUDGETS:

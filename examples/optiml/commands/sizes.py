@@ -17,19 +17,22 @@ class Sizes:
     """The sizes of all stages: pretraining, evaluation, heatmaps, segmentation. The defaults are those of ``xray``."""
 
     epochs: int = 10
+    """Of the pretraining."""
     batch_size: int = 64
+    """Films of a step of the pretraining; at most as many as there are training films."""
     image_size: int | None = None
     """Unset: that of the first ``run``, or 64."""
     min_scale: float | None = None
     """Smallest share of the film that a crop of the pretraining shows. Unset: the method's."""
 
     fractions: tuple[float, ...] = (0.01, 0.1, 1.0)
+    """Shares of the training labels to learn from, frozen and fine-tuned."""
     small_seeds: Annotated[tuple[int, ...], tyro.conf.arg(name="seeds")] = SMALL_SEEDS
-    """Of fractions below a tenth, where few patients decide."""
+    """Label subsets to draw for fractions below a tenth, where few patients decide."""
     large_seeds: tuple[int, ...] = LARGE_SEEDS
-    """Of the other fractions."""
+    """Label subsets to draw for the other fractions."""
     finetune_seeds: tuple[int, ...] | None = None
-    """Of networks fine-tuned with such a fraction. Unset: ``large_seeds``."""
+    """Of ``large_seeds``, those that are also fine-tuned. Unset: all."""
     neighbours: bool = True
     """Also score frozen features by a vote of the nearest training films, with all labels."""
     finetune: TrainConfig = field(default_factory=lambda: TrainConfig(lr=1e-3, epochs=5, min_steps=60, checks=5))
