@@ -19,7 +19,8 @@ from PIL import Image
 
 from ..images import resize_mask
 from ..index import IMAGE_FOLDER, MASK_FOLDER, Box, mask_path
-from .listing import Film, Grey
+from .grey import Grey, check_contrast
+from .listing import Film
 from .pixels import decode_runs, fitted_size, read_grey, read_mask, resize
 
 PROGRESS_FILE = "progress.jsonl"
@@ -56,6 +57,7 @@ def convert(job: Job) -> Done:
     stamp = stamp_of(record)
     try:
         image, patient = read_grey(record.path) if job.pixels is None else (job.pixels, "")
+        check_contrast(image)
         rows, columns = image.shape
         masks = {}
         for label, origin in record.masks:
