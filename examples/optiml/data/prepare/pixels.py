@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 
 from .dicom import read_dicom
 from .grey import Grey, check_contrast, film_range, to_bytes
-from .listing import DICOM_SUFFIXES
+from .listing import DICOM_SUFFIXES, has_dicom_mark
 
 Mask = NDArray[np.bool_]
 
@@ -29,13 +29,6 @@ def read_grey(path: Path) -> tuple[Grey, str]:
         image, patient = _read_picture(path), ""
     check_contrast(image)
     return image, patient
-
-
-def has_dicom_mark(path: Path) -> bool:
-    """Hospitals' own files often have no suffix."""
-    with path.open("rb") as file:
-        file.seek(128)
-        return file.read(4) == b"DICM"
 
 
 def _read_picture(path: Path) -> Grey:
