@@ -293,9 +293,6 @@ def test_weights_from_elsewhere(tmp_path: Path) -> None:
     thawed = load_backbone(path).train()  # fine-tuned as any other network
     thawed(torch.randn(2, 3, 32, 32))
     assert not torch.equal(thawed.bn1.running_mean, frozen.bn1.running_mean)
-    torch.save({"state_dict": theirs.state_dict()}, path)
-    with pytest.raises(CommandError, match=r"x\.pth holds no ResNet18 weights under torchvision's names \(.*conv1"):
-        load_backbone(path)
     path.write_text("no weights at all")
     with pytest.raises(CommandError, match=r"x\.pth holds no ResNet18 weights"):
         load_backbone(path)

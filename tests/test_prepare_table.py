@@ -77,7 +77,8 @@ def test_csv_part_of_a_table(tmp_path: Path) -> None:
     result = run("csv", table.parent, tmp_path / "out", table=table, **some)
     assert set(findings(result.index)) == {"c"}
     assert reasons(tmp_path / "out") == {
-        "b/x.png": "not hospital!=h2", "a/x.png": "not mass=0", "d.png": "not mass=0"
+        "b/x.png": "not hospital!=h2", "a/x.png": "not mass=0", "d.png": "not mass=0",
+        **dict.fromkeys(("e.png", "link.png", "m.png", "wide.png"), "an image file that the tables do not list"),
     }  # fmt: skip
     with pytest.raises(ValueError, match=r"has no column 'ward'; it has 'file', "):
         run("csv", table.parent, tmp_path / "bad", table=table, **{**some, "where": ("ward=3",)})
@@ -184,7 +185,7 @@ def test_many_patients_are_drawn_each_by_himself(tmp_path: Path, monkeypatch: py
     other = run("csv", root, tmp_path / "other", **options, split_seed=1).index
     assert not np.array_equal(other.splits, index.splits)
     # A patient's split does not depend on who else is there.
-    write_text(table, ["image,who", *rows[36:]])
+    write_text(table, ["image,who,mass", *rows[36:]])
     fewer = run("csv", root, tmp_path / "fewer", **options).index
     assert len(np.unique(fewer.patients)) >= 40
     before = dict(zip(index.names.tolist(), index.splits.tolist(), strict=True))

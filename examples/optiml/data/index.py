@@ -136,6 +136,16 @@ def with_all_splits(index: ChestIndex) -> ChestIndex:
     return index
 
 
+def with_findings(index: ChestIndex) -> ChestIndex:
+    """The same index; ends the command where there is nothing to evaluate."""
+    if not index.classes:
+        raise CommandError(
+            f"{index.root} has no findings to evaluate: it was prepared without --label-columns; name them and prepare "
+            "into another --out"
+        )
+    return index
+
+
 def patient_share(key: str) -> float:
     """A number in [0, 1) that belongs to a patient and a purpose."""
     digest = hashlib.sha256(key.encode()).digest()

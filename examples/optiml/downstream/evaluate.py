@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from ..atomic import write_json
-from ..data.index import SPLITS, ChestIndex
+from ..data.index import SPLITS, ChestIndex, with_findings
 from ..data.subsets import label_fraction, write_ids
 from ..pretraining.features import extract
 from ..pretraining.monitor import knn_scores
@@ -113,7 +113,7 @@ class Evaluation:
         """``start``: what ``config`` would else be resolved to; ``features``: of that start, shared with others."""
         self.config, self.console = config, console
         self.start: Start = start or resolve(config)
-        self.index = self.start.index()
+        self.index = with_findings(self.start.index())
         self.out = config.out or default_out(config.run, self.start)
         self.features = features or FrozenFeatures(self.start, self.index)
 

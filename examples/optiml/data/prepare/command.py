@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ...atomic import atomic_path, write_json
+from ...locking import LOCK, folder_lock
 from ..index import BOXES_FILE, IMAGE_FOLDER, INDEX_FILE, PREPARED_FILE, SPLITS, ChestIndex, read_index
 from . import reader
 from .convert import Done, convert_all, forget_progress, read_progress, still_to_do
@@ -45,6 +46,11 @@ class Prepared:
 def prepare(config: PrepareConfig, tick: Callable[[int, int], None] = lambda done, total: None) -> Prepared:
     """Prepare a data set; goes on where an earlier run of the same preparation stopped."""
     _check_out(config)
+    with folder_lock(config.out):
+        return _prepare(config, tick)
+
+
+def _prepare(config: PrepareConfig, tick: Callable[[int, int], None]) -> Prepared:
     listing = reader(config.dataset)(config)
     if config.dataset in ("rsna", "siim"):
         listing = match_to_nih(listing, config)
@@ -105,7 +111,7 @@ def _check_out(config: PrepareConfig) -> None:
     out = config.out
     if config.dataset != "phantom" and out.resolve() == config.folder.resolve():
         raise ValueError(f"out must not be the data set's own folder {out}")
-    foreign = out.is_dir() and any(entry.name != "drawn" for entry in os.scandir(out))
+    foreign = out.is_dir() and any(entry.name not in ("drawn", LOCK) for entry in os.scandir(out))
     if foreign and not (out / PREPARED_FILE).is_file():
         raise FileExistsError(f"{out} is not empty and was not made by prepare; choose another --out")
 

@@ -23,7 +23,8 @@ def read_rsna(config: PrepareConfig) -> Listing:
     if len(strange := rows["Target"][~rows["Target"].isin((0, 1))]):
         raise ValueError(f"{table}: column 'Target' holds {strange.iloc[0]:g}, which is neither 0 nor 1")
     found = files_by_stem(root, [IMAGE_FOLDER], DICOM_SUFFIXES + IMAGE_SUFFIXES)
-    records, skipped = [](found, rows["patientId"])
+    records: list[Film] = []
+    skipped: list[tuple[str, str]] = []
     for name, group in rows.groupby("patientId"):
         if name not in found:
             skipped.append((str(name), f"no image file under {IMAGE_FOLDER}/"))

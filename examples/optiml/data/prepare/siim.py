@@ -44,7 +44,8 @@ def read_siim(config: PrepareConfig) -> Listing:
         raise FileNotFoundError(f"{root} has neither {RELEASES[0][0]} nor {RELEASES[1][0]}")
     _, table, runs, found = max(choices, key=lambda choice: choice[0])
 
-    records, skipped = [](found, runs)
+    records: list[Film] = []
+    skipped: list[tuple[str, str]] = []
     for name, parts in sorted(runs.items()):
         if name in found:
             labels = ("Pneumothorax",) if parts else ()

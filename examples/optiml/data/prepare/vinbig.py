@@ -103,7 +103,8 @@ def _records(
         if label in named.get(image, ()):
             x0, y0, x1, y1 = (float(corner) for corner in corners)
             drawn.setdefault(image, []).append(Box(label, x0, y0, x1 - x0, y1 - y0))
-    records, skipped = [](found, readers["image_id"])
+    records: list[Film] = []
+    skipped: list[tuple[str, str]] = []
     for image in sorted(readers["image_id"].unique()):
         if image not in found:
             skipped.append((image, f"no .dicom file under {split or 'train'}/"))
