@@ -59,8 +59,10 @@ def read_rows(path: Path, wanted: Collection[str] = ()) -> pd.DataFrame:
     reader = csv.reader((f"{line}\n" for line in lines[first:]), delimiter=separator, strict=True)
     rows: list[list[str]] = []
     columns: list[str] = []
+    done = 0
     try:
         for cells in reader:
+            done = reader.line_num
             row = [cell.strip() for cell in cells]
             if not any(row):
                 continue
@@ -76,7 +78,9 @@ def read_rows(path: Path, wanted: Collection[str] = ()) -> pd.DataFrame:
                 )
             rows.append(row + [""] * (len(columns) - len(row)))
     except csv.Error as error:
-        raise ValueError(f"{path}, line {first + reader.line_num}: {error}; correct the quotes there") from error
+        raise ValueError(
+            f"{path}, the row that begins in line {first + done + 1}: {error}; correct its quotes"
+        ) from error
     frame = pd.DataFrame(rows, columns=columns, dtype=object)
     if note:
         frame.attrs[NOTE] = note
