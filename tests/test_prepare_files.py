@@ -20,6 +20,7 @@ from xray_layouts import (
     reasons,
     rsna,
     run,
+    siim,
     vinbig_kaggle,
     vinbig_physionet,
     write_dicom,
@@ -29,6 +30,8 @@ from xray_layouts import (
 
 from examples.optiml.__main__ import cli
 from examples.optiml.data.tables import read_rows
+from examples.optiml.errors import CommandError
+from examples.optiml.locking import folder_lock
 
 LABELS: dict[str, Any] = {"label_columns": ("Mass",)}
 
@@ -150,6 +153,15 @@ def test_the_wrong_tables_of_vinbig(tmp_path: Path) -> None:
         run("vinbig", root, tmp_path / "out")
 
 
+def test_the_wrong_table_of_siim(tmp_path: Path) -> None:
+    root = siim(tmp_path / "siim", [])
+    (root / "train-rle.csv").write_text("patientId,class\n1.2.3,Normal\n")
+    with pytest.raises(
+        ValueError, match=r"train-rle\.csv has no column 'EncodedPixels' .*'class' stands; the download's tr"
+    ):
+        run("siim", root, tmp_path / "out")
+
+
 # --- films that no row lists, and names that no file can have --------------------------------------------------------
 
 
@@ -184,6 +196,15 @@ def test_a_name_that_no_file_can_have_costs_one_film(tmp_path: Path) -> None:
     assert len(skipped) == 3 and sum("File name too long" in reason for reason in skipped.values()) == 2
     again = run("csv", root, tmp_path / "out", table=table)
     assert again.converted == 0 and list(again.index.names) == list(result.index.names)
+
+
+def test_one_preparation_at_a_time(tmp_path: Path) -> None:
+    root = films(tmp_path / "films", "a.png", "b.png")
+    table = write_text(tmp_path / "T.csv", ["image", "a.png", "b.png"])
+    with folder_lock(tmp_path / "out"), pytest.raises(CommandError, match="out is in use: another command is at work"):
+        run("csv", root, tmp_path / "out", table=table)
+    assert not (tmp_path / "out").exists()
+    assert len(run("csv", root, tmp_path / "out", table=table).index) == 2
 
 
 # --- what is said before it is too late ------------------------------------------------------------------------------

@@ -131,7 +131,8 @@ class PretrainConfig:
     data: Path
     """Folder of images with their index, as ``prepare`` writes it."""
     out: Path
-    """Run folder: config.json, metrics.csv, monitor.csv, last.ckpt and finally backbone.pth and MODEL_CARD.md."""
+    """Run folder: config.json, metrics.csv, monitor.csv, last.ckpt, and finally backbone.pth and MODEL_CARD.md in place
+    of last.ckpt."""
     method: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(METHODS) + "}")] = "optiml"
     preset: Literal["recommended", "paper", "official"] = "recommended"
     """Values for what is not set: "recommended" trains; "paper" is all as printed (with --all-images: its images);

@@ -110,9 +110,9 @@ def _train(config: PretrainConfig, index: ChestIndex, world: World, console: Con
         if world.first:
             write_model_card(config, index, train, world, config.out / CARD)
             export(model, exported)
+            console.print(f"Backbone: {exported}")
             if not config.keep_checkpoint:
                 last.unlink(missing_ok=True)
-            console.print(f"Backbone: {exported}")
         trainer.strategy.barrier()  # no process returns before the files are there
     return exported
 

@@ -27,6 +27,11 @@ def read_runs(table: Path) -> dict[str, tuple[str, ...]]:
         if len(row) < 2 or row[0].strip() == "ImageId":
             continue
         name, text = row[0].strip(), row[1].strip()
+        if not runs and not text.replace(" ", "").removeprefix("-").isdigit() and text:
+            raise ValueError(
+                f"{table} has no column 'EncodedPixels' of run lengths in the second place, where {text!r} stands; the "
+                f"download's {table.name} has it"
+            )
         runs[name] = runs.get(name, ()) + (() if text in ("", "-1") else (text,))
     return runs
 
