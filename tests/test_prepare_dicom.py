@@ -153,9 +153,11 @@ def test_a_useless_window_is_none(tmp_path: Path, window: tuple[Any, Any], photo
     assert np.abs(grey_of(tmp_path, DEEP, photometric, bits=12, VOILUTSequence=flat, **tags) - expected).max() <= 0.5
 
 
-def test_a_blank_rescale_is_none(tmp_path: Path) -> None:
+def test_a_blank_is_none(tmp_path: Path) -> None:
     grey = grey_of(tmp_path, DEEP, bits=12, RescaleSlope=None, RescaleIntercept=None)
     assert np.abs(grey - SHOWN).max() <= 0.5
+    window = {"WindowCenter": 1000.5, "WindowWidth": 1001, "VOILUTFunction": ""}
+    assert np.abs(grey_of(tmp_path, DEEP, bits=12, **window) - 255 * np.clip((DEEP - 500.0) / 1000, 0, 1)).max() <= 0.5
 
 
 @pytest.mark.parametrize(("photometric", "value"), [("MONOCHROME1", 0), ("MONOCHROME2", 65535), ("MONOCHROME1", 65535)])

@@ -38,6 +38,7 @@ def _picture(data: pydicom.Dataset) -> Grey:
     kind = str(data.get("PhotometricInterpretation") or "").strip().upper()
     if kind not in (*GREY, *COLOUR, "PALETTE COLOR"):
         raise ValueError(f"PhotometricInterpretation {kind or 'is blank'}; read are {', '.join((*GREY, *COLOUR))} ...")
+    data.PhotometricInterpretation = kind
     pixels = data.pixel_array
     if pixels.ndim != (3 if kind in COLOUR else 2) or (kind in COLOUR and pixels.shape[2] != 3):
         raise ValueError(f"pixels of shape {pixels.shape}; expected one grey film: save each frame as its own file")
@@ -103,9 +104,9 @@ def _shown(values: Floats, film: NDArray[np.bool_], data: pydicom.Dataset) -> It
         table = _table(item[0], data)
         yield to_bytes(table.of(values), 0, table.white)
     center, width = _number(data.get("WindowCenter")), _number(data.get("WindowWidth"))
-    linear = str(data.get("VOILUTFunction") or "LINEAR").strip().upper() == "LINEAR"
-    if math.isfinite(center) and math.isfinite(width) and (width > 1 if linear else width > 0):
-        data.WindowCenter, data.WindowWidth = center, width
+    function = str(data.get("VOILUTFunction") or "").strip().upper() or "LINEAR"
+    if math.isfinite(center) and math.isfinite(width) and width > (1 if function == "LINEAR" else 0):
+        data.WindowCenter, data.WindowWidth, data.VOILUTFunction = center, width, function
         # Black and white are the window's own ends, not the image's: a film without black must not be stretched.
         with np.errstate(over="ignore"):
             low, high = (float(end) for end in apply_windowing(np.array([-1e12, 1e12]), data))
