@@ -166,10 +166,10 @@ def test_the_wrong_table_of_siim(tmp_path: Path) -> None:
 
 
 def test_every_film_that_was_not_used_is_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    root = films(tmp_path / "films", "a.png", "ward/b.png", "ward/c.jpg", "d.tif", "lung.png")
+    root = films(tmp_path / "films", "a.png", "f.png", "ward/b.png", "ward/c.jpg", "d.tif", "lung.png")
     write_dicom(root / "e", film(3).astype(int).astype("uint16"))  # a hospital's file, without a suffix
     (root / "readme.txt").write_text("no film")
-    table = write_text(tmp_path / "T.csv", ["image,outline", "a.png,lung.png"])
+    table = write_text(tmp_path / "T.csv", ["image,outline", "a.png,lung.png", "f.png,nan"])
     out = root / "prepared"  # what is written is not found again
     for _ in range(2):
         cli(["prepare", "--dataset", "csv", "--root", str(root), "--table", str(table), "--out", str(out),

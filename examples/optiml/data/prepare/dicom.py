@@ -58,7 +58,7 @@ def _grey(pixels: NDArray[Any], data: pydicom.Dataset, kind: str) -> Grey:
     if not film.any():
         raise ValueError("every pixel is PixelPaddingValue")
     values = _modality(pixels, data)
-    image = next((shown for shown in _shown(values, film, data) if len(np.unique(shown[film])) > 2), None)
+    image = next((shown for shown in _shown(values, data) if len(np.unique(shown[film])) > 2), None)
     if image is None:  # no window, or one that leaves black and white at most
         if pixels.dtype == np.uint8 and data.BitsStored == 8 and values.min() >= 0 and values.max() <= 255:
             low, high = 0.0, 255.0
@@ -98,11 +98,12 @@ def _modality(pixels: NDArray[Any], data: pydicom.Dataset) -> Floats:
     return np.asarray(apply_modality_lut(pixels, data), dtype=np.float64)
 
 
-def _shown(values: Floats, film: NDArray[np.bool_], data: pydicom.Dataset) -> Iterator[Grey]:
+def _shown(values: Floats, data: pydicom.Dataset) -> Iterator[Grey]:
     """The film by its table, then by its first window, as far as it has them and they can be used."""
     if item := data.get("VOILUTSequence"):
         table = _table(item[0], data)
-        yield to_bytes(table.of(values), 0, table.white)
+        if table.white:
+            yield to_bytes(table.of(values), 0, table.white)
     center, width = _number(data.get("WindowCenter")), _number(data.get("WindowWidth"))
     function = str(data.get("VOILUTFunction") or "").strip().upper() or "LINEAR"
     if math.isfinite(center) and math.isfinite(width) and width > (1 if function == "LINEAR" else 0):

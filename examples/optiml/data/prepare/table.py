@@ -62,7 +62,7 @@ def read_table(config: PrepareConfig) -> Listing:
             labels=tuple(labels.found[i]),
             boxes=boxes.get(_posix(image), ()),
             box_space=config.box_space,
-            masks=((config.mask_label, root / _posix(mask)),) if mask else (),
+            masks=((config.mask_label, root / _posix(mask)),) if mask.lower() not in BLANK else (),
             source=row[config.source_column] if config.source_column else "",
         )
         records.append(record)
