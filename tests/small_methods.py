@@ -26,7 +26,9 @@ def tiny(data: Path, out: Path, method: str, norm: str = "batch", **special: obj
     options = MethodOptions()
     narrow = {name: width for name, width in WIDTHS.items() if hasattr(getattr(options, method), name)}
     chosen = dataclasses.replace(getattr(options, method), **{**narrow, **special})
-    return small(data, out, method, norm=norm, options=dataclasses.replace(options, **{method: chosen}))
+    return small(
+        data, out, method, norm=norm, keep_checkpoint=True, options=dataclasses.replace(options, **{method: chosen})
+    )
 
 
 def model_of(method: str, norm: str = "batch", **special: object) -> Method:

@@ -54,6 +54,23 @@ def test_the_loader_says_what_is_wrong(tmp_path: Path) -> None:
         read_index(root)
 
 
+def test_the_wrong_table_is_named(tmp_path: Path) -> None:
+    root = nih(tmp_path / "nih")
+    entry, boxes = root / "Data_Entry_2017_v2020.csv", root / "BBox_List_2017.csv"
+    right = entry.read_text()
+    for content in ("patientId,class\naa,Lung\n", "a,b,c,d\n1.png,Mass,0,M\n", "a,b,c,d\n1.png,,0,4\n"):
+        entry.write_text(content)
+        with pytest.raises(
+            ValueError, match=r"v2020\.csv is not NIH's table of labels, which begins with Image"
+        ) as caught:
+            read_index(root, quiet=True)
+        assert "\n" not in str(caught.value)
+    entry.write_text(right)
+    boxes.write_text("Image,Label,x,y,w,h\n00000004_000.png,Mass,1,2,3,wide\n")
+    with pytest.raises(ValueError, match=r"BBox_List_2017\.csv is not NIH's table of boxes.*wide"):
+        read_index(root, quiet=True)
+
+
 # --- real films ----------------------------------------------------------------------------------------------
 
 REAL = Path(os.environ.get("OTLOSS_DATA", Path(__file__).parents[2] / "shared" / "data")) / "cxr-dev"

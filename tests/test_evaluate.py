@@ -293,9 +293,20 @@ def test_weights_from_elsewhere(tmp_path: Path) -> None:
     thawed = load_backbone(path).train()  # fine-tuned as any other network
     thawed(torch.randn(2, 3, 32, 32))
     assert not torch.equal(thawed.bn1.running_mean, frozen.bn1.running_mean)
-    torch.save({"state_dict": theirs.state_dict()}, path)
-    with pytest.raises(CommandError, match=r"x\.pth holds no ResNet18 weights under torchvision's names \(.*conv1"):
-        load_backbone(path)
     path.write_text("no weights at all")
     with pytest.raises(CommandError, match=r"x\.pth holds no ResNet18 weights"):
         load_backbone(path)
+
+
+def test_networks_are_kept_where_heatmaps_can_use_them(phantoms: Path, tmp_path: Path) -> None:
+    """45 MB for each seed, and heatmaps need boxes."""
+    boxless = tmp_path / "boxless"
+    boxless.mkdir()
+    for entry in phantoms.iterdir():
+        if not entry.name.startswith("BBox"):
+            (boxless / entry.name).symlink_to(entry)
+    for data, kept in ((phantoms, (0.01,)), (boxless, ())):
+        config = EvaluateConfig(data, untrained=True, protocol="finetune", out=tmp_path / "out")
+        assert Evaluation(config, QUIET).kept_fractions == kept
+    named = EvaluateConfig(boxless, untrained=True, protocol="finetune", keep=(0.1,), out=tmp_path / "out")
+    assert Evaluation(named, QUIET).kept_fractions == (0.1,)

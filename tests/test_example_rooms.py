@@ -157,7 +157,8 @@ def test_a_data_set_is_one_file_and_one_line(tmp_path: Path) -> None:
     (tmp_path / "prepare.py").write_text(textwrap.dedent(PREPARE))
     (tmp_path / "films").mkdir()
     for number in range(20):
-        Image.new("L", (32, 32), 10 * number).save(tmp_path / "films" / f"{number}-{number % 2}.png")
+        film = Image.linear_gradient("L").resize((32, 32)).point([value * (number + 1) // 20 for value in range(256)])
+        film.save(tmp_path / "films" / f"{number}-{number % 2}.png")
 
     def run(*args: str) -> str:
         here = {"PYTHONPATH": f"{EXAMPLE.parents[1]}:{tmp_path}", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}

@@ -53,7 +53,7 @@ def test_nih(tmp_path: Path) -> None:
     assert list(index.splits) == ["train"] * 4 + ["test"]
     assert reasons(tmp_path / "out") == {
         "00000005_000.png": "no image file under images*/",
-        "stray.png": "an image file that the tables do not list",
+        "images_002/stray.png": "an image file that the tables do not list",
     }
     image = Image.open(index.paths[0])
     assert (image.mode, image.size) == ("L", (32, 32))
@@ -198,9 +198,9 @@ def test_true_siim_masks(tmp_path: Path, table: str) -> None:
     shutil.copytree(LAYOUTS / "SIIM" / "dicom-images-train", root / "dicom-images-train")
     shutil.copy(LAYOUTS / "SIIM" / table, root)
     masks = sorted((LAYOUTS / "SIIM" / "expected_masks").glob("*.png"))
-    blank = np.zeros((1024, 1024), np.uint8)
+    drawn = film(3, 1024, 1024).astype(np.uint8)
     for path in masks:  # their films were not to be had
-        write_dicom(root / "dicom-images-train" / "s" / f"{path.stem}.dcm", blank)
+        write_dicom(root / "dicom-images-train" / "s" / f"{path.stem}.dcm", drawn)
     index = run("siim", root, tmp_path / "out", size=0).index
     assert len(index) == 5 and index.labels.sum() == len(masks) == 4
     for row, name in enumerate(index.names.tolist()):
@@ -242,7 +242,15 @@ def test_true_lung_masks(tmp_path: Path) -> None:
     table = write_text(tmp_path / "some.csv", [lines[0], *lines[1::100]])
     options: dict[str, Any] = {"patient_column": "patient_id", "split_column": "split", "label_columns": ("label",)}
     index = run(
-        "csv", seg, tmp_path / "out", table=table, mask_column="mask", mask_label="Lung", size=64, **options
+        "csv",
+        seg,
+        tmp_path / "out",
+        table=table,
+        mask_column="mask",
+        mask_label="Lung",
+        size=64,
+        nothing=("No Finding",),
+        **options,
     ).index
     assert len(index) == 9 and set(index.classes) <= {"normal", "bacterial", "viral"}
     assert (index.labels.sum(axis=1) == 1).all()

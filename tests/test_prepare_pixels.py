@@ -66,9 +66,6 @@ FRACTION = DEEP / 4095.0
         # Rescale comes before the window.
         (DEEP, "MONOCHROME2", {"bits": 12, "RescaleSlope": 2, "RescaleIntercept": -1000,
                                "WindowCenter": 1000.5, "WindowWidth": 2001}, (2.0 * DEEP - 1000) / 2000),
-        # What pads the film is no grey value of it.
-        (np.where(DEEP.max() == DEEP, 65535, DEEP).astype(np.uint16), "MONOCHROME2", {"PixelPaddingValue": 65535},
-         np.clip(DEEP / DEEP[DEEP.max() > DEEP].max(), 0, 1)),
         # A negative slope: what is stored brightest is darkest.
         (DEEP, "MONOCHROME2", {"bits": 12, "RescaleSlope": -1, "RescaleIntercept": 4095,
                                "WindowCenter": 2048, "WindowWidth": 4096}, 1 - FRACTION),

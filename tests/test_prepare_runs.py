@@ -147,7 +147,7 @@ def test_another_preparation_is_not_overwritten(tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     with pytest.raises(FileExistsError, match=r"different preparation \(size is 32 there and 16 here\)"):
         run("nih", root, tmp_path / "out", size=16)
-    with pytest.raises(FileExistsError, match=r"different preparation \(dataset\)"):
+    with pytest.raises(FileExistsError, match=r"different preparation \(dataset is 'nih' there and 'rsna' here\)"):
         run("rsna", rsna(tmp_path / "rsna"), tmp_path / "out")
     entry = root / "Data_Entry_2017_v2020.csv"
     text = entry.read_bytes()

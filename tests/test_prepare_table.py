@@ -16,6 +16,7 @@ from PIL import Image
 from xray_layouts import column, film, findings, reasons, run, write_png, write_text
 
 from examples.optiml.data.index import Box, read_index
+from examples.optiml.data.prepare import split
 
 
 def own(root: Path, *rows: str, header: str = "file,who,part,hospital,outline,mass,tb=2,words") -> Path:
@@ -76,7 +77,8 @@ def test_csv_part_of_a_table(tmp_path: Path) -> None:
     result = run("csv", table.parent, tmp_path / "out", table=table, **some)
     assert set(findings(result.index)) == {"c"}
     assert reasons(tmp_path / "out") == {
-        "b/x.png": "not hospital!=h2", "a/x.png": "not mass=0", "d.png": "not mass=0"
+        "b/x.png": "not hospital!=h2", "a/x.png": "not mass=0", "d.png": "not mass=0",
+        **dict.fromkeys(("e.png", "link.png", "m.png", "wide.png"), "an image file that the tables do not list"),
     }  # fmt: skip
     with pytest.raises(ValueError, match=r"has no column 'ward'; it has 'file', "):
         run("csv", table.parent, tmp_path / "bad", table=table, **{**some, "where": ("ward=3",)})
@@ -87,18 +89,6 @@ def test_csv_part_of_a_table(tmp_path: Path) -> None:
         run("nih", table.parent, tmp_path / "bad", where=("mass=0",))
     with pytest.raises(ValueError, match="where must be COLUMN=VALUE or COLUMN!=VALUE, not 'h1'"):
         run("csv", table.parent, tmp_path / "bad", table=table, **{**some, "where": ("h1",)})
-
-
-@pytest.mark.parametrize("uncertain", ["refuse", "negative", "positive", "skip"])
-def test_csv_blank_labels(tmp_path: Path, uncertain: Any) -> None:
-    table = own(tmp_path / "own", "c.png,1", "d.png,", "e.png,-1.0", header="image,mass")
-    options: dict[str, Any] = {"table": table, "label_columns": ("mass",), "uncertain": uncertain}
-    if uncertain == "refuse":
-        with pytest.raises(ValueError, match=r"column 'mass' is '' for 'd\.png'.*--uncertain"):
-            run("csv", table.parent, tmp_path / "out", **options)
-        return
-    expected = {"negative": [1, 0, 0], "positive": [1, 1, 1], "skip": [1]}[uncertain]
-    assert run("csv", table.parent, tmp_path / "out", **options).index.labels[:, 0].tolist() == expected
 
 
 def test_csv_mistakes_are_named(tmp_path: Path) -> None:
@@ -123,7 +113,7 @@ def test_csv_boxes(tmp_path: Path) -> None:
         ],
     )  # fmt: skip
     options: dict[str, Any] = {
-        "table": table, "image_column": "file", "label_columns": ("mass=Mass",), "uncertain": "skip",
+        "table": table, "image_column": "file", "label_columns": ("mass=Mass",), "blank": "skip",
         "box_table": boxes, "box_space": 1024,
     }  # fmt: skip
     index = run("csv", table.parent, tmp_path / "out", **options).index
@@ -163,7 +153,7 @@ def test_paths_that_leave_the_root_are_refused(tmp_path: Path) -> None:
     assert len(refused) == 4 and any("link" in name for name in refused)
     assert sum(reason.startswith("no file") for reason in skipped.values()) == 1
     assert sum("wide.png is 40x20, its film 40x40" in reason for reason in skipped.values()) == 1
-    assert len(result.index) == 2 and len(skipped) == 6
+    assert len(result.index) == 2 and len(skipped) == 8 and {"a/x.png", "m.png"} < skipped.keys()
     written = {path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("*.png")}
     assert written == {"own", "out", "secret.png"}
 
@@ -174,14 +164,18 @@ def test_a_patient_in_two_splits_is_refused(tmp_path: Path) -> None:
         run("csv", table.parent, tmp_path / "out", table=table, patient_column="who", split_column="part")
 
 
-def test_drawn_splits_go_by_patient_and_stay(tmp_path: Path) -> None:
+def numbered(root: Path, patients: int) -> tuple[list[str], Path]:
+    """Films of so many patients, a third of whom have one film; and their table."""
+    rows = [f"{p}_{visit}.png,{p},{p % 2}" for p in range(patients) for visit in range(1 + p % 3)]
+    for number, row in enumerate(rows):
+        write_png(root / row.split(",")[0], number, side=8)
+    return rows, write_text(root / "T.csv", ["image,who,mass", *rows])
+
+
+def test_many_patients_are_drawn_each_by_himself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(split, "MANY", 40)
     root = tmp_path / "own"
-    rows = []
-    for patient in range(60):
-        for visit in range(1 + patient % 3):  # a third of the patients have one image
-            rows.append(f"{patient}_{visit}.png,{patient}")
-            write_png(root / f"{patient}_{visit}.png", patient, side=8)
-    table = write_text(root / "T.csv", ["image,who", *rows])
+    rows, table = numbered(root, 60)
     options: dict[str, Any] = {"table": table, "patient_column": "who", "val_fraction": 0.2, "test_fraction": 0.3}
     index = run("csv", root, tmp_path / "out", **options).index
     groups = [set(index.patients[index.splits == name]) for name in ("train", "val", "test")]
@@ -191,7 +185,26 @@ def test_drawn_splits_go_by_patient_and_stay(tmp_path: Path) -> None:
     other = run("csv", root, tmp_path / "other", **options, split_seed=1).index
     assert not np.array_equal(other.splits, index.splits)
     # A patient's split does not depend on who else is there.
-    write_text(table, ["image,who", *rows[40:]])
+    write_text(table, ["image,who,mass", *rows[36:]])
     fewer = run("csv", root, tmp_path / "fewer", **options).index
+    assert len(np.unique(fewer.patients)) >= 40
     before = dict(zip(index.names.tolist(), index.splits.tolist(), strict=True))
     assert all(before[name] == split for name, split in zip(fewer.names.tolist(), fewer.splits.tolist(), strict=True))
+
+
+@pytest.mark.parametrize(("patients", "expected"), [(45, (32, 4, 9)), (10, (7, 1, 2)), (3, (1, 1, 1)), (2, (2, 0, 0))])
+def test_few_patients_are_drawn_by_count(tmp_path: Path, patients: int, expected: tuple[int, ...]) -> None:
+    """70/10/20 of 45 patients are 32, 4 and 9 (4.5 is rounded to even), whatever their hashes say."""
+    root = tmp_path / "own"
+    _, table = numbered(root, patients)
+    options: dict[str, Any] = {"table": table, "patient_column": "who", "label_columns": ("mass",)}
+    drawn = [run("csv", root, tmp_path / str(seed), **options, split_seed=seed) for seed in range(3)]
+    for result in drawn:
+        groups = [set(result.index.patients[result.index.splits == name]) for name in ("train", "val", "test")]
+        assert tuple(map(len, groups)) == expected and len(set.union(*groups)) == patients
+        for name in ("train", "val", "test"):
+            of_split = result.index.splits == name
+            lacks = of_split.any() and not result.index.labels[of_split].any()
+            assert lacks == any(f"No film in {name} has mass: " in note for note in result.notes)
+    if patients >= 10:
+        assert len({result.index.fingerprint() for result in drawn}) == 3  # the seed decides who

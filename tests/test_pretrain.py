@@ -230,8 +230,7 @@ def test_half_precision_on_a_cpu_is_refused(few_phantoms: Path, tmp_path: Path) 
 
 def test_a_damaged_checkpoint_is_named(few_phantoms: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with pytest.raises(CommandError):
-        pretrain(small(few_phantoms, run, precision="16-mixed"))  # leaves the folder claimed
+    assert pretrain(small(few_phantoms, run, stop_after=1)) is None
     (run / "last.ckpt").write_bytes(b"half of it")
     with pytest.raises(CommandError, match=r"last\.ckpt is damaged"):
-        pretrain(small(few_phantoms, run, precision="16-mixed"))
+        pretrain(small(few_phantoms, run))

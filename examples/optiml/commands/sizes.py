@@ -56,6 +56,9 @@ class Sizes:
         Whoever holds the sizes calls this: tyro prints a ValueError as one line only where the command's own
         configuration raises it.
         """
+        for name, least in (("epochs", 1), ("batch_size", 2), ("image_size", 1)):
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, not {value}")
         check_fractions("fractions", self.fractions)
         check_fractions("segment_fractions", self.segment_fractions)
         check_seeds("segment_seeds", self.segment_seeds)

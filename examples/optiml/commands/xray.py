@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from ..data.fractions import SMALL
-from ..data.index import ChestIndex, open_index, with_all_splits
+from ..data.index import ChestIndex, open_index, with_all_splits, with_findings
 from ..data.masks import has_outlines, mask_set
 from ..data.subsets import label_fraction
 from ..downstream.arms import SUP1
@@ -55,7 +55,7 @@ def xray(config: XrayConfig, console: Console | None = None, films: str = "films
     common = _common(config)
     config = replace(config, sizes=replace(config.sizes, image_size=common["image_size"]))
     held_out = common["val_fraction"], common["split_seed"]
-    index = with_all_splits(open_index(config.data, *held_out))
+    index = with_findings(with_all_splits(open_index(config.data, *held_out)))
     if config.segment_data is not None:  # a wrong --label is worth knowing before hours of pretraining
         mask_set(open_index(config.segment_data, *held_out), config.label)
     elif has_outlines(index, config.label):

@@ -13,6 +13,8 @@ import json
 import os
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -136,6 +138,16 @@ def with_all_splits(index: ChestIndex) -> ChestIndex:
     return index
 
 
+def with_findings(index: ChestIndex) -> ChestIndex:
+    """The same index; ends the command where there is nothing to evaluate."""
+    if not index.classes:
+        raise CommandError(
+            f"{index.root} has no findings to evaluate: it was prepared without --label-columns; name them and prepare "
+            "into another --out"
+        )
+    return index
+
+
 def patient_share(key: str) -> float:
     """A number in [0, 1) that belongs to a patient and a purpose."""
     digest = hashlib.sha256(key.encode()).digest()
@@ -181,10 +193,16 @@ def nih_entries(root: Path) -> pd.DataFrame:
         if not path.is_file():
             raise FileNotFoundError(f"{root} is not in NIH's layout: {path.name} is missing")
     # The header's "OriginalImage[Width,Height]" splits at its comma, so columns are taken by position.
-    entry = pd.read_csv(
-        entry_file(root), header=None, skiprows=1, usecols=[0, 1, 3], names=["name", "findings", "patient"],
-        index_col=False, encoding="utf-8-sig",
-    )  # fmt: skip
+    with _named(
+        entry_file(root), "table of labels, which begins with Image Index, Finding Labels, Follow-up #, Patient ID"
+    ):
+        entry = pd.read_csv(
+            entry_file(root), header=None, skiprows=1, usecols=[0, 1, 3], names=["name", "findings", "patient"],
+            index_col=False, encoding="utf-8-sig", dtype={"name": str, "findings": str},
+        )  # fmt: skip
+        if entry.isna().any(axis=None):
+            raise ValueError("a cell is blank")
+        entry["patient"] = pd.to_numeric(entry["patient"]).astype(int)
     listed = dict.fromkeys(_read_list(root / TRAIN_FILE), "train")
     test = _read_list(root / TEST_FILE)
     if both := sorted(set(listed) & set(test)):
@@ -192,6 +210,15 @@ def nih_entries(root: Path) -> pd.DataFrame:
     listed.update(dict.fromkeys(test, "test"))
     entry = entry.drop_duplicates("name").sort_values("name", ignore_index=True)
     return entry.assign(split=entry["name"].map(listed), path=entry["name"].map(nih_images(root)))
+
+
+@contextmanager
+def _named(path: Path, what: str) -> Iterator[None]:
+    """What is wrong in reading a table becomes one line that names it."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is not NIH's {what} ({' '.join(str(error).split())[:200]})") from error
 
 
 def _read_nih(root: Path, quiet: bool) -> ChestIndex:
@@ -205,7 +232,7 @@ def _read_nih(root: Path, quiet: bool) -> ChestIndex:
         raise FileNotFoundError(f"{root}: no image of {entry_file(root).name} was found under images*/")
     names = entry["name"].to_numpy(str)
     return ChestIndex(
-        root, names, entry["path"].tolist(), entry["patient"].astype(int).to_numpy().astype(str),
+        root, names, entry["path"].tolist(), entry["patient"].to_numpy().astype(str),
         entry["split"].to_numpy("<U5"), _label_matrix(entry["findings"], NIH_CLASSES), _sources(root, names),
         _boxes(root),
     )  # fmt: skip
@@ -226,7 +253,7 @@ def _sources(root: Path, names: NDArray[np.str_]) -> NDArray[np.str_] | None:
     path = root / "labels.csv"
     if not path.is_file():
         return None
-    table = pd.read_csv(path)
+    table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
     if "source" not in table or "image" not in table:
         return None
     known = dict(zip(table["image"].map(lambda p: Path(p).name), table["source"].astype(str), strict=True))
@@ -237,8 +264,9 @@ def _boxes(root: Path) -> dict[str, list[Box]]:
     path = root / BOX_FILE
     boxes: dict[str, list[Box]] = {}
     if path.is_file():
-        table = pd.read_csv(path, header=None, skiprows=1, usecols=range(6), index_col=False)
-        for name, label, *rect in table.itertuples(index=False):
-            label = {"Infiltrate": "Infiltration"}.get(label, label)  # NIH's two files differ in this word
-            boxes.setdefault(name, []).append(Box(label, *(float(r) / BOX_SPACE for r in rect)))
+        with _named(path, "table of boxes, which begins with Image Index, Finding Label and four numbers"):
+            table = pd.read_csv(path, header=None, skiprows=1, usecols=range(6), index_col=False)
+            for name, label, *rect in table.itertuples(index=False):
+                label = {"Infiltrate": "Infiltration"}.get(label, label)  # NIH's two files differ in this word
+                boxes.setdefault(name, []).append(Box(label, *(float(r) / BOX_SPACE for r in rect)))
     return boxes

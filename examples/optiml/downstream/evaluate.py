@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from ..atomic import write_json
-from ..data.index import SPLITS, ChestIndex
+from ..data.index import SPLITS, ChestIndex, with_findings
 from ..data.subsets import label_fraction, write_ids
 from ..pretraining.features import extract
 from ..pretraining.monitor import knn_scores
@@ -113,9 +113,10 @@ class Evaluation:
         """``start``: what ``config`` would else be resolved to; ``features``: of that start, shared with others."""
         self.config, self.console = config, console
         self.start: Start = start or resolve(config)
-        self.index = self.start.index()
+        self.index = with_findings(self.start.index())
         self.out = config.out or default_out(config.run, self.start)
         self.features = features or FrozenFeatures(self.start, self.index)
+        self.kept_fractions = config.keep if config.keep is not None else (0.01,) if self.index.boxes else ()
 
     def plan(self) -> list[tuple[float, int]]:
         """Fractions and seeds; all labels under a frozen trained network leave nothing to chance, so once."""
@@ -142,7 +143,7 @@ class Evaluation:
         """``keep``: whether a fine-tuned network must be there too; unset: as the configuration says."""
         protocol, identity = self.config.protocol, self.identity(fraction, seed)
         path = self.out / f"{protocol}-{fraction:g}-seed{seed}.json"
-        keep = protocol == "finetune" and (fraction in self.config.keep if keep is None else keep)
+        keep = protocol == "finetune" and (fraction in self.kept_fractions if keep is None else keep)
         model_path = path.with_suffix(".pth") if keep else None
         known = read_if_current(path, identity)
         if known is not None and (model_path is None or model_path.exists()):
@@ -213,5 +214,9 @@ def main(config: EvaluateConfig) -> None:
     title = f"{evaluation.start.shown}, {config.protocol}, {max(config.fractions):.0%} of the labels"
     console.print(figures_table(figures, f"{title}, {figures['images']} test images, {len(largest)} seeds"))
     console.print(f"Records: {evaluation.out}")
+    if kept := list(evaluation.out.glob("finetune-*.pth")):
+        console.print(
+            f"Kept there for heatmaps: {len(kept)} fine-tuned networks of 45 MB; --keep says of which fractions."
+        )
     if config.json:
         write_json(config.json, {**evaluation.start.labels(), "protocol": config.protocol, **figures, "runs": records})

@@ -77,8 +77,9 @@ class EvaluateConfig(StartConfig):
     where a few patients decide, 0 to 2 for others."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """How to fine-tune."""
-    keep: tuple[float, ...] = (0.01,)
-    """Fractions whose fine-tuned networks are kept for the heatmaps (45 MB each)."""
+    keep: tuple[float, ...] | None = None
+    """Fractions whose fine-tuned networks are kept for the heatmaps (45 MB each). Unset: 0.01 where the data set has
+    boxes, which heatmaps need, else none."""
     draws: int = 1000
     """Bootstrap replicates."""
     out: Path | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import pickle
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 
 import torch
@@ -57,20 +58,61 @@ def device() -> torch.device:
 def load_backbone(path: Path | None, seed: int = 0) -> Backbone:
     """The backbone of a run (its ``backbone.pth``), or, for ``None``, an untrained one that follows ``seed``.
 
-    Weights from elsewhere, also with torchvision's classifier, load too if they have torchvision's names.
+    Weights from elsewhere load too: see :func:`foreign_weights`.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         backbone = Backbone()
     if path is not None:
         try:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
+            weights = foreign_weights(torch.load(path, map_location="cpu", weights_only=True))
             set_norm(backbone, norm_of(weights))
-            backbone.load_state_dict({name: x for name, x in weights.items() if not name.startswith("fc.")})
-        except (RuntimeError, AttributeError, TypeError, EOFError, pickle.UnpicklingError) as error:
-            reason = " ".join(str(error).split())[:200]
+            if other := sorted(weights.keys() - backbone.state_dict().keys()):
+                raise ValueError(f"it has {other[0]!r}, so it is a ResNet of another kind")
+            backbone.load_state_dict(weights)
+        except (ValueError, RuntimeError, AttributeError, TypeError, EOFError, pickle.UnpicklingError) as error:
+            reason = " ".join(str(error).split())[:300]
             raise CommandError(f"{path} holds no ResNet18 weights under torchvision's names ({reason})") from error
     return backbone.eval()
+
+
+#: Under what a file keeps a network's weights beside other things.
+WRAPPERS = ("state_dict", "model_state_dict", "model")
+#: Of several networks in one file, whose weights are meant: the one that gradients trained.
+TRAINED = ("backbone", "encoder_q", "online_encoder", "student", "encoder")
+#: What a ResNet consists of, without its classifier.
+STEM = ("conv1.", "bn1.", "layer")
+
+
+def foreign_weights(content: Any) -> dict[str, Tensor]:
+    """A ResNet18's weights by torchvision's names, without its classifier, from what a file holds.
+
+    That may be a checkpoint around them, and all names may have a prefix such as ``module.`` or ``encoder_q.``. Other
+    networks beside it (heads, momentum encoders) are left out. A ValueError says what is in the way.
+    """
+    wrapper = next(
+        (name for name in WRAPPERS if isinstance(content, dict) and isinstance(content.get(name), dict)), None
+    )
+    weights = content[wrapper] if wrapper else content
+    if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
+        raise TypeError(f"it is a {type(weights).__name__}, not a state_dict")
+    prefixes = [name.removesuffix("conv1.weight") for name in weights if name.endswith("conv1.weight")]
+    prefixes = [prefix for prefix in prefixes if f"{prefix}layer4.1.conv2.weight" in weights]
+    if not prefixes:
+        raise ValueError(
+            f"no conv1.weight and layer4.1.conv2.weight under any prefix; its names are as {_first(weights)}"
+        )
+    ends = [prefix.rstrip(".").split(".")[-1] for prefix in prefixes]
+    trained = [prefixes[ends.index(name)] for name in TRAINED if ends.count(name) == 1]
+    chosen = "" if "" in prefixes else prefixes[0] if len(prefixes) == 1 else next(iter(trained), None)
+    if chosen is None:
+        raise ValueError(f"several networks, under {', '.join(map(repr, prefixes))}: save the state_dict of one")
+    found = {name.removeprefix(chosen): x for name, x in weights.items() if name.startswith(chosen)}
+    return {name: x for name, x in found.items() if name.startswith(STEM)}
+
+
+def _first(weights: dict[str, Any]) -> str:
+    return repr(next(iter(weights), "none"))
 
 
 def norm_of(weights: dict[str, Tensor], prefix: str = "") -> Norm:

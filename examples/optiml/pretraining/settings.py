@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from ..atomic import write_json
 from ..errors import CommandError
 from .methods import METHODS
 
@@ -131,7 +131,8 @@ class PretrainConfig:
     data: Path
     """Folder of images with their index, as ``prepare`` writes it."""
     out: Path
-    """Run folder: config.json, metrics.csv, monitor.csv, last.ckpt and finally backbone.pth and MODEL_CARD.md."""
+    """Run folder: config.json, metrics.csv, monitor.csv, last.ckpt, and finally backbone.pth and MODEL_CARD.md in place
+    of last.ckpt."""
     method: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(METHODS) + "}")] = "optiml"
     preset: Literal["recommended", "paper", "official"] = "recommended"
     """Values for what is not set: "recommended" trains; "paper" is all as printed (with --all-images: its images);
@@ -164,6 +165,8 @@ class PretrainConfig:
     """Processes that prepare views, for each training process; 0 prepares them in that process."""
     tensorboard: bool = False
     """Also write events for TensorBoard."""
+    keep_checkpoint: bool = False
+    """Keep last.ckpt (about 130 MB) when the run is finished; nothing here needs it then."""
     stop_after: int | None = None
     """Stop after this epoch as if interrupted (for time limits); the same command goes on."""
 
@@ -176,6 +179,7 @@ class PretrainConfig:
 
     def resolve(self) -> PretrainConfig:
         """With every unset field filled from the preset."""
+        self._check()
         filled = self
         values = {**PRESETS[self.preset], **METHODS[self.method].presets.get(self.preset, {})}
         usual = values["optim.optimizer"]
@@ -188,10 +192,45 @@ class PretrainConfig:
             filled = _fill(filled, path.split("."), value)
         return filled
 
+    def _check(self) -> None:
+        """End the command for settings that cannot work, whatever the data."""
+        optim, expander = self.optim, self.expander
+        rules = {
+            f"--batch-size {self.batch_size}: the losses compare films, so a batch needs 2 at least": self.batch_size
+            > 1,
+            f"--workers {self.workers}: 0 or more processes": self.workers >= 0,
+            f"--seed {self.seed}: a whole number from 0 up": self.seed >= 0,
+            f"--val-fraction {self.val_fraction}: a share, from 0 to below 1": 0 <= self.val_fraction < 1,
+            f"--stop-after {self.stop_after}: an epoch, 1 or later": self.stop_after is None or self.stop_after >= 1,
+            f"--augment.hflip {self.augment.hflip}: a probability, from 0 to 1": 0 <= self.augment.hflip <= 1,
+            f"--augment.min-scale {self.augment.min_scale}: a share, above 0 and at most 1": (
+                self.augment.min_scale is None or 0 < self.augment.min_scale <= 1
+            ),
+            f"--expander.dim {expander.dim}, --expander.layers {expander.layers}: 1 or more of each": (
+                min(expander.dim, expander.layers) >= 1
+            ),
+            f"--optim.momentum {optim.momentum}: from 0 to below 1": 0 <= optim.momentum < 1,
+        }
+        for name in ("lr", "weight_decay", "trust", "warmup_epochs"):
+            value = getattr(optim, name)
+            flag = f"--optim.{name.replace('_', '-')} {value}: a number from 0 up"
+            rules[flag] = value is None or 0 <= value < math.inf
+        if broken := next((rule for rule, holds in rules.items() if not holds), None):
+            raise CommandError(broken)
+
     def identity(self) -> dict[str, Any]:
         """What the result depends on. Two runs with equal identity are the same run."""
         known = dataclasses.asdict(self.resolve())
-        for name in ("data", "out", "workers", "stop_after", "accelerator", "monitor", "tensorboard"):
+        for name in (
+            "data",
+            "out",
+            "workers",
+            "stop_after",
+            "accelerator",
+            "monitor",
+            "tensorboard",
+            "keep_checkpoint",
+        ):
             known.pop(name)
         known["options"] = known["options"][self.method]
         return json.loads(json.dumps(known))  # as it will be read back
@@ -208,19 +247,3 @@ def _fill(node: Any, path: list[str], value: Any) -> Any:
     if rest or child is None:
         return dataclasses.replace(node, **{name: _fill(child, rest, value) if rest else value})
     return node
-
-
-def claim_run_folder(config: PretrainConfig, fingerprint: str) -> None:
-    """Write ``config.json``, or make sure that the one which is there says the same."""
-    path = config.out / CONFIG
-    mine = {**config.identity(), "data_fingerprint": fingerprint}
-    if path.exists():
-        theirs = json.loads(path.read_text())
-        changed = [key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key)]
-        if changed:
-            detail = "; ".join(f"{key}: {theirs.get(key)} there, {mine.get(key)} now" for key in sorted(changed))
-            raise CommandError(f"{config.out} holds a different run ({detail}). Choose another --out or delete it.")
-        return
-    if config.out.exists() and any(config.out.iterdir()):
-        raise CommandError(f"{config.out} is not empty and holds no {CONFIG}. Choose another --out.")
-    write_json(path, mine)

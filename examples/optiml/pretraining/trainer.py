@@ -8,12 +8,13 @@ variance, covariance, the log) looks at all of them.
 from __future__ import annotations
 
 import errno
+import importlib.util
 import logging
 import signal
 import warnings
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import cast
 
@@ -30,6 +31,7 @@ from ..atomic import torch_save_atomic
 from ..data.images import ImageStore, UnreadableImage
 from ..data.index import ChestIndex, open_index
 from ..errors import CommandError
+from ..locking import folder_lock
 from .callbacks import EpochLines, StopAfter, TensorBoard
 from .checkpoint import AtomicCheckpointIO, Interrupted, LastCheckpoint
 from .distributed import World
@@ -39,39 +41,66 @@ from .methods.base import Method, NonFiniteLoss
 from .model_card import write_model_card
 from .monitor import Monitor
 from .network import set_norm
-from .settings import INTERRUPTED, PretrainConfig, claim_run_folder
+from .rehearsal import refused_in_one_line, rehearse
+from .run_folder import check_run_folder, claim_run_folder
+from .settings import INTERRUPTED, PretrainConfig
 from .views import EpochSampler, ViewDataset
 
 ViewLoader = DataLoader[tuple[torch.Tensor, ...]]
 LAST, BACKBONE, LOG, MONITOR, CARD = "last.ckpt", "backbone.pth", "metrics.csv", "monitor.csv", "MODEL_CARD.md"
 
 
+#: A run that is shorter gets a warning: the shortest for which this example shows a gain has 208 steps.
+SHORT = 200
+
+
 def pretrain(config: PretrainConfig, console: Console | None = None) -> Path | None:
     """Run or go on with a run. Returns the exported backbone, or None if the run stopped before its end."""
     config, world = config.resolve(), World.of_environment()
     console = (console or Console()) if world.first else Console(quiet=True)
-    exported, last = config.out / BACKBONE, config.out / LAST
     index = open_index(config.data, config.val_fraction, config.split_seed)
-    # Built before a folder is taken, for options that do not fit together.
-    model = None if exported.exists() else build(config)
     if world.first:
-        claim_run_folder(config, index.fingerprint())
-    if model is None:
-        console.print(f"{config.out} is finished: {exported}")
-        return exported
+        check_run_folder(config, index.fingerprint())
+    if not (config.out / BACKBONE).exists():
+        with folder_lock(config.out) if world.first else nullcontext():
+            return _train(config, index, world, console)
+    console.print(f"{config.out} is finished: {config.out / BACKBONE}")
+    return config.out / BACKBONE
+
+
+def _train(config: PretrainConfig, index: ChestIndex, world: World, console: Console) -> Path | None:
+    """Nothing is written before the first step is known to work."""
+    exported, last = config.out / BACKBONE, config.out / LAST
     if last.exists() and not zipfile.is_zipfile(last):
         raise CommandError(f"{last} is damaged. Put back a copy, or delete it to start the run anew.")
     with clear_stops(last, console):
         train = index if config.all_images else index.split("train")
-        loader = view_loader(train, config, world)
-        if not len(loader):
-            raise CommandError(f"{len(train)} training images are fewer than one batch of {config.batch_size}")
-        trainer = make_trainer(config, console, loader, index, world)
+        if len(train) < config.batch_size:
+            raise CommandError(
+                f"{len(train)} training images are fewer than one batch of {config.batch_size}; say --batch-size "
+                f"{len(train)} or less"
+            )
+        with refused_in_one_line():
+            model = build(config)
+            loader = view_loader(train, config, world)
+            trainer = make_trainer(config, console, loader, index, world)
+            if not last.exists():
+                rehearse(model, loader, world.share(config.batch_size))
+        if world.first:
+            claim_run_folder(config, index.fingerprint())
         several = f" in {world.size} processes" if world.size > 1 else ""
+        steps = config.epochs * len(loader)
         console.print(
-            f"{config.method}: {len(train)} images, {config.epochs} epochs of {len(loader)} steps{several}, "
-            f"{config.image_size} px, run folder {config.out}" + (", going on from last.ckpt" if last.exists() else "")
+            f"{config.method}: {len(train)} images, {config.epochs} epochs of {len(loader)} steps ({steps} in all)"
+            f"{several}, {config.image_size} px, run folder {config.out}"
+            + (", going on from last.ckpt" if last.exists() else "")
         )
+        if steps < SHORT:
+            console.print(
+                f"[yellow]{steps} steps teach a network next to nothing[/]: the shortest run with a gain here has 208. "
+                "Give more --epochs, or a smaller --batch-size.",
+                highlight=False,
+            )
         resume = str(last) if last.exists() else None
         # The checkpoint is this program's own; it holds optimiser and loop state, hence not weights alone.
         trainer.fit(model, loader, ckpt_path=resume, weights_only=False if resume else None)
@@ -82,6 +111,8 @@ def pretrain(config: PretrainConfig, console: Console | None = None) -> Path | N
             write_model_card(config, index, train, world, config.out / CARD)
             export(model, exported)
             console.print(f"Backbone: {exported}")
+            if not config.keep_checkpoint:
+                last.unlink(missing_ok=True)
         trainer.strategy.barrier()  # no process returns before the files are there
     return exported
 
@@ -222,6 +253,8 @@ def _check_machine(config: PretrainConfig, world: World, console: Console) -> No
             "--norm batch must be synchronised between processes, which PyTorch does on GPUs only; "
             "take --norm group or --norm frozen, or one process"
         )
+    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise CommandError("--tensorboard needs the package tensorboard: pip install tensorboard")
     if world.size > 1 and config.method == "optiml" and config.options.optiml.tokens == "batch":
         console.print("--tokens batch attends over each process's share of the batch, not over all of it")
 

@@ -21,10 +21,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ...atomic import atomic_path, write_json
+from ...locking import LOCK, folder_lock
 from ..index import BOXES_FILE, IMAGE_FOLDER, INDEX_FILE, PREPARED_FILE, SPLITS, ChestIndex, read_index
 from . import reader
 from .convert import Done, convert_all, forget_progress, read_progress, still_to_do
-from .listing import DamagedSource, Film, Listing
+from .listing import DamagedSource, Film, Listing, unlisted
 from .settings import PrepareConfig
 from .split import draw_splits, match_to_nih
 
@@ -45,9 +46,15 @@ class Prepared:
 def prepare(config: PrepareConfig, tick: Callable[[int, int], None] = lambda done, total: None) -> Prepared:
     """Prepare a data set; goes on where an earlier run of the same preparation stopped."""
     _check_out(config)
+    with folder_lock(config.out):
+        return _prepare(config, tick)
+
+
+def _prepare(config: PrepareConfig, tick: Callable[[int, int], None]) -> Prepared:
     listing = reader(config.dataset)(config)
     if config.dataset in ("rsna", "siim"):
         listing = match_to_nih(listing, config)
+    listing.skipped += unlisted(config.folder, listing, config.out)
     root = Path(os.path.realpath(config.folder))
     records = []
     for record in listing.records:
@@ -88,6 +95,7 @@ def prepare(config: PrepareConfig, tick: Callable[[int, int], None] = lambda don
         raise ValueError(f"{config.folder}: not one image could be used. Most often: {common[0][0]}")
     _write_index(config, kept)
     index = read_index(config.out, val_fraction=0.0)
+    listing.notes += _lacking(index)
     summary = {
         "fingerprint": index.fingerprint(),
         "source": str(root),
@@ -103,28 +111,33 @@ def _check_out(config: PrepareConfig) -> None:
     out = config.out
     if config.dataset != "phantom" and out.resolve() == config.folder.resolve():
         raise ValueError(f"out must not be the data set's own folder {out}")
-    foreign = out.is_dir() and any(entry.name != "drawn" for entry in os.scandir(out))
+    foreign = out.is_dir() and any(entry.name not in ("drawn", LOCK) for entry in os.scandir(out))
     if foreign and not (out / PREPARED_FILE).is_file():
         raise FileExistsError(f"{out} is not empty and was not made by prepare; choose another --out")
 
 
 def _refusal(record: Film, root: Path) -> str:
     """Why a record must not be read: tables and links may point anywhere."""
-    for path in (record.path, *(origin for _, origin in record.masks if isinstance(origin, Path))):
+    paths = (record.path, *(origin for _, origin in record.masks if isinstance(origin, Path)))
+    return next((reason for path in paths if (reason := _reason(path, root))), "")
+
+
+def _reason(path: Path, root: Path) -> str:
+    try:
         real = Path(os.path.realpath(path))
         if not real.is_relative_to(root):
             return f"refused: {path} leaves {root}"
-        if not real.is_file():
-            return f"no file: {path}"
-    return ""
+        return "" if real.is_file() else f"no file: {path}"
+    except (OSError, ValueError) as error:  # a name that no file can have
+        return f"no file: {str(path)[:80]} ... ({getattr(error, 'strerror', None) or error})"
 
 
 def _identity(config: PrepareConfig, listing: Listing) -> dict[str, Any]:
     """What makes two preparations the same: options, and the contents of the tables."""
     return {
         "dataset": config.dataset,
-        "classes": list(listing.classes),
         "options": config.identity(),
+        "classes": list(listing.classes),
         "tables": {
             **{path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in listing.tables},
             **listing.digests,
@@ -133,27 +146,40 @@ def _identity(config: PrepareConfig, listing: Listing) -> dict[str, Any]:
 
 
 def _claim(out: Path, identity: dict[str, Any]) -> None:
-    """Make the folder this preparation's, or refuse because it is another's."""
-    path = out / PREPARED_FILE
+    """Make the folder this preparation's, or refuse because it is another's. One without a film is nobody's."""
+    path, images = out / PREPARED_FILE, out / IMAGE_FOLDER
     if path.is_file():
         saved = json.loads(path.read_text())
-        for key in identity:
-            theirs, mine = _stated(saved.get(key)), _stated(identity[key])
-            if theirs == mine:
-                continue
-            detail = key
-            if isinstance(mine, dict) and isinstance(theirs, dict):
-                name = next(k for k in {**mine, **theirs} if mine.get(k) != theirs.get(k))
-                detail = f"{name} is {theirs.get(name)!r} there and {mine.get(name)!r} here"
-            raise FileExistsError(f"{out} holds a different preparation ({detail}); choose another --out or delete it")
-    (out / IMAGE_FOLDER).mkdir(parents=True, exist_ok=True)
+        differences = [text for key in identity for text in _differences(key, saved.get(key), identity[key])]
+        if differences and ((out / INDEX_FILE).is_file() or (images.is_dir() and any(images.iterdir()))):
+            raise FileExistsError(
+                f"{out} holds a different preparation ({differences[0]}); choose another --out or delete it"
+            )
+        if differences:
+            forget_progress(out)
+            path.unlink()
+    images.mkdir(parents=True, exist_ok=True)
     if not path.is_file():
         write_json(path, identity)
 
 
-def _stated(part: Any) -> Any:
-    """Without options that are not set: a folder stays what it is when ``prepare`` learns another option."""
-    return {k: v for k, v in part.items() if v not in (None, [])} if isinstance(part, dict) else part
+def _differences(key: str, theirs: Any, mine: Any) -> list[str]:
+    """Option by option; one that is not set is none, so a folder stays what it is when ``prepare`` learns another."""
+    pairs = {key: (theirs, mine)}
+    if isinstance(mine, dict) and isinstance(theirs, dict):
+        pairs = {name: (theirs.get(name), mine.get(name)) for name in {**mine, **theirs}}
+    stated = {name: [None if value in (None, []) else value for value in pair] for name, pair in pairs.items()}
+    return [
+        f"{name} is {_shown(there)} there and {_shown(here)} here"
+        for name, (there, here) in stated.items()
+        if there != here
+    ]
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value[:3])) + (f" and {len(value) - 3} more" if len(value) > 3 else "")
+    return "unset" if value is None else repr(value)
 
 
 def _write_index(config: PrepareConfig, kept: list[tuple[Film, Done]]) -> None:
@@ -174,7 +200,8 @@ def _write_index(config: PrepareConfig, kept: list[tuple[Film, Done]]) -> None:
 
 
 def _write_table(path: Path, header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
-    with atomic_path(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+    # Names of files may hold bytes that are no text.
+    with atomic_path(path) as part, part.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
         writer.writerows(rows)
@@ -193,6 +220,20 @@ def tally(index: ChestIndex) -> dict[str, dict[str, Any]]:
                 "findings": dict(zip(index.classes, positives, strict=True)),
             }
     return result
+
+
+def _lacking(index: ChestIndex) -> list[str]:
+    """A note for each split in which no film has a finding that others have."""
+    counts = {name: part["findings"] for name, part in tally(index).items()}
+    notes = []
+    for name, findings in counts.items():
+        lacking = [label for label in findings if not findings[label] and any(c[label] for c in counts.values())]
+        if lacking:
+            cannot = {"train": "cannot be learnt", "val": "have no say in what is chosen", "test": "are not scored"}[
+                name
+            ]
+            notes.append(f"No film in {name} has {', '.join(lacking)}: these findings {cannot}.")
+    return notes
 
 
 def report(prepared: Prepared, config: PrepareConfig, console: Console) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -19,7 +20,8 @@ from PIL import Image
 
 from ..images import resize_mask
 from ..index import IMAGE_FOLDER, MASK_FOLDER, Box, mask_path
-from .listing import Film, Grey
+from .grey import Grey, check_contrast
+from .listing import Film
 from .pixels import decode_runs, fitted_size, read_grey, read_mask, resize
 
 PROGRESS_FILE = "progress.jsonl"
@@ -56,6 +58,7 @@ def convert(job: Job) -> Done:
     stamp = stamp_of(record)
     try:
         image, patient = read_grey(record.path) if job.pixels is None else (job.pixels, "")
+        check_contrast(image)
         rows, columns = image.shape
         masks = {}
         for label, origin in record.masks:
@@ -63,14 +66,19 @@ def convert(job: Job) -> Done:
             masks[label] = resize_mask(mask, fitted_size(columns, rows, job.size))
         small = resize(image, fitted_size(columns, rows, job.size))
     except Exception as error:  # decoders raise whatever they like
-        return Done(record.name, stamp, error=f"{type(error).__name__}: {error}".replace("\n", " "))
+        return Done(record.name, stamp, error=" ".join(f"{type(error).__name__}: {error}".split()))
     written = {mask_path(job.out, label, record.name): mask for label, mask in masks.items()}
-    for path, mask in written.items():
-        _save(mask.astype(np.uint8) * 255, path)
-    for folder in (job.out / MASK_FOLDER).glob("*"):
-        if (path := folder / record.name) not in written:
-            path.unlink(missing_ok=True)  # an outline that has been taken back
-    _save(small, job.out / IMAGE_FOLDER / record.name)
+    try:
+        for path, mask in written.items():
+            _save(mask.astype(np.uint8) * 255, path)
+        for folder in (job.out / MASK_FOLDER).glob("*"):
+            if (path := folder / record.name) not in written:
+                path.unlink(missing_ok=True)  # an outline that has been taken back
+        _save(small, job.out / IMAGE_FOLDER / record.name)
+    except OSError as error:
+        if error.errno not in (errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL):
+            raise
+        return Done(record.name, stamp, error=f"{record.name[:80]} ... cannot be written: {error.strerror}")
     width, height = (columns, rows) if record.box_space is None else (record.box_space,) * 2
     boxes = [clipped for box in record.boxes if (clipped := _clip(box, width, height))]
     return Done(
@@ -99,7 +107,7 @@ def _stamp(path: Path) -> str:
 def _save(image: NDArray[np.uint8], path: Path) -> None:
     """Write whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{sha256(os.fsencode(path.name)).hexdigest()[:16]}.{os.getpid()}.part")
     try:
         Image.fromarray(image).save(part, format="PNG")
         part.replace(path)

@@ -7,15 +7,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from ..index import Box
+from ..tables import some
+from .grey import Grey
 
 DICOM_SUFFIXES = (".dcm", ".dicom")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
-
-Grey = NDArray[np.uint8]
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".jp2")
 
 
 class DamagedSource(ValueError):
@@ -80,10 +77,42 @@ def require(root: Path, *names: str) -> list[Path]:
         raise FileNotFoundError(f"no folder {root}")
     for name in names:
         if not (root / name).is_file():
-            raise FileNotFoundError(f"{root} has no {name}")
+            there = some((path.name for path in sorted((root / name).parent.glob("*.csv"))), 8)
+            raise FileNotFoundError(f"{root} has no {name}" + (f"; of tables it has {there}" if there else ""))
     return [root / name for name in names]
 
 
-def not_in_table(found: Iterable[str], listed: Iterable[str]) -> list[tuple[str, str]]:
-    """Image files that no table speaks of."""
-    return [(name, "an image file that the tables do not list") for name in sorted({*found} - {*listed})]
+def unlisted(root: Path, listing: Listing, out: Path) -> list[tuple[str, str]]:
+    """Image files below ``root``, but for those in ``out``, that no film is read from and ``skipped`` does not name."""
+    if not root.is_dir():
+        return []
+    masks = (origin for film in listing.records for _, origin in film.masks if isinstance(origin, Path))
+    used = {os.path.normpath(path) for path in (*(film.path for film in listing.records), *masks)}
+    named = {item.replace("\\", "/") for item, _ in listing.skipped}
+    ours, found = os.path.realpath(out), []
+    for parent, below, names in os.walk(root):
+        below[:] = sorted(name for name in below if os.path.realpath(os.path.join(parent, name)) != ours)
+        for name in sorted(names):
+            path = Path(parent, name)
+            item = path.relative_to(root).as_posix()
+            if os.path.normpath(path) not in used and not named & {item, name, path.stem} and is_film(path):
+                found.append((item, "an image file that the tables do not list"))
+    return found
+
+
+def is_film(path: Path) -> bool:
+    """By the suffix; a hospital's DICOM file without one by its mark."""
+    suffix = path.suffix.lower()
+    if suffix in DICOM_SUFFIXES + IMAGE_SUFFIXES:
+        return True
+    try:
+        return not suffix and path.is_file() and has_dicom_mark(path)
+    except OSError:
+        return False
+
+
+def has_dicom_mark(path: Path) -> bool:
+    """Whether a file begins as DICOM files do."""
+    with path.open("rb") as file:
+        file.seek(128)
+        return file.read(4) == b"DICM"

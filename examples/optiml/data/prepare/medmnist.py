@@ -20,7 +20,8 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from ..index import NIH_CLASSES, SPLITS
-from .listing import DamagedSource, Film, Grey, Listing
+from .grey import Grey
+from .listing import DamagedSource, Film, Listing
 from .settings import PrepareConfig
 
 #: Findings by the beginning of the file's name: the file itself does not say what its labels mean.

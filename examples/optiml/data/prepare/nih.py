@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..index import entry_file, mask_path, nih_entries, nih_images, read_index
+from ..index import entry_file, mask_path, nih_entries, read_index
 from ..nih_format import BOX_FILE, ENTRY_FILE, ORIGIN_FILE, TEST_FILE, TRAIN_FILE
 from ..nih_writer import PhantomConfig, write_phantoms
-from .listing import Film, Listing, not_in_table
+from .listing import Film, Listing
 from .settings import PrepareConfig
 
 
@@ -22,7 +22,6 @@ def read_nih(config: PrepareConfig) -> Listing:
     skipped = [(str(name), "no image file under images*/") for name in entries["name"][entries["path"].isna()]]
     unlisted = entries["name"][entries["path"].notna() & entries["split"].isna()]
     skipped += [(str(name), f"on neither {TRAIN_FILE} nor {TEST_FILE}") for name in unlisted]
-    skipped += not_in_table(nih_images(root), entries["name"])
 
     outlined = [folder.name for folder in sorted((root / "masks").glob("*")) if folder.is_dir()]
     records = []

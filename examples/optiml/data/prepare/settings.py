@@ -10,6 +10,9 @@ import tyro
 
 from . import READERS
 
+#: What CheXpert's authors call the usual readings of -1.
+PRESETS = {"u-zeros": "negative", "u-ones": "positive", "u-ignore": "skip"}
+
 
 @dataclass(frozen=True)
 class PrepareConfig:
@@ -69,8 +72,15 @@ class PrepareConfig:
     """csv: labels of that table to take (LABEL=NAME renames); unset: those that are findings."""
     label_columns: tuple[str, ...] = ()
     """csv: columns of 0 and 1, one finding each (COLUMN=NAME renames), or of text such as Mass|Nodule."""
-    uncertain: Literal["refuse", "negative", "positive", "skip"] = "refuse"
-    """csv: what a blank or -1 in a column of 0 and 1 means."""
+    separator: str | None = None
+    """csv: what stands between findings in a column of text; unset: | or ;, and a comma where that is plain."""
+    nothing: tuple[str, ...] = ()
+    """csv: words in a column of text for no finding; unset: No Finding, Normal, Healthy, Negative and the like."""
+    uncertain: Literal["refuse", "negative", "positive", "skip", "u-zeros", "u-ones", "u-ignore"] = "refuse"
+    """csv: what -1 in a column of 0 and 1 means; skip leaves the film out. CheXpert's u-zeros, u-ones and u-ignore are
+    negative, positive and skip, with a blank for negative."""
+    blank: Literal["refuse", "negative", "positive", "skip"] | None = None
+    """csv: what a blank (or nan, N/A) means; unset: asked in a column of 0 and 1, no finding in a column of text."""
 
     phantom_train: int = 2000
     """phantom: films on the train/validation list."""
@@ -101,6 +111,8 @@ class PrepareConfig:
             raise ValueError(f"where must be COLUMN=VALUE or COLUMN!=VALUE, not {bad!r}")
         if self.where and self.dataset != "csv":
             raise ValueError(f"where is for csv, not for {self.dataset}")
+        if self.separator == "":
+            raise ValueError("separator must be what stands between findings, such as ',', not nothing")
         if self.box_space is not None and self.box_space < 1:
             raise ValueError(f"box_space must be a number of pixels, not {self.box_space}")
         if self.root is None and self.dataset != "phantom":
@@ -111,9 +123,19 @@ class PrepareConfig:
         """Where the data set lies."""
         return self.root if self.root is not None else self.out / "drawn"
 
+    @property
+    def meaning_of_uncertain(self) -> str:
+        """``refuse``, ``negative``, ``positive`` or ``skip``."""
+        return PRESETS.get(self.uncertain, self.uncertain)
+
+    @property
+    def meaning_of_blank(self) -> str | None:
+        """The same; ``None`` where nobody said."""
+        return self.blank or ("negative" if self.uncertain in PRESETS else None)
+
     def identity(self) -> dict[str, Any]:
         """The options that the result depends on; the tables' contents are compared by digest."""
         options = {k: v.name if isinstance(v, Path) else v for k, v in asdict(self).items()}
-        for name in ("label_columns", "box_labels", "where"):
+        for name in ("label_columns", "box_labels", "where", "nothing"):
             options[name] = list(options[name])
         return {k: v for k, v in options.items() if k not in ("out", "root", "workers")}

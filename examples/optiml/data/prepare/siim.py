@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-from .listing import DICOM_SUFFIXES, IMAGE_SUFFIXES, Film, Listing, files_by_stem, not_in_table
+from ..tables import table_text
+from .listing import DICOM_SUFFIXES, IMAGE_SUFFIXES, Film, Listing, files_by_stem
 from .settings import PrepareConfig
 
 #: Table and folders of each release.
@@ -22,12 +23,16 @@ def read_runs(table: Path) -> dict[str, tuple[str, ...]]:
     Copies differ: a space before ``EncodedPixels`` and before values, a byte-order mark, no header line.
     """
     runs: dict[str, tuple[str, ...]] = {}
-    with table.open(newline="", encoding="utf-8-sig") as file:
-        for row in csv.reader(file):
-            if len(row) < 2 or row[0].strip() == "ImageId":
-                continue
-            name, text = row[0].strip(), row[1].strip()
-            runs[name] = runs.get(name, ()) + (() if text in ("", "-1") else (text,))
+    for row in csv.reader(table_text(table)[0].split("\n")):
+        if len(row) < 2 or row[0].strip() == "ImageId":
+            continue
+        name, text = row[0].strip(), row[1].strip()
+        if not runs and not text.replace(" ", "").removeprefix("-").isdigit() and text:
+            raise ValueError(
+                f"{table} has no column 'EncodedPixels' of run lengths in the second place, where {text!r} stands; the "
+                f"download's {table.name} has it"
+            )
+        runs[name] = runs.get(name, ()) + (() if text in ("", "-1") else (text,))
     return runs
 
 
@@ -44,7 +49,8 @@ def read_siim(config: PrepareConfig) -> Listing:
         raise FileNotFoundError(f"{root} has neither {RELEASES[0][0]} nor {RELEASES[1][0]}")
     _, table, runs, found = max(choices, key=lambda choice: choice[0])
 
-    records, skipped = [], not_in_table(found, runs)
+    records: list[Film] = []
+    skipped: list[tuple[str, str]] = []
     for name, parts in sorted(runs.items()):
         if name in found:
             labels = ("Pneumothorax",) if parts else ()

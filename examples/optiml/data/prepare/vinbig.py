@@ -7,7 +7,8 @@ from pathlib import Path
 import pandas as pd
 
 from ..index import Box
-from .listing import DICOM_SUFFIXES, Film, Listing, files_by_stem, not_in_table, require
+from ..tables import numbers, read_rows, require_columns
+from .listing import DICOM_SUFFIXES, Film, Listing, files_by_stem, require
 from .settings import PrepareConfig
 
 #: Kaggle's findings, in the order of their class_id; the fourteen that the paper counts.
@@ -38,7 +39,7 @@ def _kaggle(config: PrepareConfig) -> Listing:
     (table,) = require(root, "train.csv")
     if config.vinbig_classes == "all":
         raise ValueError("vinbig_classes='all' needs PhysioNet's distribution: Kaggle's has the 14 findings only")
-    rows = pd.read_csv(table, dtype={"image_id": str, "rad_id": str}, encoding="utf-8-sig")
+    rows = _boxes(table, "Kaggle's train.csv", "rad_id")
     found = files_by_stem(root, ["train"], DICOM_SUFFIXES)
     readers = rows[["image_id", "rad_id", "class_name"]].drop_duplicates()
     records, skipped = _records(config, readers, rows, found, "", VINBIG_CLASSES)
@@ -52,20 +53,20 @@ def _physionet(config: PrepareConfig) -> Listing:
     classes: tuple[str, ...] = VINBIG_CLASSES
     records, skipped = [], []
     for part, label_table, box_table in (("train", tables[0], tables[1]), ("test", tables[2], tables[3])):
-        wide = pd.read_csv(label_table, dtype={"image_id": str}, encoding="utf-8-sig").rename(columns=SPELLING)
+        wide = read_rows(label_table, ["image_id"]).rename(columns=SPELLING)
+        require_columns(label_table, wide, ("image_id", *VINBIG_CLASSES, NO_FINDING), f"PhysioNet's {label_table.name}")
         findings = [c for c in wide.columns if c not in ("image_id", "rad_id", NO_FINDING)]
-        if missing := set(VINBIG_CLASSES) - set(findings):
-            raise ValueError(f"{label_table} has no column {sorted(missing)[0]!r}")
         if config.vinbig_classes == "all":
             if part == "test" and set(classes) != set(findings):
                 raise ValueError(f"{label_table} and its training table name different findings")
             classes = classes if part == "test" else tuple(findings)
         if "rad_id" not in wide:
             wide["rad_id"] = "consensus"
-        readers = wide.melt(["image_id", "rad_id"], [*findings, NO_FINDING], "class_name", "on").query("on == 1")
+        readers = wide.melt(["image_id", "rad_id"], [*findings, NO_FINDING], "class_name", "on")
+        readers = readers[readers["on"].isin(("1", "1.0"))]
         # An image without a single 1 is still an image, seen by its readers.
         seen = wide[["image_id", "rad_id"]].assign(class_name=NO_FINDING)
-        boxes = pd.read_csv(box_table, dtype={"image_id": str}, encoding="utf-8-sig")
+        boxes = _boxes(box_table, f"PhysioNet's {box_table.name}")
         boxes["class_name"] = boxes["class_name"].replace(SPELLING)
         readers = pd.concat([readers, seen], ignore_index=True)[["image_id", "rad_id", "class_name"]].drop_duplicates()
         found = files_by_stem(root, [part], DICOM_SUFFIXES)
@@ -73,6 +74,13 @@ def _physionet(config: PrepareConfig) -> Listing:
         records += more
         skipped += gone
     return Listing(classes, records, skipped, tables)
+
+
+def _boxes(table: Path, holder: str, *more: str) -> pd.DataFrame:
+    """A table with a finding and a box in each row; corners are NaN where there is no box."""
+    rows = read_rows(table, ["image_id"])
+    require_columns(table, rows, ("image_id", "class_name", *more, *CORNERS), holder)
+    return rows.assign(**{corner: numbers(table, rows, corner) for corner in CORNERS})
 
 
 def _records(
@@ -95,7 +103,8 @@ def _records(
         if label in named.get(image, ()):
             x0, y0, x1, y1 = (float(corner) for corner in corners)
             drawn.setdefault(image, []).append(Box(label, x0, y0, x1 - x0, y1 - y0))
-    records, skipped = [], not_in_table(found, readers["image_id"])
+    records: list[Film] = []
+    skipped: list[tuple[str, str]] = []
     for image in sorted(readers["image_id"].unique()):
         if image not in found:
             skipped.append((image, f"no .dicom file under {split or 'train'}/"))

@@ -86,18 +86,30 @@ class Method(pl.LightningModule):
         seed_all(self.config.seed, self.current_epoch, batch_idx, rank)
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
-        out = self.step(*batch)
+        try:
+            out = self.step(*batch)
+        except ValueError as error:
+            if "finite" not in str(error):
+                raise
+            raise self._stopped("features are not finite", batch_idx, f" ({error})") from error
         self.last_log = self._log_of_all({"loss": out.loss, **out.log})
         # The loss of all processes, so that all stop if one must.
         if not math.isfinite(self.last_log["loss"]):
             parts = ", ".join(f"{name} {value:.4g}" for name, value in self.last_log.items())
-            where = f"epoch {self.current_epoch + 1}, step {batch_idx + 1}"
-            raise NonFiniteLoss(
-                f"the loss is {self.last_log['loss']} in {where} ({parts}). "
-                "A smaller --optim.lr or a longer --optim.warmup-epochs usually helps."
-            )
+            raise self._stopped(f"the loss is {self.last_log['loss']}", batch_idx, f" ({parts})")
         self.log("loss", out.loss.detach(), prog_bar=True)
         return out.loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Before an epoch is saved, measured or exported: the step after it would tell, but may not come."""
+        if self.trainer.is_last_batch and not all(bool(value.isfinite().all()) for value in self.state_dict().values()):
+            raise self._stopped("weights are no longer finite", batch_idx)
+
+    def _stopped(self, what: str, batch_idx: int, detail: str = "") -> NonFiniteLoss:
+        return NonFiniteLoss(
+            f"{what} in epoch {self.current_epoch + 1}, step {batch_idx + 1}{detail}. A smaller --optim.lr or a longer "
+            "--optim.warmup-epochs usually helps."
+        )
 
     def _log_of_all(self, values: dict[str, Tensor]) -> dict[str, float]:
         """The figures of the whole batch, and whether any process is to stop; one exchange, one wait for the device."""
