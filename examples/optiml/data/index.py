@@ -189,9 +189,13 @@ def entry_file(root: Path) -> Path:
 
 def nih_entries(root: Path) -> pd.DataFrame:
     """The official table's rows by name: findings, patient, split and path; the last two are NaN where unknown."""
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root} is no folder")
     for path in (entry_file(root), root / TRAIN_FILE, root / TEST_FILE):
         if not path.is_file():
-            raise FileNotFoundError(f"{root} is not in NIH's layout: {path.name} is missing")
+            raise FileNotFoundError(
+                f"{root} is no prepared data set (run prepare first), and not in NIH's layout: {path.name} is missing"
+            )
     # The header's "OriginalImage[Width,Height]" splits at its comma, so columns are taken by position.
     with _named(
         entry_file(root), "table of labels, which begins with Image Index, Finding Labels, Follow-up #, Patient ID"

@@ -92,7 +92,7 @@ def _train(config: PretrainConfig, index: ChestIndex, world: World, console: Con
         steps = config.epochs * len(loader)
         console.print(
             f"{config.method}: {len(train)} images, {config.epochs} epochs of {len(loader)} steps ({steps} in all)"
-            f"{several}, {config.image_size} px, run folder {config.out}"
+            f"{several}, {config.image_size} px, {config.precision}, run folder {config.out}"
             + (", going on from last.ckpt" if last.exists() else "")
         )
         if steps < SHORT:

@@ -40,7 +40,7 @@ def read_nih(config: PrepareConfig) -> Listing:
             source="" if index.sources is None else str(index.sources[row]),
         )
         records.append(record)
-    notes = ["Validation patients are cut from train on reading, by the hash that reading the raw folder uses."]
+    notes = ["The validation films are taken out of train when the data set is read, by patient."]
     tables = [entry_file(root), *(root / name for name in (TRAIN_FILE, TEST_FILE, BOX_FILE, "labels.csv"))]
     return Listing(index.classes, records, skipped, [table for table in tables if table.is_file()], notes)
 
