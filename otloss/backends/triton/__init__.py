@@ -37,6 +37,7 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ from torch import Tensor
 from otloss.backends.protocol import Gradients, Problem, Solution, Upstream
 
 TWICE_DIFFERENTIABLE = False
-KEEPS_COST = False
+KEEPS_COST = True
 READS_HALF = True
 
 # Read once, as Triton itself does at its import.
@@ -63,11 +64,11 @@ def _version() -> str | None:
 
 
 def _too_old(version: str | None) -> str | None:
-    """Why the kernels do not run under this version: before 3.8, Triton multiplies no tiles of depth 8."""
+    """Why the kernels do not run under this version: see ``compat.py``."""
     numbers = re.match(r"(\d+)\.(\d+)", version or "")
-    if not numbers or (int(numbers[1]), int(numbers[2])) >= (3, 8):
+    if not numbers or (int(numbers[1]), int(numbers[2])) >= (3, 3):
         return None
-    return f"its kernels need Triton 3.8, which PyTorch 2.14 brings, and this is {version}"
+    return f"its kernels need Triton 3.3, which PyTorch 2.7 brings, and this is {version}"
 
 
 # Computed once: status() is called at every choice of a backend, and torch.compile traces it.
@@ -94,27 +95,52 @@ def interpreted() -> bool:
     return _INTERPRETED
 
 
-def _device_problem(problem: Problem) -> Any:
-    reason = status()
-    if reason is not None:
-        raise RuntimeError(f"the triton backend cannot be used: {reason}")
-    from otloss.backends.triton.launch import DeviceProblem  # imports the library
-
-    return DeviceProblem(problem)
-
-
 def _on(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device: make it the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-def solve(problem: Problem, max_iter: int, tol: float, kept: Tensor | None = None) -> Solution:
-    """The solution after ``max_iter`` iterations or at an L1 error below ``tol``; ``kept`` is not used."""
-    with _on(problem.left):
-        prepared = _device_problem(problem)
-        from otloss.backends.triton import solver
+def _groups(problem: Problem, kept: Tensor | None) -> Iterator[tuple[slice, Problem, Tensor | None]]:
+    """The problems, all at once or as many at a time as the bound on the stored cost of features allows."""
+    reason = status()
+    if reason is not None:
+        raise RuntimeError(f"the triton backend cannot be used: {reason}")
+    from otloss.backends.triton import config
 
-        return solver.solve(prepared, max_iter, tol)
+    left, right, a, b, eps = problem
+    count, n, m = a.shape[0], a.shape[1], b.shape[1]
+    groups = 1 if right is None else config.groups(count, n, m, a.dtype == torch.float64)
+    size = -(-count // max(groups, 1))
+    for start in range(0, max(count, 1), max(size, 1)):
+        part = slice(start, start + size)
+        yield (
+            part,
+            Problem(left[part], None if right is None else right[part], a[part], b[part], eps),
+            None if kept is None else kept[part].contiguous(),
+        )
+
+
+def _part(upstream: Upstream, part: slice) -> Upstream:
+    return Upstream(*(None if grad is None else grad[part] for grad in upstream))
+
+
+def _joined(parts: list[Any]) -> Any:
+    """One named tuple from those of each group."""
+    return parts[0] if len(parts) == 1 else type(parts[0])(*map(torch.cat, zip(*parts, strict=True)))
+
+
+def solve(problem: Problem, max_iter: int, tol: float, kept: Tensor | None = None) -> Solution:
+    """The solution after ``max_iter`` iterations or at an L1 error below ``tol``.
+
+    The cost of features is written to ``kept (B, n, m)``.
+    """
+    with _on(problem.left):
+        parts = []
+        for _, group, room in _groups(problem, kept):
+            from otloss.backends.triton import launch, solver  # imports the library
+
+            parts.append(solver.solve(launch.DeviceProblem(group, room), max_iter, tol))
+        return _joined(parts)  # type: ignore[no-any-return]
 
 
 def implicit_gradient(
@@ -126,12 +152,19 @@ def implicit_gradient(
     need_cost: bool,
     kept: Tensor | None = None,
 ) -> tuple[Gradients, Tensor]:
-    """Gradients of the converged problem and the residual of its adjoint system; ``kept`` is not used."""
+    """Gradients of the converged problem and the residual of its adjoint system; ``kept`` is what ``solve`` wrote."""
     with _on(problem.left):
-        prepared = _device_problem(problem)
-        from otloss.backends.triton import gradient
+        parts, residuals = [], []
+        for part, group, made in _groups(problem, kept):
+            from otloss.backends.triton import gradient, launch
 
-        return gradient.implicit_gradient(prepared, f, g, upstream, adjoint, need_cost)
+            prepared = launch.DeviceProblem(group, made, made=made is not None)
+            gradients, residual = gradient.implicit_gradient(
+                prepared, f[part], g[part], _part(upstream, part), adjoint, need_cost
+            )
+            parts.append(gradients)
+            residuals.append(residual)
+        return _joined(parts), torch.cat(residuals)
 
 
 def unrolled_gradient(
@@ -139,7 +172,10 @@ def unrolled_gradient(
 ) -> Gradients:
     """Gradients through the ``n_iter`` iterations that were run, at most ``max_iter``."""
     with _on(problem.left):
-        prepared = _device_problem(problem)
-        from otloss.backends.triton import gradient
+        parts = []
+        for part, group, _ in _groups(problem, None):
+            from otloss.backends.triton import gradient, launch
 
-        return gradient.unrolled_gradient(prepared, n_iter, upstream, need_cost, max_iter)
+            prepared, given = launch.DeviceProblem(group), _part(upstream, part)
+            parts.append(gradient.unrolled_gradient(prepared, n_iter[part], given, need_cost, max_iter))
+        return _joined(parts)  # type: ignore[no-any-return]

@@ -13,7 +13,12 @@ from dataclasses import dataclass
 # The largest n and m of each regime; beyond them problems are streamed. Tests lower them.
 LIMITS = {"small": 128, "medium": 1024}  # of float32; float64 takes two registers a number
 BLOCKS = 32  # of rows in a medium problem: each adds the shares of all
-MIN_SIDE = 16  # the least side of a product's tile
+MIN_SIDE = 16  # the least side and depth of a product's tile; from Triton 3.8 on it may be lower
+# Bytes of the cost of features that are stored at a time, and of its gradient: what the second-level caches of A100 (40
+# MB) and H100 (50 MB) hold beside the rest. A larger batch is solved in groups of problems; the cost of one problem
+# that is larger is not stored.
+STORED_BYTES = 32 << 20
+CAPTURED_STEPS = 256  # of conjugate gradients in a caller's CUDA graph, where nobody sees that all are done
 
 
 @dataclass(frozen=True)
@@ -38,23 +43,43 @@ def regime(n: int, m: int, double: bool) -> str:
     return next((name for name, limit in LIMITS.items() if size <= limit), "large")
 
 
-def small(n: int, m: int, d: int, double: bool) -> Tile:
+def small(n: int, m: int, double: bool) -> Tile:
     """The whole problem in one tile."""
     rows, cols = power(n), power(m)
-    entries = rows * cols * (2 if double else 1)
-    return Tile(rows, cols, 16 if entries > 8192 else 8, 8 if entries > 4096 else 4, 1)
+    return Tile(rows, cols, 16, 8 if rows * cols * (2 if double else 1) > 4096 else 4, 1)
 
 
-def medium(m: int, d: int, double: bool) -> Tile:
+def medium(m: int, double: bool) -> Tile:
     """Blocks of whole rows."""
     cols = power(m)
-    return Tile(16, cols, 8 if cols > 256 else 16, 16 if cols > 256 and not double else 8, 1)
+    return Tile(16, cols, 16, 16 if cols > 256 and not double else 8, 1)
+
+
+def product(rows: int, cols: int, double: bool) -> Tile:
+    """Tiles of a batched product."""
+    side = 32 if double else 64
+    rows, cols = min(power(rows), side), min(power(cols), side)
+    return Tile(rows, cols, 16, _warps(rows * cols), 2)
+
+
+def groups(count: int, n: int, m: int, double: bool) -> int:
+    """In how many groups a batch of features is solved, so that the cost of each may be stored; 0: it is not stored."""
+    most = STORED_BYTES // (n * m * (8 if double else 4))
+    return -(-max(count, 1) // most) if most else 0
 
 
 def row_blocks(count: int, n: int, rows: int, processors: int) -> tuple[int, int]:
-    """Programs per problem and tiles of rows per program: about two programs for each processor, at most ``BLOCKS``."""
+    """Programs per problem and tiles of rows per program, for the least time if two programs run on each processor.
+
+    A program costs its tiles, a sixteenth of one for each share that it adds, and half a tile to begin.
+    """
     tiles = -(-n // rows)
-    each = -(-tiles // max(1, min(2 * processors // max(count, 1), BLOCKS)))
+
+    def time(each: int) -> tuple[float, int]:
+        blocks = -(-tiles // each)
+        return -(-count * blocks // (2 * processors)) * (each + blocks / 16 + 0.5), blocks
+
+    each = min(range(-(-tiles // BLOCKS), tiles + 1), key=time)
     return -(-tiles // each), each
 
 
@@ -90,7 +115,7 @@ STREAM_CANDIDATES = [
 
 
 def contract(n: int, m: int, d: int, double: bool) -> tuple[Tile, int]:
-    """Tiles of the gradient's contraction, and how many features a program holds."""
+    """Tiles of the gradient by the cost, and how many features a program holds that contracts it."""
     side = 32 if double else 64
     rows, features = min(power(n), side), min(power(d), 64)
     return Tile(rows, min(power(m), 32), 16, _warps(rows * features), 1), features

@@ -18,6 +18,7 @@ each), and per 64 features one exponential (unrolled: two per iteration); for n 
 import triton
 import triton.language as tl
 
+from otloss.backends.triton.compat import jit
 from otloss.backends.triton.tiles import base2, cost_tile, kernel_tile, vector
 
 
@@ -85,7 +86,7 @@ def gradient_tile(
     return tl.where((i < n)[:, None] & (j < m)[None, :], grad, 0.0)
 
 
-@triton.jit(do_not_specialize=["count"])
+@jit(do_not_specialize=["count"])
 def contract_dense(
     left, out, f, g, a, b, u, v, q_i, q_j, w, w_value, n_iter, count, n, m, eps: tl.float64,
     I: tl.constexpr, J: tl.constexpr,
@@ -103,7 +104,7 @@ def contract_dense(
     tl.store(out + at, grad.to(out.dtype.element_ty), mask=(i < n)[:, None] & (j < m)[None, :])
 
 
-@triton.jit(do_not_specialize=["count"])
+@jit(do_not_specialize=["count"])
 def contract_features(
     left, right, out, f, g, a, b, u, v, q_i, q_j, w, w_value, n_iter, count, n, m, d, eps: tl.float64,
     SWAPPED: tl.constexpr, I: tl.constexpr, J: tl.constexpr, K: tl.constexpr, D: tl.constexpr, DOT: tl.constexpr,

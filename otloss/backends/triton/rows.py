@@ -31,16 +31,16 @@ nobody looks, and a launch without work takes about 2 us.
 import triton
 import triton.language as tl
 
+from otloss.backends.triton.compat import jit
 from otloss.backends.triton.tiles import (
     add_splits,
     base2,
     column_step,
-    cost_tile,
     is_live,
     kernel_tile,
     log2_mass,
-    of_problem,
     row_error,
+    stored_tile,
     vector,
 )
 
@@ -67,10 +67,10 @@ def accumulate(own, j, part, m, more):
     tl.store(own + j, part + tl.load(own + j, mask=(j < m) & more, other=0.0), mask=j < m)
 
 
-@triton.jit(do_not_specialize=["count", "blocks", "tiles", "max_iter"])
+@jit(do_not_specialize=["count", "blocks", "tiles", "max_iter"])
 def iterate_rows(
-    left, right, a, b, f, g, share, missed, state, count, blocks, tiles, n, m, d, eps: tl.float64, tol: tl.float64,
-    max_iter, I: tl.constexpr, M: tl.constexpr, K: tl.constexpr, DOT: tl.constexpr,
+    cost, a, b, f, g, share, missed, state, count, blocks, tiles, n, m, eps: tl.float64, tol: tl.float64,
+    max_iter, I: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     """One iteration; grid: problems x ``blocks`` of ``tiles`` times I rows.
 
@@ -96,7 +96,7 @@ def iterate_rows(
         tl.store(state, STOPPED)
         return
 
-    left, right = of_problem(left, right, p, n, m, d)
+    cost += p * n * m
     a += p * n
     b += p * m
     first = block * tiles * I
@@ -121,7 +121,7 @@ def iterate_rows(
         f += ((done + 1) % 2 * count + p) * n
         for start in range(0, m, 64):
             c = start + tl.arange(0, 64)
-            part = column_step(left, right, c, f, a, n, m, d, first, last, inv, 64, 32, K, DOT)
+            part = column_step(cost, c, f, a, n, m, first, last, inv, 64, 32)
             tl.store(own + c, part, mask=c < m)
         tl.store(state, LOG)
     else:
@@ -139,9 +139,9 @@ def iterate_rows(
             off = tl.zeros([], DTYPE)
             for start in range(first, last, I):
                 i = start + tl.arange(0, I)
-                cost = cost_tile(left, right, i, j, n, m, d, m, 1, I, M, K, DOT, DTYPE) * inv
+                scaled = stored_tile(cost, i, j, n, m, DTYPE) * inv
                 column = vector(g, j, m, DTYPE) * inv + log2_mass(vector(b, j, m, DTYPE))
-                exponent = column[None, :] - cost
+                exponent = column[None, :] - scaled
                 top = tl.max(exponent, 1)
                 e = tl.exp2(exponent - top[:, None])
                 s = tl.sum(e, 1)
@@ -156,25 +156,24 @@ def iterate_rows(
             tl.store(missed + (fresh * count + p) * blocks + block, off)
 
 
-@triton.jit(do_not_specialize=["count", "tiles"])
+@jit(do_not_specialize=["count", "tiles"])
 def normal_rows(
-    left, right, f, g, alpha, scale, share, running, count, tiles, n, m, d, eps: tl.float64,
-    I: tl.constexpr, M: tl.constexpr, K: tl.constexpr, DOT: tl.constexpr,
+    cost, f, g, alpha, scale, share, running, count, tiles, n, m, eps: tl.float64, I: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     """The share of a block of rows of sum_i k_ij scale_i (sum_j' k_ij' alpha_j'); grid: problems x blocks."""
     DTYPE: tl.constexpr = f.dtype.element_ty
     p = tl.program_id(0).to(tl.int64)
     if tl.load(running + p) == 0:
         return
-    left, right = of_problem(left, right, p, n, m, d)
+    cost += p * n * m
     block = tl.program_id(1)
     first = block * tiles * I
     j = tl.arange(0, M)
     own = share + (block.to(tl.int64) * count + p) * m
     for start in range(first, tl.minimum(first + tiles * I, n), I):
         i = start + tl.arange(0, I)
-        cost = cost_tile(left, right, i, j, n, m, d, m, 1, I, M, K, DOT, DTYPE)
-        k = kernel_tile(cost, vector(f + p * n, i, n, DTYPE), vector(g + p * m, j, m, DTYPE), base2(eps, DTYPE))
+        tile = stored_tile(cost, i, j, n, m, DTYPE)
+        k = kernel_tile(tile, vector(f + p * n, i, n, DTYPE), vector(g + p * m, j, m, DTYPE), base2(eps, DTYPE))
         x = vector(alpha + p * m, j, m, DTYPE)
         product = tl.sum(k * x[None, :], 1) * vector(scale + p * n, i, n, DTYPE)
         accumulate(own, j, tl.sum(k * product[:, None], 0), m, start > first)

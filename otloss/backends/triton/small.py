@@ -27,30 +27,29 @@ once. Launches: one, and one per side to normalise.
 import triton
 import triton.language as tl
 
+from otloss.backends.triton.compat import jit
 from otloss.backends.triton.tiles import (
     base2,
     column_step,
-    cost_tile,
     is_live,
     kernel_tile,
     known,
-    of_problem,
-    stream_step,
+    row_step,
+    stored_tile,
     vector,
 )
 
 
-@triton.jit(do_not_specialize=["max_iter"])
+@jit(do_not_specialize=["max_iter"])
 def solve_small(
-    left, right, a, b, f_out, g_out, cost_out, value_out, n_iter_out, error_out, n, m, d,
-    eps: tl.float64, tol: tl.float64, max_iter,
-    N: tl.constexpr, M: tl.constexpr, J: tl.constexpr, K: tl.constexpr, DOT: tl.constexpr,
+    cost, a, b, f_out, g_out, cost_out, value_out, n_iter_out, error_out, n, m, eps: tl.float64, tol: tl.float64,
+    max_iter, N: tl.constexpr, M: tl.constexpr, J: tl.constexpr,
 ):  # fmt: skip
     """All iterations and all outputs of one problem; grid: problems."""
     DTYPE: tl.constexpr = a.dtype.element_ty
     SAFE: tl.constexpr = 1e40 if tl.float64 == DTYPE else 1e8
     p = tl.program_id(0).to(tl.int64)
-    left, right = of_problem(left, right, p, n, m, d)
+    cost += p * n * m
     i = tl.arange(0, N)
     j = tl.arange(0, M)
     inv = base2(eps, DTYPE)
@@ -89,13 +88,13 @@ def solve_small(
             else:  # from the state before, in the log-domain
                 tl.store(g_out + j, vector(g_out, j, m, DTYPE) + tl.log2(psi) / inv, mask=j < m)
                 tl.debug_barrier()
-                f = stream_step(left, right, i, g_out, b, n, m, d, m, 1, 0, m, inv, N, J, K, DOT)
+                f = row_step(cost, i, g_out, b, n, m, inv, N, J)
                 tl.store(f_out + i, f, mask=i < n)
                 tl.debug_barrier()
-                g = column_step(left, right, j, f_out, a, n, m, d, 0, n, inv, M, J, K, DOT)
+                g = column_step(cost, j, f_out, a, n, m, 0, n, inv, M, J)
                 tl.store(g_out + j, g, mask=j < m)
-                cost = cost_tile(left, right, i, j, n, m, d, m, 1, N, M, K, "ieee", DTYPE)
-                k = kernel_tile(cost, f, g, inv)
+                tl.debug_barrier()
+                k = kernel_tile(stored_tile(cost, i, j, n, m, DTYPE), f, g, inv)
                 phi, psi = tl.full([N], 1.0, DTYPE), tl.full([M], 1.0, DTYPE)
 
     f = vector(f_out, i, n, DTYPE) + tl.log2(phi) / inv
@@ -105,11 +104,11 @@ def solve_small(
     tl.store(g_out + j, g, mask=j < m)
     tl.debug_barrier()
     if tl.min(tl.where(i < n, mass_a, 1.0), 0) == 0.0:  # without mass: from the final potentials of the others
-        f = tl.where(mass_a > 0.0, f, stream_step(left, right, i, g_out, b, n, m, d, m, 1, 0, m, inv, N, J, K, DOT))
+        f = tl.where(mass_a > 0.0, f, row_step(cost, i, g_out, b, n, m, inv, N, J))
         tl.store(f_out + i, f, mask=i < n)
         tl.debug_barrier()
     if tl.min(tl.where(j < m, mass_b, 1.0), 0) == 0.0:
-        g = tl.where(mass_b > 0.0, g, column_step(left, right, j, f_out, a, n, m, d, 0, n, inv, M, J, K, DOT))
+        g = tl.where(mass_b > 0.0, g, column_step(cost, j, f_out, a, n, m, 0, n, inv, M, J))
     shift = (tl.sum(mass_b * g, 0) - tl.sum(mass_a * f, 0)) * 0.5
     f, g = f + shift, g - shift
     tl.debug_barrier()
@@ -119,12 +118,12 @@ def solve_small(
     row, by_cost, by_g = tl.zeros([N], DTYPE), tl.zeros([N], DTYPE), tl.zeros([N], DTYPE)
     for start in range(0, m, J):
         c = start + tl.arange(0, J)
-        cost = cost_tile(left, right, i, c, n, m, d, m, 1, N, J, K, DOT, DTYPE)
+        tile = stored_tile(cost, i, c, n, m, DTYPE)
         gc = vector(g_out, c, m, DTYPE)
         mass = vector(b, c, m, DTYPE)
-        share = kernel_tile(cost, f, gc, inv) * tl.where(is_live(mass), mass, 0.0)[None, :]
+        share = kernel_tile(tile, f, gc, inv) * tl.where(is_live(mass), mass, 0.0)[None, :]
         row += tl.sum(share, 1)
-        by_cost += tl.sum(share * cost, 1)
+        by_cost += tl.sum(share * tile, 1)
         by_g += tl.sum(share * gc[None, :], 1)
     total = known(f * row + by_g, mass_a > 0.0)
     value = tl.sum(mass_a * total, 0) - tl.full([], eps, DTYPE) * (tl.sum(mass_a * row, 0) - 1.0)
@@ -140,17 +139,16 @@ def without(x, root, size):
     return x - tl.sum(x * root, 0) / size * root
 
 
-@triton.jit
+@jit()
 def adjoint_small(
-    left, right, a, b, f, g, w, p_grad, q_grad, u_out, v_out, p_out, q_out, h_out, residual_out, n, m, d,
-    eps: tl.float64, N: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
+    cost, a, b, f, g, w, p_grad, q_grad, u_out, v_out, p_out, q_out, h_out, residual_out, n, m, eps: tl.float64,
+    N: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     """Multipliers U, V and the weights p/rho, q/sigma of one problem; grid: problems."""
     DTYPE: tl.constexpr = a.dtype.element_ty
     TARGET: tl.constexpr = 1e-24 if tl.float64 == DTYPE else 2.5e-13  # of squares
     NOISE: tl.constexpr = 1.8e-15 if tl.float64 == DTYPE else 9.6e-7  # eight roundings
     prob = tl.program_id(0).to(tl.int64)
-    left, right = of_problem(left, right, prob, n, m, d)
     i = tl.arange(0, N)
     j = tl.arange(0, M)
     real_i, real_j = i < n, j < m
@@ -165,7 +163,7 @@ def adjoint_small(
     grad_q = vector(q_grad + prob * m, j, m, DTYPE)
     weight = tl.load(w + prob)
 
-    cost = cost_tile(left, right, i, j, n, m, d, m, 1, N, M, K, "ieee", DTYPE)
+    cost = stored_tile(cost + prob * n * m, i, j, n, m, DTYPE)
     k = tl.where(real_i[:, None] & real_j[None, :], kernel_tile(cost, pf, pg, base2(eps, DTYPE)), 0.0)
     reduced = cost - pf[:, None] - pg[None, :]
     rho = tl.where(real_i, tl.sum(k * mass_b[None, :], 1), 1.0)

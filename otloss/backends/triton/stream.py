@@ -18,23 +18,22 @@ reading the kernel 20 us.
 """
 
 # mypy: ignore-errors
-import triton
 import triton.language as tl
 
+from otloss.backends.triton.compat import jit
 from otloss.backends.triton.tiles import (
     add_splits,
     base2,
     cost_tile,
     is_live,
     kernel_tile,
-    of_problem,
     row_error,
     stream_step,
     vector,
 )
 
 
-@triton.jit(do_not_specialize=["least", "count", "splits"])
+@jit(do_not_specialize=["least", "count", "splits"])
 def half_step(
     left, right, g, b, out, gate, least, count, n, m, d, si, sj, eps: tl.float64, splits,
     I: tl.constexpr, J: tl.constexpr, K: tl.constexpr, DOT: tl.constexpr,
@@ -47,7 +46,9 @@ def half_step(
     if gate is not None:  # noqa: SIM102 (known when compiling)
         if tl.load(gate + p) < least:
             return
-    left, right = of_problem(left, right, p, n, m, d)
+    left += p * n * (m if right is None else d)
+    if right is not None:
+        right += p * m * d
     i = tl.program_id(1).to(tl.int64) * I + tl.arange(0, I)
     split = tl.program_id(2)
     width = tl.cdiv(tl.cdiv(m, J), splits) * J
@@ -59,7 +60,7 @@ def half_step(
     tl.store(out + (split.to(tl.int64) * count + p) * n + i, f, mask=i < n)
 
 
-@triton.jit(do_not_specialize=["count", "n", "max_iter", "splits"])
+@jit(do_not_specialize=["count", "n", "max_iter", "splits"])
 def commit_rows(
     part, f, a, running, n_iter, count, n, eps: tl.float64, tol: tl.float64, max_iter, splits, I: tl.constexpr
 ):
@@ -86,7 +87,7 @@ def commit_rows(
         tl.store(running + p, 0)
 
 
-@triton.jit(do_not_specialize=["count", "n", "splits"])
+@jit(do_not_specialize=["count", "n", "splits"])
 def commit(part, f, gate, count, n, eps: tl.float64, splits, I: tl.constexpr):
     """f from the parts of each split; grid: problems x blocks of I rows."""
     p = tl.program_id(0).to(tl.int64)
@@ -98,7 +99,7 @@ def commit(part, f, gate, count, n, eps: tl.float64, splits, I: tl.constexpr):
     tl.store(f + p * n + i, total, mask=i < n)
 
 
-@triton.jit(do_not_specialize=["alpha_parts", "count", "splits"])
+@jit(do_not_specialize=["alpha_parts", "count", "splits"])
 def sums(
     left, right, f, g, alpha, alpha_scale, alpha_parts, beta, gamma, out, gate, count, n, m, d, si, sj, eps: tl.float64,
     splits, REDUCED: tl.constexpr, I: tl.constexpr, J: tl.constexpr, K: tl.constexpr, DOT: tl.constexpr,
@@ -113,7 +114,9 @@ def sums(
     if gate is not None:  # noqa: SIM102 (known when compiling)
         if tl.load(gate + p) == 0:
             return
-    left, right = of_problem(left, right, p, n, m, d)
+    left += p * n * (m if right is None else d)
+    if right is not None:
+        right += p * m * d
     i = tl.program_id(1).to(tl.int64) * I + tl.arange(0, I)
     split = tl.program_id(2)
     width = tl.cdiv(tl.cdiv(m, J), splits) * J
@@ -149,7 +152,7 @@ def sums(
         tl.store(out + (CHANNELS - 1) * tl.cast(count, tl.int64) * n + i, by_gamma, mask=i < n)
 
 
-@triton.jit(do_not_specialize=["step"])
+@jit(do_not_specialize=["step"])
 def unroll_step(
     left, right, f, g, a, multiplier, out, grad, n_iter, step, n, m, d, si, sj, eps: tl.float64,
     I: tl.constexpr, J: tl.constexpr, K: tl.constexpr, DOT: tl.constexpr,
@@ -162,7 +165,9 @@ def unroll_step(
     p = tl.program_id(0).to(tl.int64)
     if tl.load(n_iter + p) < step:
         return
-    left, right = of_problem(left, right, p, n, m, d)
+    left += p * n * (m if right is None else d)
+    if right is not None:
+        right += p * m * d
     i = tl.program_id(1).to(tl.int64) * I + tl.arange(0, I)
     fi = vector(f + p * n, i, n, DTYPE)
     inv = base2(eps, DTYPE)

@@ -48,15 +48,6 @@ def vector(pointer, i, n, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def of_problem(left, right, p, n, m, d):
-    """Where the cost or the features of problem ``p`` begin."""
-    if right is None:
-        return left + p * n * m, None
-    else:
-        return left + p * n * d, right + p * m * d
-
-
-@triton.jit
 def cost_tile(
     left, right, i, j, n, m, d, si, sj, I: tl.constexpr, J: tl.constexpr, K: tl.constexpr, DOT: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -110,14 +101,21 @@ def stream_step(
 
 
 @triton.jit
-def column_step(
-    left, right, j, f, a, n, m, d, begin, end, inv, J: tl.constexpr, I: tl.constexpr, K: tl.constexpr, DOT: tl.constexpr
-):  # fmt: skip
-    """The half-step of columns ``j`` over the rows begin .. end - 1, of a problem seen from its rows."""
-    if right is None:
-        return stream_step(left, None, j, f, a, m, n, d, 1, m, begin, end, inv, J, I, K, DOT)
-    else:
-        return stream_step(right, left, j, f, a, m, n, d, 0, 0, begin, end, inv, J, I, K, DOT)
+def stored_tile(cost, i, j, n, m, DTYPE: tl.constexpr):
+    """Rows ``i`` and columns ``j`` of a stored cost, 0 beyond it."""
+    return tl.load(cost + i[:, None] * m + j[None, :], mask=(i < n)[:, None] & (j < m)[None, :], other=0.0).to(DTYPE)
+
+
+@triton.jit
+def row_step(cost, i, g, b, n, m, inv, I: tl.constexpr, J: tl.constexpr):
+    """The half-step of rows ``i`` of a stored cost."""
+    return stream_step(cost, None, i, g, b, n, m, 0, m, 1, 0, m, inv, I, J, 16, "ieee")
+
+
+@triton.jit
+def column_step(cost, j, f, a, n, m, begin, end, inv, J: tl.constexpr, I: tl.constexpr):
+    """The half-step of columns ``j`` over the rows begin .. end - 1 of a stored cost."""
+    return stream_step(cost, None, j, f, a, m, n, 0, 1, m, begin, end, inv, J, I, 16, "ieee")
 
 
 @triton.jit
