@@ -11,7 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 # The largest n and m of each regime; beyond them problems are streamed. Tests lower them.
-LIMITS = {"small": 128, "medium": 1024}  # of float32; float64 takes two registers a number
+LIMITS = {"small": 128, "medium": 1024}
+DOUBLE = {"small": 4, "medium": 2}  # how many times lower they are in float64, which takes more registers
 BLOCKS = 32  # of rows in a medium problem: each adds the shares of all
 MIN_SIDE = 16  # the least side and depth of a product's tile; from Triton 3.8 on it may be lower
 # Bytes of the cost of features that are stored at a time, and of its gradient: what the second-level caches of A100 (40
@@ -39,14 +40,14 @@ def power(size: int, least: int = MIN_SIDE) -> int:
 
 def regime(n: int, m: int, double: bool) -> str:
     """ "small", "medium" or "large"."""
-    size = max(n, m) * (2 if double else 1)
-    return next((name for name, limit in LIMITS.items() if size <= limit), "large")
+    size = max(n, m)
+    return next((name for name, limit in LIMITS.items() if size * (DOUBLE[name] if double else 1) <= limit), "large")
 
 
 def small(n: int, m: int, double: bool) -> Tile:
     """The whole problem in one tile."""
     rows, cols = power(n), power(m)
-    return Tile(rows, cols, 16, 8 if rows * cols * (2 if double else 1) > 4096 else 4, 1)
+    return Tile(rows, cols, 16, min(max(rows * cols * (2 if double else 1) // 512, 4), 16), 1)
 
 
 def medium(m: int, double: bool) -> Tile:

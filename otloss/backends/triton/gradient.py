@@ -55,7 +55,7 @@ def _small_multipliers(
     launch(
         small.adjoint_small, (problem.count,), problem.cost, problem.a, problem.b, f, g, w, p, q,
         u, v, by_p, by_q, h, residual, problem.n, problem.m, problem.eps,
-        N=tile.rows, M=tile.cols, num_warps=tile.warps, num_stages=tile.stages,
+        N=tile.rows, M=tile.cols, J=16, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return u, v, by_p, by_q, residual
 

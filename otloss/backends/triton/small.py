@@ -40,6 +40,11 @@ from otloss.backends.triton.tiles import (
 )
 
 
+# Iterations between two in the log-domain. Carrying k and the scalings out of the loop that an early end would take, a
+# ``while``, makes a pass of the compiler fail before Triton 3.6.
+SCALED = tl.constexpr(64)
+
+
 @jit(do_not_specialize=["max_iter"])
 def solve_small(
     cost, a, b, f_out, g_out, cost_out, value_out, n_iter_out, error_out, n, m, eps: tl.float64, tol: tl.float64,
@@ -66,36 +71,38 @@ def solve_small(
     g_out += p * m
     tl.store(f_out + i, tl.zeros([N], DTYPE), mask=i < n)
     tl.store(g_out + j, tl.zeros([M], DTYPE), mask=j < m)
-    k = tl.zeros([N, M], DTYPE)
     phi, psi = tl.full([N], 1.0, DTYPE), tl.full([M], 1.0, DTYPE)
     error = tl.zeros([], DTYPE)
     n_iter = 0
-    go = True
-    while go:
-        s = tl.sum(k * (mass_b * psi)[None, :], 1)
-        error = tl.sum(mass_a * tl.abs(phi * s - 1.0), 0)
-        go = ((n_iter == 0) | (error >= bound)) & (n_iter < max_iter)  # NaN stops
-        if go:
-            n_iter += 1
-            next_phi = tl.where(mass_a > 0.0, 1.0 / s, 1.0)
-            t = tl.sum(k * (mass_a * next_phi)[:, None], 0)
-            spread = tl.maximum(
-                tl.max(tl.where(mass_a > 0.0, tl.maximum(next_phi, s), 1.0), 0),
-                tl.max(tl.where(mass_b > 0.0, tl.maximum(1.0 / t, t), 1.0), 0),
-            )
-            if spread <= SAFE:
-                phi, psi = next_phi, tl.where(mass_b > 0.0, 1.0 / t, 1.0)
-            else:  # from the state before, in the log-domain
-                tl.store(g_out + j, vector(g_out, j, m, DTYPE) + tl.log2(psi) / inv, mask=j < m)
-                tl.debug_barrier()
-                f = row_step(cost, i, g_out, b, n, m, inv, N, J)
-                tl.store(f_out + i, f, mask=i < n)
-                tl.debug_barrier()
-                g = column_step(cost, j, f_out, a, n, m, 0, n, inv, M, J)
-                tl.store(g_out + j, g, mask=j < m)
-                tl.debug_barrier()
-                k = kernel_tile(stored_tile(cost, i, j, n, m, DTYPE), f, g, inv)
-                phi, psi = tl.full([N], 1.0, DTYPE), tl.full([M], 1.0, DTYPE)
+    go = n_iter < max_iter
+    while go:  # an iteration in the log-domain: the first, and from the state before a scaling that was not safe
+        tl.store(g_out + j, vector(g_out, j, m, DTYPE) + tl.log2(psi) / inv, mask=j < m)
+        tl.debug_barrier()
+        f = row_step(cost, i, g_out, b, n, m, inv, N, J)
+        tl.store(f_out + i, f, mask=i < n)
+        tl.debug_barrier()
+        g = column_step(cost, j, f_out, a, n, m, 0, n, inv, M, J)
+        tl.store(g_out + j, g, mask=j < m)
+        tl.debug_barrier()
+        k = kernel_tile(stored_tile(cost, i, j, n, m, DTYPE), f, g, inv)
+        phi, psi = tl.full([N], 1.0, DTYPE), tl.full([M], 1.0, DTYPE)
+        n_iter += 1
+        safe = True
+        for _ in range(SCALED):  # iterations that scale k, which stays
+            if safe:
+                s = tl.sum(k * (mass_b * psi)[None, :], 1)
+                error = tl.sum(mass_a * tl.abs(phi * s - 1.0), 0)
+                next_phi = tl.where(mass_a > 0.0, 1.0 / s, 1.0)
+                t = tl.sum(k * (mass_a * next_phi)[:, None], 0)
+                spread = tl.maximum(
+                    tl.max(tl.where(mass_a > 0.0, tl.maximum(next_phi, s), 1.0), 0),
+                    tl.max(tl.where(mass_b > 0.0, tl.maximum(1.0 / t, t), 1.0), 0),
+                )
+                go = (error >= bound) & (n_iter < max_iter)  # NaN stops
+                safe = go & (spread <= SAFE)
+                phi = tl.where(safe, next_phi, phi)
+                psi = tl.where(safe, tl.where(mass_b > 0.0, 1.0 / t, 1.0), psi)
+                n_iter += safe.to(tl.int32)
 
     f = vector(f_out, i, n, DTYPE) + tl.log2(phi) / inv
     g = vector(g_out, j, m, DTYPE) + tl.log2(psi) / inv
@@ -142,7 +149,7 @@ def without(x, root, size):
 @jit()
 def adjoint_small(
     cost, a, b, f, g, w, p_grad, q_grad, u_out, v_out, p_out, q_out, h_out, residual_out, n, m, eps: tl.float64,
-    N: tl.constexpr, M: tl.constexpr,
+    N: tl.constexpr, M: tl.constexpr, J: tl.constexpr,
 ):  # fmt: skip
     """Multipliers U, V and the weights p/rho, q/sigma of one problem; grid: problems."""
     DTYPE: tl.constexpr = a.dtype.element_ty
@@ -159,25 +166,45 @@ def adjoint_small(
     mass_a, mass_b = tl.where(live_a, mass_a, 0.0), tl.where(live_b, mass_b, 0.0)
     pf = vector(f + prob * n, i, n, DTYPE)
     pg = vector(g + prob * m, j, m, DTYPE)
-    grad_p = vector(p_grad + prob * n, i, n, DTYPE)
-    grad_q = vector(q_grad + prob * m, j, m, DTYPE)
     weight = tl.load(w + prob)
 
-    cost = stored_tile(cost + prob * n * m, i, j, n, m, DTYPE)
-    k = tl.where(real_i[:, None] & real_j[None, :], kernel_tile(cost, pf, pg, base2(eps, DTYPE)), 0.0)
-    reduced = cost - pf[:, None] - pg[None, :]
-    rho = tl.where(real_i, tl.sum(k * mass_b[None, :], 1), 1.0)
-    sigma = tl.where(real_j, tl.sum(k * mass_a[:, None], 0), 1.0)
+    # Sums that hold C - f - g, a few columns at a time: registers have room for the one tile that stays.
+    cost += prob * n * m
+    v_out += prob * m
+    h_out += prob * m
+    inv = base2(eps, DTYPE)
+    rho, by_cost = tl.zeros([N], DTYPE), tl.zeros([N], DTYPE)
+    for start in range(0, m, J):
+        c = start + tl.arange(0, J)
+        tile = stored_tile(cost, i, c, n, m, DTYPE)
+        gc = vector(g + prob * m, c, m, DTYPE)
+        mass = vector(b + prob * m, c, m, DTYPE)
+        mass = tl.where(is_live(mass), mass, 0.0)
+        k = tl.where(real_i[:, None], kernel_tile(tile, pf, gc, inv), 0.0)
+        rho += tl.sum(k * mass[None, :], 1)
+        tl.store(v_out + c, tl.sum(k * mass_a[:, None], 0), mask=c < m)
+        tile = k * (tile - pf[:, None] - gc[None, :])
+        by_cost += tl.sum(mass[None, :] * tile, 1)
+        tl.store(h_out + c, tl.sum(mass_a[:, None] * tile, 0), mask=c < m)
+    tl.debug_barrier()
+    rho = tl.where(real_i, rho, 1.0)
+    sigma = tl.where(real_j, vector(v_out, j, m, DTYPE), 1.0)
+    h = weight * vector(h_out, j, m, DTYPE)
+    tl.debug_barrier()
     by_rho, by_sigma = known(1.0 / rho, live_a), known(1.0 / sigma, live_b)
+    grad_p = vector(p_grad + prob * n, i, n, DTYPE)
+    grad_q = vector(q_grad + prob * m, j, m, DTYPE)
+    tl.store(p_out + prob * n + i, grad_p * by_rho, mask=real_i)
+    tl.store(q_out + prob * m + j, grad_q * by_sigma, mask=real_j)
     of_g = grad_q * tl.where(live_b, 1.0, by_sigma)
-    y = weight * tl.sum((k * mass_b[None, :]) * reduced, 1) - step_eps * tl.sum(k * of_g[None, :], 1)
-    y = known(y * by_rho, live_a)
+    by_p = step_eps * grad_p * tl.where(live_a, 1.0, by_rho)
     scale = tl.where(live_b, mass_b, tl.where(real_j, 1.0, 0.0))
-    by_p = mass_a * y + step_eps * grad_p * tl.where(live_a, 1.0, by_rho)
-    h = weight * tl.sum((k * mass_a[:, None]) * reduced, 0) - tl.sum(k * by_p[:, None], 0)
-    h = known(h * scale, live_b)
-    rows = mass_a * rho
     root = tl.where(live_b, tl.sqrt(sigma * scale), 0.0)
+    rows = mass_a * rho
+    k = kernel_tile(stored_tile(cost, i, j, n, m, DTYPE), pf, pg, inv)
+    k = tl.where(real_i[:, None] & real_j[None, :], k, 0.0)
+    y = known((weight * by_cost - step_eps * tl.sum(k * of_g[None, :], 1)) * by_rho, live_a)
+    h = known((h - tl.sum(k * (mass_a * y + by_p)[:, None], 0)) * scale, live_b)
     stretch = tl.where(root > 0.0, root, 1.0)
     # M S^-1/2, or M in a column without mass. Pairs of two points without mass are not needed, nor need they be finite.
     k = tl.where(live_a[:, None] | live_b[None, :], k * by_rho[:, None] * (scale / stretch)[None, :], 0.0)
@@ -194,13 +221,9 @@ def adjoint_small(
     z = tl.zeros([M], DTYPE)
     # What the loop does not need, and the best z so far, stay in memory.
     u_out += prob * n
-    v_out += prob * m
-    h_out += prob * m
     tl.store(u_out + i, y, mask=real_i)
     tl.store(v_out + j, z, mask=real_j)
     tl.store(h_out + j, h, mask=real_j)
-    tl.store(p_out + prob * n + i, grad_p * by_rho, mask=real_i)
-    tl.store(q_out + prob * m + j, grad_q * by_sigma, mask=real_j)
     tl.debug_barrier()
     direction = res
     step = 0
