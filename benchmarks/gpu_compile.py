@@ -75,8 +75,7 @@ class Variant:
     signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, Any], ...]
     divisible: tuple[str, ...]
-    warps: int
-    stages: int
+    tile: Any
 
 
 @dataclass
@@ -97,7 +96,7 @@ class Report:
 def _variant(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Variant:
     """The specialisation that Triton makes of a launch: 1 is a constant, multiples of 16 are known as such."""
     options = dict(options)
-    warps, stages = options.pop("num_warps"), options.pop("num_stages", 3)
+    tile = options.pop("tile")
     values = dict(zip([p.name for p in kernel.params], args, strict=False)) | options
     signature, constants, divisible = [], [], []
     for parameter in kernel.params:
@@ -114,9 +113,7 @@ def _variant(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Var
         else:
             signature.append((name, "i32"))
             divisible += [name] if specialised and value % 16 == 0 else []
-    return Variant(
-        kernel.fn.__name__, kernel.fn.__module__, tuple(signature), tuple(constants), tuple(divisible), warps, stages
-    )
+    return Variant(kernel.fn.__name__, kernel.fn.__module__, tuple(signature), tuple(constants), tuple(divisible), tile)
 
 
 @contextlib.contextmanager
@@ -174,13 +171,12 @@ def _disassemble(cubin: bytes) -> tuple[str, str]:
 
 def compile_variant(variant: Variant, arch: int) -> Report:
     """Compile one variant (Triton keeps the result in its cache) and read its machine code."""
-    from otloss.backends.triton.launch import register_bound
-
     kernel = getattr(__import__(variant.module, fromlist=[variant.kernel]), variant.kernel)
     names = [p.name for p in kernel.params]
     divisible = {(names.index(name),): [["tt.divisibility", 16]] for name in variant.divisible}
     source = ASTSource(kernel, dict(variant.signature), dict(variant.constants), divisible)
-    options = {"num_warps": variant.warps, "num_stages": variant.stages, "maxnreg": register_bound(variant.warps)}
+    warps = variant.tile.warps
+    options = {"num_warps": warps, "num_stages": variant.tile.stages, "maxnreg": variant.tile.registers}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     usage, code = _disassemble(compiled.asm["cubin"])
     registers, stack = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK"))  # type: ignore[index]
@@ -188,15 +184,15 @@ def compile_variant(variant: Variant, arch: int) -> Report:
     shared, machine = compiled.metadata.shared, ARCHITECTURES[arch]
     if shared > machine.shared * 1024:
         raise RuntimeError(f"{variant.kernel} takes {shared} bytes of shared memory; sm_{arch} has {machine.shared} KiB")
-    by_registers = 65536 // (-(-registers // 8) * 8 * 32) // variant.warps
+    by_registers = 65536 // (-(-registers // 8) * 8 * 32) // warps
     by_shared = machine.shared_per_sm * 1024 // (shared + 1024)
-    programs = min(by_registers, by_shared, machine.warps_per_sm // variant.warps, 32)
+    programs = min(by_registers, by_shared, machine.warps_per_sm // warps, 32)
     constants = dict(variant.constants)
     tile = ", ".join(f"{name} {value}" for name, value in constants.items() if name in {"I", "J", "N", "M", "K", "D"})
     tile += ", features" if constants.get("right", 0) is not None and "right" in names else ""
     tile += ", float64" if "*fp64" in dict(variant.signature).values() else ""
     return Report(
-        triton.__version__, arch, variant.kernel, tile, variant.warps, registers, spilled, shared, programs
+        triton.__version__, arch, variant.kernel, tile, warps, registers, spilled, shared, programs
     )  # fmt: skip
 
 

@@ -11,8 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 # The largest n and m of each regime; beyond them problems are streamed. Tests lower them.
-LIMITS = {"small": 128, "medium": 1024}
-DOUBLE = {"small": 4, "medium": 2}  # how many times lower they are in float64, which takes more registers
+LIMITS = {"small": 64, "medium": 1024}  # of float32; float64 takes two registers a number
 BLOCKS = 32  # of rows in a medium problem: each adds the shares of all
 MIN_SIDE = 16  # the least side and depth of a product's tile; from Triton 3.8 on it may be lower
 # Bytes of the cost of features that are stored at a time, and of its gradient: what the second-level caches of A100 (40
@@ -31,6 +30,13 @@ class Tile:
     depth: int
     warps: int
     stages: int = 2
+    programs: int = 1
+    """How many run on a multiprocessor at once, so that one computes while another waits."""
+
+    @property
+    def registers(self) -> int:
+        """The most that a thread may have. Without a bound of ours the assembler may choose a lower one and spill."""
+        return min(255, 65536 // (32 * self.warps * self.programs))
 
 
 def power(size: int, least: int = MIN_SIDE) -> int:
@@ -40,20 +46,20 @@ def power(size: int, least: int = MIN_SIDE) -> int:
 
 def regime(n: int, m: int, double: bool) -> str:
     """ "small", "medium" or "large"."""
-    size = max(n, m)
-    return next((name for name, limit in LIMITS.items() if size * (DOUBLE[name] if double else 1) <= limit), "large")
+    size = max(n, m) * (2 if double else 1)
+    return next((name for name, limit in LIMITS.items() if size <= limit), "large")
 
 
 def small(n: int, m: int, double: bool) -> Tile:
     """The whole problem in one tile."""
     rows, cols = power(n), power(m)
-    return Tile(rows, cols, 16, min(max(rows * cols * (2 if double else 1) // 512, 4), 16), 1)
+    return Tile(rows, cols, 16, 8 if rows * cols * (2 if double else 1) > 2048 else 4, 1)
 
 
 def medium(m: int, double: bool) -> Tile:
-    """Blocks of whole rows."""
+    """Blocks of whole rows; two programs run on a multiprocessor, one of them in float64."""
     cols = power(m)
-    return Tile(16, cols, 16, 16 if cols > 256 and not double else 8, 1)
+    return Tile(8 if cols > 128 else 16, cols, MIN_SIDE, 8, 1, 1 if double else 2)
 
 
 def product(rows: int, cols: int, double: bool) -> Tile:
@@ -69,8 +75,8 @@ def groups(count: int, n: int, m: int, double: bool) -> int:
     return -(-max(count, 1) // most) if most else 0
 
 
-def row_blocks(count: int, n: int, rows: int, processors: int) -> tuple[int, int]:
-    """Programs per problem and tiles of rows per program, for the least time if two programs run on each processor.
+def row_blocks(count: int, n: int, rows: int, places: int) -> tuple[int, int]:
+    """Programs per problem and tiles of rows per program, for the least time if ``places`` programs run at once.
 
     A program costs its tiles, a sixteenth of one for each share that it adds, and half a tile to begin.
     """
@@ -78,7 +84,7 @@ def row_blocks(count: int, n: int, rows: int, processors: int) -> tuple[int, int
 
     def time(each: int) -> tuple[float, int]:
         blocks = -(-tiles // each)
-        return -(-count * blocks // (2 * processors)) * (each + blocks / 16 + 0.5), blocks
+        return -(-count * blocks // places) * (each + blocks / 16 + 0.5), blocks
 
     each = min(range(-(-tiles // BLOCKS), tiles + 1), key=time)
     return -(-tiles // each), each
@@ -125,6 +131,7 @@ def contract(n: int, m: int, d: int, double: bool) -> tuple[Tile, int]:
 # Rows per program where no cost is touched: normalising features, adding up splits, conjugate gradients.
 FEATURE_ROWS = 16
 VECTOR = 1024
+VECTORS = Tile(FEATURE_ROWS, VECTOR, MIN_SIDE, 8, 3)
 
 
 def feature_depth(d: int) -> int:

@@ -55,7 +55,7 @@ def _small_multipliers(
     launch(
         small.adjoint_small, (problem.count,), problem.cost, problem.a, problem.b, f, g, w, p, q,
         u, v, by_p, by_q, h, residual, problem.n, problem.m, problem.eps,
-        N=tile.rows, M=tile.cols, J=16, num_warps=tile.warps, num_stages=tile.stages,
+        N=tile.rows, M=tile.cols, J=16, tile=tile,
     )  # fmt: skip
     return u, v, by_p, by_q, residual
 
@@ -137,14 +137,14 @@ def _conjugate_gradients(
         if problem.regime == "medium":
             launch(
                 rows.normal_rows, (count, parts), problem.cost, f, g, alpha, weight, share,
-                running, count, tiles, n, m, problem.eps, I=tile.rows, M=tile.cols, num_warps=tile.warps, num_stages=tile.stages,
+                running, count, tiles, n, m, problem.eps, I=tile.rows, M=tile.cols, tile=tile,
             )  # fmt: skip
         else:
             problem.launch_sums(problem.rows, f, g, alpha, None, 1, None, None, product, running, over_m)
             problem.launch_sums(problem.columns, g, f, product, weight, over_m, None, None, share, running, parts)
         launch(
             adjoint.descend, (count,), share, parts, scale, root, work, z, res, direction, best, alpha, state, running,
-            count, m, cap, J=min(config.power(m, 256), config.VECTOR), num_warps=8,
+            count, m, cap, J=min(config.power(m, 256), config.VECTOR), tile=config.VECTORS,
         )  # fmt: skip
 
     if count:
@@ -185,7 +185,7 @@ def _contract_dense(
     grid = (problem.count, -(-problem.n // tile.rows), -(-problem.m // tile.cols))
     launch(
         contract.contract_dense, grid, cost, out, *_sides(row, column), w, w_value, n_iter, problem.count,
-        problem.n, problem.m, problem.eps, I=tile.rows, J=tile.cols, num_warps=tile.warps, num_stages=tile.stages,
+        problem.n, problem.m, problem.eps, I=tile.rows, J=tile.cols, tile=tile,
     )  # fmt: skip
     return out
 
@@ -211,7 +211,7 @@ def _contract_features(
         contract.contract_features, (problem.count, -(-view.n // tile.rows), -(-view.d // held)),
         view.left, view.right, out, *_sides(row, column), w, w_value, n_iter, problem.count, view.n, view.m, view.d,
         problem.eps, SWAPPED=swapped and n_iter is not None, I=tile.rows, J=tile.cols, K=tile.depth, D=held, DOT=problem.dot,
-        num_warps=tile.warps, num_stages=tile.stages,
+        tile=tile,
     )  # fmt: skip
     return out
 
@@ -272,5 +272,5 @@ def _reverse(
         stream.unroll_step, (problem.count, -(-view.n // tile.rows)),
         view.left, view.right, f, g, mass, multiplier, out, grad, n_iter, step, *view[2:], problem.eps,
         I=tile.rows, J=tile.cols, K=tile.depth, DOT=problem.dot,
-        num_warps=tile.warps, num_stages=tile.stages,
+        tile=tile,
     )  # fmt: skip

@@ -28,13 +28,11 @@ class View(NamedTuple):
     sj: int
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """Launch a kernel on a grid; an empty grid does nothing.
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, tile: config.Tile, **options: Any) -> None:
+    """Launch a kernel on a grid, with the warps, stages and registers of a tile; an empty grid does nothing.
 
     Raises:
         ValueError: CUDA has no grid of that many blocks; only the first dimension may have more than 65535.
-
-    The bound on registers lets two programs of eight warps run on a multiprocessor, and one of sixteen.
     """
     if max(grid[1:], default=0) > MOST_BLOCKS:
         raise ValueError(
@@ -42,12 +40,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
             "give backend='reference'"
         )
     if min(grid) > 0:
-        kernel[grid](*args, **options, maxnreg=register_bound(options["num_warps"]))
-
-
-def register_bound(warps: int) -> int:
-    """How many registers a thread may have."""
-    return min(255, 65536 // (32 * warps))
+        kernel[grid](
+            *args, **options, num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers
+        )
 
 
 class DeviceProblem:
@@ -109,7 +104,7 @@ class DeviceProblem:
         block, count = config.FEATURE_ROWS, inverse.numel()
         launch(
             features.unit_rows, (-(-count // block),), x, unit, inverse, count, self.d,
-            I=block, K=config.feature_depth(self.d), num_warps=4,
+            I=block, K=config.feature_depth(self.d), tile=config.VECTORS,
         )  # fmt: skip
         return unit, inverse
 
@@ -118,7 +113,7 @@ class DeviceProblem:
         out, block, count = torch.empty_like(x), config.FEATURE_ROWS, inverse.numel()
         launch(
             features.unit_rows_back, (-(-count // block),), unit, inverse, grad, out, count, self.d,
-            I=block, K=config.feature_depth(self.d), num_warps=4,
+            I=block, K=config.feature_depth(self.d), tile=config.VECTORS,
         )  # fmt: skip
         return out
 
@@ -131,7 +126,7 @@ class DeviceProblem:
             product.product, (self.count, -(-rows // tile.rows), -(-cols // tile.cols)),
             left, right, out, rows, cols, depth, *left.stride()[1:], *right.stride()[1:],
             SHIFT=shift, I=tile.rows, J=tile.cols, K=tile.depth, DOT=self.dot,
-            num_warps=tile.warps, num_stages=tile.stages,
+            tile=tile,
         )  # fmt: skip
         return out
 
@@ -153,7 +148,7 @@ class DeviceProblem:
     def row_blocks(self) -> tuple[config.Tile, int, int]:
         """The tile of a medium problem, how many programs share its rows, and how many tiles each takes."""
         tile = config.medium(self.m, self.double)
-        return tile, *config.row_blocks(self.count, self.n, tile.rows, processors(self.a.device))
+        return tile, *config.row_blocks(self.count, self.n, tile.rows, tile.programs * processors(self.a.device))
 
     def half_step(
         self, view: View, g: Tensor, mass: Tensor, out: Tensor, gate: Tensor | None, least: int, splits: int
@@ -163,7 +158,7 @@ class DeviceProblem:
         launch(
             stream.half_step, (self.count, -(-view.n // tile.rows), splits),
             view.left, view.right, g, mass, out, gate, least, self.count, *view[2:], self.eps, splits,
-            I=tile.rows, J=tile.cols, K=tile.depth, DOT=self.dot, num_warps=tile.warps, num_stages=tile.stages,
+            I=tile.rows, J=tile.cols, K=tile.depth, DOT=self.dot, tile=tile,
         )  # fmt: skip
 
     def potential(self, view: View, g: Tensor, mass: Tensor) -> Tensor:
@@ -193,7 +188,7 @@ class DeviceProblem:
             stream.sums, (self.count, -(-view.n // tile.rows), splits),
             view.left, view.right, f, g, alpha, scale, parts, beta, gamma, out, gate, self.count, *view[2:], self.eps,
             splits, REDUCED=reduced, I=tile.rows, J=tile.cols, K=tile.depth, DOT=self.dot,
-            num_warps=tile.warps, num_stages=tile.stages,
+            tile=tile,
         )  # fmt: skip
 
 

@@ -46,7 +46,7 @@ from otloss.backends.triton.tiles import (
 
 # What a program of a problem is to do next: nothing; the first pass; add shares of t; add half-steps of its rows.
 STOPPED, FIRST, LINEAR, LOG = (tl.constexpr(k) for k in range(4))
-TOGETHER = tl.constexpr(8)  # shares read at a time
+TOGETHER = tl.constexpr(4)  # shares read at a time
 
 
 @triton.jit

@@ -26,7 +26,7 @@ def _small(problem: DeviceProblem, max_iter: int, tol: float) -> Solution:
     tile = config.small(n, m, problem.double)
     launch(
         small.solve_small, (count,), problem.cost, problem.a, problem.b, f, g, cost, value, n_iter, error,
-        n, m, problem.eps, tol, max_iter, N=tile.rows, M=tile.cols, J=16, num_warps=tile.warps, num_stages=tile.stages,
+        n, m, problem.eps, tol, max_iter, N=tile.rows, M=tile.cols, J=16, tile=tile,
     )  # fmt: skip
     return Solution(f, g, cost, value, n_iter, error)
 
@@ -44,7 +44,7 @@ def _medium(problem: DeviceProblem, max_iter: int, tol: float) -> tuple[Tensor, 
         launch(
             rows.iterate_rows, (count, blocks), problem.cost, problem.a, problem.b, f, g, share, missed, state,
             count, blocks, tiles, n, m, problem.eps, tol, max_iter, I=tile.rows, M=tile.cols,
-            num_warps=tile.warps, num_stages=tile.stages,
+            tile=tile,
         )  # fmt: skip
 
     iterate(step, 2 * max_iter + 1, running)  # every half-step of the columns may take a launch of its own
@@ -67,12 +67,12 @@ def _large(problem: DeviceProblem, max_iter: int, tol: float) -> tuple[Tensor, T
         problem.half_step(problem.rows, g, problem.b, f_part, running, 1, over_m)
         launch(
             stream.commit_rows, (count,), f_part, f, problem.a, running, n_iter, count, n, eps, tol, max_iter, over_m,
-            I=block, num_warps=8,
+            I=block, tile=config.VECTORS,
         )  # fmt: skip
         problem.half_step(problem.columns, f, problem.a, g_part, running, 1, over_n)
         if over_n > 1:
             launch(
-                stream.commit, (count, -(-m // block)), g_part, g, running, count, m, eps, over_n, I=block, num_warps=8
+                stream.commit, (count, -(-m // block)), g_part, g, running, count, m, eps, over_n, I=block, tile=config.VECTORS
             )
 
     iterate(step, max_iter + 1, running)  # the last only sees that they are done
