@@ -62,16 +62,18 @@ def medium(m: int, double: bool) -> Tile:
     return Tile(8 if cols > 128 else 16, cols, MIN_SIDE, 8, 1, 1 if double else 2)
 
 
-def product(rows: int, cols: int, double: bool) -> Tile:
+def product(rows: int, cols: int) -> Tile:
     """Tiles of a batched product."""
-    side = 32 if double else 64
-    rows, cols = min(power(rows), side), min(power(cols), side)
-    return Tile(rows, cols, 16, _warps(rows * cols), 2)
+    rows, cols = min(power(rows), 64), min(power(cols), 64)
+    return Tile(rows, cols, MIN_SIDE, _warps(rows * cols), 2)
 
 
 def groups(count: int, n: int, m: int, double: bool) -> int:
-    """In how many groups a batch of features is solved, so that the cost of each may be stored; 0: it is not stored."""
-    most = STORED_BYTES // (n * m * (8 if double else 4))
+    """In how many groups a batch of features is solved, so that the cost of each may be stored; 0: it is not stored.
+
+    In float64 that of one problem always is: the compilers before Triton 3.6 cannot multiply float64.
+    """
+    most = max(STORED_BYTES // (n * m * (8 if double else 4)), 1 if double else 0)
     return -(-max(count, 1) // most) if most else 0
 
 

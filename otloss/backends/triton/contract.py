@@ -53,7 +53,7 @@ def unrolled_tile(
 @triton.jit
 def gradient_tile(
     left, right, i, j, f, g, a, b, u, v, q_i, q_j, w, w_value, n_iter, p, count, n, m, d, si, sj, eps,
-    SWAPPED: tl.constexpr, I: tl.constexpr, J: tl.constexpr, K: tl.constexpr, DOT: tl.constexpr, DTYPE: tl.constexpr,
+    SWAPPED: tl.constexpr, I: tl.constexpr, J: tl.constexpr, K: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """dC of rows ``i`` and columns ``j`` of problem ``p``; 0 in the padding.
 
@@ -61,7 +61,7 @@ def gradient_tile(
     """
     inv = base2(eps, DTYPE)
     eps = tl.full([], eps, DTYPE)
-    cost = cost_tile(left, right, i, j, n, m, d, si, sj, I, J, K, DOT, DTYPE)
+    cost = cost_tile(left, right, i, j, n, m, d, si, sj, I, J, K, DTYPE)
     at_i, at_j = p * n, p * m
     ai, bj = vector(a + at_i, i, n, DTYPE), vector(b + at_j, j, m, DTYPE)
     sharp, value = tl.load(w + p), tl.load(w_value + p)
@@ -98,7 +98,7 @@ def contract_dense(
     j = tl.program_id(2).to(tl.int64) * J + tl.arange(0, J)
     grad = gradient_tile(
         left + p * n * m, None, i, j, f, g, a, b, u, v, q_i, q_j, w, w_value, n_iter, p, count, n, m, 0, m, 1, eps,
-        False, I, J, 16, "ieee", DTYPE,
+        False, I, J, 16, DTYPE,
     )  # fmt: skip
     at = p * n * m + i[:, None] * m + j[None, :]
     tl.store(out + at, grad.to(out.dtype.element_ty), mask=(i < n)[:, None] & (j < m)[None, :])
@@ -107,7 +107,7 @@ def contract_dense(
 @jit(do_not_specialize=["count"])
 def contract_features(
     left, right, out, f, g, a, b, u, v, q_i, q_j, w, w_value, n_iter, count, n, m, d, eps: tl.float64,
-    SWAPPED: tl.constexpr, I: tl.constexpr, J: tl.constexpr, K: tl.constexpr, D: tl.constexpr, DOT: tl.constexpr,
+    SWAPPED: tl.constexpr, I: tl.constexpr, J: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """out = -dC right, the gradient of the unit rows; grid: problems x blocks of I rows x blocks of D features."""
     DTYPE: tl.constexpr = f.dtype.element_ty
@@ -121,10 +121,10 @@ def contract_features(
         j = start + tl.arange(0, J).to(tl.int64)
         grad = gradient_tile(
             left, right, i, j, f, g, a, b, u, v, q_i, q_j, w, w_value, n_iter, p, count, n, m, d, 0, 0, eps,
-            SWAPPED, I, J, K, DOT, DTYPE,
+            SWAPPED, I, J, K, DTYPE,
         )  # fmt: skip
         at = j[:, None] * d + k[None, :]
         y = tl.load(right + at, mask=(j < m)[:, None] & (k < d)[None, :], other=0.0)
-        total = tl.dot(grad, y, total, input_precision=DOT)
+        total = tl.dot(grad, y, total, input_precision="tf32x3")
     at = p * n * d + i[:, None] * d + k[None, :]
     tl.store(out + at, -total, mask=(i < n)[:, None] & (k < d)[None, :])

@@ -210,7 +210,7 @@ def _contract_features(
     launch(
         contract.contract_features, (problem.count, -(-view.n // tile.rows), -(-view.d // held)),
         view.left, view.right, out, *_sides(row, column), w, w_value, n_iter, problem.count, view.n, view.m, view.d,
-        problem.eps, SWAPPED=swapped and n_iter is not None, I=tile.rows, J=tile.cols, K=tile.depth, D=held, DOT=problem.dot,
+        problem.eps, SWAPPED=swapped and n_iter is not None, I=tile.rows, J=tile.cols, K=tile.depth, D=held,
         tile=tile,
     )  # fmt: skip
     return out
@@ -271,6 +271,6 @@ def _reverse(
     launch(
         stream.unroll_step, (problem.count, -(-view.n // tile.rows)),
         view.left, view.right, f, g, mass, multiplier, out, grad, n_iter, step, *view[2:], problem.eps,
-        I=tile.rows, J=tile.cols, K=tile.depth, DOT=problem.dot,
+        I=tile.rows, J=tile.cols, K=tile.depth,
         tile=tile,
     )  # fmt: skip

@@ -63,7 +63,6 @@ class DeviceProblem:
         self.count, self.n, last = left.shape
         self.m, self.d = (last, 0) if right is None else (right.shape[1], last)
         self.dtype, self.double = a.dtype, a.dtype == torch.float64
-        self.dot = "ieee" if self.double else "tf32x3"
         self.cost = self.left if self.right is None else kept
         if self.right is not None:
             self.x, self.x_inverse = self._unit_rows(self.left)
@@ -120,12 +119,15 @@ class DeviceProblem:
     def product(self, left: Tensor, right: Tensor, shift: float, out: Tensor | None = None) -> Tensor:
         """``shift`` - left right of each problem; an operand may be transposed."""
         (_, rows, depth), cols = left.shape, right.shape[2]
+        if self.double:  # Triton multiplies no float64 before 3.6, and PyTorch has no lower precision for it
+            made = (left @ right).neg_().add_(shift)
+            return made if out is None else out.copy_(made)
         out = self.empty(self.count, rows, cols) if out is None else out
-        tile = config.product(rows, cols, self.double)
+        tile = config.product(rows, cols)
         launch(
             product.product, (self.count, -(-rows // tile.rows), -(-cols // tile.cols)),
             left, right, out, rows, cols, depth, *left.stride()[1:], *right.stride()[1:],
-            SHIFT=shift, I=tile.rows, J=tile.cols, K=tile.depth, DOT=self.dot,
+            SHIFT=shift, I=tile.rows, J=tile.cols, K=tile.depth,
             tile=tile,
         )  # fmt: skip
         return out
@@ -158,7 +160,7 @@ class DeviceProblem:
         launch(
             stream.half_step, (self.count, -(-view.n // tile.rows), splits),
             view.left, view.right, g, mass, out, gate, least, self.count, *view[2:], self.eps, splits,
-            I=tile.rows, J=tile.cols, K=tile.depth, DOT=self.dot, tile=tile,
+            I=tile.rows, J=tile.cols, K=tile.depth, tile=tile,
         )  # fmt: skip
 
     def potential(self, view: View, g: Tensor, mass: Tensor) -> Tensor:
@@ -187,7 +189,7 @@ class DeviceProblem:
         launch(
             stream.sums, (self.count, -(-view.n // tile.rows), splits),
             view.left, view.right, f, g, alpha, scale, parts, beta, gamma, out, gate, self.count, *view[2:], self.eps,
-            splits, REDUCED=reduced, I=tile.rows, J=tile.cols, K=tile.depth, DOT=self.dot,
+            splits, REDUCED=reduced, I=tile.rows, J=tile.cols, K=tile.depth,
             tile=tile,
         )  # fmt: skip
 

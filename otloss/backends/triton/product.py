@@ -21,7 +21,7 @@ from otloss.backends.triton.compat import jit
 @jit()
 def product(
     left, right, out, rows, cols, depth, left_row, left_k, right_k, right_col,
-    SHIFT: tl.constexpr, I: tl.constexpr, J: tl.constexpr, K: tl.constexpr, DOT: tl.constexpr,
+    SHIFT: tl.constexpr, I: tl.constexpr, J: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """out = SHIFT - left right; grid: problems x blocks of I rows x blocks of J columns.
 
@@ -44,7 +44,7 @@ def product(
         real_k = k < depth - start
         x = tl.load(left + at_left, mask=real_i[:, None] & real_k[None, :], other=0.0)
         y = tl.load(right + at_right, mask=real_k[:, None] & real_j[None, :], other=0.0)
-        total = tl.dot(x, y, total, input_precision=DOT)
+        total = tl.dot(x, y, total, input_precision="tf32x3")
         left += K * left_k
         right += K * right_k
     tl.store(out + i[:, None] * cols + j[None, :], SHIFT - total, mask=real_i[:, None] & real_j[None, :])
