@@ -35,13 +35,15 @@ SHAPES: list[Shape] = [
     *((64, n, m, d, torch.float32) for n, m, d in ((16, 24, 32), (49, 49, 512), (512, 512, 49))),
     (4, 3000, 3000, 64, torch.float32),  # streamed, from features and from the cost
     (4, 3008, 3000, 0, torch.float32),
+    (1, 60_000, 16, 0, torch.float32),  # columns are split over programs
     *((64, n, n, d, torch.float64) for n, d in ((30, 384), (500, 0))),
 ]
 # What a test compiles: each kernel once.
 SAMPLE: list[Shape] = [
     (64, 49, 49, 512, torch.float32),
-    (64, 512, 512, 49, torch.float32),
+    (64, 500, 500, 0, torch.float32),
     (4, 3000, 3000, 64, torch.float32),
+    (1, 60_000, 16, 0, torch.float32),
 ]
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import otloss
 from otloss.backends import triton
 
 HERE = Path(__file__).parent
+FOLDER = Path(os.environ.get("OTLOSS_TRITON_FOLDER", tempfile.gettempdir()))
 installed = pytest.mark.skipif(find_spec("triton") is None, reason="the package triton is not installed")
 
 
@@ -102,7 +105,7 @@ def test_the_device_suite_runs_to_a_skip() -> None:
 
 @installed
 @pytest.mark.slow
-@pytest.mark.parametrize("part", ["[small", "[medium", "[large", "not [small and not [medium and not [large"])
+@pytest.mark.parametrize("part", ["[small", "[medium", "[large-", "[large,", "not [small and not [medium and not [large"])
 def test_kernels_in_the_interpreter(part: str) -> None:
     """In processes of their own: Triton reads TRITON_INTERPRET when it is imported. One a regime, to share out."""
     options = ("-o", "addopts=", "-q", "-x", "-W", "ignore::RuntimeWarning", "--durations=5", "-k", part)
@@ -111,19 +114,39 @@ def test_kernels_in_the_interpreter(part: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def older() -> list[str]:
+    """Versions of Triton that lie in folders of their own, see ``benchmarks/gpu_static.py``; the oldest first."""
+    found = [path.name.removeprefix("triton-") for path in FOLDER.glob("triton-3.*") if (path / "triton").is_dir()]
+    return sorted(found, key=lambda version: [int(part) for part in version.split(".")[:2]])
+
+
 @installed
 @pytest.mark.slow
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
-@pytest.mark.parametrize("arch", [80, 90, 100])
-def test_default_configurations_do_not_spill(arch: int) -> None:
-    """A few shapes of each regime; ``python -m benchmarks.gpu_static`` compiles every one."""
-    torch = pytest.importorskip("torch")
+@pytest.mark.parametrize("which", ["installed", "oldest"])
+def test_default_configurations_do_not_spill(which: str) -> None:
+    """A few shapes that take every kernel; ``python -m benchmarks.gpu_static`` compiles all of them."""
     from benchmarks import gpu_static
 
-    shapes = {
-        80: [(64, 49, 49, 384, torch.float32)],
-        90: [(64, 512, 512, 49, torch.float32)],
-        100: [(1, 4096, 4096, 0, torch.float32)],
-    }
-    reports = gpu_static.measure([arch], shapes[arch])
-    assert reports and not [gpu_static.row(report) for report in reports if report.spilled]
+    if which == "oldest" and not older():
+        pytest.skip(f"no older Triton: pip install --no-deps --target {FOLDER}/triton-3.3.1 triton==3.3.1")
+    reports = gpu_static.compile_with(which if which == "installed" else older()[0], FOLDER, [90], sample=True)
+    modules = (HERE.parent / "otloss" / "backends" / "triton").glob("*.py")
+    kernels = {name for module in modules for name in re.findall(r"^@jit\(.*\)\ndef (\w+)", module.read_text(), re.M)}
+    assert {report["kernel"] for report in reports} == kernels
+    assert not [report for report in reports if report["spilled"]]
+
+
+@installed
+def test_float64_scalars_are_passed_in_full() -> None:
+    """Triton 3.3 would pass them in 32 bits, in silence; see ``compat.py``."""
+    code = (
+        "from otloss.backends.triton import rows, small, stream\n"
+        "for kernel in (rows.iterate_rows, small.solve_small, stream.commit_rows):\n"
+        "    types = {p.name: p.annotation_type for p in kernel.params}\n"
+        "    assert types['eps'] == types['tol'] == 'fp64', types"
+    )
+    for version in ("installed", *older()[:1]):
+        path = os.pathsep.join((*([str(FOLDER / f"triton-{version}")] if version != "installed" else []), str(HERE.parent)))
+        done = run("-c", code, TRITON_INTERPRET="0", PYTHONPATH=path)
+        assert done.returncode == 0, done.stderr
