@@ -7,8 +7,8 @@
 5. tiles: the fastest tile of a streaming pass for each main problem
 6. step: OPTiML's step at 224 px, batch 64, bfloat16 autocast; what share of it is the loss, in a CUDA graph too
 
-Each stage writes ``benchmarks/results/gpu/STAGE.json`` before the next begins. A stage that is complete there is not run
-again without ``--again``; stage 3 goes on with the next problem. Without a device, stages 1 and 2 are rehearsed in
+Each stage writes ``benchmarks/results/gpu/STAGE.json`` before the next begins. A stage that is complete there is not
+run again without ``--again``; stage 3 goes on with the next problem. Without a device, stages 1 and 2 are rehearsed in
 Triton's interpreter, and nothing is written; the others say "no device".
 """
 
@@ -168,11 +168,13 @@ def main() -> None:
         prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--stage", type=int, nargs="*", default=[1, 2, 3, 4, 5, 6], choices=range(1, 7))
+    parser.add_argument("--wheels", type=Path, help="a folder of wheels of peers in pure Python, used as they are")
     parser.add_argument("--again", action="store_true", help="run stages again that are complete")
     parser.add_argument("--seconds", type=float, default=90, help="limit for one kernel with its compilation")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=10, help="calls between two events")
     args = parser.parse_args()
+    sys.path += [str(wheel) for wheel in sorted(args.wheels.glob("*-none-any.whl"))] if args.wheels else []
     here = device()
     if here is None:
         reason = triton.status() or "the interpreter is on"

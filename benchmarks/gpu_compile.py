@@ -182,7 +182,9 @@ def compile_variant(variant: Variant, arch: int) -> Report:
     spilled = stack if re.search(r"\b(STL|LDL)\b", code) else 0
     shared, machine = compiled.metadata.shared, ARCHITECTURES[arch]
     if shared > machine.shared * 1024:
-        raise RuntimeError(f"{variant.kernel} takes {shared} bytes of shared memory; sm_{arch} has {machine.shared} KiB")
+        raise RuntimeError(
+            f"{variant.kernel} takes {shared} bytes of shared memory, sm_{arch} has {machine.shared} KiB"
+        )
     by_registers = 65536 // (-(-registers // 8) * 8 * 32) // warps
     by_shared = machine.shared_per_sm * 1024 // (shared + 1024)
     programs = min(by_registers, by_shared, machine.warps_per_sm // warps, 32)

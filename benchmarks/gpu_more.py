@@ -1,4 +1,4 @@
-"""The later stages of ``benchmarks.gpu``: rates of the kernels, tiles, and a whole training step. They need a device."""
+"""Later stages of ``benchmarks.gpu``: rates of the kernels, tiles, a whole training step. They need a device."""
 
 from __future__ import annotations
 

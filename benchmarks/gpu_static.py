@@ -1,10 +1,10 @@
 """``python -m benchmarks.gpu_static``: compile every default configuration of the GPU kernels, without a GPU.
 
-``gpu_compile`` does the work, in a process of its own for each version of Triton: ``installed`` is the one beside this
-Python, others are taken from ``--folder``, after ``pip install --no-deps --target FOLDER/triton-VERSION triton==VERSION``.
-The table in ``benchmarks/results/gpu_static.md`` has one column for each version: registers of a thread and how many
-programs fit a multiprocessor at once, the worst case over architectures and shapes. Registers that are spilled to memory
-are named in the same place, and make the run fail.
+``gpu_compile`` does the work, in a process of its own for each version of Triton. ``installed`` is the one beside this
+Python. Others are taken from ``--folder``, where ``pip install --no-deps --target FOLDER/triton-3.4.0 triton==3.4.0``
+has put them. The table in ``benchmarks/results/gpu_static.md`` has one column for each version. A cell gives the
+registers of a thread and how many programs fit a multiprocessor at once, the worst over architectures and shapes.
+Registers that are spilled to memory are named there, and make the run fail.
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ def summary(reports: Reports) -> str:
     for version in dict.fromkeys(r["triton"] for r in reports):
         own = [r for r in reports if r["triton"] == version]
         archs = ", ".join(f"sm_{arch}" for arch in sorted({r["arch"] for r in own}))
-        lines.append(f"* Triton {version}, {archs}: {len(own)} compilations, {sum(r['spilled'] > 0 for r in own)} spill")
+        spilling = sum(r["spilled"] > 0 for r in own)
+        lines.append(f"* Triton {version}, {archs}: {len(own)} compilations, {spilling} spill")
     return "\n".join(lines)
 
 
@@ -106,8 +107,8 @@ def write(reports: Reports) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_static", description=__doc__)
     parser.add_argument("--triton", nargs="*", default=["installed"], help="versions, such as 3.4.0, or installed")
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="holds triton-VERSION folders")
-    parser.add_argument("--arch", type=int, nargs="*", default=[90, 80, 100, 120], help="compute capabilities, times 10")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where triton-VERSION is")
+    parser.add_argument("--arch", type=int, nargs="*", default=[90, 80, 100, 120], help="such as 90")
     parser.add_argument("--sample", action="store_true", help="a few shapes only; writes nothing")
     args = parser.parse_args()
     reports: Reports = []

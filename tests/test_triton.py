@@ -99,13 +99,51 @@ def test_is_used_on_the_cpu_only_when_asked_for() -> None:
 def test_the_device_suite_runs_to_a_skip() -> None:
     done = run("-m", "pytest", "-q", "-o", "addopts=", "-rs", str(HERE / "gpu"))
     assert done.returncode == 0 and "needs a GPU: " in done.stdout, done.stdout
-    done = run("-m", "benchmarks.gpu")
+    done = run("-m", "benchmarks.gpu", "--stage", "3", "4", "5", "6")
     assert done.returncode == 0 and "nothing was measured: " in done.stdout, done.stdout + done.stderr
+    assert done.stdout.count("no device") == 4
 
 
 @installed
 @pytest.mark.slow
-@pytest.mark.parametrize("part", ["[small", "[medium", "[large-", "[large,", "not [small and not [medium and not [large"])
+@pytest.mark.skipif(bool(otloss.backends()["triton"]), reason="there is a device, or the interpreter is on")
+def test_the_first_stages_are_rehearsed() -> None:
+    done = run("-m", "benchmarks.gpu", "--stage", "1", "2", "--seconds", "300")
+    assert done.returncode == 0 and "unrolled, large, features, no stored cost" in done.stdout, (
+        done.stdout + done.stderr
+    )
+    assert "passed" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("says", "why"),
+    [
+        ("print(json.dumps({'start': 'k'}), flush=True); time.sleep(60)", "no answer in 2 s"),
+        ("print(json.dumps({'start': 'k'}), flush=True); sys.exit(3)", "ended with 3"),
+        (
+            "print(json.dumps({'start': 'k'}), flush=True)\n"
+            "print(json.dumps({'case': 'k', 'error_of_tolerance': 7.0, 'same': False}), flush=True); time.sleep(60)",
+            "differs from float64 by 7 times",
+        ),
+    ],
+)
+def test_the_smoke_stage_names_the_kernel_that_fails(says: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import gpu
+
+    def child(*command: str) -> subprocess.Popen[str]:
+        code = f"import json, sys, time\n{says}"
+        return subprocess.Popen([sys.executable, "-c", code], text=True, stdout=subprocess.PIPE)
+
+    monkeypatch.setattr(gpu, "child", child)
+    result = gpu.smoke(2.0)
+    assert not result["complete"] and result["failed"] == "k" and why in result["why"]
+
+
+@installed
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "part", ["[small", "[medium", "[large-", "[large,", "not [small and not [medium and not [large"]
+)
 def test_kernels_in_the_interpreter(part: str) -> None:
     """In processes of their own: Triton reads TRITON_INTERPRET when it is imported. One a regime, to share out."""
     options = ("-o", "addopts=", "-q", "-x", "-W", "ignore::RuntimeWarning", "--durations=5", "-k", part)
@@ -147,6 +185,8 @@ def test_float64_scalars_are_passed_in_full() -> None:
         "    assert types['eps'] == types['tol'] == 'fp64', types"
     )
     for version in ("installed", *older()[:1]):
-        path = os.pathsep.join((*([str(FOLDER / f"triton-{version}")] if version != "installed" else []), str(HERE.parent)))
+        path = os.pathsep.join(
+            (*([str(FOLDER / f"triton-{version}")] if version != "installed" else []), str(HERE.parent))
+        )
         done = run("-c", code, TRITON_INTERPRET="0", PYTHONPATH=path)
         assert done.returncode == 0, done.stderr

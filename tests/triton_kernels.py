@@ -515,7 +515,7 @@ def test_pairs_may_be_forbidden_by_the_largest_number(regime: str, gradient: str
 
 @pytest.mark.parametrize("name", ["positions", "channels-dense", "pot-example"])
 def test_the_benchmark_of_a_device(name: str) -> None:
-    """What ``benchmarks/gpu_timing.py`` runs on a device, on the CPU: errors of ours, and a step of each peer that is here."""
+    """What ``benchmarks/gpu_timing.py`` runs on a device, on the CPU: errors of ours, a step of each peer here."""
     from benchmarks import gpu_timing as gpu
 
     workload = replace(WORKLOADS[name].part(2, 6), d=3, eps=0.5, iterations=5)

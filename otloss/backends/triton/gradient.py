@@ -164,6 +164,7 @@ def _contract(
         if problem.right is None:
             return cost, problem.empty(0)
         unit_x, unit_y = problem.product(cost, problem.y, 0.0), problem.product(cost.mT, problem.x, 0.0)
+    assert problem.right is not None
     return (
         problem.unit_rows_back(problem.left, problem.x, problem.x_inverse, unit_x),
         problem.unit_rows_back(problem.right, problem.y, problem.y_inverse, unit_y),

@@ -40,9 +40,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, tile: config.Tile, **
             "give backend='reference'"
         )
     if min(grid) > 0:
-        kernel[grid](
-            *args, **options, num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers
-        )
+        kernel[grid](*args, **options, num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers)
 
 
 class DeviceProblem:
@@ -231,7 +229,8 @@ def iterate(step: Callable[[], None], most: int, running: Tensor, captured: int 
 def _look(running: Tensor) -> Callable[[], bool]:
     """Ask the device now whether a problem is running; the function that is returned waits for the answer."""
     if running.device.type != "cuda":
-        return running.any().item
+        answer_now = bool(running.any())
+        return lambda: answer_now
     answer = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(running.any(), non_blocking=True)
     event = torch.cuda.Event()
     event.record()

@@ -3,13 +3,14 @@ r"""Batched products of two matrices: the cost of unit rows, and the gradients o
 .. math:: C = 1 - \hat x \hat y^\top, \qquad \partial \hat x = -\partial C\, \hat y, \qquad
           \partial \hat y = -\partial C^\top \hat x.
 
-float32 is multiplied as three products in TF32, so that no digit is lost. float64 is multiplied as such. The stored
-matrices are never larger than ``config.STORED_BYTES`` each: a larger batch is solved in groups of problems, and the
-cost of a larger problem is made anew by every pass (``stream.py``).
+float32 is multiplied as three products in TF32, which keeps its digits; PyTorch multiplies float64. A stored matrix has
+at most ``config.STORED_BYTES``. A larger batch is solved in groups of problems. If one problem alone is larger, its
+cost is not stored: every pass makes it anew (``stream.py``).
 
-Roofline: 6 r c k tensor operations for a product of (r, k) and (k, c), or the bytes of the three matrices. 64 problems of
-n = m = 512, d = 49: 5e9 operations (10 us on H100, 32 us on A100) and 80 MB, most of it written to the second-level
-cache. 256 problems of n = m = 49, d = 512, tiles padded to 64: 3.2e9 operations (7 us, 21 us) and 54 MB (16 us, 35 us).
+Roofline: 6 r c k tensor operations for a product of (r, k) and (k, c), or the bytes of the three matrices. For 64
+problems of n = m = 512, d = 49 these are 5e9 operations (10 us on H100, 32 us on A100) and 80 MB, most of them the
+cost's (24 us and 52 us if they all go to memory). For 256 problems of n = m = 49, d = 512, in tiles padded to 64, they
+are 3.2e9 operations (7 us, 21 us) and 54 MB (16 us, 35 us).
 """
 
 # mypy: ignore-errors

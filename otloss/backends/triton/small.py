@@ -39,7 +39,6 @@ from otloss.backends.triton.tiles import (
     vector,
 )
 
-
 # Iterations between two in the log-domain. Carrying k and the scalings out of the loop that an early end would take, a
 # ``while``, makes a pass of the compiler fail before Triton 3.6.
 SCALED = tl.constexpr(64)

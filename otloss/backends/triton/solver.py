@@ -72,8 +72,9 @@ def _large(problem: DeviceProblem, max_iter: int, tol: float) -> tuple[Tensor, T
         problem.half_step(problem.columns, f, problem.a, g_part, running, 1, over_n)
         if over_n > 1:
             launch(
-                stream.commit, (count, -(-m // block)), g_part, g, running, count, m, eps, over_n, I=block, tile=config.VECTORS
-            )
+                stream.commit, (count, -(-m // block)), g_part, g, running, count, m, eps, over_n,
+                I=block, tile=config.VECTORS,
+            )  # fmt: skip
 
     iterate(step, max_iter + 1, running)  # the last only sees that they are done
     return f, g, n_iter
