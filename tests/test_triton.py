@@ -53,6 +53,12 @@ def test_a_triton_that_is_too_old_is_said(monkeypatch: pytest.MonkeyPatch) -> No
         assert ("need Triton 3.3" in (triton.status() or "")) == old
 
 
+def test_an_interpreter_that_does_not_fit_numpy_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    for numpy, version, fits in (("2.4.1", "3.6.0", False), ("2.3.5", "3.6.0", True), ("2.4.1", "3.8.0", True)):
+        monkeypatch.setattr(triton, "_version", lambda name, numpy=numpy: numpy)
+        assert (triton._misfit(version) is None) == fits
+
+
 @installed
 def test_a_grid_that_cuda_does_not_have_is_refused() -> None:
     code = (

@@ -1,10 +1,14 @@
 """Triton kernels for NVIDIA GPUs, chosen for CUDA tensors.
 
 The masses are float32 or float64, and everything is computed in their precision. Cost or features may also be float16
-or bfloat16. A half-precision cost is read without a copy; of half-precision features only the unit rows are stored, in
-float32. The gradient by cost or features is rounded once per call. Where the plan is differentiated too, autograd adds
-its part in the inputs' precision. Results are the same in every run: there are no atomics, and the orders of summation
-are fixed.
+or bfloat16. A half-precision cost is read without a copy. Of half-precision features only the unit rows and the cost
+are stored, in float32. The gradient by cost or features is rounded once per call. Where the plan is differentiated too,
+autograd adds its part in the inputs' precision. Results are the same in every run: there are no atomics, and the orders
+of summation are fixed.
+
+The cost of features is stored while a call runs: at most 32 MiB of it at a time, and as much of its gradient
+(``config.STORED_BYTES``). A larger batch is solved in groups of problems. The cost of one problem that is larger is not
+stored; in float64 it is, one problem at a time.
 
 Without a GPU, set ``TRITON_INTERPRET=1`` in the environment before the first import: then Triton's interpreter runs the
 kernels on CPU tensors. It is slow, and meant for tests.
@@ -14,20 +18,21 @@ modules beside it, only when one of them is called.
 
 =============  ======================================================================================================
 ``tiles``      what the kernels share: a tile of cost, the kernel on it, half-steps
-``small``      n, m up to 128: one program per problem, every iteration in one launch
+``small``      n, m up to 64: one program per problem, every iteration in one launch
 ``rows``       n, m up to 1024: blocks of whole rows, one launch and one pass over the cost per iteration
 ``stream``     any size: tiles of a streaming pass, columns split where rows are few
 ``adjoint``    conjugate gradients between those passes
-``contract``   gradients of the cost, contracted to those of features
+``product``    the cost of features, and the way back from its gradient
+``contract``   gradients of the cost; contracted at once where the cost is not stored
 ``features``   unit rows and the way back
 ``config``     which kernel for which size, and its tile
+``compat``     what differs between versions of Triton
 ``launch``     a problem's views and how kernels are launched; ``solver`` and ``gradient`` order the launches
 =============  ======================================================================================================
 
 Each module states its equations and its roofline: operations per unit at the sustained rates of one H100 (A100):
-495 (156) TFLOP/s of dense TF32, 132 (108) SMs at 1.7 (1.4) GHz with 128 (64) float32 instructions and 16
-exponentials per clock, 3.35 (1.55) TB/s of memory. These are predictions: nothing here has run on a GPU yet
-(README).
+495 (156) TFLOP/s of dense TF32, 132 (108) multiprocessors at 1.7 (1.4) GHz with 128 (64) float32 instructions and 16
+exponentials per clock, 3.35 (1.55) TB/s of memory. These are predictions: nothing here has run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -55,24 +60,40 @@ _INSTALLED = importlib.util.find_spec("triton") is not None
 _HOW_TO_TEST = "to try its kernels on the CPU, set TRITON_INTERPRET=1 before the first import (slow: for tests)"
 
 
-def _version() -> str | None:
-    """The version of the library, under whatever name it was installed; None if it is not known."""
-    for name in ("triton", "pytorch-triton", "triton-windows"):
+def _version(*names: str) -> str | None:
+    """The version of a package, under the first of these names that is installed; None if it is not known."""
+    for name in names:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(name)
     return None
 
 
+def _numbers(version: str | None) -> tuple[int, int] | None:
+    numbers = re.match(r"(\d+)\.(\d+)", version or "")
+    return (int(numbers[1]), int(numbers[2])) if numbers else None
+
+
 def _too_old(version: str | None) -> str | None:
     """Why the kernels do not run under this version: see ``compat.py``."""
-    numbers = re.match(r"(\d+)\.(\d+)", version or "")
-    if not numbers or (int(numbers[1]), int(numbers[2])) >= (3, 3):
+    if (_numbers(version) or (3, 3)) >= (3, 3):
         return None
     return f"its kernels need Triton 3.3, which PyTorch 2.7 brings, and this is {version}"
 
 
+def _misfit(triton_version: str | None) -> str | None:
+    """Why the interpreter of this version does not run here."""
+    if (_numbers(triton_version) or (3, 8)) >= (3, 8) or (_numbers(_version("numpy")) or (0, 0)) < (2, 4):
+        return None
+    return (
+        f'the interpreter of Triton {triton_version} fails with NumPy 2.4 or newer ("only 0-dimensional arrays can be '
+        'converted"); install numpy<2.4'
+    )
+
+
 # Computed once: status() is called at every choice of a backend, and torch.compile traces it.
-_TOO_OLD = _too_old(_version())
+_TRITON = _version("triton", "pytorch-triton", "triton-windows")
+_TOO_OLD = _too_old(_TRITON)
+_MISFIT = _misfit(_TRITON)
 
 
 def status() -> str | None:
@@ -80,7 +101,7 @@ def status() -> str | None:
     if not _INSTALLED:
         return "the package triton is not installed; PyTorch's CUDA builds for Linux bring it"
     if _INTERPRETED:
-        return None
+        return _MISFIT
     if _TOO_OLD is not None:
         return _TOO_OLD
     if torch.version.hip is not None:

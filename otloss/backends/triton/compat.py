@@ -2,8 +2,8 @@
 
 Everything else is written so that all of them take it:
 
-* no function returns a tuple that holds None;
-* a product is at least 16 deep, the least before 3.8;
+* no function returns a tuple that holds None, and no ``while`` loop carries both a row's and a column's vector;
+* a product in Triton is at least 16 deep, the least before 3.8, and of float32; PyTorch multiplies float64;
 * scalars that matter to 53 bits are annotated ``tl.float64``, see :func:`jit`.
 """
 

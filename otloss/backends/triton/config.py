@@ -1,9 +1,9 @@
 """Which kernel serves which size, and the default tile of each; ``benchmarks/gpu_static.py`` compiles every one.
 
-Sizes are bucketed by powers of two, so that a handful of variants serves all shapes and the first call of a size
-compiles them in seconds. The defaults were chosen without a GPU, so that no register spills (products 16 features
-deep: the three TF32 products hold both operands in registers twice) but a few of ``adjoint_small``'s largest tile.
-With ``OTLOSS_TRITON_AUTOTUNE=1`` the streaming passes time ``STREAM_CANDIDATES`` instead, once per bucket and process.
+Sizes are rounded up to powers of two, so that a handful of variants serves all shapes. The first call of a size
+compiles its variants, about half a second of a processor for each. The defaults were chosen without a GPU, so that no
+register spills to memory. With ``OTLOSS_TRITON_AUTOTUNE=1`` the streaming passes time ``STREAM_CANDIDATES`` instead,
+once for each bucket of sizes and each process.
 """
 
 from __future__ import annotations

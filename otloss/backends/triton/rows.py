@@ -1,30 +1,30 @@
 r"""Medium problems (n, m up to 1024): blocks of rows, one launch and one pass over the cost per iteration.
 
-A program goes through its rows of the cost, a tile of I whole rows at a time. Their half-step needs nothing else, and
-the exponentials it takes are those of the columns too: E_ij/s_i = b_j exp((f_i + g_j - C_ij)/eps) is in registers, so
-the program at once adds its rows' share of
+A program goes through its rows of the cost, a tile of I whole rows at a time. The half-step of a row needs only that
+row. The exponentials that it takes serve the columns too: E_ij/s_i = b_j exp((f_i + g_j - C_ij)/eps) is in registers,
+so the program at once adds its rows' share of
 
     t_j = sum_i a_i E_ij / s_i,        g_j <- g_j - eps log(t_j / b_j).
 
-One exponential per entry and iteration. The next launch begins by adding the shares of all blocks, which every program
-of a problem does for itself and in the same order: nothing crosses programs within a launch, so there is no barrier
-and no atomic. What one launch writes for the next therefore lies in two copies, taken in turn, and what steers a
-program is its own: all programs of a problem decide alike because they read the same numbers. Where some t_j
-underflows (small eps, far columns) the next launch takes that half-step in the log-domain instead of a row pass.
+There is one exponential per entry and iteration. The next launch begins by adding the shares of all blocks. Every
+program of a problem does this for itself, in the same order. So programs exchange nothing within a launch, and there is
+no barrier between them and no atomic. What one launch writes for the next lies in two copies, used in turn. Each
+program has its own state. All programs of a problem decide alike, because they read the same numbers. Where some t_j
+underflows (small eps, far columns), the next launch takes that half-step in the log-domain instead of a pass over the
+rows. Such a problem may take two launches in every iteration.
 
-A step of conjugate gradients, T' T x, is the same single pass (``normal_rows``). It takes a second launch: the scalars
-of a step are sums over all columns, which ``adjoint.descend`` takes in one program rather than in every one.
+A step of conjugate gradients, T' T x, is the same single pass (``normal_rows``). It takes a second launch, because the
+scalars of a step are sums over all columns: ``adjoint.descend`` takes them in one program per problem.
 
-Adding the shares costs blocks m reads from the second-level cache for every program: R rows per program make n/R^2
-reads per entry of the cost, so ``config.row_blocks`` gives a program as many rows as keep the processors busy.
+Adding the shares costs each program m reads per block from the second-level cache. ``config.row_blocks`` weighs this
+against processors that would have nothing to do.
 
-Roofline, n = m = 512, d = 49, B = 64, features: 1.7e7 entries per iteration, each 6 d = 294 tensor operations (10 us
-on H100, 32 us on A100), one exponential (5 us, 7 us) and about 12 others (7 us, 21 us). Four blocks per problem: 0.5 MB
-of shares written and 2 MB read in the second-level cache, below 1 us. Registers allow one program of 16 warps per
-processor, so that units overlap badly: 50 iterations between 0.5 ms (longest unit alone) and 1.1 ms (no overlap) on
-H100, 1.6 and 3.0 ms on A100. Dense: 67 MB read per iteration (20 us, 43 us). Launches: one per iteration and one that
-sees that all are done, from the ninth on replayed as a CUDA graph; inside a caller's graph 2 max_iter + 1, for there
-nobody looks, and a launch without work takes about 2 us.
+Roofline, n = m = 512, B = 64: 1.7e7 entries per iteration. Their 67 MB take 20 us of memory on H100 (43 us on A100),
+less where a group of 32 problems stays in the second-level cache. One exponential each takes 5 us (7 us), about 12
+other operations 7 us (21 us). With two programs on a multiprocessor these overlap in part: 50 iterations take between 1
+and 1.6 ms on H100 if the cost comes from memory. From the ninth iteration on the host looks whether problems still run,
+one burst of launches behind the device. The device sees up to 15 launches that have nothing to do, about 2 us each. In
+a caller's graph nobody looks: it holds 2 max_iter + 1 launches.
 """
 
 # mypy: ignore-errors

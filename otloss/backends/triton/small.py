@@ -1,26 +1,21 @@
-r"""Small problems (n, m up to 128): one program per problem, the cost in registers, every iteration in one launch.
+r"""Small problems (n, m up to 64): one program per problem, the kernel in registers, all iterations in one launch.
 
-Solve. The kernel k_ij = exp((f_i + g_j - C_ij)/eps) of absorbed potentials stays in registers, and an iteration
-scales it,
+Solve. The kernel k_ij = exp((f_i + g_j - C_ij)/eps) of absorbed potentials stays in registers. An iteration scales it,
 
     phi_i = 1 / sum_j k_ij b_j psi_j,        psi_j = 1 / sum_i a_i phi_i k_ij,
 
-with no exponential. The row sums also show the error of the state before, sum_i a_i |phi_i (k b psi)_i - 1|. When a
-scaling leaves [1/SAFE, SAFE], the iteration is done again from the state before it in the log-domain, the scalings
-are absorbed and k is rebuilt; so begins the first iteration. Potentials wait in memory meanwhile: registers hold
-one tile and four vectors.
+and takes no exponential. The row sums also give the error of the state before, sum_i a_i |phi_i (k b psi)_i - 1|. The
+first iteration, and one after every ``SCALED``, is done in the log-domain. There the scalings are absorbed into f and
+g, and k is made anew. The same happens when a scaling leaves [1/SAFE, SAFE]; that iteration starts from the state
+before. f and g wait in memory, because registers hold one tile and a few vectors.
 
-Adjoint. The row-normalised kernel is kept in registers and conjugate gradients (``adjoint.py`` has the equations)
-take one product with it and one with its transpose per step, no exponential.
+Adjoint. The row-normalised kernel stays in registers. A step of conjugate gradients (``adjoint.py`` has the equations)
+takes one product with it and one with its transpose, and no exponential.
 
-The tile that stays is multiplied out by FMA units ("ieee"), whose layout spreads its columns over threads; the
-narrow tiles of the log-domain use the tensor cores.
-
-Roofline, padded to N x M = 64 x 64 (49 tokens): an iteration is two operations per entry at 128 per clock and SM,
-64 clocks, and two reductions, about 200 clocks of latency: 50 iterations are 13k clocks, 8 us at 1.7 GHz (H100), 10
-us at 1.4 GHz (A100), for as many problems as fit the SMs at once (two or three per SM). At 128 x 128: 256 + 250
-clocks, 15 us (18 us). Each rebuild of features with d = 384 adds 64 x 64 x 384 FMAs, 12k clocks. Bytes: the inputs
-once. Launches: one, and one per side to normalise.
+Roofline, padded to N x M = 64 x 64 (49 tokens): an iteration is two operations per entry at 128 per clock and
+multiprocessor, 64 clocks, and two reductions with a latency of about 200 clocks. 50 iterations are 13k clocks, 8 us at
+1.7 GHz (H100) or 10 us at 1.4 GHz (A100), for as many problems as there are multiprocessors. Bytes: the cost once for
+each iteration in the log-domain and twice more, from the second-level cache. Launches: one.
 """
 
 # mypy: ignore-errors
@@ -39,8 +34,8 @@ from otloss.backends.triton.tiles import (
     vector,
 )
 
-# Iterations between two in the log-domain. Carrying k and the scalings out of the loop that an early end would take, a
-# ``while``, makes a pass of the compiler fail before Triton 3.6.
+# Iterations between two in the log-domain. A ``while`` loop of them would end early, but no compiler before Triton 3.6
+# takes one that carries both scalings.
 SCALED = tl.constexpr(64)
 
 

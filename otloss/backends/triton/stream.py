@@ -1,20 +1,21 @@
-r"""Streaming passes of O((n + m) d) memory: the large problems, and what every size needs once per call.
+r"""Streaming passes: the large problems, and what every size needs once per call.
 
-``half_step`` is one half-iteration in the log-domain and ``sums`` are weighted row sums of k, tile by tile; columns
-are the rows of the exchanged view. With few rows the columns are split over programs too, and whoever reads the
-parts adds them in a fixed order (no atomics: results are the same in every run).
+``half_step`` is one half-iteration in the log-domain. ``sums`` are weighted row sums of k. Both go through the cost
+tile by tile, stored or made anew from features. The columns are the rows of the exchanged view. With few rows the
+columns are split over programs too. Whoever reads the parts adds them in a fixed order, without atomics, so that
+results are the same in every run.
 
 Roofline, features, per entry of the cost: 2 d operations of the product (three TF32 products: 6 d on the tensor
 cores), one exponential, about 8 others. An iteration is two passes, so for n = m = 4096, d = 64: 2 x 1.7e7 entries
 x 384 = 1.3e10 tensor operations (26 us at 495 TFLOP/s of H100, 82 us at 156 of A100), 3.4e7 exponentials (10 us at
-3.6e12/s; 12 us on A100), 2.7e8 others (8 us; 28 us). Dense: two reads of 67 MB (40 us at 3.35 TB/s, 86 us at 1.55).
+3.6e12/s; 12 us on A100), 2.7e8 others (8 us; 28 us). Stored: two reads of 67 MB (40 us at 3.35 TB/s, 86 us at 1.55).
 Four launches per iteration, three without a split.
 
-Two exponentials per entry and iteration, one for each side: a row's scaling is known only when its last column has been
-seen, and by then O((n + m) d) memory has kept none of the row's first exponentials for the columns' sums. One would
-need whole rows in a multiprocessor (``rows.py``; 16 rows of 4096 float32 are 256 kB, more than there is) or the kernel
-in memory, which costs more than the second exponential: by the rates above one takes 5 us of an iteration on H100,
-reading the kernel 20 us.
+There are two exponentials per entry and iteration, one for each side. A row's scaling is known only when its last
+column has been seen, and by then the row's first exponentials are gone. To take only one, a multiprocessor would have
+to hold whole rows (``rows.py``; 16 rows of 4096 float32 are 256 kB, more than there is), or the kernel would have to
+lie in memory. That costs more than the second exponential: by the rates above the exponential takes 5 us of an
+iteration on H100, reading the kernel 20 us.
 """
 
 # mypy: ignore-errors
