@@ -34,8 +34,8 @@ from otloss.backends.triton.tiles import (
     vector,
 )
 
-# Iterations between two in the log-domain. A ``while`` loop of them would end early, but no compiler before Triton 3.6
-# takes one that carries both scalings.
+# Iterations between two in the log-domain. A ``while`` loop of them would end early, but the compilers of Triton 3.3
+# and 3.4 fail on one that carries both scalings.
 SCALED = tl.constexpr(64)
 
 
