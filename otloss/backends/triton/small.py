@@ -177,9 +177,9 @@ def adjoint_small(
         k = tl.where(real_i[:, None], kernel_tile(tile, pf, gc, inv), 0.0)
         rho += tl.sum(k * mass[None, :], 1)
         tl.store(v_out + c, tl.sum(k * mass_a[:, None], 0), mask=c < m)
-        tile = k * (tile - pf[:, None] - gc[None, :])
-        by_cost += tl.sum(mass[None, :] * tile, 1)
-        tl.store(h_out + c, tl.sum(mass_a[:, None] * tile, 0), mask=c < m)
+        reduced = tile - pf[:, None] - gc[None, :]
+        by_cost += tl.sum((k * mass[None, :]) * reduced, 1)  # in this order: k of a pair without mass is huge
+        tl.store(h_out + c, tl.sum((k * mass_a[:, None]) * reduced, 0), mask=c < m)
     tl.debug_barrier()
     rho = tl.where(real_i, rho, 1.0)
     sigma = tl.where(real_j, vector(v_out, j, m, DTYPE), 1.0)
