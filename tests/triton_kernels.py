@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -355,6 +356,32 @@ def test_columns_that_no_row_prefers_take_a_launch_of_their_own(monkeypatch: pyt
     a, b = torch.full((1, 40), 1 / 40), torch.full((1, 5), 0.2)
     check_solve((cost, None, a, b), EPS, 3, room=16.0 * 50)
     assert len(launches) == 3 + 1 + 1  # iterations, the columns of the first, and the one that sees that they are done
+
+
+@pytest.mark.parametrize("last", [1, 8, 20, 100])
+def test_the_host_looks_one_burst_behind(last: int) -> None:
+    """The device is done after ``last`` steps: at most two bursts more are launched, and never more than asked for."""
+    running, steps = torch.ones(1), 0
+
+    def step() -> None:
+        nonlocal steps
+        steps += 1
+        if steps >= last:
+            running.zero_()
+
+    launch.iterate(step, 50, running)
+    assert min(last, 50) <= steps <= min(last + 2 * launch.BURST, 50)
+
+
+@pytest.mark.parametrize(("captured", "steps"), [(None, 50), (7, 7), (70, 50)])
+def test_a_graph_of_the_caller_holds_a_bounded_number_of_steps(
+    captured: int | None, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    on_gpu: Any = SimpleNamespace(device=torch.device("cuda"))
+    made: list[int] = []
+    launch.iterate(lambda: made.append(1), 50, on_gpu, captured)
+    assert len(made) == steps
 
 
 def test_columns_split_over_programs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,7 +70,9 @@ def solve_small(
     n_iter = 0
     go = n_iter < max_iter
     while go:  # an iteration in the log-domain: the first, and from the state before a scaling that was not safe
-        tl.store(g_out + j, vector(g_out, j, m, DTYPE) + tl.log2(psi) / inv, mask=j < m)
+        g = vector(g_out, j, m, DTYPE) + tl.log2(psi) / inv
+        tl.debug_barrier()  # several warps may hold an entry: all have read it before one stores
+        tl.store(g_out + j, g, mask=j < m)
         tl.debug_barrier()
         f = row_step(cost, i, g_out, b, n, m, inv, N, J)
         tl.store(f_out + i, f, mask=i < n)
