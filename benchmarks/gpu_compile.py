@@ -31,7 +31,7 @@ Shape = tuple[int, int, int, int, torch.dtype]
 # Batch, n, m, d (0: a dense cost), dtype: one shape or more for every entry of otloss/backends/triton/config.py.
 SHAPES: list[Shape] = [
     *((64, n, m, 0, torch.float32) for n, m in ((16, 24), (49, 49), (64, 64), (100, 30))),
-    *((64, n, m, 0, torch.float32) for n, m in ((196, 196), (512, 512), (1000, 1000))),
+    *((64, n, m, 0, torch.float32) for n, m in ((100, 60), (100, 100), (196, 196), (512, 512), (1000, 1000))),
     *((64, n, m, d, torch.float32) for n, m, d in ((16, 24, 32), (49, 49, 512), (512, 512, 49))),
     (4, 3000, 3000, 64, torch.float32),  # streamed, from features and from the cost
     (4, 3008, 3000, 0, torch.float32),
