@@ -58,9 +58,8 @@ bench: $(VENV)/.bench  ## time otloss and its peers, draw the plots, write the R
 bench-quick: $(VENV)/.bench  ## the main rows of that with few peers (3 minutes)
 	$(PY) -m benchmarks quick $(BENCH_ARGS)
 
-bench-gpu: $(VENV)/.dev  ## time otloss on a CUDA device; says so and stops where there is none
+bench-gpu: $(VENV)/.dev  ## check and time otloss on a CUDA device, in stages; rehearses the first where there is none
 	@$(PY) -m pip install --quiet flash-sinkhorn || echo "make: flash-sinkhorn is not available here"
-	$(PY) -m pytest -q tests/gpu
 	$(PY) -m benchmarks.gpu $(BENCH_ARGS)
 
 lint: $(VENV)/.dev  ## ruff and mypy

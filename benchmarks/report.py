@@ -287,17 +287,17 @@ def details(results: dict[str, Any], plots: list[str]) -> str:
 
 
 def static(reports: list[dict[str, Any]]) -> str:
-    """docs/gpu.md: how many default configurations were compiled, and which of them spill registers."""
-    archs = [f"sm_{arch}" for arch in sorted({r["arch"] for r in reports})]
-    targets_named = " and ".join(part for part in (", ".join(archs[:-1]), archs[-1]) if part)
-    text = f"{len(reports)} configurations were compiled, for {targets_named}. "
-    spilling = [r for r in reports if r["spilled"]]
-    if not spilling:
-        return text + "None of them spills a register."
-    sizes = sorted({r["spilled"] for r in spilling})
-    how_much = " to ".join(str(size) for size in dict.fromkeys((sizes[0], sizes[-1])))
-    names = ", ".join(dict.fromkeys(f"`{r['kernel']}` ({r['tile']})" for r in spilling))
-    return f"{text}Registers are spilled by {len(spilling)} of them, {how_much} bytes each: {names}."
+    """docs/gpu.md: with which Triton how many configurations were compiled, and which of them spill registers."""
+    versions: dict[str, list[dict[str, Any]]] = {}
+    for r in reports:
+        versions.setdefault(r["triton"], []).append(r)
+    lines = ["| Triton | compiled for | compilations | spill registers |", "|---|---|---|---|"]
+    for version, own in sorted(versions.items(), key=lambda item: [int(part) for part in item[0].split(".")[:2]]):
+        archs = ", ".join(f"sm_{arch}" for arch in sorted({r["arch"] for r in own}))
+        spilling = [r for r in own if r["spilled"]]
+        names = "; ".join(dict.fromkeys(f"`{r['kernel']}` ({r['tile']}) {r['spilled']} bytes" for r in spilling))
+        lines.append(f"| {version} | {archs} | {len(own)} | {f'{len(spilling)}: {names}' if spilling else 'none'} |")
+    return "\n".join(lines)
 
 
 def full(results: dict[str, Any]) -> str:

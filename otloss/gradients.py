@@ -85,7 +85,7 @@ class Sinkhorn(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        by = dict(zip(Solution._fields, grads, strict=False))  # the last is of what was kept, and None
+        by = dict(zip(Solution._fields, grads[:-1], strict=True))  # the last is of what was kept, and None
         upstream = Upstream(by["transport_cost"], by["value"], by["f"], by["g"])
         left, right, a, b, f, g, n_iter, kept = ctx.saved_tensors
         problem = Problem(left, right, a, b, ctx.eps)

@@ -22,6 +22,7 @@ from otloss.checks import (
     wide,
     working_dtype,
 )
+from otloss.compat import is_exporting
 from otloss.cost import cosine_cost, negligible
 from otloss.gradients import MODES, Sinkhorn
 
@@ -126,11 +127,6 @@ class _PlanSource:
         return plan.reshape(*self.batch, *plan.shape[1:])
 
 
-def _exporting() -> bool:
-    compiler = torch.compiler  # PyTorch 2.6 cannot tell an export from a compilation
-    return compiler.is_exporting() if hasattr(compiler, "is_exporting") else compiler.is_compiling()
-
-
 def _one_batch(x: Tensor, dims: int) -> Tensor:
     """``x`` with all dimensions before the last ``dims`` joined into one."""
     return x if x.dim() == dims + 1 else x.reshape(math.prod(x.shape[:-dims]), *x.shape[-dims:])
@@ -185,12 +181,11 @@ def _solve(
     check_number("tol", tol, positive=False)
     check_count("max_iter", max_iter)
     check_choice("gradient", gradient, MODES)
-    features = ("x", "y") if right is not None else ("cost",)
-    named: dict[str, Any] = dict(zip(features, (left, right), strict=False))
+    named: dict[str, Any] = {"cost": left} if right is None else {"x": left, "y": right}
     masses = {name: x for name, x in (("a", a), ("log_a", log_a), ("b", b), ("log_b", log_b)) if x is not None}
     for name, mass in masses.items():
         check_tensor(name, mass, 1, "(B, n)" if name.endswith("a") else "(B, m)")
-    named |= masses
+    named = {**named, **masses}
     check_device(**named)
     dtype = working_dtype(**named)
     chosen = choose_backend(backend, left.device.type)
@@ -210,7 +205,7 @@ def _solve(
         log_totals = torch.cat((totals[0], totals[-1]), dim=-1)
         mass_tol = max((MASS_TOLERANCE.get(mass.dtype, 2e-2) for mass in masses.values()), default=0.0)
         # Whether keeping the cost pays depends on the sizes, which an exported graph may leave open.
-        keep = gradient != "unroll" and torch.is_grad_enabled() and not _exporting()
+        keep = gradient != "unroll" and torch.is_grad_enabled() and not is_exporting()
         problem = Problem(left, right, p, q, float(eps))
         mass_names = " ".join(masses)
         *solution, _ = Sinkhorn.apply(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -35,9 +36,10 @@ Given = tuple[Tensor, Tensor | None, Tensor, Tensor]
 KINDS = ("dense", "features")
 SIZES = [(1, 7), (9, 1), (21, 38)]
 REGIMES = {
-    "small": {"small": 128, "medium": 1024},
+    "small": {"small": 64, "medium": 1024},
     "medium": {"small": 0, "medium": 1024},
     "large": {"small": 0, "medium": 0},
+    "large, no stored cost": {"small": 0, "medium": 0},
 }
 
 
@@ -45,6 +47,8 @@ REGIMES = {
 def regime(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each regime in turn, whatever the size."""
     monkeypatch.setattr(config, "LIMITS", REGIMES[request.param])
+    if "no stored" in request.param:
+        monkeypatch.setattr(config, "STORED_BYTES", 0)
     return str(request.param)
 
 
@@ -257,12 +261,79 @@ def test_the_same_twice(regime: str) -> None:
     assert all(map(torch.equal, one, other))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_cost_of_features_is_kept(regime: str, dtype: torch.dtype) -> None:
+    """In a buffer of the caller, from which the gradient reads it; the results are those without the buffer."""
+    given = Problem(*problem("features", 21, 38, dtype, d=48), EPS)
+    kept, up = torch.full((2, 21, 38), float("nan"), dtype=dtype), upstream(given.a, given.b)
+    with_room, without = (triton.solve(given, 9, 0.0, room) for room in (kept, None))
+    close(kept, reference.dense_cost(*wide(given.left, given.right)), slack(dtype))
+    got, want = (triton.implicit_gradient(given, *without[:2], up, True, True, room)[0] for room in (kept, None))
+    pairs = (*zip(with_room, without, strict=True), *zip(got, want, strict=True))
+    if "no stored" in regime and dtype == torch.float32:  # without the buffer every pass makes the cost anew
+        for one, other in pairs:
+            close(one, other.double(), slack(dtype, room=300.0))
+    else:
+        assert all(torch.equal(one, other) for one, other in pairs)
+
+
+@pytest.mark.parametrize("most", [1, 2, 5])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_groups_of_problems_bound_the_stored_cost(
+    regime: str, dtype: torch.dtype, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five problems, ``most`` at a time: no larger cost is made, and the results are those of each alone."""
+    left, right, a, b = problem("features", 9, 12, dtype, batch=5)
+    made: list[int] = []
+    product = launch.DeviceProblem.product
+
+    def noted(self: launch.DeviceProblem, *operands: Any) -> Tensor:
+        made.append(self.count)
+        return product(self, *operands)
+
+    monkeypatch.setattr(launch.DeviceProblem, "product", noted)
+    monkeypatch.setattr(config, "STORED_BYTES", most * 9 * 12 * a.element_size())
+    up = upstream(a, b)
+
+    def run(part: slice) -> tuple[Tensor, ...]:
+        given = Problem(left[part], right[part], a[part], b[part], EPS)
+        solution = triton.solve(given, 6, 0.0)
+        some = Upstream(*(x[part] for x in up))
+        implicit, residual = triton.implicit_gradient(given, *solution[:2], some, True, True)
+        unrolled = triton.unrolled_gradient(given, solution.n_iter, Upstream(*some[:2]), True, 6)
+        return (*solution, *implicit, residual, *unrolled)
+
+    got = run(slice(None))
+    assert max(made) <= most
+    want = [torch.cat(parts) for parts in zip(*(run(slice(k, k + 1)) for k in range(5)), strict=True)]
+    for one, other in zip(got, want, strict=True):
+        close(one.double(), other.double(), slack(dtype, room=300.0))
+
+
+def test_a_batch_is_divided_evenly_and_the_largest_problem_is_not_stored() -> None:
+    assert config.groups(64, 512, 512, False) == 2 and config.groups(33, 512, 512, False) == 2
+    assert config.groups(1, 2896, 2896, False) == 1 and config.groups(1, 2897, 2897, False) == 0
+    assert config.groups(7, 4096, 4096, True) == 7  # float64: one at a time at least
+    assert config.groups(0, 5, 5, False) == 1
+
+
+def test_blocks_of_rows_have_no_cliff() -> None:
+    """One problem more than the processors hold at once does not double the time: waves of programs, times tiles."""
+
+    def time(count: int) -> int:
+        blocks, tiles = config.row_blocks(count, 512, 8, 264)
+        assert blocks * tiles >= 64 and blocks <= config.BLOCKS
+        return -(-count * blocks // 264) * tiles
+
+    assert time(132) == 32 and time(133) < 1.5 * time(132)
+
+
 @pytest.mark.parametrize("blocks", [1, 3])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_program_takes_several_tiles_of_rows(kind: str, blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config, "LIMITS", REGIMES["medium"])
     monkeypatch.setattr(config, "BLOCKS", blocks)
-    assert config.row_blocks(1, 70, 16, 8) == {1: (1, 5), 3: (3, 2)}[blocks]
+    assert config.row_blocks(1, 70, 16, 16) == {1: (1, 5), 3: (3, 2)}[blocks]
     given = problem(kind, 70, 20, torch.float32, batch=1)
     check_solve(given, EPS, 4)
     check_implicit(given)
@@ -287,8 +358,35 @@ def test_columns_that_no_row_prefers_take_a_launch_of_their_own(monkeypatch: pyt
     assert len(launches) == 3 + 1 + 1  # iterations, the columns of the first, and the one that sees that they are done
 
 
+@pytest.mark.parametrize("last", [1, 8, 20, 100])
+def test_the_host_looks_one_burst_behind(last: int) -> None:
+    """The device is done after ``last`` steps: at most two bursts more are launched, and never more than asked for."""
+    running, steps = torch.ones(1), 0
+
+    def step() -> None:
+        nonlocal steps
+        steps += 1
+        if steps >= last:
+            running.zero_()
+
+    launch.iterate(step, 50, running)
+    assert min(last, 50) <= steps <= min(last + 2 * launch.BURST, 50)
+
+
+@pytest.mark.parametrize(("captured", "steps"), [(None, 50), (7, 7), (70, 50)])
+def test_a_graph_of_the_caller_holds_a_bounded_number_of_steps(
+    captured: int | None, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    on_gpu: Any = SimpleNamespace(device=torch.device("cuda"))
+    made: list[int] = []
+    launch.iterate(lambda: made.append(1), 50, on_gpu, captured)
+    assert len(made) == steps
+
+
 def test_columns_split_over_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config, "LIMITS", REGIMES["large"])
+    monkeypatch.setattr(config, "STORED_BYTES", 0)
     given = problem("features", 3, 600, torch.float32, batch=1)
     assert config.splits(1, -(-600 // 64), 8) > 1
     check_solve(given, EPS, 3)
@@ -306,14 +404,14 @@ def test_tuning_takes_the_fastest_tile(monkeypatch: pytest.MonkeyPatch) -> None:
 
     key = config.bucket(70, 90, 5, False)
     monkeypatch.setattr(config, "TUNED", {})
-    monkeypatch.setattr(config, "LIMITS", REGIMES["large"])
+    monkeypatch.setattr(config, "STORED_BYTES", 0)
     monkeypatch.setattr(launch, "timed", timer)
     monkeypatch.setenv("OTLOSS_TRITON_AUTOTUNE", "1")
     check_solve(problem("features", 70, 90, torch.float32), EPS, 2)
     assert config.TUNED[key].cols == 32 and len(config.TUNED) == 1 and len(tiles) == len(set(tiles)) > 2
 
 
-@pytest.mark.parametrize(("n", "m"), [(128, 100), (150, 300), (1040, 33)])
+@pytest.mark.parametrize(("n", "m"), [(64, 60), (150, 300), (1040, 33)])
 def test_sizes_that_reach_each_regime(n: int, m: int) -> None:
     given = problem("features", n, m, torch.float32, batch=1, d=20)
     check_solve(given, EPS, 2)
@@ -444,8 +542,8 @@ def test_pairs_may_be_forbidden_by_the_largest_number(regime: str, gradient: str
 
 @pytest.mark.parametrize("name", ["positions", "channels-dense", "pot-example"])
 def test_the_benchmark_of_a_device(name: str) -> None:
-    """What ``benchmarks/gpu.py`` runs on a device, on the CPU: errors of ours, and a step of each peer that is here."""
-    from benchmarks import gpu
+    """What ``benchmarks/gpu_timing.py`` runs on a device, on the CPU: errors of ours, a step of each peer here."""
+    from benchmarks import gpu_timing as gpu
 
     workload = replace(WORKLOADS[name].part(2, 6), d=3, eps=0.5, iterations=5)
     assert max(gpu.errors(workload, "cpu", 20).values()) < 1e-3

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from otloss.backends import cpu, reference, triton
 from otloss.backends.protocol import Backend
+from otloss.compat import read_when_compiling
 
 __all__ = ["BackendStatus", "backends", "check_backend", "choose_backend", "get_backend", "use_backend"]
 
@@ -19,6 +20,11 @@ _REGISTRY: dict[str, tuple[Backend, tuple[str, ...] | None]] = {
     "reference": (reference, None),  # None: every device
 }
 _forced: ContextVar[str | None] = ContextVar("otloss_forced_backend", default=None)
+
+
+@read_when_compiling
+def _forced_name() -> str | None:
+    return _forced.get()
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,7 @@ def check_backend(name: str, device: str | None = None) -> str:
 
 def choose_backend(name: str | None, device: str) -> str:
     """The backend for a call: the one asked for, else the one forced, else the first that serves the device."""
-    name = name if name is not None else _forced.get()
+    name = name if name is not None else _forced_name()
     if name is not None:
         return check_backend(name, device)
     for candidate, (module, devices) in _REGISTRY.items():

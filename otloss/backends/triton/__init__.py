@@ -1,10 +1,14 @@
 """Triton kernels for NVIDIA GPUs, chosen for CUDA tensors.
 
 The masses are float32 or float64, and everything is computed in their precision. Cost or features may also be float16
-or bfloat16. A half-precision cost is read without a copy; of half-precision features only the unit rows are stored, in
-float32. The gradient by cost or features is rounded once per call. Where the plan is differentiated too, autograd adds
-its part in the inputs' precision. Results are the same in every run: there are no atomics, and the orders of summation
-are fixed.
+or bfloat16. A half-precision cost is read without a copy. Of half-precision features only the unit rows and the cost
+are stored, in float32. The gradient by cost or features is rounded once per call. Where the plan is differentiated too,
+autograd adds its part in the inputs' precision. Results are the same in every run: there are no atomics, and the orders
+of summation are fixed.
+
+The cost of features is stored while a call runs: at most 32 MiB of it at a time, and as much of its gradient
+(``config.STORED_BYTES``). A larger batch is solved in groups of problems. The cost of one problem that is larger is not
+stored; in float64 it is, one problem at a time.
 
 Without a GPU, set ``TRITON_INTERPRET=1`` in the environment before the first import: then Triton's interpreter runs the
 kernels on CPU tensors. It is slow, and meant for tests.
@@ -14,20 +18,21 @@ modules beside it, only when one of them is called.
 
 =============  ======================================================================================================
 ``tiles``      what the kernels share: a tile of cost, the kernel on it, half-steps
-``small``      n, m up to 128: one program per problem, every iteration in one launch
+``small``      n, m up to 64: one program per problem, every iteration in one launch
 ``rows``       n, m up to 1024: blocks of whole rows, one launch and one pass over the cost per iteration
 ``stream``     any size: tiles of a streaming pass, columns split where rows are few
 ``adjoint``    conjugate gradients between those passes
-``contract``   gradients of the cost, contracted to those of features
+``product``    the cost of features, and the way back from its gradient
+``contract``   gradients of the cost; contracted at once where the cost is not stored
 ``features``   unit rows and the way back
 ``config``     which kernel for which size, and its tile
+``compat``     what differs between versions of Triton
 ``launch``     a problem's views and how kernels are launched; ``solver`` and ``gradient`` order the launches
 =============  ======================================================================================================
 
 Each module states its equations and its roofline: operations per unit at the sustained rates of one H100 (A100):
-495 (156) TFLOP/s of dense TF32, 132 (108) SMs at 1.7 (1.4) GHz with 128 (64) float32 instructions and 16
-exponentials per clock, 3.35 (1.55) TB/s of memory. These are predictions: nothing here has run on a GPU yet
-(README).
+495 (156) TFLOP/s of dense TF32, 132 (108) multiprocessors at 1.7 (1.4) GHz with 128 (64) float32 instructions and 16
+exponentials per clock, 3.35 (1.55) TB/s of memory. These are predictions: nothing here has run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -37,6 +42,7 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -45,7 +51,7 @@ from torch import Tensor
 from otloss.backends.protocol import Gradients, Problem, Solution, Upstream
 
 TWICE_DIFFERENTIABLE = False
-KEEPS_COST = False
+KEEPS_COST = True
 READS_HALF = True
 
 # Read once, as Triton itself does at its import.
@@ -54,24 +60,40 @@ _INSTALLED = importlib.util.find_spec("triton") is not None
 _HOW_TO_TEST = "to try its kernels on the CPU, set TRITON_INTERPRET=1 before the first import (slow: for tests)"
 
 
-def _version() -> str | None:
-    """The version of the library, under whatever name it was installed; None if it is not known."""
-    for name in ("triton", "pytorch-triton", "triton-windows"):
+def _version(*names: str) -> str | None:
+    """The version of a package, under the first of these names that is installed; None if it is not known."""
+    for name in names:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(name)
     return None
 
 
-def _too_old(version: str | None) -> str | None:
-    """Why the kernels do not run under this version: before 3.8, Triton multiplies no tiles of depth 8."""
+def _numbers(version: str | None) -> tuple[int, int] | None:
     numbers = re.match(r"(\d+)\.(\d+)", version or "")
-    if not numbers or (int(numbers[1]), int(numbers[2])) >= (3, 8):
+    return (int(numbers[1]), int(numbers[2])) if numbers else None
+
+
+def _too_old(version: str | None) -> str | None:
+    """Why the kernels do not run under this version: see ``compat.py``."""
+    if (_numbers(version) or (3, 3)) >= (3, 3):
         return None
-    return f"its kernels need Triton 3.8, which PyTorch 2.14 brings, and this is {version}"
+    return f"its kernels need Triton 3.3, which PyTorch 2.7 brings, and this is {version}"
+
+
+def _misfit(triton_version: str | None) -> str | None:
+    """Why the interpreter of this version does not run here."""
+    if (_numbers(triton_version) or (3, 8)) >= (3, 8) or (_numbers(_version("numpy")) or (0, 0)) < (2, 4):
+        return None
+    return (
+        f'the interpreter of Triton {triton_version} fails with NumPy 2.4 or newer ("only 0-dimensional arrays can be '
+        'converted"); install numpy<2.4'
+    )
 
 
 # Computed once: status() is called at every choice of a backend, and torch.compile traces it.
-_TOO_OLD = _too_old(_version())
+_TRITON = _version("triton", "pytorch-triton", "triton-windows")
+_TOO_OLD = _too_old(_TRITON)
+_MISFIT = _misfit(_TRITON)
 
 
 def status() -> str | None:
@@ -79,7 +101,7 @@ def status() -> str | None:
     if not _INSTALLED:
         return "the package triton is not installed; PyTorch's CUDA builds for Linux bring it"
     if _INTERPRETED:
-        return None
+        return _MISFIT
     if _TOO_OLD is not None:
         return _TOO_OLD
     if torch.version.hip is not None:
@@ -94,27 +116,52 @@ def interpreted() -> bool:
     return _INTERPRETED
 
 
-def _device_problem(problem: Problem) -> Any:
-    reason = status()
-    if reason is not None:
-        raise RuntimeError(f"the triton backend cannot be used: {reason}")
-    from otloss.backends.triton.launch import DeviceProblem  # imports the library
-
-    return DeviceProblem(problem)
-
-
 def _on(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device: make it the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-def solve(problem: Problem, max_iter: int, tol: float, kept: Tensor | None = None) -> Solution:
-    """The solution after ``max_iter`` iterations or at an L1 error below ``tol``; ``kept`` is not used."""
-    with _on(problem.left):
-        prepared = _device_problem(problem)
-        from otloss.backends.triton import solver
+def _groups(problem: Problem, kept: Tensor | None) -> Iterator[tuple[slice, Problem, Tensor | None]]:
+    """The problems, all at once or as many at a time as the bound on the stored cost of features allows."""
+    reason = status()
+    if reason is not None:
+        raise RuntimeError(f"the triton backend cannot be used: {reason}")
+    from otloss.backends.triton import config
 
-        return solver.solve(prepared, max_iter, tol)
+    left, right, a, b, eps = problem
+    count, n, m = a.shape[0], a.shape[1], b.shape[1]
+    groups = 1 if right is None else config.groups(count, n, m, a.dtype == torch.float64)
+    size = -(-count // max(groups, 1))
+    for start in range(0, max(count, 1), max(size, 1)):
+        part = slice(start, start + size)
+        yield (
+            part,
+            Problem(left[part], None if right is None else right[part], a[part], b[part], eps),
+            None if kept is None else kept[part].contiguous(),
+        )
+
+
+def _part(upstream: Upstream, part: slice) -> Upstream:
+    return Upstream(*(None if grad is None else grad[part] for grad in upstream))
+
+
+def _joined(parts: list[Any]) -> Any:
+    """One named tuple from those of each group."""
+    return parts[0] if len(parts) == 1 else type(parts[0])(*map(torch.cat, zip(*parts, strict=True)))
+
+
+def solve(problem: Problem, max_iter: int, tol: float, kept: Tensor | None = None) -> Solution:
+    """The solution after ``max_iter`` iterations or at an L1 error below ``tol``.
+
+    The cost of features is written to ``kept (B, n, m)``.
+    """
+    with _on(problem.left):
+        parts = []
+        for _, group, room in _groups(problem, kept):
+            from otloss.backends.triton import launch, solver  # imports the library
+
+            parts.append(solver.solve(launch.DeviceProblem(group, room), max_iter, tol))
+        return _joined(parts)  # type: ignore[no-any-return]
 
 
 def implicit_gradient(
@@ -126,12 +173,19 @@ def implicit_gradient(
     need_cost: bool,
     kept: Tensor | None = None,
 ) -> tuple[Gradients, Tensor]:
-    """Gradients of the converged problem and the residual of its adjoint system; ``kept`` is not used."""
+    """Gradients of the converged problem and the residual of its adjoint system; ``kept`` is what ``solve`` wrote."""
     with _on(problem.left):
-        prepared = _device_problem(problem)
-        from otloss.backends.triton import gradient
+        parts, residuals = [], []
+        for part, group, made in _groups(problem, kept):
+            from otloss.backends.triton import gradient, launch
 
-        return gradient.implicit_gradient(prepared, f, g, upstream, adjoint, need_cost)
+            prepared = launch.DeviceProblem(group, made, made=made is not None)
+            gradients, residual = gradient.implicit_gradient(
+                prepared, f[part], g[part], _part(upstream, part), adjoint, need_cost
+            )
+            parts.append(gradients)
+            residuals.append(residual)
+        return _joined(parts), torch.cat(residuals)
 
 
 def unrolled_gradient(
@@ -139,7 +193,10 @@ def unrolled_gradient(
 ) -> Gradients:
     """Gradients through the ``n_iter`` iterations that were run, at most ``max_iter``."""
     with _on(problem.left):
-        prepared = _device_problem(problem)
-        from otloss.backends.triton import gradient
+        parts = []
+        for part, group, _ in _groups(problem, None):
+            from otloss.backends.triton import gradient, launch
 
-        return gradient.unrolled_gradient(prepared, n_iter, upstream, need_cost, max_iter)
+            prepared, given = launch.DeviceProblem(group), _part(upstream, part)
+            parts.append(gradient.unrolled_gradient(prepared, n_iter[part], given, need_cost, max_iter))
+        return _joined(parts)  # type: ignore[no-any-return]

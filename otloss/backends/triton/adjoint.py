@@ -14,13 +14,13 @@ program per problem: five reads and four writes of m numbers, microseconds.
 """
 
 # mypy: ignore-errors
-import triton
 import triton.language as tl
 
+from otloss.backends.triton.compat import jit
 from otloss.backends.triton.tiles import vector
 
 
-@triton.jit(do_not_specialize=["parts", "count", "m", "cap"])
+@jit(do_not_specialize=["parts", "count", "m", "cap"])
 def descend(
     share, parts, scale, root, work, z, res, direction, best, alpha, state, running, count, m, cap, J: tl.constexpr
 ):

@@ -1,9 +1,9 @@
 """Which kernel serves which size, and the default tile of each; ``benchmarks/gpu_static.py`` compiles every one.
 
-Sizes are bucketed by powers of two, so that a handful of variants serves all shapes and the first call of a size
-compiles them in seconds. The defaults were chosen without a GPU, so that no register spills (products 16 features
-deep: the three TF32 products hold both operands in registers twice) but a few of ``adjoint_small``'s largest tile.
-With ``OTLOSS_TRITON_AUTOTUNE=1`` the streaming passes time ``STREAM_CANDIDATES`` instead, once per bucket and process.
+Sizes are rounded up to powers of two, so that a handful of variants serves all shapes. The first call of a size
+compiles its variants, about half a second of a processor for each. The defaults were chosen without a GPU, so that no
+register spills to memory. With ``OTLOSS_TRITON_AUTOTUNE=1`` the streaming passes time ``STREAM_CANDIDATES`` instead,
+once for each bucket of sizes and each process.
 """
 
 from __future__ import annotations
@@ -11,9 +11,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 # The largest n and m of each regime; beyond them problems are streamed. Tests lower them.
-LIMITS = {"small": 128, "medium": 1024}  # of float32; float64 takes two registers a number
+LIMITS = {"small": 64, "medium": 1024}  # of float32; float64 takes two registers a number
 BLOCKS = 32  # of rows in a medium problem: each adds the shares of all
-MIN_SIDE = 16  # the least side of a product's tile
+MIN_SIDE = 16  # the least side and depth of a product's tile; from Triton 3.8 on it may be lower
+# Bytes of the cost of features that are stored at a time, and of its gradient: what the second-level caches of A100 (40
+# MB) and H100 (50 MB) hold beside the rest. A larger batch is solved in groups of problems; the cost of one problem
+# that is larger is not stored.
+STORED_BYTES = 32 << 20
+CAPTURED_STEPS = 256  # of conjugate gradients in a caller's CUDA graph, where nobody sees that all are done
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,13 @@ class Tile:
     depth: int
     warps: int
     stages: int = 2
+    programs: int = 1
+    """How many run on a multiprocessor at once, so that one computes while another waits."""
+
+    @property
+    def registers(self) -> int:
+        """The most that a thread may have. Without a bound of ours the assembler may choose a lower one and spill."""
+        return min(255, 65536 // (32 * self.warps * self.programs))
 
 
 def power(size: int, least: int = MIN_SIDE) -> int:
@@ -38,23 +50,45 @@ def regime(n: int, m: int, double: bool) -> str:
     return next((name for name, limit in LIMITS.items() if size <= limit), "large")
 
 
-def small(n: int, m: int, d: int, double: bool) -> Tile:
+def small(n: int, m: int, double: bool) -> Tile:
     """The whole problem in one tile."""
     rows, cols = power(n), power(m)
-    entries = rows * cols * (2 if double else 1)
-    return Tile(rows, cols, 16 if entries > 8192 else 8, 8 if entries > 4096 else 4, 1)
+    return Tile(rows, cols, 16, 8 if rows * cols * (2 if double else 1) > 2048 else 4, 1)
 
 
-def medium(m: int, d: int, double: bool) -> Tile:
-    """Blocks of whole rows."""
+def medium(m: int, double: bool) -> Tile:
+    """Blocks of whole rows; two programs run on a multiprocessor, one of them in float64."""
     cols = power(m)
-    return Tile(16, cols, 8 if cols > 256 else 16, 16 if cols > 256 and not double else 8, 1)
+    return Tile(8 if cols > 128 else 16, cols, MIN_SIDE, 8, 1, 1 if double else 2)
 
 
-def row_blocks(count: int, n: int, rows: int, processors: int) -> tuple[int, int]:
-    """Programs per problem and tiles of rows per program: about two programs for each processor, at most ``BLOCKS``."""
+def product(rows: int, cols: int) -> Tile:
+    """Tiles of a batched product."""
+    rows, cols = min(power(rows), 64), min(power(cols), 64)
+    return Tile(rows, cols, MIN_SIDE, _warps(rows * cols), 2)
+
+
+def groups(count: int, n: int, m: int, double: bool) -> int:
+    """In how many groups a batch of features is solved, so that the cost of each may be stored; 0: it is not stored.
+
+    In float64 that of one problem always is: the compilers before Triton 3.6 cannot multiply float64.
+    """
+    most = max(STORED_BYTES // (n * m * (8 if double else 4)), 1 if double else 0)
+    return -(-max(count, 1) // most) if most else 0
+
+
+def row_blocks(count: int, n: int, rows: int, places: int) -> tuple[int, int]:
+    """Programs per problem and tiles of rows per program, for the least time if ``places`` programs run at once.
+
+    A program costs its tiles, a sixteenth of one for each share that it adds, and half a tile to begin.
+    """
     tiles = -(-n // rows)
-    each = -(-tiles // max(1, min(2 * processors // max(count, 1), BLOCKS)))
+
+    def time(each: int) -> tuple[float, int]:
+        blocks = -(-tiles // each)
+        return -(-count * blocks // places) * (each + blocks / 16 + 0.5), blocks
+
+    each = min(range(-(-tiles // BLOCKS), tiles + 1), key=time)
     return -(-tiles // each), each
 
 
@@ -90,7 +124,7 @@ STREAM_CANDIDATES = [
 
 
 def contract(n: int, m: int, d: int, double: bool) -> tuple[Tile, int]:
-    """Tiles of the gradient's contraction, and how many features a program holds."""
+    """Tiles of the gradient by the cost, and how many features a program holds that contracts it."""
     side = 32 if double else 64
     rows, features = min(power(n), side), min(power(d), 64)
     return Tile(rows, min(power(m), 32), 16, _warps(rows * features), 1), features
@@ -99,6 +133,7 @@ def contract(n: int, m: int, d: int, double: bool) -> tuple[Tile, int]:
 # Rows per program where no cost is touched: normalising features, adding up splits, conjugate gradients.
 FEATURE_ROWS = 16
 VECTOR = 1024
+VECTORS = Tile(FEATURE_ROWS, VECTOR, MIN_SIDE, 8, 3)
 
 
 def feature_depth(d: int) -> int:

@@ -1,4 +1,4 @@
-r"""The gradient of the cost, contracted at once to that of the features; no (n, m) gradient of features is stored.
+r"""The gradient of the cost: stored, or contracted at once to that of the features where the cost is not stored.
 
 .. math:: \partial C_{ij} = k_{ij} \big[ a_i \big(b_j ((U_i + V_j - w R_{ij})/\varepsilon + w + w_V) + Q_j\big)
           + P_i b_j \big], \qquad P = p / \rho, \quad Q = q / \sigma, \qquad \partial \hat x = -\partial C\, \hat y.
@@ -8,16 +8,21 @@ Unrolled, with the potentials f^t, g^t of iteration t and the multipliers of the
 .. math:: \partial C = T (w + w_V - D/\varepsilon) + \sum_t a_i \kappa^t_j\, e^{(f^t_i + g^t_j - C_{ij})/\varepsilon}
           + b_j \lambda^t_i\, e^{(f^t_i + g^{t-1}_j - C_{ij})/\varepsilon}.
 
-The same kernel gives the gradient of y from the exchanged view. A program holds 64 features of its rows, so that the
-cost is made again for each 64. Roofline: 2 d (1 + ceil(d / 64)) operations per entry and view (three TF32 products
-each), and per 64 features one exponential (unrolled: two per iteration); for n = m = 512, d = 49, B = 64:
-4 x 1.7e7 x 294 = 2e10 tensor operations, 40 us on H100, 0.13 ms on A100.
+``contract_dense`` reads a stored cost and stores its gradient, which ``product.py`` then contracts. Roofline: both
+matrices once, 134 MB for 64 problems of n = m = 512 (40 us on H100, 86 us on A100), and one exponential per entry
+(unrolled: two per iteration).
+
+``contract_features`` makes the cost anew. It gives the gradient of y from the exchanged view. A program holds 64
+features of its rows, and the cost is made again for each 64. Roofline: 2 d (1 + ceil(d / 64)) operations per entry and
+view (three TF32 products each), and one exponential per 64 features (unrolled: two per iteration). For one problem of
+n = m = 4096, d = 64 these are 2 x 1.7e7 x 768 = 2.6e10 tensor operations, 52 us on H100, 0.17 ms on A100.
 """
 
 # mypy: ignore-errors
 import triton
 import triton.language as tl
 
+from otloss.backends.triton.compat import jit
 from otloss.backends.triton.tiles import base2, cost_tile, kernel_tile, vector
 
 
@@ -52,7 +57,7 @@ def unrolled_tile(
 @triton.jit
 def gradient_tile(
     left, right, i, j, f, g, a, b, u, v, q_i, q_j, w, w_value, n_iter, p, count, n, m, d, si, sj, eps,
-    SWAPPED: tl.constexpr, I: tl.constexpr, J: tl.constexpr, K: tl.constexpr, DOT: tl.constexpr, DTYPE: tl.constexpr,
+    SWAPPED: tl.constexpr, I: tl.constexpr, J: tl.constexpr, K: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """dC of rows ``i`` and columns ``j`` of problem ``p``; 0 in the padding.
 
@@ -60,7 +65,7 @@ def gradient_tile(
     """
     inv = base2(eps, DTYPE)
     eps = tl.full([], eps, DTYPE)
-    cost = cost_tile(left, right, i, j, n, m, d, si, sj, I, J, K, DOT, DTYPE)
+    cost = cost_tile(left, right, i, j, n, m, d, si, sj, I, J, K, DTYPE)
     at_i, at_j = p * n, p * m
     ai, bj = vector(a + at_i, i, n, DTYPE), vector(b + at_j, j, m, DTYPE)
     sharp, value = tl.load(w + p), tl.load(w_value + p)
@@ -85,7 +90,7 @@ def gradient_tile(
     return tl.where((i < n)[:, None] & (j < m)[None, :], grad, 0.0)
 
 
-@triton.jit(do_not_specialize=["count"])
+@jit(do_not_specialize=["count"])
 def contract_dense(
     left, out, f, g, a, b, u, v, q_i, q_j, w, w_value, n_iter, count, n, m, eps: tl.float64,
     I: tl.constexpr, J: tl.constexpr,
@@ -97,16 +102,16 @@ def contract_dense(
     j = tl.program_id(2).to(tl.int64) * J + tl.arange(0, J)
     grad = gradient_tile(
         left + p * n * m, None, i, j, f, g, a, b, u, v, q_i, q_j, w, w_value, n_iter, p, count, n, m, 0, m, 1, eps,
-        False, I, J, 16, "ieee", DTYPE,
+        False, I, J, 16, DTYPE,
     )  # fmt: skip
     at = p * n * m + i[:, None] * m + j[None, :]
     tl.store(out + at, grad.to(out.dtype.element_ty), mask=(i < n)[:, None] & (j < m)[None, :])
 
 
-@triton.jit(do_not_specialize=["count"])
+@jit(do_not_specialize=["count"])
 def contract_features(
     left, right, out, f, g, a, b, u, v, q_i, q_j, w, w_value, n_iter, count, n, m, d, eps: tl.float64,
-    SWAPPED: tl.constexpr, I: tl.constexpr, J: tl.constexpr, K: tl.constexpr, D: tl.constexpr, DOT: tl.constexpr,
+    SWAPPED: tl.constexpr, I: tl.constexpr, J: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """out = -dC right, the gradient of the unit rows; grid: problems x blocks of I rows x blocks of D features."""
     DTYPE: tl.constexpr = f.dtype.element_ty
@@ -120,10 +125,10 @@ def contract_features(
         j = start + tl.arange(0, J).to(tl.int64)
         grad = gradient_tile(
             left, right, i, j, f, g, a, b, u, v, q_i, q_j, w, w_value, n_iter, p, count, n, m, d, 0, 0, eps,
-            SWAPPED, I, J, K, DOT, DTYPE,
+            SWAPPED, I, J, K, DTYPE,
         )  # fmt: skip
         at = j[:, None] * d + k[None, :]
         y = tl.load(right + at, mask=(j < m)[:, None] & (k < d)[None, :], other=0.0)
-        total = tl.dot(grad, y, total, input_precision=DOT)
+        total = tl.dot(grad, y, total, input_precision="tf32x3")
     at = p * n * d + i[:, None] * d + k[None, :]
     tl.store(out + at, -total, mask=(i < n)[:, None] & (k < d)[None, :])

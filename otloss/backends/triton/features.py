@@ -8,13 +8,13 @@ and leave in the working dtype. Bytes: each entry once in, once out.
 """
 
 # mypy: ignore-errors
-import triton
 import triton.language as tl
 
+from otloss.backends.triton.compat import jit
 from otloss.backends.triton.tiles import is_live
 
 
-@triton.jit(do_not_specialize=["count"])
+@jit(do_not_specialize=["count"])
 def unit_rows(x, unit, inverse, count, d, I: tl.constexpr, K: tl.constexpr):
     """unit = x/|x| and inverse = 1/|x| (0 for a zero row) of ``count`` rows; grid: blocks of I rows."""
     DTYPE: tl.constexpr = unit.dtype.element_ty
@@ -44,7 +44,7 @@ def unit_rows(x, unit, inverse, count, d, I: tl.constexpr, K: tl.constexpr):
     tl.store(inverse + i, tl.where(live, 1.0 / scale / length, 0.0) + nothing, mask=i < count)
 
 
-@triton.jit(do_not_specialize=["count"])
+@jit(do_not_specialize=["count"])
 def unit_rows_back(unit, inverse, grad, out, count, d, I: tl.constexpr, K: tl.constexpr):
     """``out`` (the gradient of x) from ``grad`` (that of its unit rows); grid: blocks of I rows."""
     DTYPE: tl.constexpr = unit.dtype.element_ty

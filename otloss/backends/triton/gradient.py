@@ -51,11 +51,11 @@ def _small_multipliers(
     """U, V, p/rho, q/sigma and the residual, in one launch."""
     u, v, by_p, by_q = (torch.empty_like(like) for like in (f, g, f, g))
     h, residual = torch.empty_like(g), torch.empty_like(w)
-    view, tile = problem.rows, config.small(problem.n, problem.m, problem.d, problem.double)
+    tile = config.small(problem.n, problem.m, problem.double)
     launch(
-        small.adjoint_small, (problem.count,), view.left, view.right, problem.a, problem.b, f, g, w, p, q,
-        u, v, by_p, by_q, h, residual, problem.n, problem.m, problem.d, problem.eps,
-        N=tile.rows, M=tile.cols, K=tile.depth, num_warps=tile.warps, num_stages=tile.stages,
+        small.adjoint_small, (problem.count,), problem.cost, problem.a, problem.b, f, g, w, p, q,
+        u, v, by_p, by_q, h, residual, problem.n, problem.m, problem.eps,
+        N=tile.rows, M=tile.cols, J=16, tile=tile,
     )  # fmt: skip
     return u, v, by_p, by_q, residual
 
@@ -136,20 +136,19 @@ def _conjugate_gradients(
     def step() -> None:
         if problem.regime == "medium":
             launch(
-                rows.normal_rows, (count, parts), problem.rows.left, problem.rows.right, f, g, alpha, weight, share,
-                running, count, tiles, n, m, d, problem.eps, I=tile.rows, M=tile.cols, K=tile.depth, DOT=problem.dot,
-                num_warps=tile.warps, num_stages=tile.stages,
+                rows.normal_rows, (count, parts), problem.cost, f, g, alpha, weight, share,
+                running, count, tiles, n, m, problem.eps, I=tile.rows, M=tile.cols, tile=tile,
             )  # fmt: skip
         else:
             problem.launch_sums(problem.rows, f, g, alpha, None, 1, None, None, product, running, over_m)
             problem.launch_sums(problem.columns, g, f, product, weight, over_m, None, None, share, running, parts)
         launch(
             adjoint.descend, (count,), share, parts, scale, root, work, z, res, direction, best, alpha, state, running,
-            count, m, cap, J=min(config.power(m, 256), config.VECTOR), num_warps=8,
+            count, m, cap, J=min(config.power(m, 256), config.VECTOR), tile=config.VECTORS,
         )  # fmt: skip
 
     if count:
-        iterate(step, cap, running)
+        iterate(step, cap, running, captured=config.CAPTURED_STEPS)
     return best * unit, unit, start, solved
 
 
@@ -157,21 +156,39 @@ def _contract(
     problem: DeviceProblem, row: Side, column: Side, w: Tensor, w_value: Tensor, n_iter: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the cost, or of both feature sets."""
-    if problem.right is None:
-        out = torch.empty_like(problem.left)
-        tile, _ = config.contract(problem.n, problem.m, 0, problem.double)
-        grid = (problem.count, -(-problem.n // tile.rows), -(-problem.m // tile.cols))
-        launch(
-            contract.contract_dense, grid, problem.left, out, *_sides(row, column), w, w_value, n_iter, problem.count,
-            problem.n, problem.m, problem.eps, I=tile.rows, J=tile.cols, num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
-        return out, problem.empty(0)
-    grad_x = _contract_features(problem, problem.rows, row, column, w, w_value, n_iter, swapped=False)
-    grad_y = _contract_features(problem, problem.columns, column, row, w, w_value, n_iter, swapped=True)
+    if problem.cost is None:
+        unit_x = _contract_features(problem, problem.rows, row, column, w, w_value, n_iter, swapped=False)
+        unit_y = _contract_features(problem, problem.columns, column, row, w, w_value, n_iter, swapped=True)
+    else:
+        cost = _contract_dense(problem, problem.cost, row, column, w, w_value, n_iter)
+        if problem.right is None:
+            return cost, problem.empty(0)
+        unit_x, unit_y = problem.product(cost, problem.y, 0.0), problem.product(cost.mT, problem.x, 0.0)
+    assert problem.right is not None
     return (
-        problem.unit_rows_back(problem.left, problem.x, problem.x_inverse, grad_x),
-        problem.unit_rows_back(problem.right, problem.y, problem.y_inverse, grad_y),
+        problem.unit_rows_back(problem.left, problem.x, problem.x_inverse, unit_x),
+        problem.unit_rows_back(problem.right, problem.y, problem.y_inverse, unit_y),
     )
+
+
+def _contract_dense(
+    problem: DeviceProblem,
+    cost: Tensor,
+    row: Side,
+    column: Side,
+    w: Tensor,
+    w_value: Tensor,
+    n_iter: Tensor | None,
+) -> Tensor:
+    """The gradient of a stored cost, in its dtype."""
+    out = torch.empty_like(cost)
+    tile, _ = config.contract(problem.n, problem.m, 0, problem.double)
+    grid = (problem.count, -(-problem.n // tile.rows), -(-problem.m // tile.cols))
+    launch(
+        contract.contract_dense, grid, cost, out, *_sides(row, column), w, w_value, n_iter, problem.count,
+        problem.n, problem.m, problem.eps, I=tile.rows, J=tile.cols, tile=tile,
+    )  # fmt: skip
+    return out
 
 
 def _sides(row: Side, column: Side) -> list[Tensor | None]:
@@ -194,8 +211,8 @@ def _contract_features(
     launch(
         contract.contract_features, (problem.count, -(-view.n // tile.rows), -(-view.d // held)),
         view.left, view.right, out, *_sides(row, column), w, w_value, n_iter, problem.count, view.n, view.m, view.d,
-        problem.eps, SWAPPED=swapped, I=tile.rows, J=tile.cols, K=tile.depth, D=held, DOT=problem.dot,
-        num_warps=tile.warps, num_stages=tile.stages,
+        problem.eps, SWAPPED=swapped and n_iter is not None, I=tile.rows, J=tile.cols, K=tile.depth, D=held,
+        tile=tile,
     )  # fmt: skip
     return out
 
@@ -255,6 +272,6 @@ def _reverse(
     launch(
         stream.unroll_step, (problem.count, -(-view.n // tile.rows)),
         view.left, view.right, f, g, mass, multiplier, out, grad, n_iter, step, *view[2:], problem.eps,
-        I=tile.rows, J=tile.cols, K=tile.depth, DOT=problem.dot,
-        num_warps=tile.warps, num_stages=tile.stages,
+        I=tile.rows, J=tile.cols, K=tile.depth,
+        tile=tile,
     )  # fmt: skip

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from otloss.backends.protocol import Problem
-from otloss.backends.triton import config, features, stream
+from otloss.backends.triton import config, features, product, stream
 
 MOST_BLOCKS = 65535  # of a grid's second and third dimension
+BURST = 8  # steps between two looks at the device
 
 
 class View(NamedTuple):
@@ -27,14 +28,11 @@ class View(NamedTuple):
     sj: int
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """Launch a kernel on a grid; an empty grid does nothing.
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, tile: config.Tile, **options: Any) -> None:
+    """Launch a kernel on a grid, with the warps, stages and registers of a tile; an empty grid does nothing.
 
     Raises:
         ValueError: CUDA has no grid of that many blocks; only the first dimension may have more than 65535.
-
-    The bound on registers is the hardware's own. It is passed on because the assembler may otherwise spill registers
-    to let more programs run at once.
     """
     if max(grid[1:], default=0) > MOST_BLOCKS:
         raise ValueError(
@@ -42,18 +40,17 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
             "give backend='reference'"
         )
     if min(grid) > 0:
-        kernel[grid](*args, **options, maxnreg=register_bound(options["num_warps"]))
-
-
-def register_bound(warps: int) -> int:
-    """How many registers a thread may have."""
-    return min(255, 65536 // (32 * warps))
+        kernel[grid](*args, **options, num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers)
 
 
 class DeviceProblem:
-    """Inputs made contiguous, features normalised, both views; half-precision cost or features are read as they are."""
+    """Inputs made contiguous, features normalised, both views; half-precision cost or features are read as they are.
 
-    def __init__(self, problem: Problem) -> None:
+    The cost of features is stored in ``cost``, or in ``kept`` if that is given, which holds it already if it is
+    ``made``. ``cost`` is None where it would be too large (``config.STORED_BYTES``): then both views are of features.
+    """
+
+    def __init__(self, problem: Problem, kept: Tensor | None = None, made: bool = False) -> None:
         left, right, a, b, eps = problem
         if a.dtype not in (torch.float32, torch.float64) or b.dtype != a.dtype:
             raise TypeError(
@@ -64,16 +61,19 @@ class DeviceProblem:
         self.count, self.n, last = left.shape
         self.m, self.d = (last, 0) if right is None else (right.shape[1], last)
         self.dtype, self.double = a.dtype, a.dtype == torch.float64
-        self.dot = "ieee" if self.double else "tf32x3"
-        self.regime = config.regime(self.n, self.m, self.double)
-        if self.right is None:
-            self.rows = View(self.left, None, self.n, self.m, 0, self.m, 1)
-            self.columns = View(self.left, None, self.m, self.n, 0, 1, self.m)
-        else:
+        self.cost = self.left if self.right is None else kept
+        if self.right is not None:
             self.x, self.x_inverse = self._unit_rows(self.left)
             self.y, self.y_inverse = self._unit_rows(self.right)
+            if not made and (kept is not None or config.groups(1, self.n, self.m, self.double)):
+                self.cost = self.product(self.x, self.y.mT, 1.0, kept)
+        if self.cost is None:
             self.rows = View(self.x, self.y, self.n, self.m, self.d, 0, 0)
             self.columns = View(self.y, self.x, self.m, self.n, self.d, 0, 0)
+        else:
+            self.rows = View(self.cost, None, self.n, self.m, 0, self.m, 1)
+            self.columns = View(self.cost, None, self.m, self.n, 0, 1, self.m)
+        self.regime = "large" if self.cost is None else config.regime(self.n, self.m, self.double)
         if os.environ.get("OTLOSS_TRITON_AUTOTUNE") == "1" and self.count:
             for view in (self.rows, self.columns):
                 self._tune(view, timed)
@@ -101,7 +101,7 @@ class DeviceProblem:
         block, count = config.FEATURE_ROWS, inverse.numel()
         launch(
             features.unit_rows, (-(-count // block),), x, unit, inverse, count, self.d,
-            I=block, K=config.feature_depth(self.d), num_warps=4,
+            I=block, K=config.feature_depth(self.d), tile=config.VECTORS,
         )  # fmt: skip
         return unit, inverse
 
@@ -110,7 +110,23 @@ class DeviceProblem:
         out, block, count = torch.empty_like(x), config.FEATURE_ROWS, inverse.numel()
         launch(
             features.unit_rows_back, (-(-count // block),), unit, inverse, grad, out, count, self.d,
-            I=block, K=config.feature_depth(self.d), num_warps=4,
+            I=block, K=config.feature_depth(self.d), tile=config.VECTORS,
+        )  # fmt: skip
+        return out
+
+    def product(self, left: Tensor, right: Tensor, shift: float, out: Tensor | None = None) -> Tensor:
+        """``shift`` - left right of each problem; an operand may be transposed."""
+        (_, rows, depth), cols = left.shape, right.shape[2]
+        if self.double:  # Triton multiplies no float64 before 3.6, and PyTorch has no lower precision for it
+            made = (left @ right).neg_().add_(shift)
+            return made if out is None else out.copy_(made)
+        out = self.empty(self.count, rows, cols) if out is None else out
+        tile = config.product(rows, cols)
+        launch(
+            product.product, (self.count, -(-rows // tile.rows), -(-cols // tile.cols)),
+            left, right, out, rows, cols, depth, *left.stride()[1:], *right.stride()[1:],
+            SHIFT=shift, I=tile.rows, J=tile.cols, K=tile.depth,
+            tile=tile,
         )  # fmt: skip
         return out
 
@@ -131,8 +147,8 @@ class DeviceProblem:
 
     def row_blocks(self) -> tuple[config.Tile, int, int]:
         """The tile of a medium problem, how many programs share its rows, and how many tiles each takes."""
-        tile = config.medium(self.m, self.d, self.double)
-        return tile, *config.row_blocks(self.count, self.n, tile.rows, processors(self.a.device))
+        tile = config.medium(self.m, self.double)
+        return tile, *config.row_blocks(self.count, self.n, tile.rows, tile.programs * processors(self.a.device))
 
     def half_step(
         self, view: View, g: Tensor, mass: Tensor, out: Tensor, gate: Tensor | None, least: int, splits: int
@@ -142,7 +158,7 @@ class DeviceProblem:
         launch(
             stream.half_step, (self.count, -(-view.n // tile.rows), splits),
             view.left, view.right, g, mass, out, gate, least, self.count, *view[2:], self.eps, splits,
-            I=tile.rows, J=tile.cols, K=tile.depth, DOT=self.dot, num_warps=tile.warps, num_stages=tile.stages,
+            I=tile.rows, J=tile.cols, K=tile.depth, tile=tile,
         )  # fmt: skip
 
     def potential(self, view: View, g: Tensor, mass: Tensor) -> Tensor:
@@ -171,8 +187,8 @@ class DeviceProblem:
         launch(
             stream.sums, (self.count, -(-view.n // tile.rows), splits),
             view.left, view.right, f, g, alpha, scale, parts, beta, gamma, out, gate, self.count, *view[2:], self.eps,
-            splits, REDUCED=reduced, I=tile.rows, J=tile.cols, K=tile.depth, DOT=self.dot,
-            num_warps=tile.warps, num_stages=tile.stages,
+            splits, REDUCED=reduced, I=tile.rows, J=tile.cols, K=tile.depth,
+            tile=tile,
         )  # fmt: skip
 
 
@@ -188,40 +204,39 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
-def iterate(step: Callable[[], None], most: int, running: Tensor) -> None:
+def iterate(step: Callable[[], None], most: int, running: Tensor, captured: int | None = None) -> None:
     """Run ``step`` until no problem is running, at most ``most`` times.
 
-    The steps decide on the device; the host looks after 8, 16, 32, ... of them, and not at all while a caller captures
-    a CUDA graph: that holds all ``most`` steps, of an adjoint up to 2000, and a replay pays a few microseconds for each
-    that has nothing left to do. From the second look on, eight steps at a time are replayed as a graph of their own,
-    whose launches cost a tenth of Python's. ``OTLOSS_TRITON_GRAPHS=0`` turns that off.
+    The steps decide on the device, and steps beyond the last change nothing. The host launches eight at a time. Then
+    it waits for the eight before, not for these: the device always has work. While a caller captures a CUDA graph
+    nobody can look: the graph holds all ``most`` steps, or ``captured`` if that is given, and a replay pays a few
+    microseconds for each that has nothing left to do.
     """
     on_gpu = running.device.type == "cuda"
     if on_gpu and torch.cuda.is_current_stream_capturing():
-        for _ in range(most):
+        for _ in range(min(most, captured or most)):
             step()
         return
-    done, burst, graph = 0, 8, None
-    while done < most:
-        if graph is None and done > 0 and on_gpu and os.environ.get("OTLOSS_TRITON_GRAPHS") != "0":
-            graph = _capture(step, 8, running.device)
-        for _ in range(0, min(burst, most - done), 8 if graph is not None else 1):
-            graph.replay() if graph is not None else step()  # steps beyond the last change nothing
-        done += burst
-        burst = min(2 * burst, 128)
-        if done < most and not bool(running.any()):
+    before: Callable[[], bool] | None = None
+    for done in range(0, most, BURST):
+        for _ in range(min(BURST, most - done)):
+            step()
+        if before is not None and not before():
             return
+        before = _look(running)
 
 
-def _capture(step: Callable[[], None], times: int, device: torch.device) -> torch.cuda.CUDAGraph:
-    """``times`` steps as a CUDA graph; they allocate nothing and have run before, so nothing is compiled meanwhile."""
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        graph.capture_begin(capture_error_mode="thread_local")
-        try:
-            for _ in range(times):
-                step()
-        finally:
-            graph.capture_end()
-    return graph
+def _look(running: Tensor) -> Callable[[], bool]:
+    """Ask the device now whether a problem is running; the function that is returned waits for the answer."""
+    if running.device.type != "cuda":
+        answer_now = bool(running.any())
+        return lambda: answer_now
+    answer = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(running.any(), non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+
+    def wait() -> bool:
+        event.synchronize()
+        return bool(answer)
+
+    return wait

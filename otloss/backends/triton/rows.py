@@ -1,52 +1,52 @@
 r"""Medium problems (n, m up to 1024): blocks of rows, one launch and one pass over the cost per iteration.
 
-A program goes through its rows of the cost, a tile of I whole rows at a time. Their half-step needs nothing else, and
-the exponentials it takes are those of the columns too: E_ij/s_i = b_j exp((f_i + g_j - C_ij)/eps) is in registers, so
-the program at once adds its rows' share of
+A program goes through its rows of the cost, a tile of I whole rows at a time. The half-step of a row needs only that
+row. The exponentials that it takes serve the columns too: E_ij/s_i = b_j exp((f_i + g_j - C_ij)/eps) is in registers,
+so the program at once adds its rows' share of
 
     t_j = sum_i a_i E_ij / s_i,        g_j <- g_j - eps log(t_j / b_j).
 
-One exponential per entry and iteration. The next launch begins by adding the shares of all blocks, which every program
-of a problem does for itself and in the same order: nothing crosses programs within a launch, so there is no barrier
-and no atomic. What one launch writes for the next therefore lies in two copies, taken in turn, and what steers a
-program is its own: all programs of a problem decide alike because they read the same numbers. Where some t_j
-underflows (small eps, far columns) the next launch takes that half-step in the log-domain instead of a row pass.
+There is one exponential per entry and iteration. The next launch begins by adding the shares of all blocks. Every
+program of a problem does this for itself, in the same order. So programs exchange nothing within a launch, and there is
+no barrier between them and no atomic. What one launch writes for the next lies in two copies, used in turn. Each
+program has its own state. All programs of a problem decide alike, because they read the same numbers. Where some t_j
+underflows (small eps, far columns), the next launch takes that half-step in the log-domain instead of a pass over the
+rows. Such a problem may take two launches in every iteration.
 
-A step of conjugate gradients, T' T x, is the same single pass (``normal_rows``). It takes a second launch: the scalars
-of a step are sums over all columns, which ``adjoint.descend`` takes in one program rather than in every one.
+A step of conjugate gradients, T' T x, is the same single pass (``normal_rows``). It takes a second launch, because the
+scalars of a step are sums over all columns: ``adjoint.descend`` takes them in one program per problem.
 
-Adding the shares costs blocks m reads from the second-level cache for every program: R rows per program make n/R^2
-reads per entry of the cost, so ``config.row_blocks`` gives a program as many rows as keep the processors busy.
+Adding the shares costs each program m reads per block from the second-level cache. ``config.row_blocks`` weighs this
+against processors that would have nothing to do.
 
-Roofline, n = m = 512, d = 49, B = 64, features: 1.7e7 entries per iteration, each 6 d = 294 tensor operations (10 us
-on H100, 32 us on A100), one exponential (5 us, 7 us) and about 12 others (7 us, 21 us). Four blocks per problem: 0.5 MB
-of shares written and 2 MB read in the second-level cache, below 1 us. Registers allow one program of 16 warps per
-processor, so that units overlap badly: 50 iterations between 0.5 ms (longest unit alone) and 1.1 ms (no overlap) on
-H100, 1.6 and 3.0 ms on A100. Dense: 67 MB read per iteration (20 us, 43 us). Launches: one per iteration and one that
-sees that all are done, from the ninth on replayed as a CUDA graph; inside a caller's graph 2 max_iter + 1, for there
-nobody looks, and a launch without work takes about 2 us.
+Roofline, n = m = 512, B = 64: 1.7e7 entries per iteration. Their 67 MB take 20 us of memory on H100 (43 us on A100),
+less where a group of 32 problems stays in the second-level cache. One exponential each takes 5 us (7 us), about 12
+other operations 7 us (21 us). With two programs on a multiprocessor these overlap in part: 50 iterations take between 1
+and 1.6 ms on H100 if the cost comes from memory. From the ninth iteration on the host looks whether problems still run,
+one burst of launches behind the device. The device sees up to 15 launches that have nothing to do, about 2 us each. In
+a caller's graph nobody looks: it holds 2 max_iter + 1 launches.
 """
 
 # mypy: ignore-errors
 import triton
 import triton.language as tl
 
+from otloss.backends.triton.compat import jit
 from otloss.backends.triton.tiles import (
     add_splits,
     base2,
     column_step,
-    cost_tile,
     is_live,
     kernel_tile,
     log2_mass,
-    of_problem,
     row_error,
+    stored_tile,
     vector,
 )
 
 # What a program of a problem is to do next: nothing; the first pass; add shares of t; add half-steps of its rows.
 STOPPED, FIRST, LINEAR, LOG = (tl.constexpr(k) for k in range(4))
-TOGETHER = tl.constexpr(8)  # shares read at a time
+TOGETHER = tl.constexpr(4)  # shares read at a time
 
 
 @triton.jit
@@ -67,10 +67,10 @@ def accumulate(own, j, part, m, more):
     tl.store(own + j, part + tl.load(own + j, mask=(j < m) & more, other=0.0), mask=j < m)
 
 
-@triton.jit(do_not_specialize=["count", "blocks", "tiles", "max_iter"])
+@jit(do_not_specialize=["count", "blocks", "tiles", "max_iter"])
 def iterate_rows(
-    left, right, a, b, f, g, share, missed, state, count, blocks, tiles, n, m, d, eps: tl.float64, tol: tl.float64,
-    max_iter, I: tl.constexpr, M: tl.constexpr, K: tl.constexpr, DOT: tl.constexpr,
+    cost, a, b, f, g, share, missed, state, count, blocks, tiles, n, m, eps: tl.float64, tol: tl.float64,
+    max_iter, I: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     """One iteration; grid: problems x ``blocks`` of ``tiles`` times I rows.
 
@@ -96,7 +96,7 @@ def iterate_rows(
         tl.store(state, STOPPED)
         return
 
-    left, right = of_problem(left, right, p, n, m, d)
+    cost += p * n * m
     a += p * n
     b += p * m
     first = block * tiles * I
@@ -121,7 +121,7 @@ def iterate_rows(
         f += ((done + 1) % 2 * count + p) * n
         for start in range(0, m, 64):
             c = start + tl.arange(0, 64)
-            part = column_step(left, right, c, f, a, n, m, d, first, last, inv, 64, 32, K, DOT)
+            part = column_step(cost, c, f, a, n, m, first, last, inv, 64, 32)
             tl.store(own + c, part, mask=c < m)
         tl.store(state, LOG)
     else:
@@ -139,9 +139,9 @@ def iterate_rows(
             off = tl.zeros([], DTYPE)
             for start in range(first, last, I):
                 i = start + tl.arange(0, I)
-                cost = cost_tile(left, right, i, j, n, m, d, m, 1, I, M, K, DOT, DTYPE) * inv
+                scaled = stored_tile(cost, i, j, n, m, DTYPE) * inv
                 column = vector(g, j, m, DTYPE) * inv + log2_mass(vector(b, j, m, DTYPE))
-                exponent = column[None, :] - cost
+                exponent = column[None, :] - scaled
                 top = tl.max(exponent, 1)
                 e = tl.exp2(exponent - top[:, None])
                 s = tl.sum(e, 1)
@@ -156,25 +156,24 @@ def iterate_rows(
             tl.store(missed + (fresh * count + p) * blocks + block, off)
 
 
-@triton.jit(do_not_specialize=["count", "tiles"])
+@jit(do_not_specialize=["count", "tiles"])
 def normal_rows(
-    left, right, f, g, alpha, scale, share, running, count, tiles, n, m, d, eps: tl.float64,
-    I: tl.constexpr, M: tl.constexpr, K: tl.constexpr, DOT: tl.constexpr,
+    cost, f, g, alpha, scale, share, running, count, tiles, n, m, eps: tl.float64, I: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     """The share of a block of rows of sum_i k_ij scale_i (sum_j' k_ij' alpha_j'); grid: problems x blocks."""
     DTYPE: tl.constexpr = f.dtype.element_ty
     p = tl.program_id(0).to(tl.int64)
     if tl.load(running + p) == 0:
         return
-    left, right = of_problem(left, right, p, n, m, d)
+    cost += p * n * m
     block = tl.program_id(1)
     first = block * tiles * I
     j = tl.arange(0, M)
     own = share + (block.to(tl.int64) * count + p) * m
     for start in range(first, tl.minimum(first + tiles * I, n), I):
         i = start + tl.arange(0, I)
-        cost = cost_tile(left, right, i, j, n, m, d, m, 1, I, M, K, DOT, DTYPE)
-        k = kernel_tile(cost, vector(f + p * n, i, n, DTYPE), vector(g + p * m, j, m, DTYPE), base2(eps, DTYPE))
+        tile = stored_tile(cost, i, j, n, m, DTYPE)
+        k = kernel_tile(tile, vector(f + p * n, i, n, DTYPE), vector(g + p * m, j, m, DTYPE), base2(eps, DTYPE))
         x = vector(alpha + p * m, j, m, DTYPE)
         product = tl.sum(k * x[None, :], 1) * vector(scale + p * n, i, n, DTYPE)
         accumulate(own, j, tl.sum(k * product[:, None], 0), m, start > first)

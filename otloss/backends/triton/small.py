@@ -1,56 +1,54 @@
-r"""Small problems (n, m up to 128): one program per problem, the cost in registers, every iteration in one launch.
+r"""Small problems (n, m up to 64): one program per problem, the kernel in registers, all iterations in one launch.
 
-Solve. The kernel k_ij = exp((f_i + g_j - C_ij)/eps) of absorbed potentials stays in registers, and an iteration
-scales it,
+Solve. The kernel k_ij = exp((f_i + g_j - C_ij)/eps) of absorbed potentials stays in registers. An iteration scales it,
 
     phi_i = 1 / sum_j k_ij b_j psi_j,        psi_j = 1 / sum_i a_i phi_i k_ij,
 
-with no exponential. The row sums also show the error of the state before, sum_i a_i |phi_i (k b psi)_i - 1|. When a
-scaling leaves [1/SAFE, SAFE], the iteration is done again from the state before it in the log-domain, the scalings
-are absorbed and k is rebuilt; so begins the first iteration. Potentials wait in memory meanwhile: registers hold
-one tile and four vectors.
+and takes no exponential. The row sums also give the error of the state before, sum_i a_i |phi_i (k b psi)_i - 1|. The
+first iteration, and one after every ``SCALED``, is done in the log-domain. There the scalings are absorbed into f and
+g, and k is made anew. The same happens when a scaling leaves [1/SAFE, SAFE]; that iteration starts from the state
+before. f and g wait in memory, because registers hold one tile and a few vectors.
 
-Adjoint. The row-normalised kernel is kept in registers and conjugate gradients (``adjoint.py`` has the equations)
-take one product with it and one with its transpose per step, no exponential.
+Adjoint. The row-normalised kernel stays in registers. A step of conjugate gradients (``adjoint.py`` has the equations)
+takes one product with it and one with its transpose, and no exponential.
 
-The tile that stays is multiplied out by FMA units ("ieee"), whose layout spreads its columns over threads; the
-narrow tiles of the log-domain use the tensor cores.
-
-Roofline, padded to N x M = 64 x 64 (49 tokens): an iteration is two operations per entry at 128 per clock and SM,
-64 clocks, and two reductions, about 200 clocks of latency: 50 iterations are 13k clocks, 8 us at 1.7 GHz (H100), 10
-us at 1.4 GHz (A100), for as many problems as fit the SMs at once (two or three per SM). At 128 x 128: 256 + 250
-clocks, 15 us (18 us). Each rebuild of features with d = 384 adds 64 x 64 x 384 FMAs, 12k clocks. Bytes: the inputs
-once. Launches: one, and one per side to normalise.
+Roofline, padded to N x M = 64 x 64 (49 tokens): an iteration is two operations per entry at 128 per clock and
+multiprocessor, 64 clocks, and two reductions with a latency of about 200 clocks. 50 iterations are 13k clocks, 8 us at
+1.7 GHz (H100) or 10 us at 1.4 GHz (A100), for as many problems as there are multiprocessors. Bytes: the cost once for
+each iteration in the log-domain and twice more, from the second-level cache. Launches: one.
 """
 
 # mypy: ignore-errors
 import triton
 import triton.language as tl
 
+from otloss.backends.triton.compat import jit
 from otloss.backends.triton.tiles import (
     base2,
     column_step,
-    cost_tile,
     is_live,
     kernel_tile,
     known,
-    of_problem,
-    stream_step,
+    row_step,
+    stored_tile,
     vector,
 )
 
+# Iterations between two in the log-domain. A ``while`` loop of them would end early, but the compilers of Triton 3.3
+# and 3.4 fail on one that carries both scalings.
+SCALED = tl.constexpr(64)
 
-@triton.jit(do_not_specialize=["max_iter"])
+
+@jit(do_not_specialize=["max_iter"])
 def solve_small(
-    left, right, a, b, f_out, g_out, cost_out, value_out, n_iter_out, error_out, n, m, d,
-    eps: tl.float64, tol: tl.float64, max_iter,
-    N: tl.constexpr, M: tl.constexpr, J: tl.constexpr, K: tl.constexpr, DOT: tl.constexpr,
+    cost, a, b, f_out, g_out, cost_out, value_out, n_iter_out, error_out, n, m, eps: tl.float64, tol: tl.float64,
+    max_iter, N: tl.constexpr, M: tl.constexpr, J: tl.constexpr,
 ):  # fmt: skip
     """All iterations and all outputs of one problem; grid: problems."""
     DTYPE: tl.constexpr = a.dtype.element_ty
     SAFE: tl.constexpr = 1e40 if tl.float64 == DTYPE else 1e8
     p = tl.program_id(0).to(tl.int64)
-    left, right = of_problem(left, right, p, n, m, d)
+    cost += p * n * m
     i = tl.arange(0, N)
     j = tl.arange(0, M)
     inv = base2(eps, DTYPE)
@@ -67,36 +65,40 @@ def solve_small(
     g_out += p * m
     tl.store(f_out + i, tl.zeros([N], DTYPE), mask=i < n)
     tl.store(g_out + j, tl.zeros([M], DTYPE), mask=j < m)
-    k = tl.zeros([N, M], DTYPE)
     phi, psi = tl.full([N], 1.0, DTYPE), tl.full([M], 1.0, DTYPE)
     error = tl.zeros([], DTYPE)
     n_iter = 0
-    go = True
-    while go:
-        s = tl.sum(k * (mass_b * psi)[None, :], 1)
-        error = tl.sum(mass_a * tl.abs(phi * s - 1.0), 0)
-        go = ((n_iter == 0) | (error >= bound)) & (n_iter < max_iter)  # NaN stops
-        if go:
-            n_iter += 1
-            next_phi = tl.where(mass_a > 0.0, 1.0 / s, 1.0)
-            t = tl.sum(k * (mass_a * next_phi)[:, None], 0)
-            spread = tl.maximum(
-                tl.max(tl.where(mass_a > 0.0, tl.maximum(next_phi, s), 1.0), 0),
-                tl.max(tl.where(mass_b > 0.0, tl.maximum(1.0 / t, t), 1.0), 0),
-            )
-            if spread <= SAFE:
-                phi, psi = next_phi, tl.where(mass_b > 0.0, 1.0 / t, 1.0)
-            else:  # from the state before, in the log-domain
-                tl.store(g_out + j, vector(g_out, j, m, DTYPE) + tl.log2(psi) / inv, mask=j < m)
-                tl.debug_barrier()
-                f = stream_step(left, right, i, g_out, b, n, m, d, m, 1, 0, m, inv, N, J, K, DOT)
-                tl.store(f_out + i, f, mask=i < n)
-                tl.debug_barrier()
-                g = column_step(left, right, j, f_out, a, n, m, d, 0, n, inv, M, J, K, DOT)
-                tl.store(g_out + j, g, mask=j < m)
-                cost = cost_tile(left, right, i, j, n, m, d, m, 1, N, M, K, "ieee", DTYPE)
-                k = kernel_tile(cost, f, g, inv)
-                phi, psi = tl.full([N], 1.0, DTYPE), tl.full([M], 1.0, DTYPE)
+    go = n_iter < max_iter
+    while go:  # an iteration in the log-domain: the first, and from the state before a scaling that was not safe
+        g = vector(g_out, j, m, DTYPE) + tl.log2(psi) / inv
+        tl.debug_barrier()  # several warps may hold an entry: all have read it before one stores
+        tl.store(g_out + j, g, mask=j < m)
+        tl.debug_barrier()
+        f = row_step(cost, i, g_out, b, n, m, inv, N, J)
+        tl.store(f_out + i, f, mask=i < n)
+        tl.debug_barrier()
+        g = column_step(cost, j, f_out, a, n, m, 0, n, inv, M, J)
+        tl.store(g_out + j, g, mask=j < m)
+        tl.debug_barrier()
+        k = kernel_tile(stored_tile(cost, i, j, n, m, DTYPE), f, g, inv)
+        phi, psi = tl.full([N], 1.0, DTYPE), tl.full([M], 1.0, DTYPE)
+        n_iter += 1
+        safe = True
+        for _ in range(SCALED):  # iterations that scale k, which stays
+            if safe:
+                s = tl.sum(k * (mass_b * psi)[None, :], 1)
+                error = tl.sum(mass_a * tl.abs(phi * s - 1.0), 0)
+                next_phi = tl.where(mass_a > 0.0, 1.0 / s, 1.0)
+                t = tl.sum(k * (mass_a * next_phi)[:, None], 0)
+                spread = tl.maximum(
+                    tl.max(tl.where(mass_a > 0.0, tl.maximum(next_phi, s), 1.0), 0),
+                    tl.max(tl.where(mass_b > 0.0, tl.maximum(1.0 / t, t), 1.0), 0),
+                )
+                go = (error >= bound) & (n_iter < max_iter)  # NaN stops
+                safe = go & (spread <= SAFE)
+                phi = tl.where(safe, next_phi, phi)
+                psi = tl.where(safe, tl.where(mass_b > 0.0, 1.0 / t, 1.0), psi)
+                n_iter += safe.to(tl.int32)
 
     f = vector(f_out, i, n, DTYPE) + tl.log2(phi) / inv
     g = vector(g_out, j, m, DTYPE) + tl.log2(psi) / inv
@@ -105,11 +107,11 @@ def solve_small(
     tl.store(g_out + j, g, mask=j < m)
     tl.debug_barrier()
     if tl.min(tl.where(i < n, mass_a, 1.0), 0) == 0.0:  # without mass: from the final potentials of the others
-        f = tl.where(mass_a > 0.0, f, stream_step(left, right, i, g_out, b, n, m, d, m, 1, 0, m, inv, N, J, K, DOT))
+        f = tl.where(mass_a > 0.0, f, row_step(cost, i, g_out, b, n, m, inv, N, J))
         tl.store(f_out + i, f, mask=i < n)
         tl.debug_barrier()
     if tl.min(tl.where(j < m, mass_b, 1.0), 0) == 0.0:
-        g = tl.where(mass_b > 0.0, g, column_step(left, right, j, f_out, a, n, m, d, 0, n, inv, M, J, K, DOT))
+        g = tl.where(mass_b > 0.0, g, column_step(cost, j, f_out, a, n, m, 0, n, inv, M, J))
     shift = (tl.sum(mass_b * g, 0) - tl.sum(mass_a * f, 0)) * 0.5
     f, g = f + shift, g - shift
     tl.debug_barrier()
@@ -119,12 +121,12 @@ def solve_small(
     row, by_cost, by_g = tl.zeros([N], DTYPE), tl.zeros([N], DTYPE), tl.zeros([N], DTYPE)
     for start in range(0, m, J):
         c = start + tl.arange(0, J)
-        cost = cost_tile(left, right, i, c, n, m, d, m, 1, N, J, K, DOT, DTYPE)
+        tile = stored_tile(cost, i, c, n, m, DTYPE)
         gc = vector(g_out, c, m, DTYPE)
         mass = vector(b, c, m, DTYPE)
-        share = kernel_tile(cost, f, gc, inv) * tl.where(is_live(mass), mass, 0.0)[None, :]
+        share = kernel_tile(tile, f, gc, inv) * tl.where(is_live(mass), mass, 0.0)[None, :]
         row += tl.sum(share, 1)
-        by_cost += tl.sum(share * cost, 1)
+        by_cost += tl.sum(share * tile, 1)
         by_g += tl.sum(share * gc[None, :], 1)
     total = known(f * row + by_g, mass_a > 0.0)
     value = tl.sum(mass_a * total, 0) - tl.full([], eps, DTYPE) * (tl.sum(mass_a * row, 0) - 1.0)
@@ -140,17 +142,16 @@ def without(x, root, size):
     return x - tl.sum(x * root, 0) / size * root
 
 
-@triton.jit
+@jit()
 def adjoint_small(
-    left, right, a, b, f, g, w, p_grad, q_grad, u_out, v_out, p_out, q_out, h_out, residual_out, n, m, d,
-    eps: tl.float64, N: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
+    cost, a, b, f, g, w, p_grad, q_grad, u_out, v_out, p_out, q_out, h_out, residual_out, n, m, eps: tl.float64,
+    N: tl.constexpr, M: tl.constexpr, J: tl.constexpr,
 ):  # fmt: skip
     """Multipliers U, V and the weights p/rho, q/sigma of one problem; grid: problems."""
     DTYPE: tl.constexpr = a.dtype.element_ty
     TARGET: tl.constexpr = 1e-24 if tl.float64 == DTYPE else 2.5e-13  # of squares
     NOISE: tl.constexpr = 1.8e-15 if tl.float64 == DTYPE else 9.6e-7  # eight roundings
     prob = tl.program_id(0).to(tl.int64)
-    left, right = of_problem(left, right, prob, n, m, d)
     i = tl.arange(0, N)
     j = tl.arange(0, M)
     real_i, real_j = i < n, j < m
@@ -161,25 +162,45 @@ def adjoint_small(
     mass_a, mass_b = tl.where(live_a, mass_a, 0.0), tl.where(live_b, mass_b, 0.0)
     pf = vector(f + prob * n, i, n, DTYPE)
     pg = vector(g + prob * m, j, m, DTYPE)
-    grad_p = vector(p_grad + prob * n, i, n, DTYPE)
-    grad_q = vector(q_grad + prob * m, j, m, DTYPE)
     weight = tl.load(w + prob)
 
-    cost = cost_tile(left, right, i, j, n, m, d, m, 1, N, M, K, "ieee", DTYPE)
-    k = tl.where(real_i[:, None] & real_j[None, :], kernel_tile(cost, pf, pg, base2(eps, DTYPE)), 0.0)
-    reduced = cost - pf[:, None] - pg[None, :]
-    rho = tl.where(real_i, tl.sum(k * mass_b[None, :], 1), 1.0)
-    sigma = tl.where(real_j, tl.sum(k * mass_a[:, None], 0), 1.0)
+    # Sums that hold C - f - g, a few columns at a time: registers have room for the one tile that stays.
+    cost += prob * n * m
+    v_out += prob * m
+    h_out += prob * m
+    inv = base2(eps, DTYPE)
+    rho, by_cost = tl.zeros([N], DTYPE), tl.zeros([N], DTYPE)
+    for start in range(0, m, J):
+        c = start + tl.arange(0, J)
+        tile = stored_tile(cost, i, c, n, m, DTYPE)
+        gc = vector(g + prob * m, c, m, DTYPE)
+        mass = vector(b + prob * m, c, m, DTYPE)
+        mass = tl.where(is_live(mass), mass, 0.0)
+        k = tl.where(real_i[:, None], kernel_tile(tile, pf, gc, inv), 0.0)
+        rho += tl.sum(k * mass[None, :], 1)
+        tl.store(v_out + c, tl.sum(k * mass_a[:, None], 0), mask=c < m)
+        reduced = tile - pf[:, None] - gc[None, :]
+        by_cost += tl.sum((k * mass[None, :]) * reduced, 1)  # in this order: k of a pair without mass is huge
+        tl.store(h_out + c, tl.sum((k * mass_a[:, None]) * reduced, 0), mask=c < m)
+    tl.debug_barrier()
+    rho = tl.where(real_i, rho, 1.0)
+    sigma = tl.where(real_j, vector(v_out, j, m, DTYPE), 1.0)
+    h = weight * vector(h_out, j, m, DTYPE)
+    tl.debug_barrier()
     by_rho, by_sigma = known(1.0 / rho, live_a), known(1.0 / sigma, live_b)
+    grad_p = vector(p_grad + prob * n, i, n, DTYPE)
+    grad_q = vector(q_grad + prob * m, j, m, DTYPE)
+    tl.store(p_out + prob * n + i, grad_p * by_rho, mask=real_i)
+    tl.store(q_out + prob * m + j, grad_q * by_sigma, mask=real_j)
     of_g = grad_q * tl.where(live_b, 1.0, by_sigma)
-    y = weight * tl.sum((k * mass_b[None, :]) * reduced, 1) - step_eps * tl.sum(k * of_g[None, :], 1)
-    y = known(y * by_rho, live_a)
+    by_p = step_eps * grad_p * tl.where(live_a, 1.0, by_rho)
     scale = tl.where(live_b, mass_b, tl.where(real_j, 1.0, 0.0))
-    by_p = mass_a * y + step_eps * grad_p * tl.where(live_a, 1.0, by_rho)
-    h = weight * tl.sum((k * mass_a[:, None]) * reduced, 0) - tl.sum(k * by_p[:, None], 0)
-    h = known(h * scale, live_b)
-    rows = mass_a * rho
     root = tl.where(live_b, tl.sqrt(sigma * scale), 0.0)
+    rows = mass_a * rho
+    k = kernel_tile(stored_tile(cost, i, j, n, m, DTYPE), pf, pg, inv)
+    k = tl.where(real_i[:, None] & real_j[None, :], k, 0.0)
+    y = known((weight * by_cost - step_eps * tl.sum(k * of_g[None, :], 1)) * by_rho, live_a)
+    h = known((h - tl.sum(k * (mass_a * y + by_p)[:, None], 0)) * scale, live_b)
     stretch = tl.where(root > 0.0, root, 1.0)
     # M S^-1/2, or M in a column without mass. Pairs of two points without mass are not needed, nor need they be finite.
     k = tl.where(live_a[:, None] | live_b[None, :], k * by_rho[:, None] * (scale / stretch)[None, :], 0.0)
@@ -196,13 +217,9 @@ def adjoint_small(
     z = tl.zeros([M], DTYPE)
     # What the loop does not need, and the best z so far, stay in memory.
     u_out += prob * n
-    v_out += prob * m
-    h_out += prob * m
     tl.store(u_out + i, y, mask=real_i)
     tl.store(v_out + j, z, mask=real_j)
     tl.store(h_out + j, h, mask=real_j)
-    tl.store(p_out + prob * n + i, grad_p * by_rho, mask=real_i)
-    tl.store(q_out + prob * m + j, grad_q * by_sigma, mask=real_j)
     tl.debug_barrier()
     direction = res
     step = 0

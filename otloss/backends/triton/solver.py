@@ -23,19 +23,18 @@ def _small(problem: DeviceProblem, max_iter: int, tol: float) -> Solution:
     f, g = problem.empty(count, n), problem.empty(count, m)
     cost, value, error = (problem.empty(count) for _ in range(3))
     n_iter = problem.empty(count, dtype=torch.int64)
-    view, tile = problem.rows, config.small(n, m, problem.d, problem.double)
+    tile = config.small(n, m, problem.double)
     launch(
-        small.solve_small, (count,), view.left, view.right, problem.a, problem.b, f, g, cost, value, n_iter, error,
-        n, m, problem.d, problem.eps, tol, max_iter, N=tile.rows, M=tile.cols, J=16, K=tile.depth, DOT=problem.dot,
-        num_warps=tile.warps, num_stages=tile.stages,
+        small.solve_small, (count,), problem.cost, problem.a, problem.b, f, g, cost, value, n_iter, error,
+        n, m, problem.eps, tol, max_iter, N=tile.rows, M=tile.cols, J=16, tile=tile,
     )  # fmt: skip
     return Solution(f, g, cost, value, n_iter, error)
 
 
 def _medium(problem: DeviceProblem, max_iter: int, tol: float) -> tuple[Tensor, Tensor, Tensor]:
     """f, g and iterations; ``rows.py`` says what each buffer is for."""
-    count, n, m, d = problem.count, problem.n, problem.m, problem.d
-    view, tile, blocks, tiles = problem.rows, *problem.row_blocks()
+    count, n, m = problem.count, problem.n, problem.m
+    tile, blocks, tiles = problem.row_blocks()
     f, g = problem.zeros(2, count, n), problem.zeros(count, blocks, m)
     share, missed = problem.empty(2, blocks, count, m), problem.empty(2, count, blocks)
     state = problem.zeros(count, blocks, 3, dtype=torch.int32)
@@ -43,9 +42,9 @@ def _medium(problem: DeviceProblem, max_iter: int, tol: float) -> tuple[Tensor, 
 
     def step() -> None:
         launch(
-            rows.iterate_rows, (count, blocks), view.left, view.right, problem.a, problem.b, f, g, share, missed, state,
-            count, blocks, tiles, n, m, d, problem.eps, tol, max_iter, I=tile.rows, M=tile.cols, K=tile.depth,
-            DOT=problem.dot, num_warps=tile.warps, num_stages=tile.stages,
+            rows.iterate_rows, (count, blocks), problem.cost, problem.a, problem.b, f, g, share, missed, state,
+            count, blocks, tiles, n, m, problem.eps, tol, max_iter, I=tile.rows, M=tile.cols,
+            tile=tile,
         )  # fmt: skip
 
     iterate(step, 2 * max_iter + 1, running)  # every half-step of the columns may take a launch of its own
@@ -68,13 +67,14 @@ def _large(problem: DeviceProblem, max_iter: int, tol: float) -> tuple[Tensor, T
         problem.half_step(problem.rows, g, problem.b, f_part, running, 1, over_m)
         launch(
             stream.commit_rows, (count,), f_part, f, problem.a, running, n_iter, count, n, eps, tol, max_iter, over_m,
-            I=block, num_warps=8,
+            I=block, tile=config.VECTORS,
         )  # fmt: skip
         problem.half_step(problem.columns, f, problem.a, g_part, running, 1, over_n)
         if over_n > 1:
             launch(
-                stream.commit, (count, -(-m // block)), g_part, g, running, count, m, eps, over_n, I=block, num_warps=8
-            )
+                stream.commit, (count, -(-m // block)), g_part, g, running, count, m, eps, over_n,
+                I=block, tile=config.VECTORS,
+            )  # fmt: skip
 
     iterate(step, max_iter + 1, running)  # the last only sees that they are done
     return f, g, n_iter

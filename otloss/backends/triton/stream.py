@@ -1,43 +1,43 @@
-r"""Streaming passes of O((n + m) d) memory: the large problems, and what every size needs once per call.
+r"""Streaming passes: the large problems, and what every size needs once per call.
 
-``half_step`` is one half-iteration in the log-domain and ``sums`` are weighted row sums of k, tile by tile; columns
-are the rows of the exchanged view. With few rows the columns are split over programs too, and whoever reads the
-parts adds them in a fixed order (no atomics: results are the same in every run).
+``half_step`` is one half-iteration in the log-domain. ``sums`` are weighted row sums of k. Both go through the cost
+tile by tile, stored or made anew from features. The columns are the rows of the exchanged view. With few rows the
+columns are split over programs too. Whoever reads the parts adds them in a fixed order, without atomics, so that
+results are the same in every run.
 
 Roofline, features, per entry of the cost: 2 d operations of the product (three TF32 products: 6 d on the tensor
 cores), one exponential, about 8 others. An iteration is two passes, so for n = m = 4096, d = 64: 2 x 1.7e7 entries
 x 384 = 1.3e10 tensor operations (26 us at 495 TFLOP/s of H100, 82 us at 156 of A100), 3.4e7 exponentials (10 us at
-3.6e12/s; 12 us on A100), 2.7e8 others (8 us; 28 us). Dense: two reads of 67 MB (40 us at 3.35 TB/s, 86 us at 1.55).
+3.6e12/s; 12 us on A100), 2.7e8 others (8 us; 28 us). Stored: two reads of 67 MB (40 us at 3.35 TB/s, 86 us at 1.55).
 Four launches per iteration, three without a split.
 
-Two exponentials per entry and iteration, one for each side: a row's scaling is known only when its last column has been
-seen, and by then O((n + m) d) memory has kept none of the row's first exponentials for the columns' sums. One would
-need whole rows in a multiprocessor (``rows.py``; 16 rows of 4096 float32 are 256 kB, more than there is) or the kernel
-in memory, which costs more than the second exponential: by the rates above one takes 5 us of an iteration on H100,
-reading the kernel 20 us.
+There are two exponentials per entry and iteration, one for each side. A row's scaling is known only when its last
+column has been seen, and by then the row's first exponentials are gone. To take only one, a multiprocessor would have
+to hold whole rows (``rows.py``; 16 rows of 4096 float32 are 256 kB, more than there is), or the kernel would have to
+lie in memory. That costs more than the second exponential: by the rates above the exponential takes 5 us of an
+iteration on H100, reading the kernel 20 us.
 """
 
 # mypy: ignore-errors
-import triton
 import triton.language as tl
 
+from otloss.backends.triton.compat import jit
 from otloss.backends.triton.tiles import (
     add_splits,
     base2,
     cost_tile,
     is_live,
     kernel_tile,
-    of_problem,
     row_error,
     stream_step,
     vector,
 )
 
 
-@triton.jit(do_not_specialize=["least", "count", "splits"])
+@jit(do_not_specialize=["least", "count", "splits"])
 def half_step(
     left, right, g, b, out, gate, least, count, n, m, d, si, sj, eps: tl.float64, splits,
-    I: tl.constexpr, J: tl.constexpr, K: tl.constexpr, DOT: tl.constexpr,
+    I: tl.constexpr, J: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """out[s, p, i] = -eps log sum_j b_j exp((g_j - C_ij)/eps) over split s of the columns, where gate[p] >= least.
 
@@ -47,19 +47,21 @@ def half_step(
     if gate is not None:  # noqa: SIM102 (known when compiling)
         if tl.load(gate + p) < least:
             return
-    left, right = of_problem(left, right, p, n, m, d)
+    left += p * n * (m if right is None else d)
+    if right is not None:
+        right += p * m * d
     i = tl.program_id(1).to(tl.int64) * I + tl.arange(0, I)
     split = tl.program_id(2)
     width = tl.cdiv(tl.cdiv(m, J), splits) * J
     begin = split * width
     inv = base2(eps, g.dtype.element_ty)
     f = stream_step(
-        left, right, i, g + p * m, b + p * m, n, m, d, si, sj, begin, tl.minimum(begin + width, m), inv, I, J, K, DOT
+        left, right, i, g + p * m, b + p * m, n, m, d, si, sj, begin, tl.minimum(begin + width, m), inv, I, J, K
     )
     tl.store(out + (split.to(tl.int64) * count + p) * n + i, f, mask=i < n)
 
 
-@triton.jit(do_not_specialize=["count", "n", "max_iter", "splits"])
+@jit(do_not_specialize=["count", "n", "max_iter", "splits"])
 def commit_rows(
     part, f, a, running, n_iter, count, n, eps: tl.float64, tol: tl.float64, max_iter, splits, I: tl.constexpr
 ):
@@ -86,7 +88,7 @@ def commit_rows(
         tl.store(running + p, 0)
 
 
-@triton.jit(do_not_specialize=["count", "n", "splits"])
+@jit(do_not_specialize=["count", "n", "splits"])
 def commit(part, f, gate, count, n, eps: tl.float64, splits, I: tl.constexpr):
     """f from the parts of each split; grid: problems x blocks of I rows."""
     p = tl.program_id(0).to(tl.int64)
@@ -98,10 +100,10 @@ def commit(part, f, gate, count, n, eps: tl.float64, splits, I: tl.constexpr):
     tl.store(f + p * n + i, total, mask=i < n)
 
 
-@triton.jit(do_not_specialize=["alpha_parts", "count", "splits"])
+@jit(do_not_specialize=["alpha_parts", "count", "splits"])
 def sums(
     left, right, f, g, alpha, alpha_scale, alpha_parts, beta, gamma, out, gate, count, n, m, d, si, sj, eps: tl.float64,
-    splits, REDUCED: tl.constexpr, I: tl.constexpr, J: tl.constexpr, K: tl.constexpr, DOT: tl.constexpr,
+    splits, REDUCED: tl.constexpr, I: tl.constexpr, J: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """sum_j k_ij alpha_j, sum_j k_ij C_ij beta_j (C - f - g if REDUCED) and sum_j k_ij gamma_j, of each split.
 
@@ -113,7 +115,9 @@ def sums(
     if gate is not None:  # noqa: SIM102 (known when compiling)
         if tl.load(gate + p) == 0:
             return
-    left, right = of_problem(left, right, p, n, m, d)
+    left += p * n * (m if right is None else d)
+    if right is not None:
+        right += p * m * d
     i = tl.program_id(1).to(tl.int64) * I + tl.arange(0, I)
     split = tl.program_id(2)
     width = tl.cdiv(tl.cdiv(m, J), splits) * J
@@ -125,7 +129,7 @@ def sums(
     by_gamma = tl.zeros([I], DTYPE)
     for start in range(split * width, end, J):
         j = start + tl.arange(0, J).to(tl.int64)
-        cost = cost_tile(left, right, i, j, n, m, d, si, sj, I, J, K, DOT, DTYPE)
+        cost = cost_tile(left, right, i, j, n, m, d, si, sj, I, J, K, DTYPE)
         gj = vector(g + p * m, j, m, DTYPE)
         k = kernel_tile(cost, fi, gj, inv)
         weight = vector(alpha + p * m, j, end, DTYPE)
@@ -149,10 +153,10 @@ def sums(
         tl.store(out + (CHANNELS - 1) * tl.cast(count, tl.int64) * n + i, by_gamma, mask=i < n)
 
 
-@triton.jit(do_not_specialize=["step"])
+@jit(do_not_specialize=["step"])
 def unroll_step(
     left, right, f, g, a, multiplier, out, grad, n_iter, step, n, m, d, si, sj, eps: tl.float64,
-    I: tl.constexpr, J: tl.constexpr, K: tl.constexpr, DOT: tl.constexpr,
+    I: tl.constexpr, J: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """One half-iteration in reverse: with t_i = sum_j k_ij multiplier_j, out_i -= a_i t_i and grad_i -= eps t_i.
 
@@ -162,14 +166,16 @@ def unroll_step(
     p = tl.program_id(0).to(tl.int64)
     if tl.load(n_iter + p) < step:
         return
-    left, right = of_problem(left, right, p, n, m, d)
+    left += p * n * (m if right is None else d)
+    if right is not None:
+        right += p * m * d
     i = tl.program_id(1).to(tl.int64) * I + tl.arange(0, I)
     fi = vector(f + p * n, i, n, DTYPE)
     inv = base2(eps, DTYPE)
     total = tl.zeros([I], DTYPE)
     for start in range(0, m, J):
         j = start + tl.arange(0, J).to(tl.int64)
-        cost = cost_tile(left, right, i, j, n, m, d, si, sj, I, J, K, DOT, DTYPE)
+        cost = cost_tile(left, right, i, j, n, m, d, si, sj, I, J, K, DTYPE)
         k = kernel_tile(cost, fi, vector(g + p * m, j, m, DTYPE), inv)
         total += tl.sum(k * vector(multiplier + p * m, j, m, DTYPE)[None, :], 1)
     mass = vector(a + p * n, i, n, DTYPE)

@@ -48,17 +48,8 @@ def vector(pointer, i, n, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def of_problem(left, right, p, n, m, d):
-    """Where the cost or the features of problem ``p`` begin."""
-    if right is None:
-        return left + p * n * m, None
-    else:
-        return left + p * n * d, right + p * m * d
-
-
-@triton.jit
 def cost_tile(
-    left, right, i, j, n, m, d, si, sj, I: tl.constexpr, J: tl.constexpr, K: tl.constexpr, DOT: tl.constexpr,
+    left, right, i, j, n, m, d, si, sj, I: tl.constexpr, J: tl.constexpr, K: tl.constexpr,
     DTYPE: tl.constexpr,
 ):  # fmt: skip
     """C of rows ``i`` and columns ``j``; padding is finite and must be masked by its mass.
@@ -76,7 +67,7 @@ def cost_tile(
             x = tl.load(left + at, mask=(i < n)[:, None] & (k < d)[None, :], other=0.0)
             at = j[None, :] * d + k[:, None]
             y = tl.load(right + at, mask=(j < m)[None, :] & (k < d)[:, None], other=0.0)
-            cosine = tl.dot(x, y, cosine, input_precision=DOT)
+            cosine = tl.dot(x, y, cosine, input_precision="tf32x3")
         return 1.0 - cosine
 
 
@@ -91,7 +82,6 @@ def kernel_tile(cost, f, g, inv):
 @triton.jit
 def stream_step(
     left, right, i, g, b, n, m, d, si, sj, begin, end, inv, I: tl.constexpr, J: tl.constexpr, K: tl.constexpr,
-    DOT: tl.constexpr,
 ):  # fmt: skip
     """The half-step of rows ``i`` over the columns begin .. end - 1, tile by tile with a running maximum."""
     DTYPE: tl.constexpr = g.dtype.element_ty
@@ -99,7 +89,7 @@ def stream_step(
     total = tl.zeros([I], DTYPE)
     for start in range(begin, end, J):
         j = start + tl.arange(0, J).to(tl.int64)
-        cost = cost_tile(left, right, i, j, n, m, d, si, sj, I, J, K, DOT, DTYPE)
+        cost = cost_tile(left, right, i, j, n, m, d, si, sj, I, J, K, DTYPE)
         lb = tl.where(j < end, log2_mass(vector(b, j, m, DTYPE)), -float("inf"))
         exponent = (vector(g, j, m, DTYPE)[None, :] - cost) * inv + lb[None, :]
         peak = tl.maximum(top, tl.max(exponent, 1))
@@ -110,14 +100,21 @@ def stream_step(
 
 
 @triton.jit
-def column_step(
-    left, right, j, f, a, n, m, d, begin, end, inv, J: tl.constexpr, I: tl.constexpr, K: tl.constexpr, DOT: tl.constexpr
-):  # fmt: skip
-    """The half-step of columns ``j`` over the rows begin .. end - 1, of a problem seen from its rows."""
-    if right is None:
-        return stream_step(left, None, j, f, a, m, n, d, 1, m, begin, end, inv, J, I, K, DOT)
-    else:
-        return stream_step(right, left, j, f, a, m, n, d, 0, 0, begin, end, inv, J, I, K, DOT)
+def stored_tile(cost, i, j, n, m, DTYPE: tl.constexpr):
+    """Rows ``i`` and columns ``j`` of a stored cost, 0 beyond it."""
+    return tl.load(cost + i[:, None] * m + j[None, :], mask=(i < n)[:, None] & (j < m)[None, :], other=0.0).to(DTYPE)
+
+
+@triton.jit
+def row_step(cost, i, g, b, n, m, inv, I: tl.constexpr, J: tl.constexpr):
+    """The half-step of rows ``i`` of a stored cost."""
+    return stream_step(cost, None, i, g, b, n, m, 0, m, 1, 0, m, inv, I, J, 16)
+
+
+@triton.jit
+def column_step(cost, j, f, a, n, m, begin, end, inv, J: tl.constexpr, I: tl.constexpr):
+    """The half-step of columns ``j`` over the rows begin .. end - 1 of a stored cost."""
+    return stream_step(cost, None, j, f, a, m, n, 0, 1, m, begin, end, inv, J, I, 16)
 
 
 @triton.jit

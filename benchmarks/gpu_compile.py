@@ -1,0 +1,217 @@
+"""``python -m benchmarks.gpu_compile``: compile the GPU kernels with the Triton at hand, and read the machine code.
+
+No GPU is needed. The backend's own launches are recorded on shapes that reach every entry of its tables (tensors on the
+meta device, so nothing is computed), then compiled. One line of JSON is printed for each. ``gpu_static`` runs this for
+several versions of Triton and writes the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+POINTERS = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int32: "*i32", torch.int64: "*i64"}
+Shape = tuple[int, int, int, int, torch.dtype]
+# Batch, n, m, d (0: a dense cost), dtype: one shape or more for every entry of otloss/backends/triton/config.py.
+SHAPES: list[Shape] = [
+    *((64, n, m, 0, torch.float32) for n, m in ((16, 24), (49, 49), (64, 64), (100, 30))),
+    *((64, n, m, 0, torch.float32) for n, m in ((100, 60), (100, 100), (196, 196), (512, 512), (1000, 1000))),
+    *((64, n, m, d, torch.float32) for n, m, d in ((16, 24, 32), (49, 49, 512), (512, 512, 49))),
+    (4, 3000, 3000, 64, torch.float32),  # streamed, from features and from the cost
+    (4, 3008, 3000, 0, torch.float32),
+    (1, 60_000, 16, 0, torch.float32),  # columns are split over programs
+    *((64, n, n, d, torch.float64) for n, d in ((30, 384), (500, 0))),
+]
+# What a test compiles: each kernel once.
+SAMPLE: list[Shape] = [
+    (64, 49, 49, 512, torch.float32),
+    (64, 500, 500, 0, torch.float32),
+    (4, 3000, 3000, 64, torch.float32),
+    (1, 60_000, 16, 0, torch.float32),
+]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Multiprocessors of a device of this kind, the kilobytes of shared memory of a program, and what one holds."""
+
+    processors: int
+    shared: int
+    shared_per_sm: int
+    warps_per_sm: int
+
+
+ARCHITECTURES = {  # A100, H100, B200, RTX 5090
+    80: Architecture(108, 163, 164, 64),
+    90: Architecture(132, 227, 228, 64),
+    100: Architecture(148, 227, 228, 64),
+    120: Architecture(170, 99, 100, 48),
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel with the types, constants and options of one launch."""
+
+    kernel: str
+    module: str
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    divisible: tuple[str, ...]
+    tile: Any
+
+
+@dataclass
+class Report:
+    """What the machine code of a variant says; ``spilled`` counts bytes, ``programs`` those that fit an SM at once."""
+
+    triton: str
+    arch: int
+    kernel: str
+    tile: str
+    warps: int
+    registers: int
+    spilled: int
+    shared: int
+    programs: int
+
+
+def _variant(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Variant:
+    """The specialisation that Triton makes of a launch: 1 is a constant, multiples of 16 are known as such."""
+    options = dict(options)
+    tile = options.pop("tile")
+    values = dict(zip([p.name for p in kernel.params], args, strict=False)) | options
+    signature, constants, divisible = [], [], []
+    for parameter in kernel.params:
+        name, value = parameter.name, values[parameter.name]
+        specialised = type(value) is int and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (specialised and value == 1):
+            signature.append((name, "constexpr"))
+            constants.append((name, value))
+        elif isinstance(value, Tensor):
+            signature.append((name, POINTERS[value.dtype]))
+            divisible.append(name)
+        elif isinstance(value, float):
+            signature.append((name, parameter.annotation_type or "fp32"))
+        else:
+            signature.append((name, "i32"))
+            divisible += [name] if specialised and value % 16 == 0 else []
+    return Variant(kernel.fn.__name__, kernel.fn.__module__, tuple(signature), tuple(constants), tuple(divisible), tile)
+
+
+@contextlib.contextmanager
+def recording(found: dict[Variant, None], processors: int) -> Iterator[None]:
+    """Inside, launches are noted and not made, and an iteration runs once."""
+    from otloss.backends.triton import gradient, launch, solver
+
+    def note(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+        found[_variant(kernel, args, options)] = None
+
+    with contextlib.ExitStack() as stack:
+        for module in (launch, solver, gradient):
+            stack.enter_context(mock.patch.object(module, "launch", note))
+        for module in (solver, gradient):
+            stack.enter_context(mock.patch.object(module, "iterate", lambda step, *rest, **options: step()))
+        stack.enter_context(mock.patch.object(launch, "processors", lambda device: processors))
+        yield
+
+
+def variants(shapes: list[Shape], processors: int) -> list[Variant]:
+    """Every launch of solve and both gradients on these shapes, once."""
+    from otloss.backends.protocol import Problem, Upstream
+    from otloss.backends.triton import gradient
+    from otloss.backends.triton.launch import DeviceProblem
+    from otloss.backends.triton.solver import solve
+
+    found: dict[Variant, None] = {}
+    for batch, n, m, d, dtype in shapes:
+
+        def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        with recording(found, processors):
+            left, right = (empty(batch, n, d), empty(batch, m, d)) if d else (empty(batch, n, m), None)
+            problem = DeviceProblem(Problem(left, right, empty(batch, n), empty(batch, m), 0.05))
+            f, g, w, *_ = solve(problem, 50, 1e-5)
+            for adjoint in (True, False):
+                gradient.implicit_gradient(problem, f, g, Upstream(w, w), adjoint, True)
+            gradient.unrolled_gradient(problem, empty(batch, dtype=torch.int64), Upstream(w, w), True, 2)
+    return list(found)
+
+
+def _disassemble(cubin: bytes) -> tuple[str, str]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+
+        def tool(name: str, *flags: str) -> str:
+            return subprocess.run(
+                [TOOLS / name, *flags, file.name], capture_output=True, text=True, check=True, timeout=120
+            ).stdout
+
+        return tool("cuobjdump", "--dump-resource-usage"), tool("nvdisasm", "-c")
+
+
+def compile_variant(variant: Variant, arch: int) -> Report:
+    """Compile one variant (Triton keeps the result in its cache) and read its machine code."""
+    kernel = getattr(__import__(variant.module, fromlist=[variant.kernel]), variant.kernel)
+    names = [p.name for p in kernel.params]
+    divisible = {(names.index(name),): [["tt.divisibility", 16]] for name in variant.divisible}
+    source = ASTSource(kernel, dict(variant.signature), dict(variant.constants), divisible)
+    warps = variant.tile.warps
+    options = {"num_warps": warps, "num_stages": variant.tile.stages, "maxnreg": variant.tile.registers}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    usage, code = _disassemble(compiled.asm["cubin"])
+    registers, stack = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK"))  # type: ignore[index]
+    spilled = stack if re.search(r"\b(STL|LDL)\b", code) else 0
+    shared, machine = compiled.metadata.shared, ARCHITECTURES[arch]
+    if shared > machine.shared * 1024:
+        raise RuntimeError(
+            f"{variant.kernel} takes {shared} bytes of shared memory, sm_{arch} has {machine.shared} KiB"
+        )
+    by_registers = 65536 // (-(-registers // 8) * 8 * 32) // warps
+    by_shared = machine.shared_per_sm * 1024 // (shared + 1024)
+    programs = min(by_registers, by_shared, machine.warps_per_sm // warps, 32)
+    constants = dict(variant.constants)
+    tile = ", ".join(f"{name} {value}" for name, value in constants.items() if name in {"I", "J", "N", "M", "K", "D"})
+    tile += ", features" if constants.get("right", 0) is not None and "right" in names else ""
+    tile += ", float64" if "*fp64" in dict(variant.signature).values() else ""
+    return Report(
+        triton.__version__, arch, variant.kernel, tile, warps, registers, spilled, shared, programs
+    )  # fmt: skip
+
+
+def measure(arch: int, shapes: list[Shape]) -> Iterator[Report]:
+    """Reports of every variant on an architecture."""
+    for variant in variants(shapes, ARCHITECTURES[arch].processors):
+        yield compile_variant(variant, arch)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_compile", description=__doc__)
+    parser.add_argument("--arch", type=int, nargs="*", default=list(ARCHITECTURES), choices=list(ARCHITECTURES))
+    parser.add_argument("--sample", action="store_true", help="a few shapes only")
+    args = parser.parse_args()
+    for arch in args.arch:
+        for report in measure(arch, SAMPLE if args.sample else SHAPES):
+            print(json.dumps(asdict(report)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""``python -m benchmarks.gpu_smoke``: every kernel once, at a small size, against the reference in float64.
+
+One line of JSON is printed before a case, "start" and its name, and one after it. ``benchmarks.gpu`` reads them with a
+time limit for each, so that a kernel that hangs is known by its name. On a CPU this needs ``TRITON_INTERPRET=1``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from otloss.backends import reference, triton
+from otloss.backends.protocol import Problem, Upstream
+
+EPS, ITERATIONS = 0.1, 5
+
+
+@dataclass(frozen=True)
+class Case:
+    """A part of the work in one regime; ``stored`` says whether the cost of features is."""
+
+    regime: str
+    part: str  # "solve", "implicit" or "unrolled"
+    features: bool
+    stored: bool = True
+    n: int = 9
+    m: int = 12
+    d: int = 16
+
+    @property
+    def name(self) -> str:
+        kind = "dense" if not self.features else "features" if self.stored else "features, no stored cost"
+        return f"{self.part}, {self.regime}, {kind}"
+
+
+CASES = [
+    Case(regime, part, features)
+    for regime in ("small", "medium", "large")
+    for part in ("solve", "implicit", "unrolled")
+    for features in (False, True)
+    if part != "unrolled" or regime == "large"  # one way for all sizes
+] + [Case("large", part, True, stored=False) for part in ("solve", "implicit", "unrolled")]
+LIMITS = {"small": (64, 1024), "medium": (0, 1024), "large": (0, 0)}
+
+
+def _wide(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.double() for t in tensors]
+
+
+def error(case: Case, device: str) -> float:
+    """Largest difference from float64, relative to the largest entry (or to 0.1), in units of the tolerance.
+
+    An entry is known to about u 2/eps, u = 2^-24; the gradients lose up to 1/eps times that.
+    """
+    from otloss.backends.triton import config
+
+    torch.manual_seed(0)
+    x, y = (torch.randn(3, k, case.d, dtype=torch.float64) for k in (case.n, case.m))
+    a, b = (torch.randn(3, k, dtype=torch.float64).softmax(-1) for k in (case.n, case.m))
+    left, right = (x, y) if case.features else (reference.dense_cost(x, y), None)
+    given = [None if t is None else t.float().to(device) for t in (left, right, a, b)]
+    exact = _wide(*given)
+    up = [torch.randn(3, dtype=torch.float64).to(device) for _ in range(2)]
+    potentials = [t.float() for t in reference.solve(Problem(*exact, EPS), 300, 1e-12)[:2]]  # type: ignore[arg-type]
+
+    def run(backend: object, tensors: list[Tensor | None], dtype: torch.dtype) -> tuple[Tensor, ...]:
+        problem, upstream = Problem(*tensors, EPS), Upstream(*(t.to(dtype) for t in up))  # type: ignore[arg-type]
+        if case.part == "solve":
+            return backend.solve(problem, ITERATIONS, 0.0)[:4]  # type: ignore[attr-defined, no-any-return]
+        if case.part == "implicit":
+            f, g = (t.to(dtype) for t in potentials)
+            return backend.implicit_gradient(problem, f, g, upstream, True, True)[0]  # type: ignore[attr-defined, no-any-return]
+        n_iter = torch.tensor([1, 2, 4], device=device)
+        return backend.unrolled_gradient(problem, n_iter, upstream, True, 4)  # type: ignore[attr-defined, no-any-return]
+
+    limits = dict(zip(("small", "medium"), LIMITS[case.regime], strict=True))
+    with (
+        mock.patch.object(config, "LIMITS", limits),
+        mock.patch.object(config, "STORED_BYTES", config.STORED_BYTES if case.stored else 0),
+    ):
+        got = run(triton, given, torch.float32)
+    want = run(reference, exact, torch.float64)
+    worst = 0.0
+    for k, (one, other) in enumerate(zip(got, want, strict=True)):
+        if not other.numel():
+            continue
+        one, other = one.double(), other.double()
+        if case.part == "implicit" and k >= 2:  # up to a constant
+            one, other = one - one.mean(-1, keepdim=True), other - other.mean(-1, keepdim=True)
+        off = float((one - other).abs().max()) / max(float(other.abs().max()), 0.1)
+        worst = max(worst, off if off == off else float("inf"))
+    return worst / ((16 if case.part == "solve" else 300) * 2**-24 * 2 / EPS)
+
+
+def run_all() -> Iterator[dict[str, object]]:
+    device = "cpu" if triton.interpreted() else "cuda"
+    for case in CASES:
+        yield {"start": case.name}
+        found = error(case, device)
+        yield {"case": case.name, "error_of_tolerance": found, "same": found <= 1}
+
+
+if __name__ == "__main__":
+    for line in run_all():
+        print(json.dumps(line), flush=True)
