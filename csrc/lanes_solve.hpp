@@ -10,26 +10,39 @@ template <class T> struct LaneSolver : Lanes<T> {
   using Base::L, Base::n, Base::m, Base::a, Base::b, Base::C, Base::fallback, Base::at, Base::get, Base::put, Base::set, Base::entry;
   using Vec = vec<T>;
   const T eps, scale;
-  T *K, *F, *G, *phi, *psi, *next_phi, *next_psi, *v;
+  T *K, *F, *G, *phi, *psi, *next_phi, *next_psi, *v, *row_shift, *column_shift;
 
   LaneSolver(const Problem<T>* p, int count, Arena& arena) : Base(p, count, arena), eps(p->eps), scale(exponent_scale(p->eps)) {
     K = this->matrix();
-    for (T** x : {&F, &phi, &next_phi}) *x = this->rows();
-    for (T** x : {&G, &psi, &next_psi, &v}) *x = this->columns();
-    for (int i = 0; i < n; ++i) set(phi, i, splat<T>(1));
-    for (int j = 0; j < m; ++j) set(psi, j, splat<T>(1)), set(G, j, Vec{});
+    for (T** x : {&F, &phi, &next_phi, &row_shift}) *x = this->rows();
+    for (T** x : {&G, &psi, &next_psi, &v, &column_shift}) *x = this->columns();
+    for (int i = 0; i < n; ++i) set(phi, i, splat<T>(1)), set(row_shift, i, Vec{});
+    for (int j = 0; j < m; ++j) set(psi, j, splat<T>(1)), set(G, j, Vec{}), set(column_shift, j, Vec{});
   }
 
-  // See Solver::run. n_iter, error and whether the error fell below tol, by lane.
-  void run(int64_t max_iter, T tol, int64_t* n_iter, T* error, bool* stopped) {
+  // See Solver::read_cost.
+  void shift() {
+    for (int j = 0; j < m; ++j) set(column_shift, j, splat<T>(std::numeric_limits<T>::infinity()));
     for (int i = 0; i < n; ++i) {
       Vec top = -entry(C, i, 0);
       for (int j = 1; j < m; ++j) top = max(-entry(C, i, j), top);
+      set(row_shift, i, -top);
+      for (int j = 0; j < m; ++j) set(column_shift, j, min(entry(C, i, j) + top, at(column_shift, j)));
+    }
+    for (int i = 0; i < n; ++i)
+      for (int j = 0; j < m; ++j) set(C, i, j, shifted(entry(C, i, j), at(row_shift, i), at(column_shift, j)));
+    for (int j = 0; j < m; ++j) set(G, j, -at(column_shift, j));
+  }
+
+  // See Solver::run. n_iter by lane.
+  void run(int64_t max_iter, T tol, int64_t* n_iter) {
+    for (int i = 0; i < n; ++i) {
+      Vec top = at(G, 0) - entry(C, i, 0);
+      for (int j = 1; j < m; ++j) top = max(at(G, j) - entry(C, i, j), top);
       set(F, i, -top);
     }
     build(~mask<T>{});
-    if (max_iter == 0) std::memset(F, 0, sizeof(T) * n * L);
-    for (int lane = 0; lane < L; ++lane) n_iter[lane] = max_iter, stopped[lane] = false;
+    for (int lane = 0; lane < L; ++lane) n_iter[lane] = max_iter;
     mask<T> active = ~fallback;
     for (int64_t k = 0; k < max_iter && any<T>(active); ++k) {
       Vec missed, reach;
@@ -37,7 +50,7 @@ template <class T> struct LaneSolver : Lanes<T> {
       const mask<T> done = k > 0 ? active & (missed < tol) : mask<T>{}, lost = active & ~done & ~(reach <= Solver<T>::wide);
       if (any<T>(done | lost)) {
         for (int lane = 0; lane < L; ++lane)
-          if (done[lane]) n_iter[lane] = k, error[lane] = missed[lane], stopped[lane] = true;
+          if (done[lane]) n_iter[lane] = k;
         fallback |= lost;
         active &= ~(done | lost);
       }
@@ -116,10 +129,9 @@ void solve_lanes(const Problem<T>* p, int count, Arena& arena, int64_t max_iter,
   {
     LaneSolver<T> s(p, count, arena);
     s.fill([&](int lane, const Cost<T>& cost) { cost.copy_cost_to(outs[lane].kept); });
+    if (!p->right) s.shift();
     int64_t n_iter[L];
-    T error[L];
-    bool stopped[L];
-    s.run(max_iter, tol, n_iter, error, stopped);
+    s.run(max_iter, tol, n_iter);
     fallback = s.fallback;
 
     T *f = s.next_phi, *g = s.next_psi;
@@ -135,32 +147,43 @@ void solve_lanes(const Problem<T>* p, int count, Arena& arena, int64_t max_iter,
     for (int j = 0; j < s.m; ++j) s.set(g, j, s.at(g, j) - move);
 
     double sharp[L] = {}, potential[L] = {}, mass[L] = {}, missed[L] = {};  // the sums of solve()
+    T* sigma = s.v;
+    for (int j = 0; j < s.m; ++j) s.set(sigma, j, Vec{});
     for (int i = 0; i < s.n; ++i) {
-      const Vec fi = s.at(f, i);
-      Vec t{}, tc{}, tg{};
+      const Vec fi = s.at(f, i), ai = s.at(s.a, i);
+      Vec t{}, tc{};
       for (int j = 0; j < s.m; ++j) {
-        const Vec c = s.entry(s.C, i, j), gj = s.at(g, j), k = exp2<T>(((fi + gj) - c) * s.scale) * s.at(s.b, j);
-        t += k;
-        tc += k * c;
-        tg += k * gj;
+        const Vec c = s.entry(s.C, i, j), k = exp2<T>(((fi + s.at(g, j)) - c) * s.scale), kb = k * s.at(s.b, j);
+        t += kb;
+        tc += kb * c;
+        s.set(sigma, j, s.at(sigma, j) + k * ai);
       }
       for (int lane = 0; lane < L; ++lane) {
-        const double a = s.get(s.a, i, lane), row = t[lane];
-        sharp[lane] += a * tc[lane];
-        potential[lane] += a * (fi[lane] * row + tg[lane]);
-        mass[lane] += a * row;
-        missed[lane] += a * std::fabs(row - 1);
+        const double a = ai[lane], row = a * t[lane], r = s.get(s.row_shift, i, lane);
+        sharp[lane] += a * tc[lane] + row * r;
+        potential[lane] += row * (fi[lane] + r);
+        mass[lane] += row;
+        missed[lane] += std::fabs(row - a);
       }
     }
+    for (int j = 0; j < s.m; ++j)
+      for (int lane = 0; lane < L; ++lane) {
+        const double b = s.get(s.b, j, lane), column = b * s.get(sigma, j, lane), c = s.get(s.column_shift, j, lane);
+        sharp[lane] += column * c;
+        potential[lane] += column * (s.get(g, j, lane) + c);
+        missed[lane] += std::fabs(column - b);
+      }
     for (int lane = 0; lane < count; ++lane) {
       if (fallback[lane]) continue;
       const Solution<T>& out = outs[lane];
       for (int i = 0; i < s.n; ++i) out.f[i] = s.get(f, i, lane);
       for (int j = 0; j < s.m; ++j) out.g[j] = s.get(g, j, lane);
+      for (int i = 0; out.row_shift && i < s.n; ++i) out.row_shift[i] = s.get(s.row_shift, i, lane);
+      for (int j = 0; out.row_shift && j < s.m; ++j) out.column_shift[j] = s.get(s.column_shift, j, lane);
       *out.n_iter = n_iter[lane];
       *out.cost = T(sharp[lane]);
       *out.value = T(potential[lane] - s.eps * (mass[lane] - 1));
-      *out.error = stopped[lane] ? error[lane] : T(missed[lane]);
+      *out.error = T(missed[lane]);
     }
   }
   const Team alone;

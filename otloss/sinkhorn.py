@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from otloss.backends import choose_backend, get_backend
-from otloss.backends.protocol import Problem, Solution
-from otloss.backends.reference import transport_plan
+from otloss.backends.protocol import Problem, Shift, Solution
+from otloss.backends.reference import shifted, transport_plan
 from otloss.checks import (
     check_choice,
     check_count,
@@ -24,6 +24,7 @@ from otloss.checks import (
 )
 from otloss.cost import cosine_cost, negligible
 from otloss.gradients import MODES, Sinkhorn
+from otloss.operators import converged
 
 __all__ = ["SinkhornOutput", "cosine_sinkhorn", "sinkhorn"]
 
@@ -40,8 +41,10 @@ class SinkhornOutput:
         value: ``(B,)`` <T, C> + eps KL(T | ab').
         f: ``(B, n)`` and ``g``: ``(B, m)`` potentials, T_ij = a_i b_j exp((f_i + g_j - C_ij)/eps), <a, f> = <b, g>.
         n_iter: ``(B,)`` iterations that each problem took.
-        marginal_error: ``(B,)`` L1 distance of the plan's marginals from a and b.
-        converged: ``(B,)`` whether that fell below ``tol``.
+        marginal_error: ``(B,)`` L1 distance of both marginals of the plan from a and b.
+        converged: ``(B,)`` whether that is below ``tol``, but for what the rounding of f and g does to the plan: at most
+            4 u (<a, |f|> + <b, |g|>) / eps + 2 u (1 + log(n m)), with u = 2^-24 (2^-53 in float64), for f and g after the
+            minima of rows and columns were taken out of the cost.
         plan: ``(B, n, m)``, built on first use, from cost or features as they are then. That these were not changed in
             place is checked, except in a compiled function and of tensors of inference mode, which count no writes. Of
             features the cost is PyTorch's product: see :func:`cosine_cost`.
@@ -51,22 +54,45 @@ class SinkhornOutput:
     """
 
     def __init__(self, source: _PlanSource, solution: Solution, gradient: str, tol: float) -> None:
-        shape = source.batch
-        self._source, self._gradient = source, gradient
+        self._source, self._gradient, self._tol = source, gradient, tol
+        self._solution = solution
         self._plan: Tensor | None = None
-        if len(shape) != 1:
-            solution = Solution(*(out.reshape((*shape, *out.shape[1:])) for out in solution))
-        self.f, self.g, self.transport_cost, self.value, self.n_iter, self.marginal_error = solution
-        self.converged = self.marginal_error < tol
+        shape = source.batch
+        self.transport_cost, self.value, self.n_iter, self.marginal_error = (x.reshape(shape) for x in solution[2:6])
+
+    @property
+    def f(self) -> Tensor:
+        """Potentials ``(B, n)``."""
+        return self._potentials()[0]
+
+    @property
+    def g(self) -> Tensor:
+        """Potentials ``(B, m)``."""
+        return self._potentials()[1]
+
+    @property
+    def converged(self) -> Tensor:
+        """``(B,)`` whether each problem has converged."""
+        return converged(self._source.problem, self._solution, self._tol).reshape(self._source.batch)
+
+    def _potentials(self) -> tuple[Tensor, Tensor]:
+        """f and g of the cost as it was given, with <a, f> = <b, g>."""
+        f, g, batch = self._solution.f, self._solution.g, self._source.batch
+        if self._solution.shift is not None:
+            rows, columns = self._solution.shift
+            a, b = self._source.masses(constant=not f.requires_grad)
+            constant = ((b * columns).sum(-1, keepdim=True) - (a * rows).sum(-1, keepdim=True)) / 2
+            f, g = f + (rows + constant), g + (columns - constant)
+        return f.reshape(*batch, f.shape[-1]), g.reshape(*batch, g.shape[-1])
 
     @property
     def plan(self) -> Tensor:
         """The plan ``(B, n, m)``. Any function of it is differentiable in mode "implicit"."""
         if self._plan is not None:
             return self._plan
-        plan = self._source.plan(self.f, self.g, constant=self._gradient != "implicit")
+        plan = self._source.plan(self._solution, constant=self._gradient != "implicit")
         # A plan that was built under no_grad is not stored: the next one may need a graph.
-        if plan.requires_grad or not self.f.requires_grad:
+        if plan.requires_grad or not self._solution.f.requires_grad:
             self._plan = plan
         return plan
 
@@ -110,18 +136,28 @@ class _PlanSource:
             what = "the cost was" if self.problem.right is None else "x or y were"
             raise RuntimeError(f"{what} changed in place after the problem was solved; read out.plan before that")
 
-    def plan(self, f: Tensor, g: Tensor, constant: bool) -> Tensor:
+    def _differentiable(self, constant: bool) -> list[Tensor]:
+        """The operands. One that did not require a gradient when the problem was solved gets none here.
+
+        Potentials have no graph to it, so its gradient would lack their part.
+        """
+        tracked = zip(self._operands(), self._tracks_gradients(), self._tracked, strict=True)
+        return [t.detach() if constant or (now and not then) else t for t, now, then in tracked]
+
+    def masses(self, constant: bool) -> tuple[Tensor, Tensor]:
+        """The masses a and b."""
+        *_, a, b = self._differentiable(constant)
+        return a, b
+
+    def plan(self, solution: Solution, constant: bool) -> Tensor:
         self._check_unchanged()
+        f, g = solution.f, solution.g
         with no_autocast(f):
-            # An operand that did not require a gradient when the problem was solved gets none here: f and g have no
-            # graph to it, so its gradient would lack their part.
-            tracked = zip(self._operands(), self._tracks_gradients(), self._tracked, strict=True)
-            *points, a, b = (t.detach() if constant or (now and not then) else t for t, now, then in tracked)
-            f, g = f.reshape(a.shape), g.reshape(b.shape)
+            *points, a, b = self._differentiable(constant)
             if constant:
                 f, g = f.detach(), g.detach()
             points = [t.to(f.dtype) for t in points]
-            cost = points[0] if len(points) == 1 else cosine_cost(points[0], points[1])
+            cost = shifted(points[0], solution.shift) if len(points) == 1 else cosine_cost(points[0], points[1])
             plan = transport_plan(cost, a, b, f, g, self.problem.eps)
         return plan.reshape(*self.batch, *plan.shape[1:])
 
@@ -213,10 +249,11 @@ def _solve(
         keep = gradient != "unroll" and torch.is_grad_enabled() and not _exporting()
         problem = Problem(left, right, p, q, float(eps))
         mass_names = " ".join(masses)
-        *solution, _ = Sinkhorn.apply(
+        *outputs, row_shift, column_shift, _ = Sinkhorn.apply(
             *problem, log_totals, mass_names, mass_tol, int(max_iter), float(tol), keep, gradient, chosen
         )
-    return SinkhornOutput(_PlanSource(problem, batch), Solution(*solution), gradient, float(tol))
+    solution = Solution(*outputs, shift=Shift(row_shift, column_shift) if right is None else None)
+    return SinkhornOutput(_PlanSource(problem, batch), solution, gradient, float(tol))
 
 
 def sinkhorn(
