@@ -83,7 +83,7 @@ template <class Task> void each_group(const Inputs& in, int lanes, int threads, 
 }
 
 template <class T>
-void solve(const Inputs& in, int64_t max_iter, double tol, Address f, Address g, Address cost, Address value, Address n_iter,
+void solve(const Inputs& in, bool accelerate, int64_t max_iter, double tol, Address f, Address g, Address cost, Address value, Address n_iter,
            Address error, int threads) {
   const auto& kernel = kernels_of<T>(level());
   const auto solution = [&](int64_t i) -> Solution<T> {
@@ -100,10 +100,10 @@ void solve(const Inputs& in, int64_t max_iter, double tol, Address f, Address g,
       Problem<T> problems[most_lanes];
       Solution<T> solutions[most_lanes];
       for (int k = 0; k < count; ++k) problems[k] = problem(first + k), solutions[k] = solution(first + k);
-      kernel.solve_lanes(problems, count, scratch, max_iter, T(tol), solutions);
+      kernel.solve_lanes(problems, count, scratch, accelerate, max_iter, T(tol), solutions);
     });
   each_problem(in, threads, double(max_iter + 10), [&](int64_t i, Arena& scratch, const Team& team) {
-    kernel.solve(problem(i), scratch, team, max_iter, T(tol), solution(i));
+    kernel.solve(problem(i), scratch, team, accelerate, max_iter, T(tol), solution(i));
   });
 }
 

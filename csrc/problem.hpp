@@ -118,10 +118,10 @@ constexpr int short_rows = 64, most_lanes = 16;
 
 // The kernels of one level for one precision.
 template <class T> struct Kernels {
-  void (*solve)(const Problem<T>&, Arena&, const Team&, int64_t max_iter, T tol, const Solution<T>&);
+  void (*solve)(const Problem<T>&, Arena&, const Team&, bool accelerate, int64_t max_iter, T tol, const Solution<T>&);
   void (*implicit)(const Problem<T>&, Arena&, const Team&, const T* f, const T* g, const Upstream<T>&, bool adjoint, const Gradient<T>&);
   // Up to `lanes` problems of one shape, n and m at most short_rows; no loss on f or g.
-  void (*solve_lanes)(const Problem<T>*, int count, Arena&, int64_t max_iter, T tol, const Solution<T>*);
+  void (*solve_lanes)(const Problem<T>*, int count, Arena&, bool accelerate, int64_t max_iter, T tol, const Solution<T>*);
   void (*implicit_lanes)(const Problem<T>*, int count, Arena&, const T* const* f, const T* const* g, const Upstream<T>*, bool adjoint,
                          const Gradient<T>*);
   int lanes;

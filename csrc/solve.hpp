@@ -20,7 +20,7 @@ template <class T> struct Solver {
   const Problem<T>& p;
   const Cost<T>& cost;
   const Team& team;
-  const T scale;
+  T eps, scale;  // a stage may have another eps than the problem
   T *K, *F, *G, *phi, *psi, *next_phi, *next_psi, *v, *log_a, *log_b, *a, *b, *miss, *sharp, *peak, *total, *row_shift, *column_shift;
   bool dead_rows, dead_cols, up = false;
 
@@ -30,7 +30,7 @@ template <class T> struct Solver {
            3 * Arena::bytes<T>(m * Parts(int(n), int(m)).count);
   }
 
-  Solver(const Cost<T>& cost, Arena& arena, const Team& team) : p(cost.p), cost(cost), team(team), scale(exponent_scale(p.eps)) {
+  Solver(const Cost<T>& cost, Arena& arena, const Team& team) : p(cost.p), cost(cost), team(team), eps(p.eps), scale(exponent_scale(eps)) {
     K = arena.take<T>(size_t(cost.rows) * cost.ld);
     for (T** x : {&F, &phi, &next_phi, &log_a, &a, &miss, &sharp, &row_shift}) *x = arena.take<T>(cost.rows);
     for (T** x : {&G, &v, &log_b, &b, &peak, &total}) *x = arena.take<T>(cost.cols);
@@ -42,14 +42,14 @@ template <class T> struct Solver {
     for (int j = 0; j < cost.cols; ++j) b[j] = live_col(j) ? p.b[j] : T(0), G[j] = live_col(j) ? T(0) : none, psi[j] = 1, column_shift[j] = 0;
   }
 
-  // Fills the rows of the cost. Takes the minima over what is live out of it, rows first, if `shift` is true.
-  void read_cost(bool shift) {
+  // Fills the rows of the cost, and finds the minima over what is live, rows first, if they are asked for.
+  void read_cost(bool minima) {
     team.each(cost.parts.count, [&](int part) {
       T* low = column_shift + size_t(part) * cost.cols;
-      if (shift) std::fill(low, low + cost.cols, -none);
+      if (minima) std::fill(low, low + cost.cols, -none);
       for (int i0 = cost.parts.begin(part); i0 < cost.parts.end(part); i0 += block) {
         cost.fill(i0);
-        for (int i = i0; shift && i < std::min(i0 + block, cost.n); ++i) {
+        for (int i = i0; minima && i < std::min(i0 + block, cost.n); ++i) {
           T* c = cost.row(i);
           vec<T> top = splat<T>(none);  // -inf in G keeps dead columns and the padding out of the minimum
           for (int j = 0; j < cost.cols; j += lanes<T>) top = max(load(G + j) - load(c + j), top);
@@ -59,21 +59,25 @@ template <class T> struct Solver {
         }
       }
     });
-    if (!shift) return;
+    if (!minima) return;
     for (int part = 1; part < cost.parts.count; ++part)
       for (int j = 0; j < cost.cols; ++j) column_shift[j] = std::min(column_shift[j], column_shift[size_t(part) * cost.cols + j]);
     for (int j = cost.m; j < cost.cols; ++j) column_shift[j] = 0;
+  }
+
+  // Takes the minima out of the cost.
+  void shift_cost() {
     each_block([&](int i0) {
       for (int i = i0; i < std::min(i0 + block, cost.n); ++i)
         for (int j = 0; j < cost.cols; j += lanes<T>)
           store<T>(cost.row(i) + j, shifted(load(cost.row(i) + j), splat<T>(row_shift[i]), load(column_shift + j)));
     });
-    for (int j = 0; j < cost.m; ++j)
-      if (live_col(j)) G[j] = -column_shift[j];
   }
 
   // Runs to the error `tol` or for max_iter iterations. record(k) sees every state.
   template <class Record> void run(int64_t max_iter, T tol, int64_t& k, Record record) {
+    for (int j = 0; j < cost.m; ++j)
+      if (live_col(j)) G[j] = -column_shift[j];
     first_rows();
     for (k = 0; k < max_iter; ++k) {
       T error;
@@ -93,8 +97,8 @@ template <class T> struct Solver {
 
   // f and g of the state for live entries; 0 elsewhere.
   void potentials(T* f, T* g) const {
-    for (int i = 0; i < cost.n; ++i) f[i] = live_row(i) ? F[i] + p.eps * std::log(phi[i]) : T(0);
-    for (int j = 0; j < cost.m; ++j) g[j] = live_col(j) ? G[j] + p.eps * std::log(psi[j]) : T(0);
+    for (int i = 0; i < cost.n; ++i) f[i] = live_row(i) ? F[i] + eps * std::log(phi[i]) : T(0);
+    for (int j = 0; j < cost.m; ++j) g[j] = live_col(j) ? G[j] + eps * std::log(psi[j]) : T(0);
   }
 
   // task(first row) for every block of rows, part by part.
@@ -104,7 +108,7 @@ template <class T> struct Solver {
     });
   }
 
- private:
+ protected:
   static constexpr T none = -std::numeric_limits<T>::infinity();
   bool live_row(int i) const { return log_a[i] != none; }
   bool live_col(int j) const { return log_b[j] != none; }
@@ -161,9 +165,9 @@ template <class T> struct Solver {
 
   void absorb() {
     for (int i = 0; i < cost.n; ++i)
-      if (live_row(i)) F[i] += p.eps * std::log(phi[i]);
+      if (live_row(i)) F[i] += eps * std::log(phi[i]);
     for (int j = 0; j < cost.m; ++j)
-      if (live_col(j)) G[j] += p.eps * std::log(psi[j]);
+      if (live_col(j)) G[j] += eps * std::log(psi[j]);
     rebuild();
   }
 
@@ -176,9 +180,9 @@ template <class T> struct Solver {
   }
 
   bool log_iterate() {
-    for (int j = 0; j < cost.m; ++j) G[j] = live_col(j) ? G[j] + p.eps * std::log(psi[j]) : T(0);
-    log_rows(team, cost, G, log_b, F);
-    log_cols(team, cost, F, log_a, G, peak, total);
+    for (int j = 0; j < cost.m; ++j) G[j] = live_col(j) ? G[j] + eps * std::log(psi[j]) : T(0);
+    log_rows(team, cost, eps, G, log_b, F);
+    log_cols(team, cost, eps, F, log_a, G, peak, total);
     T check = 0;
     for (int i = 0; i < cost.rows; ++i) {
       if (!live_row(i)) F[i] = none;
@@ -192,86 +196,5 @@ template <class T> struct Solver {
     return check == 0;
   }
 };
-
-template <class T>
-void solve(const Problem<T>& p, Arena& arena, const Team& team, int64_t max_iter, T tol, const Solution<T>& out) {
-  arena.reset(Cost<T>::bytes(p, false) + Solver<T>::bytes(p));
-  const Cost<T> cost(p, arena, true, false);
-  Solver<T> s(cost, arena, team);
-  s.read_cost(!p.right);
-  s.run(max_iter, tol, *out.n_iter, [](int64_t) {});
-  cost.copy_cost_to(out.kept);
-
-  T *f = s.F, *g = s.G;  // dead entries: one half-step from the live ones
-  s.potentials(f, g);
-  for (int j = cost.m; j < cost.cols; ++j) g[j] = 0;
-  T *f_all = s.next_phi, *g_all = s.next_psi;
-  if (s.dead_rows) log_rows(team, cost, g, s.log_b, f_all);
-  if (s.dead_cols) log_cols(team, cost, f, s.log_a, g_all, s.peak, s.total);
-  double shift = 0;
-  for (int i = 0; i < cost.n; ++i) {
-    if (s.a[i] == 0) f[i] = f_all[i];
-    shift -= 0.5 * double(s.a[i]) * f[i];
-  }
-  for (int j = 0; j < cost.m; ++j) {
-    if (s.b[j] == 0) g[j] = g_all[j];
-    shift += 0.5 * double(s.b[j]) * g[j];
-  }
-  for (int i = 0; i < cost.n; ++i) out.f[i] = f[i] += T(shift);
-  for (int j = 0; j < cost.m; ++j) out.g[j] = g[j] -= T(shift);
-  if (out.row_shift) {
-    std::memcpy(out.row_shift, s.row_shift, sizeof(T) * cost.n);
-    std::memcpy(out.column_shift, s.column_shift, sizeof(T) * cost.m);
-  }
-
-  // With rho and sigma, the sums of b k by rows and of a k by columns, and C without its minima r and c:
-  //   <T, C> + <T1, r> + <T'1, c>;   <T, C> + eps KL(T|ab') = <T1, f + r> + <T'1, g + c> - eps (sum T - 1);
-  //   the marginals' error |T1 - a| + |T'1 - b|.
-  T *rho = s.phi, *sharp_of = s.sharp, *sigma = s.psi;
-  team.each(cost.parts.count, [&](int part) {
-    T* columns = sigma + size_t(part) * cost.cols;
-    std::memset(columns, 0, sizeof(T) * cost.cols);
-    for (int i0 = cost.parts.begin(part); i0 < cost.parts.end(part); i0 += block) {
-      vec<T> t[block] = {}, tc[block] = {};
-      for (int j = 0; j < cost.cols; j += lanes<T>) {
-        const vec<T> b = load(s.b + j), gj = load(g + j);
-        vec<T> down = load(columns + j);
-        repeat<block>(OTLOSS_EACH(r) {
-          const vec<T> c = load(cost.row(i0 + r) + j), k = exp2<T>(min(splat(bound<T>), ((f[i0 + r] + gj) - c) * s.scale));
-          t[r] += k * b;
-          tc[r] += k * b * c;
-          down += s.a[i0 + r] * k;
-        });
-        store<T>(columns + j, down);
-      }
-      T all[pad_to<T>];
-      const auto keep = [&](vec<T>* sum, T* to) {
-        sums<T, block>(sum, all);
-        std::memcpy(to + i0, all, sizeof(T) * block);
-      };
-      keep(t, rho), keep(tc, sharp_of);
-    }
-  });
-  add_parts(sigma, cost.parts.count, cost.cols);
-  double sharp = 0, potential = 0, mass = 0, missed = 0;
-  for (int i = 0; i < cost.n; ++i) {
-    if (s.a[i] == 0) continue;  // its sums may have overflowed
-    const double row = double(s.a[i]) * rho[i], r = s.row_shift[i];
-    sharp += s.a[i] * double(sharp_of[i]) + row * r;
-    potential += row * (f[i] + r);
-    mass += row;
-    missed += std::fabs(row - s.a[i]);
-  }
-  for (int j = 0; j < cost.m; ++j) {
-    if (s.b[j] == 0) continue;
-    const double column = double(s.b[j]) * sigma[j], c = s.column_shift[j];
-    sharp += column * c;
-    potential += column * (g[j] + c);
-    missed += std::fabs(column - s.b[j]);
-  }
-  *out.cost = T(sharp);
-  *out.value = T(potential - p.eps * (mass - 1));
-  *out.error = T(missed);
-}
 
 }  // namespace otloss::OTLOSS_LEVEL

@@ -19,6 +19,7 @@ TWICE_DIFFERENTIABLE = False
 KEEPS_COST = True
 READS_HALF = False
 SHIFTS_COST = True
+ACCELERATES = True
 MOST_POINTS = 1 << 30  # rounded up to vectors, in 32 bits
 
 # Read once, so that torch.compile sees plain strings.
@@ -106,8 +107,10 @@ def _gradient_addresses(gradients: Gradients, residual: Tensor | None) -> object
     return _C.GradientAddresses(*map(_address, gradients), _address(residual))  # type: ignore[union-attr]
 
 
-def solve(problem: Problem, max_iter: int, tol: float, kept: Tensor | None = None) -> Solution:
-    """The solution after ``max_iter`` iterations or at an L1 error below ``tol`` (csrc/solve.hpp).
+def solve(
+    problem: Problem, max_iter: int, tol: float, kept: Tensor | None = None, accelerate: bool = False
+) -> Solution:
+    """The solution after ``max_iter`` sweeps or at an L1 error below ``tol`` (csrc/solve.hpp, csrc/quasi_newton.hpp).
 
     The cost of features is written to ``kept (B, n, m)``.
     """
@@ -116,7 +119,7 @@ def solve(problem: Problem, max_iter: int, tol: float, kept: Tensor | None = Non
     call = _KernelCall(problem, kept, shift)
     f, g, cost, value, error = (call.empty(*shape) for shape in ((n,), (m,), (), (), ()))
     n_iter = torch.empty(count, dtype=torch.int64)
-    call.run("solve", max_iter, tol, *map(_address, (f, g, cost, value, n_iter, error)))
+    call.run("solve", accelerate, max_iter, tol, *map(_address, (f, g, cost, value, n_iter, error)))
     return Solution(f, g, cost, value, n_iter, error, shift)
 
 
