@@ -65,16 +65,17 @@ class Sinkhorn(torch.autograd.Function):
         mass_tol: float,
         max_iter: int,
         tol: float,
+        accelerate: bool,
         keep: bool,
         mode: str,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        options = (mass_names, mass_tol, eps, max_iter, tol, keep, backend)
+        options = (mass_names, mass_tol, eps, max_iter, tol, accelerate, keep, backend)
         return operators.solve(left, right, a, b, log_totals, *options)  # type: ignore[no-any-return]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        left, right, a, b, ctx.eps, _, _, _, ctx.max_iter, _, _, ctx.mode, ctx.backend = inputs
+        left, right, a, b, ctx.eps, _, _, _, ctx.max_iter, _, _, _, ctx.mode, ctx.backend = inputs
         *outputs, row_shift, column_shift, kept = output
         solution = Solution(*outputs)
         ctx.save_for_backward(left, right, a, b, solution.f, solution.g, solution.n_iter, row_shift, column_shift, kept)

@@ -133,6 +133,7 @@ def solve(
     eps: float,
     max_iter: int,
     tol: float,
+    accelerate: bool,
     keep: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -148,7 +149,9 @@ def solve(
     all_live = not checked or _check_marginals(a, b, log_totals, mass_names, mass_tol)
     kept = room_to_keep(problem, keep, backend)
     with no_autocast(left):
-        solution = get_backend(backend).solve(problem, max_iter, tol, _or_none(kept))
+        chosen = get_backend(backend)
+        options: Any = {"accelerate": True} if accelerate and getattr(chosen, "ACCELERATES", False) else {}
+        solution = chosen.solve(problem, max_iter, tol, _or_none(kept), **options)
     if checked:
         # An entry between two points without mass appears in no output, but it does in gradients.
         hidden: tuple[Tensor, ...] = () if all_live else (left,) if right is None else (left, right)
@@ -173,7 +176,7 @@ def _no_shift(like: Tensor) -> Shift:
 
 
 @solve.register_fake
-def _(left, right, a, b, log_totals, given, mass_tol, eps, max_iter, tol, keep, backend):  # type: ignore[no-untyped-def]
+def _(left, right, a, b, log_totals, given, mass_tol, eps, max_iter, tol, accelerate, keep, backend):  # type: ignore[no-untyped-def]
     scalar = a.new_empty(a.shape[0])
     of_rows, of_columns = (torch.empty_like(mass, memory_format=torch.contiguous_format) for mass in (a, b))
     shift = Shift(torch.empty_like(of_rows), torch.empty_like(of_columns)) if right is None else _no_shift(a)

@@ -28,6 +28,8 @@ from otloss.operators import converged
 
 __all__ = ["SinkhornOutput", "cosine_sinkhorn", "sinkhorn"]
 
+SOLVERS = ("auto", "plain")
+
 #: How far the totals of a and b may lie apart, relatively: a softmax over 10^5 points is off by 1e-5 in float32.
 #: In half precision 2e-2.
 MASS_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}
@@ -40,7 +42,7 @@ class SinkhornOutput:
         transport_cost: ``(B,)`` <T, C>, the sharp Sinkhorn loss.
         value: ``(B,)`` <T, C> + eps KL(T | ab').
         f: ``(B, n)`` and ``g``: ``(B, m)`` potentials, T_ij = a_i b_j exp((f_i + g_j - C_ij)/eps), <a, f> = <b, g>.
-        n_iter: ``(B,)`` iterations that each problem took.
+        n_iter: ``(B,)`` iterations that each problem took: sweeps over its cost.
         marginal_error: ``(B,)`` L1 distance of both marginals of the plan from a and b.
         converged: ``(B,)`` whether that is below ``tol``, but for what the rounding of f and g does to the plan: at most
             4 u (<a, |f|> + <b, |g|>) / eps + 2 u (1 + log(n m)), with u = 2^-24 (2^-53 in float64), for f and g after the
@@ -215,12 +217,14 @@ def _solve(
     max_iter: int,
     tol: float,
     gradient: str,
+    solver: str,
     backend: str | None,
 ) -> SinkhornOutput:
     check_number("eps", eps, positive=True)
     check_number("tol", tol, positive=False)
     check_count("max_iter", max_iter)
     check_choice("gradient", gradient, MODES)
+    check_choice("solver", solver, SOLVERS)
     features = ("x", "y") if right is not None else ("cost",)
     named: dict[str, Any] = dict(zip(features, (left, right), strict=False))
     masses = {name: x for name, x in (("a", a), ("log_a", log_a), ("b", b), ("log_b", log_b)) if x is not None}
@@ -246,11 +250,12 @@ def _solve(
         log_totals = torch.cat((totals[0], totals[-1]), dim=-1)
         mass_tol = max((MASS_TOLERANCE.get(mass.dtype, 2e-2) for mass in masses.values()), default=0.0)
         # Whether keeping the cost pays depends on the sizes, which an exported graph may leave open.
+        accelerate = solver == "auto" and gradient != "unroll" and tol > 0
         keep = gradient != "unroll" and torch.is_grad_enabled() and not _exporting()
         problem = Problem(left, right, p, q, float(eps))
         mass_names = " ".join(masses)
         *outputs, row_shift, column_shift, _ = Sinkhorn.apply(
-            *problem, log_totals, mass_names, mass_tol, int(max_iter), float(tol), keep, gradient, chosen
+            *problem, log_totals, mass_names, mass_tol, int(max_iter), float(tol), accelerate, keep, gradient, chosen
         )
     solution = Solution(*outputs, shift=Shift(row_shift, column_shift) if right is None else None)
     return SinkhornOutput(_PlanSource(problem, batch), solution, gradient, float(tol))
@@ -264,17 +269,18 @@ def sinkhorn(
     eps: float = 0.05,
     log_a: Tensor | None = None,
     log_b: Tensor | None = None,
-    max_iter: int = 200,
+    max_iter: int = 1000,
     tol: float = 1e-5,
     gradient: str = "implicit",
+    solver: str = "auto",
     backend: str | None = None,
 ) -> SinkhornOutput:
     r"""Entropic optimal transport for a batch of costs.
 
     .. math:: T = \arg\min_{T1 = a,\; T^\top 1 = b} \langle T, C \rangle + \varepsilon\, \mathrm{KL}(T \,|\, a b^\top)
 
-    Solved by Sinkhorn iterations, f then g, from f = g = 0; each problem stops by itself when the L1 error of its
-    marginals falls below ``tol``.
+    Solved by Sinkhorn iterations, f then g, or by steps that need fewer of them, see ``solver``. Each problem stops by
+    itself when the L1 error of its marginals falls below ``tol``.
 
     Args:
         cost: ``(B, n, m)``; ``B`` is any number of leading dimensions, also none. float16 and bfloat16 are solved in
@@ -287,11 +293,15 @@ def sinkhorn(
         eps: strength of the entropy, in units of the cost. ``torch.compile`` makes a graph for each value.
         log_a: logarithms of the masses instead of ``a``, as ``log_softmax`` gives them; ``-inf`` means no mass.
         log_b: likewise.
-        max_iter: most iterations.
-        tol: bound on the L1 error of the marginals; 0 runs ``max_iter`` iterations.
+        max_iter: most iterations; each is one sweep over the cost.
+        tol: bound on the L1 error of the marginals; 0 runs ``max_iter`` plain iterations.
         gradient: "implicit" differentiates the solution itself, for every output; "unroll" the iterations that were
             run, for ``transport_cost`` and ``value``; "none" takes the plan as a constant, so that only
             ``transport_cost`` has a gradient, by the cost alone.
+        solver: "plain" runs Sinkhorn's iterations from f = g = 0. "auto" takes quasi-Newton steps on the dual where plain
+            iterations are slow, each only if it is proved to raise the dual as much as a plain iteration is bound to, and
+            solves roughly at larger eps first where the start is far off. It gives the same solution within ``tol``; in
+            mode "unroll", and with tol 0, it is "plain".
         backend: name of a backend, see :func:`otloss.backends`; None takes the best for the device.
 
     Returns:
@@ -315,12 +325,13 @@ def sinkhorn(
         >>> round(out.transport_cost.item(), 3)
         0.25
 
-    Source: Cuturi 2013 (arXiv 1306.0895); Schmitzer 2019 (1610.06519) for the stabilised iterations.
+    Source: Cuturi 2013 (arXiv 1306.0895); Schmitzer 2019 (1610.06519) for the stabilised iterations and larger eps first;
+    Liu and Nocedal 1989 for the quasi-Newton steps.
     """
     check_tensor("cost", cost, 2, "(B, n, m)")
     if 0 in cost.shape[-2:]:
         raise ValueError(f"cost must have at least one row and one column, got {tuple(cost.shape)}")
-    return _solve(cost, None, a, b, log_a, log_b, eps, max_iter, tol, gradient, backend)
+    return _solve(cost, None, a, b, log_a, log_b, eps, max_iter, tol, gradient, solver, backend)
 
 
 def cosine_sinkhorn(
@@ -332,9 +343,10 @@ def cosine_sinkhorn(
     eps: float = 0.05,
     log_a: Tensor | None = None,
     log_b: Tensor | None = None,
-    max_iter: int = 200,
+    max_iter: int = 1000,
     tol: float = 1e-5,
     gradient: str = "implicit",
+    solver: str = "auto",
     backend: str | None = None,
 ) -> SinkhornOutput:
     r"""Entropic optimal transport between sets of features under the cosine cost.
@@ -348,7 +360,7 @@ def cosine_sinkhorn(
     Args:
         x: features ``(B, n, d)``.
         y: features ``(B, m, d)``.
-        a, b, eps, log_a, log_b, max_iter, tol, gradient, backend: as in :func:`sinkhorn`.
+        a, b, eps, log_a, log_b, max_iter, tol, gradient, solver, backend: as in :func:`sinkhorn`.
 
     Returns:
         :class:`SinkhornOutput`, differentiable by x and y.
@@ -364,4 +376,4 @@ def cosine_sinkhorn(
         True
     """
     check_features(x, y)
-    return _solve(x, y, a, b, log_a, log_b, eps, max_iter, tol, gradient, backend)
+    return _solve(x, y, a, b, log_a, log_b, eps, max_iter, tol, gradient, solver, backend)

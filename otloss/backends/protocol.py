@@ -100,6 +100,9 @@ class Backend(Protocol):
     def solve(self, problem: Problem, max_iter: int, tol: float, kept: Tensor | None = None) -> Solution:
         """Iterate until the L1 error of the marginals falls below ``tol``, at most ``max_iter`` times.
 
+        Iterations are the plain ones. A backend with ``ACCELERATES = True`` also takes ``accelerate: bool``, and may
+        then take any steps to the solution; a sweep over the cost counts as an iteration.
+
         ``kept (B, n, m)`` has the dtype of the masses; the cost of features is written to it for the gradient to come.
         """
 

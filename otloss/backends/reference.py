@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from otloss.backends import quasi_newton
 from otloss.backends.protocol import Gradients, Problem, Shift, Solution, Upstream
 from otloss.checks import wide
 from otloss.cost import live_rows, negligible, row_norms, unit_rows
@@ -22,6 +23,7 @@ TWICE_DIFFERENTIABLE = True
 KEEPS_COST = False
 READS_HALF = False
 SHIFTS_COST = True
+ACCELERATES = True
 
 
 def status() -> str | None:
@@ -122,15 +124,11 @@ def shifted(cost: Tensor, shift: Shift | None) -> Tensor:
     return (left - columns) + ((cost - (left - back)) - (rows + back))
 
 
-def solve(problem: Problem, max_iter: int, tol: float, kept: Tensor | None = None) -> Solution:
-    """The solution of each problem, with potentials in the gauge <a, f> = <b, g>; ``kept`` is not used."""
-    left, right, a, b, eps = problem
-    cost = dense_cost(left, right)
-    log_a, log_b = log_mass(a), log_mass(b)
-    f, g = torch.zeros_like(a), torch.zeros_like(b)
-    shift = _minima(cost, a, b) if right is None else None
-    if shift is not None:
-        cost, g = shifted(cost, shift), -shift.columns  # the iterations start from potentials 0 of the cost given
+def _iterate(
+    cost: Tensor, a: Tensor, log_a: Tensor, log_b: Tensor, g: Tensor, eps: float, max_iter: int, tol: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """f, g and the number of plain iterations of each problem, from this g."""
+    f = torch.zeros_like(a)
     n_iter = torch.zeros(cost.shape[0], dtype=torch.int64, device=cost.device)
     running = torch.ones_like(n_iter, dtype=torch.bool)
     for iteration in range(max_iter):
@@ -142,6 +140,26 @@ def solve(problem: Problem, max_iter: int, tol: float, kept: Tensor | None = Non
         f = torch.where(running.unsqueeze(-1), f_next, f)
         g = torch.where(running.unsqueeze(-1), _g_step(cost, log_a, f, eps), g)
         n_iter = n_iter + running
+    return f, g, n_iter
+
+
+def solve(
+    problem: Problem, max_iter: int, tol: float, kept: Tensor | None = None, accelerate: bool = False
+) -> Solution:
+    """The solution of each problem, with potentials in the gauge <a, f> = <b, g>; ``kept`` is not used."""
+    left, right, a, b, eps = problem
+    cost = dense_cost(left, right)
+    log_a, log_b = log_mass(a), log_mass(b)
+    shift = _minima(cost, a, b) if right is None or accelerate else None
+    if shift is not None:
+        cost = shifted(cost, shift)
+    if accelerate:
+        f, g, n_iter = quasi_newton.solve(cost, a, b, log_a, log_b, eps, max_iter, tol)
+    else:  # from potentials 0 of the cost given
+        g = torch.zeros_like(b) if shift is None else -shift.columns
+        f, g, n_iter = _iterate(cost, a, log_a, log_b, g, eps, max_iter, tol)
+    if shift is not None and right is not None:
+        cost, f, g, shift = dense_cost(left, right), f + shift.rows, g + shift.columns, None
     f = torch.where(live(a), f, _f_step(cost, log_b, g, eps))
     g = torch.where(live(b), g, _g_step(cost, log_a, f, eps))
     constant = ((b * g).sum(-1) - (a * f).sum(-1)).unsqueeze(-1) / 2
