@@ -18,6 +18,7 @@ constexpr int memory = 8;         // steps that are remembered
 constexpr int patience = 8;       // sweeps at the problem's eps before larger ones are tried
 constexpr int stage_factor = 4;   // between the eps of two stages
 constexpr int stage_sweeps = 50;  // most of a stage with a larger eps
+constexpr int most_shortened = 8, rest_sweeps = 4;  // after so many shortened steps in a row come so many plain ones
 
 // 1 / <step, change> of a pair, 0 if it tells nothing: its curvature is not positive, or the change is rounding.
 template <class T> T inverse_curvature(T along, T step, T change) {
@@ -33,6 +34,7 @@ template <class T> struct Course {
 
   T eps, tol, goal, error = 0, rate = 0, slope = 0, range = 0;
   int64_t max_iter, k = 0, first = 0, cap, wasted = 0;
+  int shortened = 0, rest = 0;
   int level = 0;  // stages with a larger eps that are still to come, this one included
   bool watching, fresh = true, newton = false, going = false;
 
@@ -64,12 +66,34 @@ template <class T> struct Course {
 
   // Whether to look for a quasi-Newton step: plain ones are slow, and at their rate ten more would not do.
   bool wants_newton() const {
-    const T two = rate * rate, eight = two * two * (two * two);
-    return rate > T(0.3) && 10 * wasted + 5 <= k && (going || rate >= 1 || error * (eight * two) > goal);
+    return rest == 0 && rate > T(0.3) && 10 * wasted + 5 <= k && (going || rate >= 1 || error * ten_times(rate) > goal);
   }
 
-  // Far from the solution and slow at the problem's own eps.
-  bool leaves_early() const { return watching && k - first >= patience && error > coarse_goal && rate > T(0.7); }
+  // Whether to take the quasi-Newton step that was found, with this range. Steps that must be shortened again and again may have
+  // far to go in points of little mass, which plain iterations reach at once.
+  bool takes_newton(T found) {
+    if (!(found > most_range)) shortened = 0;
+    else if (++shortened > most_shortened) {
+      shortened = 0;
+      rest = rest_sweeps;
+      return false;
+    }
+    newton = going = true;
+    range = std::min(found, most_range);
+    return true;
+  }
+
+  void takes_plain() {
+    newton = false;
+    if (rest > 0) --rest;
+  }
+
+  // Far from the solution and slow at the problem's own eps, at a rate at which forty plain iterations would not do.
+  bool leaves_early() const {
+    if (!watching || k - first < patience || !(error > coarse_goal) || !(rate > T(0.7))) return false;
+    const T ten = ten_times(rate);
+    return rate >= 1 || error * (ten * ten * (ten * ten)) > goal;
+  }
   bool stage_is_over() const { return error < goal || k >= cap || leaves_early(); }
 
   // Moves on to the next stage, if there is one.
@@ -77,12 +101,18 @@ template <class T> struct Course {
     if (watching ? !leaves_early() : level == 0) return false;
     if (!watching) --level;
     watching = going = newton = false;
+    shortened = rest = 0;
     fresh = true;
     rate = 0;
     first = k;
     goal = level ? std::max(tol, coarse_goal) : tol;
     cap = level ? std::min(k + stage_sweeps, max_iter / 2) : max_iter;
     return true;
+  }
+
+  static T ten_times(T x) {  // x^10
+    const T two = x * x, four = two * two;
+    return four * four * two;
   }
 
   T stage_eps() const {

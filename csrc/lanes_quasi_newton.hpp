@@ -178,9 +178,7 @@ template <class T> struct LaneQuasiNewton : LaneSolver<T> {
   // Lanes that are not in `where` and do not take a quasi-Newton step stay at the state.
   void plain_step(Mask where) {
     for (int lane = 0; lane < L; ++lane)
-      if (where[lane]) course[lane].newton = false;
-    for (int lane = 0; lane < L; ++lane)
-      if (active[lane] && course[lane].fresh) course[lane].newton = false;
+      if (where[lane]) course[lane].takes_plain();
     Mask newton{};
     for (int lane = 0; lane < L; ++lane) newton[lane] = -int(active[lane] && course[lane].newton);
     if (!any<T>(~newton)) return;
@@ -222,11 +220,11 @@ template <class T> struct LaneQuasiNewton : LaneSolver<T> {
       const T range = top[lane] - bottom[lane];
       Course<T>& c = course[lane];
       shorter[lane] = range > Course<T>::most_range ? Course<T>::most_range / range : T(1);
-      if (some[lane] && pairs[lane] > 0 && slope[lane] > 0) {
-        c.newton = c.going = true;
-        c.slope = slope[lane] * shorter[lane];
-        c.range = range > Course<T>::most_range ? Course<T>::most_range : range;
-      } else if (some[lane]) {
+      if (!some[lane]) continue;
+      if (pairs[lane] > 0 && slope[lane] > 0) {
+        if (c.takes_newton(range)) c.slope = slope[lane] * shorter[lane];
+        else some[lane] = 0;
+      } else {
         some[lane] = 0;
         for (Vec& x : inverse) x[lane] = 0;
       }

@@ -170,7 +170,7 @@ template <class T> struct QuasiNewton : Solver<T> {
   }
 
   void plain_step(Course<T>& course) {
-    course.newton = false;
+    course.takes_plain();
     for (int j = 0; j < cost.cols; j += lanes<T>) {
       const vec<T> next = load(plain + j);
       store<T>(dir + j, load(root + j) * log2<T>(next / load(psi + j)) * T(ln2));
@@ -210,16 +210,15 @@ template <class T> struct QuasiNewton : Solver<T> {
       top = max(x, top);
       bottom = min(x, bottom);
     }
-    course.range = max_of<T>(top) - min_of<T>(bottom);
-    if (course.range > Course<T>::most_range) {
-      const T shorter = Course<T>::most_range / course.range;
+    const T range = max_of<T>(top) - min_of<T>(bottom);
+    if (!course.takes_newton(range)) return false;
+    if (range > Course<T>::most_range) {
+      const T shorter = Course<T>::most_range / range;
       for (int j = 0; j < m; j += lanes<T>) store<T>(dir + j, load(dir + j) * shorter);
       course.slope *= shorter;
-      course.range = Course<T>::most_range;
     }
     for (int j = 0; j < m; j += lanes<T>)
       store<T>(point + j, load(psi + j) * exp2<T>(load(dir + j) * load(unroot + j) * T(log2e)));
-    course.newton = course.going = true;
     return true;
   }
 };

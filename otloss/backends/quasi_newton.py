@@ -20,6 +20,7 @@ from torch import Tensor
 
 MEMORY, PATIENCE, FACTOR, STAGE_SWEEPS = 8, 8, 4.0, 50
 MOST_RANGE, COARSE_GOAL = 4.0, 0.05
+MOST_SHORTENED, REST_SWEEPS = 8, 4
 
 
 def solve(
@@ -49,7 +50,7 @@ class _Batch:
         self.watching = (self.level > 0) & (max_iter >= 4 * PATIENCE)
         self.level = torch.where(self.watching, self.level, 0)
         self.eps, self.goal, self.cap = number + eps, number + tol, whole + max_iter
-        self.sweeps, self.first, self.wasted = whole, whole, whole
+        self.sweeps, self.first, self.wasted, self.shortened, self.rest = whole, whole, whole, whole, whole
         self.error, self.rate, self.slope, self.range = number, number, number, number
         self.active, self.fresh, self.newton, self.going = flag, flag, ~flag, ~flag
         self.f, self.g, self.plain = torch.zeros_like(a), torch.zeros_like(b), torch.zeros_like(b)
@@ -105,7 +106,8 @@ class _Batch:
 
     def _end_stages(self) -> Tensor:
         """Ends the stages that are over; returns which problems have a next one."""
-        early = self.watching & (self.sweeps - self.first >= PATIENCE) & (self.error > COARSE_GOAL) & (self.rate > 0.7)
+        far = (self.error > COARSE_GOAL) & (self.rate > 0.7) & ~self._soon(40)
+        early = self.watching & (self.sweeps - self.first >= PATIENCE) & far
         over = self.active & ((self.error < self.goal) | (self.sweeps >= self.cap) | early)
         self.g = torch.where(over, self.plain, self.g)
         moving = over & torch.where(self.watching, early, self.level > 0)
@@ -113,6 +115,7 @@ class _Batch:
         self.level = self.level - (moving & ~self.watching).long()
         self.watching, self.going = self.watching & ~moving, self.going & ~moving
         self.newton, self.fresh = self.newton & ~moving, self.fresh | moving
+        self.shortened, self.rest = (torch.where(moving, 0, count) for count in (self.shortened, self.rest))
         self.rate = torch.where(moving, 0.0, self.rate)
         self.first = torch.where(moving, self.sweeps, self.first)
         coarse = self.level > 0
@@ -123,11 +126,13 @@ class _Batch:
         self._forget(moving)
         return moving
 
+    def _soon(self, sweeps: int) -> Tensor:
+        """Whether so many plain iterations will do, at the rate of the last one."""
+        return (self.rate < 1) & (self.error * self.rate**sweeps <= self.goal)
+
     def _next_point(self, moving: Tensor) -> Tensor:
-        two = self.rate**2
-        soon = self.error * (two**4 * two) <= self.goal  # ten more plain iterations at this rate will do
-        wanted = self.active & ~moving & (self.rate > 0.3) & (10 * self.wasted + 5 <= self.sweeps)
-        wanted = wanted & (self.going | (self.rate >= 1) | ~soon)
+        wanted = self.active & ~moving & (self.rest == 0) & (self.rate > 0.3) & (10 * self.wasted + 5 <= self.sweeps)
+        wanted = wanted & (self.going | ~self._soon(10))
         wanted = wanted & torch.stack([weight > 0 for _, _, weight in self.pairs]).any(0)
         step = self._direction()
         slope, log_scaling = _inner(self.residual, step), step * self.unroot
@@ -135,6 +140,12 @@ class _Batch:
         self._forget(wanted & ~newton)
         spread = log_scaling.amax(-1, keepdim=True).clamp(min=0) - log_scaling.amin(-1, keepdim=True).clamp(max=0)
         shorter = (MOST_RANGE / spread).clamp(max=1)
+        # Steps that must be shortened again and again may have far to go, in points of little mass.
+        self.shortened = torch.where(newton, torch.where(spread > MOST_RANGE, self.shortened + 1, 0), self.shortened)
+        tired = self.shortened > MOST_SHORTENED
+        self.shortened, newton = torch.where(tired, 0, self.shortened), newton & ~tired
+        rest = torch.where(tired, REST_SWEEPS, self.rest)
+        self.rest = torch.where(self.active & ~moving & ~newton, (rest - 1).clamp(min=0), rest)
         self.newton, self.going = newton, self.going | newton
         self.slope, self.range = slope * shorter, spread.clamp(max=MOST_RANGE)
         by_newton = self.g + self.eps * log_scaling * shorter
