@@ -126,7 +126,9 @@ def compare(case: Case, backend: str = "cpu") -> Outcome:
             solved.append(otloss.sinkhorn(case.cost, case.a, case.b, **options))
     plain, auto = solved
     # f and g move by what the marginals are off, times the largest potential: the values are dual to them.
-    size = float(case.cost.max() - case.cost.min()) + case.eps * (1 - float(torch.minimum(case.a.min(), case.b.min()).log()))
+    size = float(case.cost.max() - case.cost.min()) + case.eps * (
+        1 - float(torch.minimum(case.a.min(), case.b.min()).log())
+    )
     return Outcome(
         case.kind,
         *case.cost.shape,

@@ -41,7 +41,11 @@ class _Batch:
         self.live = log_b > -torch.inf
         self.root = torch.where(self.live, b, 0.0).sqrt()
         self.unroot = torch.where(self.live, 1 / torch.where(self.live, self.root, 1.0), 0.0)
-        number, whole, flag = a.new_zeros(len(a), 1), a.new_zeros(len(a), 1, dtype=torch.int64), b.new_ones(len(a), 1) > 0
+        number, whole, flag = (
+            a.new_zeros(len(a), 1),
+            a.new_zeros(len(a), 1, dtype=torch.int64),
+            b.new_ones(len(a), 1) > 0,
+        )
         live_a = torch.where(log_a > -torch.inf, a, 0.0).unsqueeze(-1)
         mean = (live_a * cost * (self.root**2).unsqueeze(-2)).sum((-1, -2)).unsqueeze(-1)
         self.level, larger = whole.clone(), eps * FACTOR
