@@ -77,8 +77,8 @@ class Sinkhorn(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         left, right, a, b, ctx.eps, _, _, _, ctx.max_iter, _, _, _, ctx.mode, ctx.backend = inputs
         *outputs, row_shift, column_shift, kept = output
-        solution = Solution(*outputs)
-        ctx.save_for_backward(left, right, a, b, solution.f, solution.g, solution.n_iter, row_shift, column_shift, kept)
+        f, g, _, _, n_iter, _ = outputs
+        ctx.save_for_backward(left, right, a, b, f, g, n_iter, row_shift, column_shift, kept)
         names = _DIFFERENTIABLE[ctx.mode]
         constant = [out for name, out in zip(Solution._fields, outputs, strict=False) if name not in names]
         ctx.mark_non_differentiable(*constant, row_shift, column_shift, kept)

@@ -44,9 +44,9 @@ class SinkhornOutput:
         f: ``(B, n)`` and ``g``: ``(B, m)`` potentials, T_ij = a_i b_j exp((f_i + g_j - C_ij)/eps), <a, f> = <b, g>.
         n_iter: ``(B,)`` iterations that each problem took: sweeps over its cost.
         marginal_error: ``(B,)`` L1 distance of both marginals of the plan from a and b.
-        converged: ``(B,)`` whether that is below ``tol``, but for what the rounding of f and g does to the plan: at most
-            4 u (<a, |f|> + <b, |g|>) / eps + 2 u (1 + log(n m)), with u = 2^-24 (2^-53 in float64), for f and g after the
-            minima of rows and columns were taken out of the cost.
+        converged: ``(B,)`` whether that is below ``tol``, but for what the rounding of f and g does to the plan: at
+            most 4 u (<a, |f|> + <b, |g|>) / eps + 2 u (1 + log(n m)), with u = 2^-24 (2^-53 in float64), for f and g of
+            the cost without the minima of its rows and columns.
         plan: ``(B, n, m)``, built on first use, from cost or features as they are then. That these were not changed in
             place is checked, except in a compiled function and of tensors of inference mode, which count no writes. Of
             features the cost is PyTorch's product: see :func:`cosine_cost`.
@@ -257,7 +257,9 @@ def _solve(
         *outputs, row_shift, column_shift, _ = Sinkhorn.apply(
             *problem, log_totals, mass_names, mass_tol, int(max_iter), float(tol), accelerate, keep, gradient, chosen
         )
-    solution = Solution(*outputs, shift=Shift(row_shift, column_shift) if right is None else None)
+    f, g, cost, value, n_iter, error = outputs
+    shift = Shift(row_shift, column_shift) if right is None else None
+    solution = Solution(f, g, cost, value, n_iter, error, shift)
     return SinkhornOutput(_PlanSource(problem, batch), solution, gradient, float(tol))
 
 
@@ -298,10 +300,10 @@ def sinkhorn(
         gradient: "implicit" differentiates the solution itself, for every output; "unroll" the iterations that were
             run, for ``transport_cost`` and ``value``; "none" takes the plan as a constant, so that only
             ``transport_cost`` has a gradient, by the cost alone.
-        solver: "plain" runs Sinkhorn's iterations from f = g = 0. "auto" takes quasi-Newton steps on the dual where plain
-            iterations are slow, each only if it is proved to raise the dual as much as a plain iteration is bound to, and
-            solves roughly at larger eps first where the start is far off. It gives the same solution within ``tol``; in
-            mode "unroll", and with tol 0, it is "plain".
+        solver: "plain" runs Sinkhorn's iterations from f = g = 0. "auto" takes quasi-Newton steps on the dual where
+            plain iterations are slow, each only if it provably raises the dual by what a plain iteration is bound to,
+            and solves roughly at larger eps first where the start is far off. It gives the same solution within
+            ``tol``; in mode "unroll", and with tol 0, it is "plain".
         backend: name of a backend, see :func:`otloss.backends`; None takes the best for the device.
 
     Returns:
@@ -325,8 +327,8 @@ def sinkhorn(
         >>> round(out.transport_cost.item(), 3)
         0.25
 
-    Source: Cuturi 2013 (arXiv 1306.0895); Schmitzer 2019 (1610.06519) for the stabilised iterations and larger eps first;
-    Liu and Nocedal 1989 for the quasi-Newton steps.
+    Source: Cuturi 2013 (arXiv 1306.0895); Schmitzer 2019 (1610.06519) for the stabilised iterations and for larger eps
+    first; Liu and Nocedal 1989 for the quasi-Newton steps.
     """
     check_tensor("cost", cost, 2, "(B, n, m)")
     if 0 in cost.shape[-2:]:

@@ -2,9 +2,9 @@
 
 In float32, an offset of 1e4 moved the marginals of a plan by 1e-3 while ``converged`` was true with an error of 3e-6.
 
-A cost with an offset p is rounded to a multiple of about u p, so that the float64 problem is made of the rounded cost. What
-then remains is rounding as without an offset: u (|f| + |g| + |C|)/eps for an entry of the plan, of sizes below 2 here, and
-the error that ``tol`` leaves, which the map from marginals to plan enlarges by less than 10 at this eps.
+A cost with an offset p is rounded to a multiple of about u p, so that the float64 problem is made of the rounded cost.
+What then remains is rounding as without an offset: u (|f| + |g| + |C|)/eps for an entry of the plan, of sizes below 2
+here, and the error that ``tol`` leaves, which the map from marginals to plan enlarges by less than 10 at this eps.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def test_an_offset_costs_no_digits(backend: str, offset: float, kind: str, size:
 
 @pytest.mark.parametrize("solver", ["auto", "plain"])
 def test_converged_is_about_the_plan_returned(backend: str, solver: str) -> None:
-    """At eps 5e-4, float32 cannot hold potentials well enough for tol 1e-5; the error says so and is that of the plan."""
+    """At eps 5e-4, float32 cannot hold potentials well enough for tol 1e-5; the error is that of the plan."""
     cost = torch.rand(2, 40, 30)
     out = sinkhorn(cost, eps=5e-4, tol=1e-5, max_iter=20_000, solver=solver, backend=backend)
     plan = out.plan.double()
