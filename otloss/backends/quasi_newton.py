@@ -4,8 +4,8 @@ With :math:`q` the sums of the plan's columns relative to b, where the rows are 
 :math:`D(g) = \langle a, f(g) \rangle + \langle b, g \rangle` has the gradient :math:`b (1 - q)`, and a plain iteration
 is the step :math:`-\varepsilon \log q`. Limited-memory BFGS, with the metric of that step as its first inverse Hessian,
 proposes a better one. It is kept only if it raises :math:`D / \varepsilon` by half the square of the marginal error,
-which Pinsker's inequality promises of a plain iteration; else a plain one follows. ``csrc/course.hpp`` derives the test,
-which needs the slopes of D at both ends of the step alone, and holds the same constants.
+which Pinsker's inequality promises of a plain iteration; else a plain one follows. ``csrc/course.hpp`` derives the
+test, which needs the slopes of D at both ends of the step alone, and holds the same constants.
 
 Where plain iterations are slow and far from the solution, the problem is solved roughly at larger eps first. Every
 stage ends with a plain half-step. Each problem of the batch has a course of its own; the batch advances in lockstep.
