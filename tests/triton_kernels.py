@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import leave_out_last, relative
+from conftest import leave_out_last, reference_solution, relative
 from torch import Tensor
 
 import otloss
@@ -83,7 +83,7 @@ def upstream(a: Tensor, b: Tensor) -> Upstream:
 def check_solve(given: Given, eps: float, iterations: int, room: float = 16.0) -> None:
     dtype = given[2].dtype
     got = triton.solve(Problem(*given, eps), iterations, 0.0)
-    want = reference.solve(Problem(*wide(*given), eps), iterations, 0.0)
+    want = reference_solution(Problem(*wide(*given), eps), iterations, 0.0)
     for one, other in zip(got[:4], want[:4], strict=True):
         close(one, other, slack(dtype, eps, room))
     assert got[4].tolist() == [iterations] * len(given[0])
@@ -92,7 +92,7 @@ def check_solve(given: Given, eps: float, iterations: int, room: float = 16.0) -
 
 def check_implicit(given: Given, adjoint: bool = True) -> None:
     left, right, a, b = given
-    f, g = reference.solve(Problem(*wide(*given), EPS), 300, 1e-12)[:2]
+    f, g = reference_solution(Problem(*wide(*given), EPS), 300, 1e-12)[:2]
     f, g, up = f.to(a.dtype), g.to(a.dtype), upstream(a, b)
     got, residual = triton.implicit_gradient(Problem(*given, EPS), f, g, up, adjoint, True)
     exact = Problem(*wide(*given), EPS)
@@ -347,7 +347,7 @@ def test_the_verb(regime: str, gradient: str) -> None:
 @pytest.mark.parametrize("weight", [1e-22, 1e22])
 def test_the_size_of_the_loss_is_free(regime: str, weight: float) -> None:
     left, right, a, b = problem("dense", 6, 5, torch.float32)
-    f, g = reference.solve(Problem(*wide(left, right, a, b), 0.2), 300, 1e-12)[:2]
+    f, g = reference_solution(Problem(*wide(left, right, a, b), 0.2), 300, 1e-12)[:2]
     solved = (Problem(left, right, a, b, 0.2), f.float(), g.float())
 
     def gradients(w: float) -> tuple[Tensor, ...]:
@@ -386,7 +386,7 @@ def test_pairs_of_points_without_mass_do_not_reach_the_others(regime: str) -> No
     for mass in (a, b):
         mass[:, 4] = 0
         mass /= mass.sum(-1, keepdim=True)
-    f, g, *_ = reference.solve(Problem(*wide(cost, None, a, b), EPS), 300, 1e-12)
+    f, g, *_ = reference_solution(Problem(*wide(cost, None, a, b), EPS), 300, 1e-12)
     f[:, 4] -= 40 * EPS
     g[:, 4] += 200 * EPS
     given, w = Problem(cost, None, a, b, EPS), torch.ones(2)
