@@ -192,26 +192,29 @@ template <class T> struct LaneQuasiNewton : LaneSolver<T> {
 
   // Takes quasi-Newton steps in some lanes, and takes those out of `some` that get none.
   void newton_step(Mask& some) {
-    Vec weight[memory];
-    for (int j = 0; j < m; ++j) set(dir, j, at(residual, j));
+    const auto slot = [this](int i) { return (newest - i + memory) % memory; };  // from the newest to the oldest
+    const auto add = [this](Vec factor, const T* x, const T* y) __attribute__((always_inline)) {
+      Vec total[2] = {};
+      for (int j = 0; j < m; ++j) {
+        const Vec d = at(dir, j) + factor * at(x, j);
+        set(dir, j, d);
+        total[j % 2] += d * at(y, j);
+      }
+      return total[0] + total[1];
+    };
+    Vec weight[memory], slope{}, top{}, bottom{}, shorter{}, pairs{};
+    for (int j = 0; j < m; ++j) {
+      set(dir, j, at(residual, j));
+      slope += at(steps[newest], j) * at(residual, j);
+    }
     for (int i = 0; i < memory; ++i) {
-      const int s = (newest - i + memory) % memory;
-      Vec along{};
-      for (int j = 0; j < m; ++j) along += at(steps[s], j) * at(dir, j);
-      weight[s] = inverse[s] * along;
-      for (int j = 0; j < m; ++j) set(dir, j, at(dir, j) - weight[s] * at(changes[s], j));
+      weight[i] = inverse[slot(i)] * slope;
+      slope = add(-weight[i], changes[slot(i)], i + 1 < memory ? steps[slot(i + 1)] : changes[slot(i)]);
     }
-    for (int i = memory - 1; i >= 0; --i) {
-      const int s = (newest - i + memory) % memory;
-      Vec along{};
-      for (int j = 0; j < m; ++j) along += at(changes[s], j) * at(dir, j);
-      const Vec factor = weight[s] - inverse[s] * along;
-      for (int j = 0; j < m; ++j) set(dir, j, at(dir, j) + factor * at(steps[s], j));
-    }
-    Vec slope{}, top{}, bottom{}, shorter{}, pairs{};
+    for (int i = memory - 1; i >= 0; --i)
+      slope = add(weight[i] - inverse[slot(i)] * slope, steps[slot(i)], i > 0 ? changes[slot(i - 1)] : residual);
     for (int j = 0; j < m; ++j) {
       const Vec x = at(dir, j) * at(unroot, j);
-      slope += at(residual, j) * at(dir, j);
       top = max(x, top);
       bottom = min(x, bottom);
     }

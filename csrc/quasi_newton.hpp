@@ -178,28 +178,37 @@ template <class T> struct QuasiNewton : Solver<T> {
     }
   }
 
+  // dir += factor x; returns the inner product of the new dir with y.
+  T add(T factor, const T* x, const T* y) {
+    vec<T> total[2] = {};
+    const auto one = [&](int j, vec<T>& sum) __attribute__((always_inline)) {
+      const vec<T> d = load(dir + j) + factor * load(x + j);
+      store<T>(dir + j, d);
+      sum += d * load(y + j);
+    };
+    int j = 0;
+    for (; j + 2 * lanes<T> <= cost.cols; j += 2 * lanes<T>) one(j, total[0]), one(j + lanes<T>, total[1]);
+    if (j < cost.cols) one(j, total[0]);
+    return sum<T>(total[0] + total[1]);
+  }
+
   // False where there is no ascent, or none is wanted.
   bool newton_step(Course<T>& course) {
     const int m = cost.cols;
-    bool any = false;
-    for (T x : inverse) any |= x != 0;
-    if (!any || !course.wants_newton()) return false;
-    T weight[memory];
+    int pairs[memory], count = 0;  // from the newest to the oldest
+    for (int i = 0; i < memory; ++i)
+      if (const int s = (newest - i + memory) % memory; inverse[s] != 0) pairs[count++] = s;
+    if (count == 0 || !course.wants_newton()) return false;
+    // The two loops of limited-memory BFGS; each pass over `dir` also gives the inner product that the next one needs.
+    T weight[memory], along = dot(steps[pairs[0]], residual, m);
     std::memcpy(dir, residual, sizeof(T) * m);
-    const auto add = [&](T factor, const T* x) {
-      for (int j = 0; j < m; j += lanes<T>) store<T>(dir + j, load(dir + j) + factor * load(x + j));
-    };
-    for (int i = 0; i < memory; ++i) {
-      const int s = (newest - i + memory) % memory;
-      if (inverse[s] == 0) continue;
-      weight[s] = inverse[s] * dot(steps[s], dir, m);
-      add(-weight[s], changes[s]);
+    for (int i = 0; i < count; ++i) {
+      weight[i] = inverse[pairs[i]] * along;
+      along = add(-weight[i], changes[pairs[i]], i + 1 < count ? steps[pairs[i + 1]] : changes[pairs[i]]);
     }
-    for (int i = memory - 1; i >= 0; --i) {
-      const int s = (newest - i + memory) % memory;
-      if (inverse[s] != 0) add(weight[s] - inverse[s] * dot(changes[s], dir, m), steps[s]);
-    }
-    course.slope = dot(residual, dir, m);
+    for (int i = count - 1; i >= 0; --i)
+      along = add(weight[i] - inverse[pairs[i]] * along, steps[pairs[i]], i > 0 ? changes[pairs[i - 1]] : residual);
+    course.slope = along;
     if (!(course.slope > 0)) {
       forget();
       return false;
