@@ -117,7 +117,7 @@ def compute(case: Case, dtype: torch.dtype, backend: str, n_iter: int | None = N
     """Every output, and every gradient in every mode, after ``n_iter`` iterations (None: as many as are needed)."""
     leaves = tuple(t.to(dtype).detach().requires_grad_() for t in inputs(case))
     names = (*(("x", "y") if case.d else ("cost",)), "log_a", "log_b")
-    run = {"max_iter": 20_000, "tol": 1e-12} if n_iter is None else {"max_iter": n_iter, "tol": 0.0}
+    run = {"max_iter": 20_000, "tol": 1e-12, "solver": "plain"} if n_iter is None else {"max_iter": n_iter, "tol": 0.0}
     found: Quantities = {}
 
     def gradients(mode: str, output: str, loss: Tensor) -> None:

@@ -296,8 +296,8 @@ void implicit_gradient(const Problem<T>& p, Arena& arena, const Team& team, cons
   *out.residual = 0;
   if (adjoint || out.left) s.assemble();
   if (adjoint) *out.residual = s.multipliers();
-  for (int i = 0; i < p.n; ++i) out.a[i] = s.fu[i] + w * f[i];
-  for (int j = 0; j < p.m; ++j) out.b[j] = s.V[j] + w * g[j];
+  for (int i = 0; i < p.n; ++i) out.a[i] = s.fu[i] + w * (f[i] + (p.row_shift ? p.row_shift[i] : T(0)));
+  for (int j = 0; j < p.m; ++j) out.b[j] = s.V[j] + w * (g[j] + (p.row_shift ? p.column_shift[j] : T(0)));
   if (out.left) s.contract(out);
 }
 

@@ -44,6 +44,12 @@ struct Parts {
   int end(int part) const { return std::min(rows, (part + 1) * size); }
 };
 
+// c - row - column, rounded once: what the first difference loses (Knuth's TwoSum) is put back.
+template <class V> OTLOSS_INLINE V shifted(V c, V row, V column) {
+  const V left = c - row, back = left - c, lost = (c - (left - back)) - (row + back);
+  return (left - column) + lost;
+}
+
 template <class T> struct Cost {
   const Problem<T>& p;
   const int n, m;
@@ -99,6 +105,7 @@ template <class T> struct Cost {
     for (int i = i0; i < i0 + block; ++i) {
       const int have = i < n ? m : 0;
       if (have) std::memcpy(row(i), (p.right ? p.kept : p.left) + size_t(i) * m, sizeof(T) * m);
+      for (int j = 0; p.row_shift && j < have; ++j) row(i)[j] = shifted(row(i)[j], p.row_shift[i], p.column_shift[j]);
       for (int j = have; j < cols; ++j) row(i)[j] = 0;
     }
   }

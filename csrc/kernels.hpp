@@ -1,8 +1,9 @@
 // All kernels of one level. A file csrc/level_*.cpp sets OTLOSS_LEVEL, OTLOSS_VECTOR_BYTES and the target, then includes this.
 #pragma once
 #include "lanes_adjoint.hpp"
-#include "lanes_solve.hpp"
+#include "lanes_quasi_newton.hpp"
 #include "probe.hpp"
+#include "solution.hpp"
 #include "unroll.hpp"
 
 namespace otloss::OTLOSS_LEVEL {

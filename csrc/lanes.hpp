@@ -27,7 +27,7 @@ template <class T> struct Lanes {
   using Vec = vec<T>;
   static constexpr int L = lanes<T>;
   static_assert(L <= most_lanes);
-  static constexpr int most_rows = 8, most_columns = 12;  // vectors that a solve or a gradient may take
+  static constexpr int most_rows = 8, most_columns = 32;  // vectors that a solve or a gradient may take
 
   const Problem<T>* p;
   const int count, n, m, stride;

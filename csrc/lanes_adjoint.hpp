@@ -172,8 +172,9 @@ void implicit_lanes(const Problem<T>* p, int count, Arena& arena, const T* const
       if (fallback[lane]) continue;
       const Gradient<T>& grad = grads[lane];
       const T value = (adjoint ? up[lane].cost : T(0)) + up[lane].value;
-      for (int i = 0; i < s.n; ++i) grad.a[i] = s.get(s.fu, i, lane) + value * f[lane][i];
-      for (int j = 0; j < s.m; ++j) grad.b[j] = s.get(s.best, j, lane) + value * g[lane][j];
+      const Problem<T>& q = p[lane];
+      for (int i = 0; i < s.n; ++i) grad.a[i] = s.get(s.fu, i, lane) + value * (f[lane][i] + (q.row_shift ? q.row_shift[i] : T(0)));
+      for (int j = 0; j < s.m; ++j) grad.b[j] = s.get(s.best, j, lane) + value * (g[lane][j] + (q.row_shift ? q.column_shift[j] : T(0)));
       *grad.residual = residual[lane];
       if (!need_cost) continue;
       const size_t mark = arena.used();

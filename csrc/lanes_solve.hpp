@@ -9,27 +9,37 @@ template <class T> struct LaneSolver : Lanes<T> {
   using Base = Lanes<T>;
   using Base::L, Base::n, Base::m, Base::a, Base::b, Base::C, Base::fallback, Base::at, Base::get, Base::put, Base::set, Base::entry;
   using Vec = vec<T>;
-  const T eps, scale;
-  T *K, *F, *G, *phi, *psi, *next_phi, *next_psi, *v;
+  Vec eps, scale;  // of each lane: a stage may have another eps than the problem
+  T *K, *F, *G, *phi, *psi, *next_phi, *next_psi, *v, *row_shift, *column_shift;
 
-  LaneSolver(const Problem<T>* p, int count, Arena& arena) : Base(p, count, arena), eps(p->eps), scale(exponent_scale(p->eps)) {
+  LaneSolver(const Problem<T>* p, int count, Arena& arena) : Base(p, count, arena), eps(splat<T>(p->eps)), scale(splat<T>(exponent_scale(p->eps))) {
     K = this->matrix();
-    for (T** x : {&F, &phi, &next_phi}) *x = this->rows();
-    for (T** x : {&G, &psi, &next_psi, &v}) *x = this->columns();
-    for (int i = 0; i < n; ++i) set(phi, i, splat<T>(1));
-    for (int j = 0; j < m; ++j) set(psi, j, splat<T>(1)), set(G, j, Vec{});
+    for (T** x : {&F, &phi, &next_phi, &row_shift}) *x = this->rows();
+    for (T** x : {&G, &psi, &next_psi, &v, &column_shift}) *x = this->columns();
+    for (int i = 0; i < n; ++i) set(phi, i, splat<T>(1)), set(row_shift, i, Vec{});
+    for (int j = 0; j < m; ++j) set(psi, j, splat<T>(1)), set(G, j, Vec{}), set(column_shift, j, Vec{});
   }
 
-  // See Solver::run. n_iter, error and whether the error fell below tol, by lane.
-  void run(int64_t max_iter, T tol, int64_t* n_iter, T* error, bool* stopped) {
+  // See Solver::read_cost and shift_cost.
+  void find_minima() {
+    for (int j = 0; j < m; ++j) set(column_shift, j, splat<T>(std::numeric_limits<T>::infinity()));
     for (int i = 0; i < n; ++i) {
       Vec top = -entry(C, i, 0);
       for (int j = 1; j < m; ++j) top = max(-entry(C, i, j), top);
-      set(F, i, -top);
+      set(row_shift, i, -top);
+      for (int j = 0; j < m; ++j) set(column_shift, j, min(entry(C, i, j) + top, at(column_shift, j)));
     }
-    build(~mask<T>{});
-    if (max_iter == 0) std::memset(F, 0, sizeof(T) * n * L);
-    for (int lane = 0; lane < L; ++lane) n_iter[lane] = max_iter, stopped[lane] = false;
+  }
+  void shift_cost() {
+    for (int i = 0; i < n; ++i)
+      for (int j = 0; j < m; ++j) set(C, i, j, shifted(entry(C, i, j), at(row_shift, i), at(column_shift, j)));
+  }
+
+  // See Solver::run. n_iter by lane.
+  void run(int64_t max_iter, T tol, int64_t* n_iter) {
+    for (int j = 0; j < m; ++j) set(G, j, -at(column_shift, j));
+    first_rows(~mask<T>{});
+    for (int lane = 0; lane < L; ++lane) n_iter[lane] = max_iter;
     mask<T> active = ~fallback;
     for (int64_t k = 0; k < max_iter && any<T>(active); ++k) {
       Vec missed, reach;
@@ -37,7 +47,7 @@ template <class T> struct LaneSolver : Lanes<T> {
       const mask<T> done = k > 0 ? active & (missed < tol) : mask<T>{}, lost = active & ~done & ~(reach <= Solver<T>::wide);
       if (any<T>(done | lost)) {
         for (int lane = 0; lane < L; ++lane)
-          if (done[lane]) n_iter[lane] = k, error[lane] = missed[lane], stopped[lane] = true;
+          if (done[lane]) n_iter[lane] = k;
         fallback |= lost;
         active &= ~(done | lost);
       }
@@ -53,12 +63,29 @@ template <class T> struct LaneSolver : Lanes<T> {
 
   // f and g of the state.
   void potentials(T* f, T* g) const {
-    for (int i = 0; i < n * L; ++i) f[i] = F[i] + eps * std::log(phi[i]);
-    for (int j = 0; j < m * L; ++j) g[j] = G[j] + eps * std::log(psi[j]);
+    for (int i = 0; i < n * L; ++i) f[i] = F[i] + eps[i % L] * std::log(phi[i]);
+    for (int j = 0; j < m * L; ++j) g[j] = G[j] + eps[j % L] * std::log(psi[j]);
   }
 
- private:
+ protected:
+  // See Solver::first_rows.
+  void first_rows(mask<T> where) {
+    for (int i = 0; i < n; ++i) {
+      Vec top = at(G, 0) - entry(C, i, 0);
+      for (int j = 1; j < m; ++j) top = max(at(G, j) - entry(C, i, j), top);
+      set(F, i, where ? -top : at(F, i));
+    }
+    build(where);
+  }
+
   void build(mask<T> where) {
+    int count = 0;
+    for (int lane = 0; lane < L; ++lane) count -= int(where[lane]);
+    if (4 * count <= L) {
+      for (int lane = 0; lane < L; ++lane)
+        if (where[lane]) build_lane(lane);
+      return;
+    }
     for (int i = 0; i < n; ++i) {
       const Vec f = at(F, i);
       for (int j = 0; j < m; ++j) {
@@ -66,6 +93,18 @@ template <class T> struct LaneSolver : Lanes<T> {
         set(K, i, j, where ? k : entry(K, i, j));
       }
     }
+  }
+
+  // One lane alone, a vector of its columns at a time.
+  void build_lane(int lane) {
+    for (int i = 0; i < n; ++i)
+      for (int j0 = 0; j0 < m; j0 += L) {
+        const int width = std::min(L, m - j0);
+        Vec g{}, c{};
+        for (int j = 0; j < width; ++j) g[j] = get(G, j0 + j, lane), c[j] = C[(size_t(i) * this->stride + j0 + j) * L + lane];
+        const Vec k = exp2<T>(((get(F, i, lane) + g) - c) * scale[lane]);
+        for (int j = 0; j < width; ++j) K[(size_t(i) * this->stride + j0 + j) * L + lane] = k[j];
+      }
   }
 
   void iterate(Vec& missed, Vec& reach) {
@@ -93,79 +132,80 @@ template <class T> struct LaneSolver : Lanes<T> {
   }
 
   void absorb(mask<T> where) {
+    move_scalings(where);
+    build(where);
+  }
+
+  // The scalings go into the potentials.
+  void move_scalings(mask<T> where) {
     const auto move = [&](T* x, T* scaling, int size) {
       for (int i = 0; i < size; ++i)
         for (int lane = 0; lane < L; ++lane)
           if (where[lane]) {
-            put(x, i, lane, get(x, i, lane) + eps * std::log(get(scaling, i, lane)));
+            put(x, i, lane, get(x, i, lane) + eps[lane] * std::log(get(scaling, i, lane)));
             put(scaling, i, lane, T(1));
           }
     };
     move(F, phi, n);
     move(G, psi, m);
-    build(where);
   }
 };
 
-// Solves up to `lanes` problems of one shape.
-template <class T>
-void solve_lanes(const Problem<T>* p, int count, Arena& arena, int64_t max_iter, T tol, const Solution<T>* outs) {
+// What is asked of the states in which the lanes have ended: see write_solution.
+template <class T> void write_solutions(LaneSolver<T>& s, int count, const Solution<T>* outs) {
   constexpr int L = lanes<T>;
   using Vec = vec<T>;
-  mask<T> fallback;
-  {
-    LaneSolver<T> s(p, count, arena);
-    s.fill([&](int lane, const Cost<T>& cost) { cost.copy_cost_to(outs[lane].kept); });
-    int64_t n_iter[L];
-    T error[L];
-    bool stopped[L];
-    s.run(max_iter, tol, n_iter, error, stopped);
-    fallback = s.fallback;
 
-    T *f = s.next_phi, *g = s.next_psi;
-    s.potentials(f, g);
-    double shift[L] = {};
-    for (int i = 0; i < s.n; ++i)
-      for (int lane = 0; lane < L; ++lane) shift[lane] -= 0.5 * double(s.get(s.a, i, lane)) * s.get(f, i, lane);
-    for (int j = 0; j < s.m; ++j)
-      for (int lane = 0; lane < L; ++lane) shift[lane] += 0.5 * double(s.get(s.b, j, lane)) * s.get(g, j, lane);
-    Vec move;
-    for (int lane = 0; lane < L; ++lane) move[lane] = T(shift[lane]);
-    for (int i = 0; i < s.n; ++i) s.set(f, i, s.at(f, i) + move);
-    for (int j = 0; j < s.m; ++j) s.set(g, j, s.at(g, j) - move);
+  T *f = s.next_phi, *g = s.next_psi;
+  s.potentials(f, g);
+  double shift[L] = {};
+  for (int i = 0; i < s.n; ++i)
+    for (int lane = 0; lane < L; ++lane) shift[lane] -= 0.5 * double(s.get(s.a, i, lane)) * s.get(f, i, lane);
+  for (int j = 0; j < s.m; ++j)
+    for (int lane = 0; lane < L; ++lane) shift[lane] += 0.5 * double(s.get(s.b, j, lane)) * s.get(g, j, lane);
+  Vec move;
+  for (int lane = 0; lane < L; ++lane) move[lane] = T(shift[lane]);
+  for (int i = 0; i < s.n; ++i) s.set(f, i, s.at(f, i) + move);
+  for (int j = 0; j < s.m; ++j) s.set(g, j, s.at(g, j) - move);
 
-    double sharp[L] = {}, potential[L] = {}, mass[L] = {}, missed[L] = {};  // the sums of solve()
-    for (int i = 0; i < s.n; ++i) {
-      const Vec fi = s.at(f, i);
-      Vec t{}, tc{}, tg{};
-      for (int j = 0; j < s.m; ++j) {
-        const Vec c = s.entry(s.C, i, j), gj = s.at(g, j), k = exp2<T>(((fi + gj) - c) * s.scale) * s.at(s.b, j);
-        t += k;
-        tc += k * c;
-        tg += k * gj;
-      }
-      for (int lane = 0; lane < L; ++lane) {
-        const double a = s.get(s.a, i, lane), row = t[lane];
-        sharp[lane] += a * tc[lane];
-        potential[lane] += a * (fi[lane] * row + tg[lane]);
-        mass[lane] += a * row;
-        missed[lane] += a * std::fabs(row - 1);
-      }
+  double sharp[L] = {}, potential[L] = {}, mass[L] = {}, missed[L] = {};  // the sums of solve()
+  T* sigma = s.v;
+  for (int j = 0; j < s.m; ++j) s.set(sigma, j, Vec{});
+  for (int i = 0; i < s.n; ++i) {
+    const Vec fi = s.at(f, i), ai = s.at(s.a, i);
+    Vec t{}, tc{};
+    for (int j = 0; j < s.m; ++j) {
+      const Vec c = s.entry(s.C, i, j), k = exp2<T>(((fi + s.at(g, j)) - c) * s.scale), kb = k * s.at(s.b, j);
+      t += kb;
+      tc += kb * c;
+      s.set(sigma, j, s.at(sigma, j) + k * ai);
     }
-    for (int lane = 0; lane < count; ++lane) {
-      if (fallback[lane]) continue;
-      const Solution<T>& out = outs[lane];
-      for (int i = 0; i < s.n; ++i) out.f[i] = s.get(f, i, lane);
-      for (int j = 0; j < s.m; ++j) out.g[j] = s.get(g, j, lane);
-      *out.n_iter = n_iter[lane];
-      *out.cost = T(sharp[lane]);
-      *out.value = T(potential[lane] - s.eps * (mass[lane] - 1));
-      *out.error = stopped[lane] ? error[lane] : T(missed[lane]);
+    for (int lane = 0; lane < L; ++lane) {
+      const double a = ai[lane], row = a * t[lane], r = s.get(s.row_shift, i, lane);
+      sharp[lane] += a * tc[lane] + row * r;
+      potential[lane] += row * (fi[lane] + r);
+      mass[lane] += row;
+      missed[lane] += std::fabs(row - a);
     }
   }
-  const Team alone;
-  for (int lane = 0; lane < count; ++lane)
-    if (fallback[lane]) solve(p[lane], arena, alone, max_iter, tol, outs[lane]);
+  for (int j = 0; j < s.m; ++j)
+    for (int lane = 0; lane < L; ++lane) {
+      const double b = s.get(s.b, j, lane), column = b * s.get(sigma, j, lane), c = s.get(s.column_shift, j, lane);
+      sharp[lane] += column * c;
+      potential[lane] += column * (s.get(g, j, lane) + c);
+      missed[lane] += std::fabs(column - b);
+    }
+  for (int lane = 0; lane < count; ++lane) {
+    if (s.fallback[lane]) continue;
+    const Solution<T>& out = outs[lane];
+    for (int i = 0; i < s.n; ++i) out.f[i] = s.get(f, i, lane);
+    for (int j = 0; j < s.m; ++j) out.g[j] = s.get(g, j, lane);
+    for (int i = 0; out.row_shift && i < s.n; ++i) out.row_shift[i] = s.get(s.row_shift, i, lane);
+    for (int j = 0; out.row_shift && j < s.m; ++j) out.column_shift[j] = s.get(s.column_shift, j, lane);
+    *out.cost = T(sharp[lane]);
+    *out.value = T(potential[lane] - s.eps[lane] * (mass[lane] - 1));
+    *out.error = T(missed[lane]);
+  }
 }
 
 }  // namespace otloss::OTLOSS_LEVEL

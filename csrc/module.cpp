@@ -20,12 +20,13 @@ struct Inputs {
   int64_t count, n, m, d;
   double eps;
   Address kept;  // where solve leaves the cost of features for the gradient, or 0
+  Address row_shift, column_shift;  // where solve leaves what it takes out of a dense cost, or 0
 
   bool short_rows() const { return n <= otloss::short_rows && m <= otloss::short_rows; }
   template <class T> Problem<T> problem(int64_t i) const {
     const int64_t size = right ? n * d : n * m;
     return {at<T>(left, i * size), at<T>(right, i * m * d), at<T>(a, i * n), at<T>(b, i * m), int(n), int(m), int(d), T(eps),
-            at<T>(kept, i * n * m)};
+            at<T>(kept, i * n * m), at<T>(row_shift, i * n), at<T>(column_shift, i * m)};
   }
 };
 
@@ -82,16 +83,16 @@ template <class Task> void each_group(const Inputs& in, int lanes, int threads, 
 }
 
 template <class T>
-void solve(const Inputs& in, int64_t max_iter, double tol, Address f, Address g, Address cost, Address value, Address n_iter,
+void solve(const Inputs& in, bool accelerate, int64_t max_iter, double tol, Address f, Address g, Address cost, Address value, Address n_iter,
            Address error, int threads) {
   const auto& kernel = kernels_of<T>(level());
   const auto solution = [&](int64_t i) -> Solution<T> {
     return {at<T>(f, i * in.n), at<T>(g, i * in.m), at<T>(cost, i), at<T>(value, i), at<T>(error, i), at<int64_t>(n_iter, i),
-            at<T>(in.kept, i * in.n * in.m)};
+            at<T>(in.kept, i * in.n * in.m), at<T>(in.row_shift, i * in.n), at<T>(in.column_shift, i * in.m)};
   };
   const auto problem = [&](int64_t i) {
     Problem<T> p = in.problem<T>(i);
-    p.kept = nullptr;  // still to be written
+    p.kept = p.row_shift = p.column_shift = nullptr;  // still to be written
     return p;
   };
   if (in.short_rows())
@@ -99,10 +100,10 @@ void solve(const Inputs& in, int64_t max_iter, double tol, Address f, Address g,
       Problem<T> problems[most_lanes];
       Solution<T> solutions[most_lanes];
       for (int k = 0; k < count; ++k) problems[k] = problem(first + k), solutions[k] = solution(first + k);
-      kernel.solve_lanes(problems, count, scratch, max_iter, T(tol), solutions);
+      kernel.solve_lanes(problems, count, scratch, accelerate, max_iter, T(tol), solutions);
     });
   each_problem(in, threads, double(max_iter + 10), [&](int64_t i, Arena& scratch, const Team& team) {
-    kernel.solve(problem(i), scratch, team, max_iter, T(tol), solution(i));
+    kernel.solve(problem(i), scratch, team, accelerate, max_iter, T(tol), solution(i));
   });
 }
 
@@ -157,7 +158,9 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of otloss; use otloss.backends.cpu.";
   py::class_<Inputs>(m, "Inputs")
       .def(py::init([](Address left, Address right, Address a, Address b, int64_t count, int64_t n, int64_t m, int64_t d,
-                       double eps, Address kept) { return Inputs{left, right, a, b, count, n, m, d, eps, kept}; }));
+                       double eps, Address kept, Address row_shift, Address column_shift) {
+        return Inputs{left, right, a, b, count, n, m, d, eps, kept, row_shift, column_shift};
+      }));
   py::class_<UpstreamAddresses>(m, "UpstreamAddresses").def(py::init([](Address cost, Address value, Address f, Address g) {
     return UpstreamAddresses{cost, value, f, g};
   }));

@@ -74,8 +74,8 @@ template <class T> T exponent_scale(T eps) { return T(log2e / double(eps)); }
 // The largest exponent (of 2) that a pair with mass can have; a pair without may have more, and 0 * 2^bound is 0.
 template <class T> constexpr T bound = sizeof(T) == 4 ? 86 : 860;
 
-template <class T> void log_rows(const Team& team, const Cost<T>& cost, const T* g, const T* log_b, T* f) {
-  const T scale = exponent_scale(cost.p.eps), back = T(ln2) * cost.p.eps;
+template <class T> void log_rows(const Team& team, const Cost<T>& cost, T eps, const T* g, const T* log_b, T* f) {
+  const T scale = exponent_scale(eps), back = T(ln2) * eps;
   team.each(cost.parts.count, [&](int part) {
     for (int i = cost.parts.begin(part); i < std::min(cost.n, cost.parts.end(part)); ++i) {
       const T* c = cost.row(i);
@@ -89,9 +89,9 @@ template <class T> void log_rows(const Team& team, const Cost<T>& cost, const T*
 }
 
 // peak and total are scratch of `cols`.
-template <class T> void log_cols(const Team& team, const Cost<T>& cost, const T* f, const T* log_a, T* g, T* peak, T* total) {
+template <class T> void log_cols(const Team& team, const Cost<T>& cost, T eps, const T* f, const T* log_a, T* g, T* peak, T* total) {
   constexpr int width = 512;
-  const T scale = exponent_scale(cost.p.eps), back = T(ln2) * cost.p.eps, none = -std::numeric_limits<T>::infinity();
+  const T scale = exponent_scale(eps), back = T(ln2) * eps, none = -std::numeric_limits<T>::infinity();
   team.each((cost.cols + width - 1) / width, [&](int strip) {
     const int begin = strip * width, end = std::min(cost.cols, begin + width);
     for (int j = begin; j < end; ++j) peak[j] = none, total[j] = 0;

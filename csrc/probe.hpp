@@ -54,7 +54,7 @@ template <class T> double probe_fma() {
 // GFLOP/s of the three products of one problem with features: the cost and the two contractions of its gradient.
 template <class T> double probe_products(Arena& arena, int n, int m, int d) {
   const size_t inputs = Arena::bytes<T>(size_t(n) * d) + Arena::bytes<T>(size_t(m) * d);
-  Problem<T> p{nullptr, nullptr, nullptr, nullptr, n, m, d, T(1), nullptr};
+  Problem<T> p{nullptr, nullptr, nullptr, nullptr, n, m, d, T(1), nullptr, nullptr, nullptr};
   Arena features;
   features.reset(inputs);
   T *x = features.take<T>(size_t(n) * d), *y = features.take<T>(size_t(m) * d);

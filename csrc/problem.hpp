@@ -3,6 +3,8 @@
 // A problem is a dense cost (right == nullptr, left = C of n x m) or a pair of feature sets (left = x of n x d,
 // right = y of m x d, C_ij = 1 - cos(x_i, y_j)), with masses a, b that sum to 1. In the KL gauge its plan is
 //   T_ij = a_i b_j exp((f_i + g_j - C_ij) / eps).
+// A constant of a row or column of C changes f_i or g_j alone. The minima of the rows, then of the columns, are taken out of a dense
+// cost first: an offset of the cost is then no part of any sum, and costs no digits. Potentials are those of the cost that is left.
 // A solve may keep the cost of features for the gradient, which then spares a product.
 #pragma once
 #include <algorithm>
@@ -28,12 +30,14 @@ template <class T> struct Problem {
   int n, m, d;
   T eps;
   const T* kept;  // the cost n x m of the features, or null
+  const T *row_shift = nullptr, *column_shift = nullptr;  // what solve took out of a dense cost, or null
 };
 
 template <class T> struct Solution {
   T *f, *g, *cost, *value, *error;
   int64_t* n_iter;
   T* kept;  // n x m, or null
+  T *row_shift, *column_shift;  // null for features
 };
 
 // Gradients of the loss by each output; a null vector stands for zero.
@@ -114,10 +118,10 @@ constexpr int short_rows = 64, most_lanes = 16;
 
 // The kernels of one level for one precision.
 template <class T> struct Kernels {
-  void (*solve)(const Problem<T>&, Arena&, const Team&, int64_t max_iter, T tol, const Solution<T>&);
+  void (*solve)(const Problem<T>&, Arena&, const Team&, bool accelerate, int64_t max_iter, T tol, const Solution<T>&);
   void (*implicit)(const Problem<T>&, Arena&, const Team&, const T* f, const T* g, const Upstream<T>&, bool adjoint, const Gradient<T>&);
   // Up to `lanes` problems of one shape, n and m at most short_rows; no loss on f or g.
-  void (*solve_lanes)(const Problem<T>*, int count, Arena&, int64_t max_iter, T tol, const Solution<T>*);
+  void (*solve_lanes)(const Problem<T>*, int count, Arena&, bool accelerate, int64_t max_iter, T tol, const Solution<T>*);
   void (*implicit_lanes)(const Problem<T>*, int count, Arena&, const T* const* f, const T* const* g, const Upstream<T>*, bool adjoint,
                          const Gradient<T>*);
   int lanes;

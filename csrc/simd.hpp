@@ -136,6 +136,19 @@ template <class T> OTLOSS_INLINE vec<T> exp2(vec<T> x) {
   return (horner<T, 0>(r) * r + T(1)) * (vec<T>)scale;
 }
 
+// log2(x) of a positive normal number, by the series of log((1 + t)/(1 - t)) for a mantissa in [sqrt(1/2), sqrt(2)): absolute
+// error 3e-8. Other arguments give some finite number.
+template <class T> OTLOSS_INLINE vec<T> log2(vec<T> x) {
+  using S = Simd<T>;
+  using I = typename vec_of<T>::ints;
+  const I bits = (I)x, fraction = bits & ((typename S::I(1) << S::mantissa) - 1);
+  const vec<T> whole = (vec<T>)(fraction | (I{} + (typename S::I(S::bias) << S::mantissa)));
+  const I upper = whole > T(1.4142135), exponent = ((bits >> S::mantissa) & (2 * S::bias + 1)) - S::bias - upper;  // true is -1
+  const vec<T> m = upper ? whole * T(0.5) : whole, t = (m - 1) / (m + 1), u = t * t;
+  return __builtin_convertvector(exponent, vec<T>) +
+         t * T(2 / ln2) * ((((u * T(1. / 9) + T(1. / 7)) * u + T(1. / 5)) * u + T(1. / 3)) * u + 1);
+}
+
 template <class T> OTLOSS_INLINE T dot(const T* x, const T* y, int n) {  // n is a multiple of the lanes
   vec<T> s0{}, s1{};
   int j = 0;

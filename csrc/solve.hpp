@@ -6,7 +6,9 @@
 //   sum_i a_i |phi_i (K b psi)_i - 1|,
 // so the stop test is free. When a scaling leaves [1/safe, safe] it is absorbed into F, G and K is rebuilt; when a sum
 // itself leaves [1/wide, wide], K no longer holds the entries that matter and the iteration is done again from the state
-// before it in the log-domain. The first half-step starts from F_i = min_j C_ij, so that no row of K vanishes.
+// before it in the log-domain. The first half-step starts from F_i = min_j C_ij - G_j, so that no row of K vanishes.
+//
+// Of a dense cost the minima of the rows and columns are taken out first (problem.hpp); f = g = 0 is then G_j = -column_shift_j.
 #pragma once
 #include "passes.hpp"
 
@@ -18,52 +20,85 @@ template <class T> struct Solver {
   const Problem<T>& p;
   const Cost<T>& cost;
   const Team& team;
-  const T scale;
-  T *K, *F, *G, *phi, *psi, *next_phi, *next_psi, *v, *log_a, *log_b, *a, *b, *miss, *sharp, *peak, *total;
+  T eps, scale;  // a stage may have another eps than the problem
+  T *K, *F, *G, *phi, *psi, *next_phi, *next_psi, *v, *log_a, *log_b, *a, *b, *miss, *sharp, *peak, *total, *row_shift, *column_shift;
   bool dead_rows, dead_cols, up = false;
 
   static size_t bytes(const Problem<T>& p) {
     const size_t n = round_up<T>(p.n), m = round_up<T>(p.m);
-    return Arena::bytes<T>(n * leading<T>(p.m)) + 7 * Arena::bytes<T>(n) + 7 * Arena::bytes<T>(m) +
-           2 * Arena::bytes<T>(m * Parts(int(n), int(m)).count);
+    return Arena::bytes<T>(n * leading<T>(p.m)) + 8 * Arena::bytes<T>(n) + 6 * Arena::bytes<T>(m) +
+           3 * Arena::bytes<T>(m * Parts(int(n), int(m)).count);
   }
 
-  Solver(const Cost<T>& cost, Arena& arena, const Team& team) : p(cost.p), cost(cost), team(team), scale(exponent_scale(p.eps)) {
+  Solver(const Cost<T>& cost, Arena& arena, const Team& team) : p(cost.p), cost(cost), team(team), eps(p.eps), scale(exponent_scale(eps)) {
     K = arena.take<T>(size_t(cost.rows) * cost.ld);
-    for (T** x : {&F, &phi, &next_phi, &log_a, &a, &miss, &sharp}) *x = arena.take<T>(cost.rows);
+    for (T** x : {&F, &phi, &next_phi, &log_a, &a, &miss, &sharp, &row_shift}) *x = arena.take<T>(cost.rows);
     for (T** x : {&G, &v, &log_b, &b, &peak, &total}) *x = arena.take<T>(cost.cols);
-    for (T** x : {&psi, &next_psi}) *x = arena.take<T>(size_t(cost.cols) * cost.parts.count);  // a sweep adds up into them
+    // Sums and minima over rows are taken part by part.
+    for (T** x : {&psi, &next_psi, &column_shift}) *x = arena.take<T>(size_t(cost.cols) * cost.parts.count);
     dead_rows = log_masses(p.a, cost.n, cost.rows, log_a);
     dead_cols = log_masses(p.b, cost.m, cost.cols, log_b);
-    for (int i = 0; i < cost.rows; ++i) a[i] = live_row(i) ? p.a[i] : T(0), F[i] = none, phi[i] = 1;
-    for (int j = 0; j < cost.cols; ++j) b[j] = live_col(j) ? p.b[j] : T(0), G[j] = live_col(j) ? T(0) : none, psi[j] = 1;
+    for (int i = 0; i < cost.rows; ++i) a[i] = live_row(i) ? p.a[i] : T(0), F[i] = none, phi[i] = 1, row_shift[i] = 0;
+    for (int j = 0; j < cost.cols; ++j) b[j] = live_col(j) ? p.b[j] : T(0), G[j] = live_col(j) ? T(0) : none, psi[j] = 1, column_shift[j] = 0;
   }
 
-  // Runs to the error `tol` (then true, with that error) or for max_iter iterations. record(k, f, g) sees every state.
-  template <class Record> bool run(int64_t max_iter, T tol, int64_t& k, T& error, Record record) {
+  // Fills the rows of the cost, and finds the minima over what is live, rows first, if they are asked for.
+  void read_cost(bool minima) {
+    team.each(cost.parts.count, [&](int part) {
+      T* low = column_shift + size_t(part) * cost.cols;
+      if (minima) std::fill(low, low + cost.cols, -none);
+      for (int i0 = cost.parts.begin(part); i0 < cost.parts.end(part); i0 += block) {
+        cost.fill(i0);
+        for (int i = i0; minima && i < std::min(i0 + block, cost.n); ++i) {
+          T* c = cost.row(i);
+          vec<T> top = splat<T>(none);  // -inf in G keeps dead columns and the padding out of the minimum
+          for (int j = 0; j < cost.cols; j += lanes<T>) top = max(load(G + j) - load(c + j), top);
+          row_shift[i] = -max_of<T>(top);
+          const bool counts = live_row(i);
+          for (int j = 0; counts && j < cost.cols; j += lanes<T>) store<T>(low + j, min(load(c + j) - row_shift[i], load(low + j)));
+        }
+      }
+    });
+    if (!minima) return;
+    for (int part = 1; part < cost.parts.count; ++part)
+      for (int j = 0; j < cost.cols; ++j) column_shift[j] = std::min(column_shift[j], column_shift[size_t(part) * cost.cols + j]);
+    for (int j = cost.m; j < cost.cols; ++j) column_shift[j] = 0;
+  }
+
+  // Takes the minima out of the cost.
+  void shift_cost() {
+    each_block([&](int i0) {
+      for (int i = i0; i < std::min(i0 + block, cost.n); ++i)
+        for (int j = 0; j < cost.cols; j += lanes<T>)
+          store<T>(cost.row(i) + j, shifted(load(cost.row(i) + j), splat<T>(row_shift[i]), load(column_shift + j)));
+    });
+  }
+
+  // Runs to the error `tol` or for max_iter iterations. record(k) sees every state.
+  template <class Record> void run(int64_t max_iter, T tol, int64_t& k, Record record) {
+    for (int j = 0; j < cost.m; ++j)
+      if (live_col(j)) G[j] = -column_shift[j];
     first_rows();
-    if (max_iter == 0)
-      for (int i = 0; i < cost.n; ++i) F[i] = 0;
     for (k = 0; k < max_iter; ++k) {
+      T error;
       const T reach = iterate(error);
-      if (k > 0 && error < tol) return true;
+      if (k > 0 && error < tol) return;
       if (reach <= wide) {  // not so for NaN
         std::swap(phi, next_phi);
         std::swap(psi, next_psi);
         if (reach > safe) absorb();
       } else if (!log_iterate()) {
         ++k;
-        return false;  // not finite: the outputs say so
+        return;  // not finite: the outputs say so
       }
       record(k + 1);
     }
-    return false;
   }
 
   // f and g of the state for live entries; 0 elsewhere.
   void potentials(T* f, T* g) const {
-    for (int i = 0; i < cost.n; ++i) f[i] = live_row(i) ? F[i] + p.eps * std::log(phi[i]) : T(0);
-    for (int j = 0; j < cost.m; ++j) g[j] = live_col(j) ? G[j] + p.eps * std::log(psi[j]) : T(0);
+    for (int i = 0; i < cost.n; ++i) f[i] = live_row(i) ? F[i] + eps * std::log(phi[i]) : T(0);
+    for (int j = 0; j < cost.m; ++j) g[j] = live_col(j) ? G[j] + eps * std::log(psi[j]) : T(0);
   }
 
   // task(first row) for every block of rows, part by part.
@@ -73,7 +108,7 @@ template <class T> struct Solver {
     });
   }
 
- private:
+ protected:
   static constexpr T none = -std::numeric_limits<T>::infinity();
   bool live_row(int i) const { return log_a[i] != none; }
   bool live_col(int j) const { return log_b[j] != none; }
@@ -85,9 +120,8 @@ template <class T> struct Solver {
 
   void first_rows() {
     each_block([&](int i0) {
-      cost.fill(i0);
       for (int i = i0; i < i0 + block; ++i) {
-        if (live_row(i)) {  // -inf in G keeps dead columns and the padding out of the minimum
+        if (live_row(i)) {
           vec<T> top = splat<T>(none);
           for (int j = 0; j < cost.cols; j += lanes<T>) top = max(load(G + j) - load(cost.row(i) + j), top);
           F[i] = -max_of<T>(top);
@@ -131,9 +165,9 @@ template <class T> struct Solver {
 
   void absorb() {
     for (int i = 0; i < cost.n; ++i)
-      if (live_row(i)) F[i] += p.eps * std::log(phi[i]);
+      if (live_row(i)) F[i] += eps * std::log(phi[i]);
     for (int j = 0; j < cost.m; ++j)
-      if (live_col(j)) G[j] += p.eps * std::log(psi[j]);
+      if (live_col(j)) G[j] += eps * std::log(psi[j]);
     rebuild();
   }
 
@@ -146,9 +180,9 @@ template <class T> struct Solver {
   }
 
   bool log_iterate() {
-    for (int j = 0; j < cost.m; ++j) G[j] = live_col(j) ? G[j] + p.eps * std::log(psi[j]) : T(0);
-    log_rows(team, cost, G, log_b, F);
-    log_cols(team, cost, F, log_a, G, peak, total);
+    for (int j = 0; j < cost.m; ++j) G[j] = live_col(j) ? G[j] + eps * std::log(psi[j]) : T(0);
+    log_rows(team, cost, eps, G, log_b, F);
+    log_cols(team, cost, eps, F, log_a, G, peak, total);
     T check = 0;
     for (int i = 0; i < cost.rows; ++i) {
       if (!live_row(i)) F[i] = none;
@@ -162,66 +196,5 @@ template <class T> struct Solver {
     return check == 0;
   }
 };
-
-template <class T>
-void solve(const Problem<T>& p, Arena& arena, const Team& team, int64_t max_iter, T tol, const Solution<T>& out) {
-  arena.reset(Cost<T>::bytes(p, false) + Solver<T>::bytes(p));
-  const Cost<T> cost(p, arena, true, false);
-  Solver<T> s(cost, arena, team);
-  T error = 0;
-  const bool stopped = s.run(max_iter, tol, *out.n_iter, error, [](int64_t) {});
-  cost.copy_cost_to(out.kept);
-
-  T *f = s.F, *g = s.G;  // dead entries: one half-step from the live ones
-  s.potentials(f, g);
-  for (int j = cost.m; j < cost.cols; ++j) g[j] = 0;
-  T *f_all = s.next_phi, *g_all = s.next_psi;
-  if (s.dead_rows) log_rows(team, cost, g, s.log_b, f_all);
-  if (s.dead_cols) log_cols(team, cost, f, s.log_a, g_all, s.peak, s.total);
-  double shift = 0;
-  for (int i = 0; i < cost.n; ++i) {
-    if (s.a[i] == 0) f[i] = f_all[i];
-    shift -= 0.5 * double(s.a[i]) * f[i];
-  }
-  for (int j = 0; j < cost.m; ++j) {
-    if (s.b[j] == 0) g[j] = g_all[j];
-    shift += 0.5 * double(s.b[j]) * g[j];
-  }
-  for (int i = 0; i < cost.n; ++i) out.f[i] = f[i] += T(shift);
-  for (int j = 0; j < cost.m; ++j) out.g[j] = g[j] -= T(shift);
-
-  // <T, C>;  <T, C> + eps KL(T|ab') = <T1, f> + <T'1, g> - eps (sum T - 1);  |T1 - a|. By rows: sums of b k, b k C, b k g.
-  T *mass_of = s.phi, *sharp_of = s.sharp, *potential_of = s.miss;
-  s.each_block([&](int i0) {
-    vec<T> t[block] = {}, tc[block] = {}, tg[block] = {};
-    for (int j = 0; j < cost.cols; j += lanes<T>) {
-      const vec<T> b = load(s.b + j), gj = load(g + j);
-      repeat<block>(OTLOSS_EACH(r) {
-        const vec<T> c = load(cost.row(i0 + r) + j), k = exp2<T>(min(splat(bound<T>), ((f[i0 + r] + gj) - c) * s.scale)) * b;
-        t[r] += k;
-        tc[r] += k * c;
-        tg[r] += k * gj;
-      });
-    }
-    T all[pad_to<T>];
-    const auto keep = [&](vec<T>* part, T* to) {
-      sums<T, block>(part, all);
-      std::memcpy(to + i0, all, sizeof(T) * block);
-    };
-    keep(t, mass_of), keep(tc, sharp_of), keep(tg, potential_of);
-  });
-  double sharp = 0, potential = 0, mass = 0, missed = 0;
-  for (int i = 0; i < cost.n; ++i) {
-    if (s.a[i] == 0) continue;  // its sums may have overflowed
-    const double a = s.a[i], row = mass_of[i];
-    sharp += a * sharp_of[i];
-    potential += a * (f[i] * row + potential_of[i]);
-    mass += a * row;
-    missed += a * std::fabs(row - 1);
-  }
-  *out.cost = T(sharp);
-  *out.value = T(potential - p.eps * (mass - 1));
-  *out.error = stopped ? error : T(missed);
-}
 
 }  // namespace otloss::OTLOSS_LEVEL

@@ -31,16 +31,15 @@ void unrolled_gradient(const Problem<T>& p, Arena& arena, int64_t n_iter, const 
   std::memset(f, 0, sizeof(T) * (n_iter + 1) * rows);
   std::memset(g, 0, sizeof(T) * (n_iter + 1) * cols);
 
+  s.read_cost(false);
   if (s.dead_rows || s.dead_cols || n_iter == 0) {
-    for (int i0 = 0; i0 < cost.rows; i0 += block) cost.fill(i0);
     for (int64_t k = 1; k <= n_iter; ++k) {
-      log_rows(alone, cost, g + (k - 1) * cols, s.log_b, f + k * rows);
-      log_cols(alone, cost, f + k * rows, s.log_a, g + k * cols, s.peak, s.total);
+      log_rows(alone, cost, p.eps, g + (k - 1) * cols, s.log_b, f + k * rows);
+      log_cols(alone, cost, p.eps, f + k * rows, s.log_a, g + k * cols, s.peak, s.total);
     }
   } else {
     int64_t ran;
-    T error;
-    s.run(n_iter, T(0), ran, error, [&](int64_t k) { s.potentials(f + k * rows, g + k * cols); });
+    s.run(n_iter, T(0), ran, [&](int64_t k) { s.potentials(f + k * rows, g + k * cols); });
     if (ran < n_iter) s.potentials(f + n_iter * rows, g + n_iter * cols);  // a value was not finite: the results must show it
   }
 

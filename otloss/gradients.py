@@ -36,7 +36,7 @@ from torch import Tensor
 
 from otloss import operators
 from otloss.backends import get_backend
-from otloss.backends.protocol import Gradients, Problem, Solution, Upstream
+from otloss.backends.protocol import Gradients, Problem, Shift, Solution, Upstream
 from otloss.checks import no_autocast
 
 MODES = ("implicit", "unroll", "none")
@@ -65,29 +65,30 @@ class Sinkhorn(torch.autograd.Function):
         mass_tol: float,
         max_iter: int,
         tol: float,
+        accelerate: bool,
         keep: bool,
         mode: str,
         backend: str,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        options = (mass_names, mass_tol, eps, max_iter, tol, keep, backend)
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        options = (mass_names, mass_tol, eps, max_iter, tol, accelerate, keep, backend)
         return operators.solve(left, right, a, b, log_totals, *options)  # type: ignore[no-any-return]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        left, right, a, b, ctx.eps, _, _, _, ctx.max_iter, _, _, ctx.mode, ctx.backend = inputs
-        *outputs, kept = output
-        solution = Solution(*outputs)
-        ctx.save_for_backward(left, right, a, b, solution.f, solution.g, solution.n_iter, kept)
+        left, right, a, b, ctx.eps, _, _, _, ctx.max_iter, _, _, _, ctx.mode, ctx.backend = inputs
+        *outputs, row_shift, column_shift, kept = output
+        f, g, _, _, n_iter, _ = outputs
+        ctx.save_for_backward(left, right, a, b, f, g, n_iter, row_shift, column_shift, kept)
         names = _DIFFERENTIABLE[ctx.mode]
-        constant = [out for name, out in zip(Solution._fields, solution, strict=True) if name not in names]
-        ctx.mark_non_differentiable(*constant, kept)
+        constant = [out for name, out in zip(Solution._fields, outputs, strict=False) if name not in names]
+        ctx.mark_non_differentiable(*constant, row_shift, column_shift, kept)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        by = dict(zip(Solution._fields, grads[:-1], strict=True))  # the last is of what was kept, and None
+        by = dict(zip(Solution._fields, grads, strict=False))  # the last three are constants: None
         upstream = Upstream(by["transport_cost"], by["value"], by["f"], by["g"])
-        left, right, a, b, f, g, n_iter, kept = ctx.saved_tensors
+        left, right, a, b, f, g, n_iter, row_shift, column_shift, kept = ctx.saved_tensors
         problem = Problem(left, right, a, b, ctx.eps)
         need_left, need_right, need_a, need_b = ctx.needs_input_grad[:4]
         need_cost = need_left or need_right
@@ -101,7 +102,8 @@ class Sinkhorn(torch.autograd.Function):
                 p, q, slope = _project(upstream.f, upstream.g, a, b, f, g)
                 upstream = Upstream(upstream.cost, upstream.value, p, q)
             adjoint = ctx.mode == "implicit" and (upstream.cost is not None or upstream.f is not None)
-            gradients = _implicit(problem, f, g, kept, upstream, adjoint, need_cost, ctx.mode, ctx.backend)
+            shift = Shift(row_shift, column_shift)
+            gradients = _implicit(problem, f, g, shift, kept, upstream, adjoint, need_cost, ctx.mode, ctx.backend)
             if slope is not None:
                 by_a, by_b = gradients.a - slope * f / 2, gradients.b + slope * g / 2
                 gradients = Gradients(gradients.left, gradients.right, by_a, by_b)
@@ -135,6 +137,7 @@ def _implicit(
     problem: Problem,
     f: Tensor,
     g: Tensor,
+    shift: Shift,
     kept: Tensor,
     upstream: Upstream,
     adjoint: bool,
@@ -145,9 +148,10 @@ def _implicit(
     if mode != "none" and _twice(backend):
         with no_autocast(problem.left):
             # Without `kept`, which has no graph: the cost is computed again inside the graph.
-            return get_backend(backend).implicit_gradient(problem, f, g, upstream, adjoint, need_cost)[0]
+            return operators.implicit(backend, problem, f, g, shift, upstream, adjoint, need_cost)[0]
     left, right, a, b, eps = problem
-    return _run("implicit_gradient", backend, mode, left, right, a, b, f, g, kept, *upstream, eps, adjoint, need_cost)
+    options = (*upstream, eps, adjoint, need_cost)
+    return _run("implicit_gradient", backend, mode, left, right, a, b, f, g, *shift, kept, *options)
 
 
 def _unrolled(

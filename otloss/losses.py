@@ -10,7 +10,7 @@ from otloss.backends import check_backend
 from otloss.checks import check_choice, check_count, check_number
 from otloss.cost import cosine_cost
 from otloss.gradients import MODES
-from otloss.sinkhorn import SinkhornOutput, cosine_sinkhorn, sinkhorn
+from otloss.sinkhorn import SOLVERS, SinkhornOutput, cosine_sinkhorn, sinkhorn
 
 __all__ = ["CosineCost", "CosineSinkhornLoss", "SinkhornLoss"]
 
@@ -44,11 +44,12 @@ class _TransportLoss(nn.Module):
         self,
         eps: float = 0.05,
         objective: str = "transport_cost",
-        max_iter: int = 200,
+        max_iter: int = 1000,
         tol: float = 1e-5,
         gradient: str = "implicit",
         reduction: str = "mean",
         backend: str | None = None,
+        solver: str = "auto",
     ) -> None:
         super().__init__()
         check_number("eps", eps, positive=True)
@@ -57,6 +58,7 @@ class _TransportLoss(nn.Module):
         check_number("tol", tol, positive=False)
         check_choice("gradient", gradient, MODES)
         check_choice("reduction", reduction, REDUCTIONS)
+        check_choice("solver", solver, SOLVERS)
         if backend is not None:
             check_backend(backend)
         if gradient == "none" and objective != "transport_cost":
@@ -65,7 +67,7 @@ class _TransportLoss(nn.Module):
                 "take gradient 'implicit'"
             )
         self.eps, self.objective, self.max_iter, self.tol = eps, objective, max_iter, tol
-        self.gradient, self.reduction, self.backend = gradient, reduction, backend
+        self.gradient, self.reduction, self.backend, self.solver = gradient, reduction, backend, solver
 
     @property
     def _options(self) -> dict[str, Any]:
@@ -74,6 +76,7 @@ class _TransportLoss(nn.Module):
             "max_iter": self.max_iter,
             "tol": self.tol,
             "gradient": self.gradient,
+            "solver": self.solver,
             "backend": self.backend,
         }
 
@@ -85,7 +88,7 @@ class _TransportLoss(nn.Module):
     def extra_repr(self) -> str:
         text = (
             f"eps={self.eps}, objective={self.objective!r}, max_iter={self.max_iter}, tol={self.tol}, "
-            f"gradient={self.gradient!r}, reduction={self.reduction!r}"
+            f"gradient={self.gradient!r}, reduction={self.reduction!r}, solver={self.solver!r}"
         )
         return text if self.backend is None else f"{text}, backend={self.backend!r}"
 
@@ -100,7 +103,7 @@ class SinkhornLoss(_TransportLoss):
     Args:
         eps: strength of the entropy, in units of the cost.
         objective: ``"transport_cost"`` or ``"value"``.
-        max_iter, tol, gradient, backend: as in :func:`otloss.sinkhorn`.
+        max_iter, tol, gradient, solver, backend: as in :func:`otloss.sinkhorn`.
         reduction: what to do over problems: ``"mean"``, ``"sum"`` or ``"none"``.
 
     Raises:
@@ -146,7 +149,7 @@ class CosineSinkhornLoss(_TransportLoss):
     Args:
         eps: strength of the entropy, in units of the cost.
         objective: ``"transport_cost"``, ``"value"`` or ``"divergence"``.
-        max_iter, tol, gradient, backend: as in :func:`otloss.sinkhorn`.
+        max_iter, tol, gradient, solver, backend: as in :func:`otloss.sinkhorn`.
         reduction: what to do over problems: ``"mean"``, ``"sum"`` or ``"none"``.
 
     Raises:

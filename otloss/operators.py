@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from otloss.backends import get_backend
-from otloss.backends.protocol import Gradients, Problem, Upstream
+from otloss.backends.protocol import Gradients, Problem, Shift, Solution, Upstream
 from otloss.checks import no_autocast, warn
 
 
@@ -100,6 +100,22 @@ def room_to_keep(problem: Problem, keep: bool, backend: str) -> Tensor:
     return a.new_empty(count, n, m) if 2 * n * m <= (n + m) * d else a.new_empty(0)
 
 
+def converged(problem: Problem, solution: Solution, tol: float) -> Tensor:
+    """Of each problem, whether the error of its plan is below ``tol``, but for the rounding of its potentials.
+
+    A potential is rounded by u of itself, u = 2^-24 (2^-53), and so are the sum f_i + g_j and its difference to C_ij.
+    An entry of the plan is thus known to u (|f_i| + |g_j| + |f_i + g_j| + |C_ij - f_i - g_j|) / eps of itself, where
+    costs and potentials are those after the shift, and each marginal to the mean of that under the plan. As
+    C_ij - f_i - g_j = -eps log k_ij, of mean size at most eps (1 + log(n m)), both marginals are off by at most
+    4 u (<a, |f|> + <b, |g|>) / eps + 2 u (1 + log(n m)).
+    """
+    f, g, error = solution.f, solution.g, solution.error
+    sizes = (problem.a * f.abs()).sum(-1) + (problem.b * g.abs()).sum(-1)
+    unit = torch.finfo(f.dtype).eps / 2
+    points = max(f.shape[-1] * g.shape[-1], 1)
+    return error < tol + unit * (4 * sizes / problem.eps + 2 * (1 + math.log(points)))
+
+
 def _or_none(kept: Tensor) -> Tensor | None:
     """None for an empty tensor, which stands for it in the operators' schemas."""
     return kept if kept.numel() else None
@@ -117,11 +133,13 @@ def solve(
     eps: float,
     max_iter: int,
     tol: float,
+    accelerate: bool,
     keep: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """f, g, transport cost, value, iterations, error, and what is kept for the gradient (empty where nothing is).
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """f, g, transport cost, value, iterations, error, the shift of a dense cost (two tensors), and what is kept.
 
+    The last three are empty where there is no such thing.
     ``log_totals (B, 2)`` are the logarithms of the masses' totals before normalising. ``given`` holds the names of the
     arguments by which masses came, separated by blanks, as "log_a b"; a marginal that is not named is uniform. ``keep``
     says that an implicit gradient may follow.
@@ -131,34 +149,65 @@ def solve(
     all_live = not checked or _check_marginals(a, b, log_totals, mass_names, mass_tol)
     kept = room_to_keep(problem, keep, backend)
     with no_autocast(left):
-        solution = get_backend(backend).solve(problem, max_iter, tol, _or_none(kept))
+        chosen = get_backend(backend)
+        options: Any = {"accelerate": True} if accelerate and getattr(chosen, "ACCELERATES", False) else {}
+        solution = chosen.solve(problem, max_iter, tol, _or_none(kept), **options)
     if checked:
         # An entry between two points without mass appears in no output, but it does in gradients.
         hidden: tuple[Tensor, ...] = () if all_live else (left,) if right is None else (left, right)
         if not all(map(_finite, (solution.transport_cost, solution.f, solution.g, *hidden))):
             raise ValueError(_explain_nonfinite(problem, mass_names))
-        if tol > 0 and solution.error.numel() and float(solution.error.max()) >= tol:
+        error = solution.error
+        if tol > 0 and error.numel() and float(error.max()) >= tol and not converged(problem, solution, tol).all():
             # The text holds no figures of this call, so that Python shows it once.
             warn(
                 f"problems did not reach tol={tol:g} in max_iter={max_iter} iterations at eps={eps:g} "
                 "(see converged and marginal_error); raise max_iter, tol or eps",
                 ConvergenceWarning,
             )
-    return _contiguous(*solution, kept)
+    *outputs, shift = solution
+    if shift is None:
+        shift = Shift(a.new_zeros(a.shape), a.new_zeros(b.shape)) if right is None else _no_shift(a)
+    return _contiguous(*outputs, *shift, kept)
+
+
+def _no_shift(like: Tensor) -> Shift:
+    return Shift(like.new_empty(0), like.new_empty(0))
 
 
 @solve.register_fake
-def _(left, right, a, b, log_totals, given, mass_tol, eps, max_iter, tol, keep, backend):  # type: ignore[no-untyped-def]
+def _(left, right, a, b, log_totals, given, mass_tol, eps, max_iter, tol, accelerate, keep, backend):  # type: ignore[no-untyped-def]
     scalar = a.new_empty(a.shape[0])
+    of_rows, of_columns = (torch.empty_like(mass, memory_format=torch.contiguous_format) for mass in (a, b))
+    shift = Shift(torch.empty_like(of_rows), torch.empty_like(of_columns)) if right is None else _no_shift(a)
     return (
-        torch.empty_like(a, memory_format=torch.contiguous_format),
-        torch.empty_like(b, memory_format=torch.contiguous_format),
+        of_rows,
+        of_columns,
         scalar,
         torch.empty_like(scalar),
         torch.empty_like(scalar, dtype=torch.int64),
         torch.empty_like(scalar),
+        *shift,
         room_to_keep(Problem(left, right, a, b, eps), keep, backend),
     )
+
+
+def implicit(
+    backend: str,
+    problem: Problem,
+    f: Tensor,
+    g: Tensor,
+    shift: Shift,
+    upstream: Upstream,
+    adjoint: bool,
+    need_cost: bool,
+    kept: Tensor | None = None,
+) -> tuple[Gradients, Tensor]:
+    """A backend's implicit gradient; the shift reaches it where it has one."""
+    taken: Any = {}
+    if problem.right is None and getattr(get_backend(backend), "SHIFTS_COST", False):
+        taken["shift"] = shift
+    return get_backend(backend).implicit_gradient(problem, f, g, upstream, adjoint, need_cost, kept, **taken)
 
 
 @torch.library.custom_op("otloss::implicit_gradient", mutates_args=())
@@ -169,6 +218,8 @@ def implicit_gradient(
     b: Tensor,
     f: Tensor,
     g: Tensor,
+    row_shift: Tensor,
+    column_shift: Tensor,
     kept: Tensor,
     grad_cost: Tensor | None,
     grad_value: Tensor | None,
@@ -182,9 +233,8 @@ def implicit_gradient(
     """Gradients of left, right, a and b by the implicit function theorem."""
     problem, upstream = Problem(left, right, a, b, eps), Upstream(grad_cost, grad_value, grad_f, grad_g)
     with no_autocast(left):
-        gradients, residual = get_backend(backend).implicit_gradient(
-            problem, f, g, upstream, adjoint, need_cost, _or_none(kept)
-        )
+        shift = Shift(row_shift, column_shift)
+        gradients, residual = implicit(backend, problem, f, g, shift, upstream, adjoint, need_cost, _or_none(kept))
     if _checks_on(left) and residual.numel() and not float(residual.max()) <= 1e-2:  # so written, NaN warns too
         warn(
             f"the gradient's linear system was left with a relative residual above 1e-2 at eps={eps:g}: "
@@ -206,7 +256,7 @@ def _fake_gradients(left: Tensor, right: Tensor | None, a: Tensor, b: Tensor, ne
 
 
 @implicit_gradient.register_fake
-def _(left, right, a, b, f, g, kept, gc, gv, gf, gg, eps, adjoint, need_cost, backend):  # type: ignore[no-untyped-def]
+def _(left, right, a, b, f, g, rows, columns, kept, gc, gv, gf, gg, eps, adjoint, need_cost, backend):  # type: ignore[no-untyped-def]
     return _fake_gradients(left, right, a, b, need_cost)
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from otloss.backends import choose_backend, get_backend
-from otloss.backends.protocol import Problem, Solution
-from otloss.backends.reference import transport_plan
+from otloss.backends.protocol import Problem, Shift, Solution
+from otloss.backends.reference import shifted, transport_plan
 from otloss.checks import (
     check_choice,
     check_count,
@@ -25,8 +25,11 @@ from otloss.checks import (
 from otloss.compat import is_exporting
 from otloss.cost import cosine_cost, negligible
 from otloss.gradients import MODES, Sinkhorn
+from otloss.operators import converged
 
 __all__ = ["SinkhornOutput", "cosine_sinkhorn", "sinkhorn"]
+
+SOLVERS = ("auto", "plain")
 
 #: How far the totals of a and b may lie apart, relatively: a softmax over 10^5 points is off by 1e-5 in float32.
 #: In half precision 2e-2.
@@ -40,9 +43,11 @@ class SinkhornOutput:
         transport_cost: ``(B,)`` <T, C>, the sharp Sinkhorn loss.
         value: ``(B,)`` <T, C> + eps KL(T | ab').
         f: ``(B, n)`` and ``g``: ``(B, m)`` potentials, T_ij = a_i b_j exp((f_i + g_j - C_ij)/eps), <a, f> = <b, g>.
-        n_iter: ``(B,)`` iterations that each problem took.
-        marginal_error: ``(B,)`` L1 distance of the plan's marginals from a and b.
-        converged: ``(B,)`` whether that fell below ``tol``.
+        n_iter: ``(B,)`` iterations that each problem took: sweeps over its cost.
+        marginal_error: ``(B,)`` L1 distance of both marginals of the plan from a and b.
+        converged: ``(B,)`` whether that is below ``tol``, but for what the rounding of f and g does to the plan: at
+            most 4 u (<a, |f|> + <b, |g|>) / eps + 2 u (1 + log(n m)), with u = 2^-24 (2^-53 in float64), for f and g of
+            the cost without the minima of its rows and columns.
         plan: ``(B, n, m)``, built on first use, from cost or features as they are then. That these were not changed in
             place is checked, except in a compiled function and of tensors of inference mode, which count no writes. Of
             features the cost is PyTorch's product: see :func:`cosine_cost`.
@@ -52,22 +57,45 @@ class SinkhornOutput:
     """
 
     def __init__(self, source: _PlanSource, solution: Solution, gradient: str, tol: float) -> None:
-        shape = source.batch
-        self._source, self._gradient = source, gradient
+        self._source, self._gradient, self._tol = source, gradient, tol
+        self._solution = solution
         self._plan: Tensor | None = None
-        if len(shape) != 1:
-            solution = Solution(*(out.reshape((*shape, *out.shape[1:])) for out in solution))
-        self.f, self.g, self.transport_cost, self.value, self.n_iter, self.marginal_error = solution
-        self.converged = self.marginal_error < tol
+        shape = source.batch
+        self.transport_cost, self.value, self.n_iter, self.marginal_error = (x.reshape(shape) for x in solution[2:6])
+
+    @property
+    def f(self) -> Tensor:
+        """Potentials ``(B, n)``."""
+        return self._potentials()[0]
+
+    @property
+    def g(self) -> Tensor:
+        """Potentials ``(B, m)``."""
+        return self._potentials()[1]
+
+    @property
+    def converged(self) -> Tensor:
+        """``(B,)`` whether each problem has converged."""
+        return converged(self._source.problem, self._solution, self._tol).reshape(self._source.batch)
+
+    def _potentials(self) -> tuple[Tensor, Tensor]:
+        """f and g of the cost as it was given, with <a, f> = <b, g>."""
+        f, g, batch = self._solution.f, self._solution.g, self._source.batch
+        if self._solution.shift is not None:
+            rows, columns = self._solution.shift
+            a, b = self._source.masses(constant=not f.requires_grad)
+            constant = ((b * columns).sum(-1, keepdim=True) - (a * rows).sum(-1, keepdim=True)) / 2
+            f, g = f + (rows + constant), g + (columns - constant)
+        return f.reshape(*batch, f.shape[-1]), g.reshape(*batch, g.shape[-1])
 
     @property
     def plan(self) -> Tensor:
         """The plan ``(B, n, m)``. Any function of it is differentiable in mode "implicit"."""
         if self._plan is not None:
             return self._plan
-        plan = self._source.plan(self.f, self.g, constant=self._gradient != "implicit")
+        plan = self._source.plan(self._solution, constant=self._gradient != "implicit")
         # A plan that was built under no_grad is not stored: the next one may need a graph.
-        if plan.requires_grad or not self.f.requires_grad:
+        if plan.requires_grad or not self._solution.f.requires_grad:
             self._plan = plan
         return plan
 
@@ -111,18 +139,28 @@ class _PlanSource:
             what = "the cost was" if self.problem.right is None else "x or y were"
             raise RuntimeError(f"{what} changed in place after the problem was solved; read out.plan before that")
 
-    def plan(self, f: Tensor, g: Tensor, constant: bool) -> Tensor:
+    def _differentiable(self, constant: bool) -> list[Tensor]:
+        """The operands. One that did not require a gradient when the problem was solved gets none here.
+
+        Potentials have no graph to it, so its gradient would lack their part.
+        """
+        tracked = zip(self._operands(), self._tracks_gradients(), self._tracked, strict=True)
+        return [t.detach() if constant or (now and not then) else t for t, now, then in tracked]
+
+    def masses(self, constant: bool) -> tuple[Tensor, Tensor]:
+        """The masses a and b."""
+        *_, a, b = self._differentiable(constant)
+        return a, b
+
+    def plan(self, solution: Solution, constant: bool) -> Tensor:
         self._check_unchanged()
+        f, g = solution.f, solution.g
         with no_autocast(f):
-            # An operand that did not require a gradient when the problem was solved gets none here: f and g have no
-            # graph to it, so its gradient would lack their part.
-            tracked = zip(self._operands(), self._tracks_gradients(), self._tracked, strict=True)
-            *points, a, b = (t.detach() if constant or (now and not then) else t for t, now, then in tracked)
-            f, g = f.reshape(a.shape), g.reshape(b.shape)
+            *points, a, b = self._differentiable(constant)
             if constant:
                 f, g = f.detach(), g.detach()
             points = [t.to(f.dtype) for t in points]
-            cost = points[0] if len(points) == 1 else cosine_cost(points[0], points[1])
+            cost = shifted(points[0], solution.shift) if len(points) == 1 else cosine_cost(points[0], points[1])
             plan = transport_plan(cost, a, b, f, g, self.problem.eps)
         return plan.reshape(*self.batch, *plan.shape[1:])
 
@@ -175,12 +213,14 @@ def _solve(
     max_iter: int,
     tol: float,
     gradient: str,
+    solver: str,
     backend: str | None,
 ) -> SinkhornOutput:
     check_number("eps", eps, positive=True)
     check_number("tol", tol, positive=False)
     check_count("max_iter", max_iter)
     check_choice("gradient", gradient, MODES)
+    check_choice("solver", solver, SOLVERS)
     named: dict[str, Any] = {"cost": left} if right is None else {"x": left, "y": right}
     masses = {name: x for name, x in (("a", a), ("log_a", log_a), ("b", b), ("log_b", log_b)) if x is not None}
     for name, mass in masses.items():
@@ -205,13 +245,17 @@ def _solve(
         log_totals = torch.cat((totals[0], totals[-1]), dim=-1)
         mass_tol = max((MASS_TOLERANCE.get(mass.dtype, 2e-2) for mass in masses.values()), default=0.0)
         # Whether keeping the cost pays depends on the sizes, which an exported graph may leave open.
+        accelerate = solver == "auto" and gradient != "unroll" and tol > 0
         keep = gradient != "unroll" and torch.is_grad_enabled() and not is_exporting()
         problem = Problem(left, right, p, q, float(eps))
         mass_names = " ".join(masses)
-        *solution, _ = Sinkhorn.apply(
-            *problem, log_totals, mass_names, mass_tol, int(max_iter), float(tol), keep, gradient, chosen
+        *outputs, row_shift, column_shift, _ = Sinkhorn.apply(
+            *problem, log_totals, mass_names, mass_tol, int(max_iter), float(tol), accelerate, keep, gradient, chosen
         )
-    return SinkhornOutput(_PlanSource(problem, batch), Solution(*solution), gradient, float(tol))
+    f, g, cost, value, n_iter, error = outputs
+    shift = Shift(row_shift, column_shift) if right is None else None
+    solution = Solution(f, g, cost, value, n_iter, error, shift)
+    return SinkhornOutput(_PlanSource(problem, batch), solution, gradient, float(tol))
 
 
 def sinkhorn(
@@ -222,17 +266,18 @@ def sinkhorn(
     eps: float = 0.05,
     log_a: Tensor | None = None,
     log_b: Tensor | None = None,
-    max_iter: int = 200,
+    max_iter: int = 1000,
     tol: float = 1e-5,
     gradient: str = "implicit",
+    solver: str = "auto",
     backend: str | None = None,
 ) -> SinkhornOutput:
     r"""Entropic optimal transport for a batch of costs.
 
     .. math:: T = \arg\min_{T1 = a,\; T^\top 1 = b} \langle T, C \rangle + \varepsilon\, \mathrm{KL}(T \,|\, a b^\top)
 
-    Solved by Sinkhorn iterations, f then g, from f = g = 0; each problem stops by itself when the L1 error of its
-    marginals falls below ``tol``.
+    Solved by Sinkhorn iterations, f then g, or by steps that need fewer of them, see ``solver``. Each problem stops by
+    itself when the L1 error of its marginals falls below ``tol``.
 
     Args:
         cost: ``(B, n, m)``; ``B`` is any number of leading dimensions, also none. float16 and bfloat16 are solved in
@@ -245,11 +290,15 @@ def sinkhorn(
         eps: strength of the entropy, in units of the cost. ``torch.compile`` makes a graph for each value.
         log_a: logarithms of the masses instead of ``a``, as ``log_softmax`` gives them; ``-inf`` means no mass.
         log_b: likewise.
-        max_iter: most iterations.
-        tol: bound on the L1 error of the marginals; 0 runs ``max_iter`` iterations.
+        max_iter: most iterations; each is one sweep over the cost.
+        tol: bound on the L1 error of the marginals; 0 runs ``max_iter`` plain iterations.
         gradient: "implicit" differentiates the solution itself, for every output; "unroll" the iterations that were
             run, for ``transport_cost`` and ``value``; "none" takes the plan as a constant, so that only
             ``transport_cost`` has a gradient, by the cost alone.
+        solver: "plain" runs Sinkhorn's iterations from f = g = 0. "auto" takes quasi-Newton steps on the dual where
+            plain iterations are slow, each only if it provably raises the dual by what a plain iteration is bound to,
+            and solves roughly at larger eps first where the start is far off. It gives the same solution within
+            ``tol``; in mode "unroll", and with tol 0, it is "plain".
         backend: name of a backend, see :func:`otloss.backends`; None takes the best for the device.
 
     Returns:
@@ -273,12 +322,13 @@ def sinkhorn(
         >>> round(out.transport_cost.item(), 3)
         0.25
 
-    Source: Cuturi 2013 (arXiv 1306.0895); Schmitzer 2019 (1610.06519) for the stabilised iterations.
+    Source: Cuturi 2013 (arXiv 1306.0895); Schmitzer 2019 (1610.06519) for the stabilised iterations and for larger eps
+    first; Liu and Nocedal 1989 for the quasi-Newton steps.
     """
     check_tensor("cost", cost, 2, "(B, n, m)")
     if 0 in cost.shape[-2:]:
         raise ValueError(f"cost must have at least one row and one column, got {tuple(cost.shape)}")
-    return _solve(cost, None, a, b, log_a, log_b, eps, max_iter, tol, gradient, backend)
+    return _solve(cost, None, a, b, log_a, log_b, eps, max_iter, tol, gradient, solver, backend)
 
 
 def cosine_sinkhorn(
@@ -290,9 +340,10 @@ def cosine_sinkhorn(
     eps: float = 0.05,
     log_a: Tensor | None = None,
     log_b: Tensor | None = None,
-    max_iter: int = 200,
+    max_iter: int = 1000,
     tol: float = 1e-5,
     gradient: str = "implicit",
+    solver: str = "auto",
     backend: str | None = None,
 ) -> SinkhornOutput:
     r"""Entropic optimal transport between sets of features under the cosine cost.
@@ -306,7 +357,7 @@ def cosine_sinkhorn(
     Args:
         x: features ``(B, n, d)``.
         y: features ``(B, m, d)``.
-        a, b, eps, log_a, log_b, max_iter, tol, gradient, backend: as in :func:`sinkhorn`.
+        a, b, eps, log_a, log_b, max_iter, tol, gradient, solver, backend: as in :func:`sinkhorn`.
 
     Returns:
         :class:`SinkhornOutput`, differentiable by x and y.
@@ -322,4 +373,4 @@ def cosine_sinkhorn(
         True
     """
     check_features(x, y)
-    return _solve(x, y, a, b, log_a, log_b, eps, max_iter, tol, gradient, backend)
+    return _solve(x, y, a, b, log_a, log_b, eps, max_iter, tol, gradient, solver, backend)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 import otloss
-from otloss.backends import cpu
+from otloss.backends import cpu, reference
+from otloss.backends.protocol import Problem, Solution
 
 # The tensors are small: more threads mostly wait for each other. Tests of threads set a number of their own, and
 # processors.py asks for another one.
@@ -88,6 +89,17 @@ def leave_out_last(side: str, cost: Tensor, a: Tensor, b: Tensor, costs: Tensor)
     line[:, -1] = costs
     rows, columns = (slice(-1 if side == name else None) for name in ("rows", "columns"))
     return slice(None), rows, columns
+
+
+def reference_solution(problem: Problem, max_iter: int, tol: float) -> Solution:
+    """The reference's solution by plain iterations, with the potentials of the cost as it was given."""
+    solution = reference.solve(problem, max_iter, tol)
+    if solution.shift is None:
+        return solution
+    a, b, shift = problem.a, problem.b, solution.shift
+    f, g = solution.f + shift.rows, solution.g + shift.columns
+    constant = ((b * g).sum(-1, keepdim=True) - (a * f).sum(-1, keepdim=True)) / 2
+    return solution._replace(f=f + constant, g=g - constant, shift=None)
 
 
 def relative(x: Tensor, y: Tensor) -> float:

@@ -170,7 +170,7 @@ def test_unroll_at_zero_mass_has_the_one_sided_derivative(backend: str, name: st
 def test_a_gradient_that_is_not_a_number_is_reported() -> None:
     cost, a, b = random_problem(1, n=3, m=4)
     f, g, w = torch.full_like(a, torch.nan), torch.zeros_like(b), torch.ones_like(a[:, 0])
-    args = (cost, None, a, b, f, g, cost.new_empty(0), w, None, None, None, 0.1, True, True, "reference")
+    args = (cost, None, a, b, f, g, a * 0, b * 0, cost.new_empty(0), w, None, None, None, 0.1, True, True, "reference")
     with pytest.warns(ConvergenceWarning, match="linear system"):
         operators.implicit_gradient(*args)
 

@@ -170,14 +170,15 @@ def test_opcheck(backend: str, dimension: int | None, permuted: bool) -> None:
         a, cost = a.T.contiguous().T, cost.mT.contiguous().mT
     left, right = (torch.randn(2, 4, dimension), torch.randn(2, 5, dimension)) if dimension else (cost, None)
     totals = torch.zeros(2, 2)
-    opcheck(operators.solve, (left, right, a, b, totals, "a b", 1e-6, 0.1, 50, 0.0, True, backend))
-    f, g, _, _, n_iter, _, kept = operators.solve(left, right, a, b, totals, "a b", 1e-6, 0.1, 50, 0.0, True, backend)
+    args = (left, right, a, b, totals, "a b", 1e-6, 0.1, 50, 1e-5, True, True, backend)
+    opcheck(operators.solve, args)
+    f, g, _, _, n_iter, _, *shift, kept = operators.solve(*args)
     assert kept.numel() == (40 if dimension == 16 and backend == "cpu" else 0)
     w, p, q = torch.rand(2), torch.rand(2, 4), torch.rand(2, 5)
     q = q * p.sum(-1, keepdim=True) / q.sum(-1, keepdim=True)
     for need_cost in (True, False):
         upstream = (w, None, p, q, 0.1, True, need_cost, backend)
-        opcheck(operators.implicit_gradient, (left, right, a, b, f, g, kept, *upstream))
+        opcheck(operators.implicit_gradient, (left, right, a, b, f, g, *shift, kept, *upstream))
         opcheck(operators.unrolled_gradient, (left, right, a, b, n_iter, w, w, 0.1, need_cost, 50, backend))
 
 

@@ -13,11 +13,13 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from otloss.backends.protocol import Gradients, Problem, Solution, Upstream
+from otloss.backends.protocol import Gradients, Problem, Shift, Solution, Upstream
 
 TWICE_DIFFERENTIABLE = False
 KEEPS_COST = True
 READS_HALF = False
+SHIFTS_COST = True
+ACCELERATES = True
 MOST_POINTS = 1 << 30  # rounded up to vectors, in 32 bits
 
 # Read once, so that torch.compile sees plain strings.
@@ -47,7 +49,7 @@ def level() -> str:
 class _KernelCall:
     """A problem's inputs made contiguous and kept alive, with the shapes read off once; ``run`` calls a kernel."""
 
-    def __init__(self, problem: Problem, kept: Tensor | None = None) -> None:
+    def __init__(self, problem: Problem, kept: Tensor | None = None, shift: Shift | None = None) -> None:
         reason = status()
         if _C is None or reason is not None:
             raise RuntimeError(f"the cpu backend cannot be used: {reason}")
@@ -72,6 +74,7 @@ class _KernelCall:
             d,
             eps,
             _address(kept),
+            *((0, 0) if shift is None else map(_address, shift)),
         )
 
     def empty(self, *shape: int) -> Tensor:
@@ -104,16 +107,20 @@ def _gradient_addresses(gradients: Gradients, residual: Tensor | None) -> object
     return _C.GradientAddresses(*map(_address, gradients), _address(residual))  # type: ignore[union-attr]
 
 
-def solve(problem: Problem, max_iter: int, tol: float, kept: Tensor | None = None) -> Solution:
-    """The solution after ``max_iter`` iterations or at an L1 error below ``tol`` (csrc/solve.hpp).
+def solve(
+    problem: Problem, max_iter: int, tol: float, kept: Tensor | None = None, accelerate: bool = False
+) -> Solution:
+    """The solution after ``max_iter`` sweeps or at an L1 error below ``tol`` (csrc/solve.hpp, csrc/quasi_newton.hpp).
 
     The cost of features is written to ``kept (B, n, m)``.
     """
-    call = _KernelCall(problem, kept)
-    f, g, cost, value, error = (call.empty(*shape) for shape in ((call.n,), (call.m,), (), (), ()))
-    solution = Solution(f, g, cost, value, torch.empty(call.count, dtype=torch.int64), error)
-    call.run("solve", max_iter, tol, *(tensor.data_ptr() for tensor in solution))
-    return solution
+    (count, n), m, empty = problem.a.shape, problem.b.shape[1], problem.a.new_empty
+    shift = None if problem.right is not None else Shift(empty(count, n), empty(count, m))
+    call = _KernelCall(problem, kept, shift)
+    f, g, cost, value, error = (call.empty(*shape) for shape in ((n,), (m,), (), (), ()))
+    n_iter = torch.empty(count, dtype=torch.int64)
+    call.run("solve", accelerate, max_iter, tol, *map(_address, (f, g, cost, value, n_iter, error)))
+    return Solution(f, g, cost, value, n_iter, error, shift)
 
 
 def implicit_gradient(
@@ -124,13 +131,15 @@ def implicit_gradient(
     adjoint: bool,
     need_cost: bool,
     kept: Tensor | None = None,
+    shift: Shift | None = None,
 ) -> tuple[Gradients, Tensor]:
     """Gradients of the converged problem and the residual of its adjoint system (csrc/adjoint.hpp).
 
-    ``kept`` is what ``solve`` wrote there.
+    ``kept`` is what ``solve`` wrote there, ``shift`` that of its solution.
     """
     kept = None if kept is None else kept.contiguous()
-    call = _KernelCall(problem, kept)
+    shift = None if shift is None else Shift(shift.rows.contiguous(), shift.columns.contiguous())
+    call = _KernelCall(problem, kept, shift)
     f, g, upstream = f.contiguous(), g.contiguous(), _contiguous(upstream)
     gradients, residual = call.gradients(need_cost), call.empty()
     addresses = _upstream_addresses(upstream), adjoint, _gradient_addresses(gradients, residual)

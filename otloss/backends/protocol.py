@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-__all__ = ["Backend", "Gradients", "Problem", "Solution", "Upstream"]
+__all__ = ["Backend", "Gradients", "Problem", "Shift", "Solution", "Upstream"]
 
 
 class Problem(NamedTuple):
@@ -28,11 +28,24 @@ class Problem(NamedTuple):
     eps: float
 
 
+class Shift(NamedTuple):
+    """What a backend took out of a dense cost before anything else: the minima of its rows, then of its columns.
+
+    A constant of a row or column changes one potential and nothing else. Where it is large, the digits of a sum with it
+    would be lost. Minima are taken over points with mass.
+    """
+
+    rows: Tensor
+    """``(B, n)``."""
+    columns: Tensor
+    """``(B, m)``."""
+
+
 class Solution(NamedTuple):
     """What a solve returns."""
 
     f: Tensor
-    """Potentials ``(B, n)``."""
+    """Potentials ``(B, n)`` of the cost that is left after the shift."""
     g: Tensor
     """Potentials ``(B, m)``, with <a, f> = <b, g>."""
     transport_cost: Tensor
@@ -42,7 +55,9 @@ class Solution(NamedTuple):
     n_iter: Tensor
     """``(B,)`` iterations that each problem took, int64."""
     error: Tensor
-    """``(B,)`` L1 distance of the plan's marginals from a and b."""
+    """``(B,)`` L1 distance of both marginals of the plan from a and b. The plan is that of the f and g returned."""
+    shift: Shift | None = None
+    """What the cost was shifted by; None where it was not."""
 
 
 class Upstream(NamedTuple):
@@ -85,6 +100,9 @@ class Backend(Protocol):
     def solve(self, problem: Problem, max_iter: int, tol: float, kept: Tensor | None = None) -> Solution:
         """Iterate until the L1 error of the marginals falls below ``tol``, at most ``max_iter`` times.
 
+        Iterations are the plain ones. A backend with ``ACCELERATES = True`` also takes ``accelerate: bool``, and may
+        then take any steps to the solution; a sweep over the cost counts as an iteration.
+
         ``kept (B, n, m)`` has the dtype of the masses; the cost of features is written to it for the gradient to come.
         """
 
@@ -101,7 +119,8 @@ class Backend(Protocol):
         """The gradients of the converged problem, and the relative residual ``(B,)`` of its adjoint system.
 
         Without ``adjoint`` the plan is a constant: the multipliers are 0. ``need_cost`` asks for the gradients of left
-        and right. ``kept`` is what ``solve`` has written there.
+        and right. ``kept`` is what ``solve`` has written there. A backend with ``SHIFTS_COST = True`` also takes
+        ``shift``, that of the solution.
         """
 
     def unrolled_gradient(

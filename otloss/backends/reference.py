@@ -14,13 +14,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from otloss.backends.protocol import Gradients, Problem, Solution, Upstream
+from otloss.backends import quasi_newton
+from otloss.backends.protocol import Gradients, Problem, Shift, Solution, Upstream
 from otloss.checks import wide
 from otloss.cost import live_rows, negligible, row_norms, unit_rows
 
 TWICE_DIFFERENTIABLE = True
 KEEPS_COST = False
 READS_HALF = False
+SHIFTS_COST = True
+ACCELERATES = True
 
 
 def status() -> str | None:
@@ -104,12 +107,28 @@ def _row_error(a: Tensor, f: Tensor, f_next: Tensor, eps: float) -> Tensor:
     return (a * (drift.exp() - 1).abs()).sum(dim=-1)
 
 
-def solve(problem: Problem, max_iter: int, tol: float, kept: Tensor | None = None) -> Solution:
-    """The solution of each problem, with potentials in the gauge <a, f> = <b, g>; ``kept`` is not used."""
-    left, right, a, b, eps = problem
-    cost = dense_cost(left, right)
-    log_a, log_b = log_mass(a), log_mass(b)
-    f, g = torch.zeros_like(a), torch.zeros_like(b)
+def _minima(cost: Tensor, a: Tensor, b: Tensor) -> Shift:
+    """The minima of the rows of a cost, then those of the columns of what is left, over points with mass."""
+    rows = cost.masked_fill(~live(b).unsqueeze(-2), torch.inf).amin(-1)
+    left = cost - rows.unsqueeze(-1)
+    return Shift(rows, left.masked_fill(~live(a).unsqueeze(-1), torch.inf).amin(-2))
+
+
+def shifted(cost: Tensor, shift: Shift | None) -> Tensor:
+    """What is left of a cost after a shift, rounded once: what the first difference loses is put back (TwoSum)."""
+    if shift is None:
+        return cost
+    rows, columns = shift.rows.unsqueeze(-1), shift.columns.unsqueeze(-2)
+    left = cost - rows
+    back = left - cost
+    return (left - columns) + ((cost - (left - back)) - (rows + back))
+
+
+def _iterate(
+    cost: Tensor, a: Tensor, log_a: Tensor, log_b: Tensor, g: Tensor, eps: float, max_iter: int, tol: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """f, g and the number of plain iterations of each problem, from this g."""
+    f = torch.zeros_like(a)
     n_iter = torch.zeros(cost.shape[0], dtype=torch.int64, device=cost.device)
     running = torch.ones_like(n_iter, dtype=torch.bool)
     for iteration in range(max_iter):
@@ -121,16 +140,39 @@ def solve(problem: Problem, max_iter: int, tol: float, kept: Tensor | None = Non
         f = torch.where(running.unsqueeze(-1), f_next, f)
         g = torch.where(running.unsqueeze(-1), _g_step(cost, log_a, f, eps), g)
         n_iter = n_iter + running
-    f_next = _f_step(cost, log_b, g, eps)
-    error = _row_error(a, f, f_next, eps)
-    f = torch.where(live(a), f, f_next)
+    return f, g, n_iter
+
+
+def solve(
+    problem: Problem, max_iter: int, tol: float, kept: Tensor | None = None, accelerate: bool = False
+) -> Solution:
+    """The solution of each problem, with potentials in the gauge <a, f> = <b, g>; ``kept`` is not used."""
+    left, right, a, b, eps = problem
+    cost = dense_cost(left, right)
+    log_a, log_b = log_mass(a), log_mass(b)
+    shift = _minima(cost, a, b) if right is None or accelerate else None
+    if shift is not None:
+        cost = shifted(cost, shift)
+    if accelerate:
+        f, g, n_iter = quasi_newton.solve(cost, a, b, log_a, log_b, eps, max_iter, tol)
+    else:  # from potentials 0 of the cost given
+        g = torch.zeros_like(b) if shift is None else -shift.columns
+        f, g, n_iter = _iterate(cost, a, log_a, log_b, g, eps, max_iter, tol)
+    if shift is not None and right is not None:
+        cost, f, g, shift = dense_cost(left, right), f + shift.rows, g + shift.columns, None
+    f = torch.where(live(a), f, _f_step(cost, log_b, g, eps))
     g = torch.where(live(b), g, _g_step(cost, log_a, f, eps))
-    shift = ((b * g).sum(-1) - (a * f).sum(-1)).unsqueeze(-1) / 2
-    f, g = f + shift, g - shift
+    constant = ((b * g).sum(-1) - (a * f).sum(-1)).unsqueeze(-1) / 2
+    f, g = f + constant, g - constant
     plan = transport_plan(cost, a, b, f, g, eps)
+    rows, columns = plan.sum(-1), plan.sum(-2)
+    error = (rows - a).abs().sum(-1) + (columns - b).abs().sum(-1)
     transport_cost = (plan * cost).sum((-1, -2))
-    value = (plan.sum(-1) * f).sum(-1) + (plan.sum(-2) * g).sum(-1) - eps * (plan.sum((-1, -2)) - 1)
-    return Solution(f, g, transport_cost, value, n_iter, error)
+    value = (rows * f).sum(-1) + (columns * g).sum(-1) - eps * (plan.sum((-1, -2)) - 1)
+    if shift is not None:
+        taken = (rows * shift.rows).sum(-1) + (columns * shift.columns).sum(-1)
+        transport_cost, value = transport_cost + taken, value + taken
+    return Solution(f, g, transport_cost, value, n_iter, error, shift)
 
 
 def _column(weight: Tensor | None, like: Tensor) -> Tensor:
@@ -200,15 +242,17 @@ def implicit_gradient(
     adjoint: bool,
     need_cost: bool,
     kept: Tensor | None = None,
+    shift: Shift | None = None,
 ) -> tuple[Gradients, Tensor]:
     """Gradients and the adjoint's relative residual; see ``otloss/gradients.py``. ``kept`` is not used."""
     left, right, a, b, eps = problem
-    cost = dense_cost(left, right)
+    cost = shifted(dense_cost(left, right), shift)
     k = _normalised_kernel(cost, a, b, f, g, eps)
     plan = a.unsqueeze(-1) * k * b.unsqueeze(-2)
     w, w_value = _column(upstream.cost, cost), _column(upstream.value, cost)
     grad = (w + w_value) * plan
-    grad_a, grad_b = w_value[..., 0] * f, w_value[..., 0] * g
+    whole_f, whole_g = (f, g) if shift is None else (f + shift.rows, g + shift.columns)
+    grad_a, grad_b = w_value[..., 0] * whole_f, w_value[..., 0] * whole_g
     residual = torch.zeros_like(cost[..., 0, 0])
     if adjoint:
         p = torch.zeros_like(f) if upstream.f is None else upstream.f
@@ -227,7 +271,7 @@ def implicit_gradient(
         v = torch.where(live(b), v, v_dead)
         grad = grad + plan * (u.unsqueeze(-1) + v.unsqueeze(-2) - reduced) / eps
         grad = grad + k * (b.unsqueeze(-2) * (p / rows).unsqueeze(-1) + a.unsqueeze(-1) * (q / columns).unsqueeze(-2))
-        grad_a, grad_b = grad_a + u + w[..., 0] * f, grad_b + v + w[..., 0] * g
+        grad_a, grad_b = grad_a + u + w[..., 0] * whole_f, grad_b + v + w[..., 0] * whole_g
     grad_left, grad_right = _pull_back(grad, left, right) if need_cost else (cost.new_empty(0), cost.new_empty(0))
     return Gradients(grad_left, grad_right, grad_a, grad_b), residual
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import reference_solution
 from torch import Tensor
 
 import otloss
@@ -47,11 +48,11 @@ def wide(given: tuple[Tensor | None, ...]) -> list[Tensor | None]:
 def test_everything_is_that_of_the_reference(n: int, m: int, d: int | None, dtype: torch.dtype) -> None:
     x, y, a, b = problem(n, m, dtype, d=d or 20)
     given = (reference.dense_cost(x, y), None, a, b) if d is None else (x, y, a, b)
-    got, want = triton.solve(Problem(*given, EPS), 20, 0.0), reference.solve(Problem(*wide(given), EPS), 20, 0.0)
+    got, want = triton.solve(Problem(*given, EPS), 20, 0.0), reference_solution(Problem(*wide(given), EPS), 20, 0.0)
     for one, other in zip(got[:4], want[:4], strict=True):
         close(one, other, slack(dtype))
     # The implicit gradient is defined by the converged problem.
-    f, g = (potential.to(dtype) for potential in reference.solve(Problem(*wide(given), EPS), 500, 1e-12)[:2])
+    f, g = (potential.to(dtype) for potential in reference_solution(Problem(*wide(given), EPS), 500, 1e-12)[:2])
     w, v, p, q = torch.randn_like(a[:, 0]), torch.randn_like(a[:, 0]), torch.randn_like(a) * a, torch.randn_like(b) * b
     q = q + b * (p.sum(-1) - q.sum(-1)).unsqueeze(-1)
     prepared, exact = Problem(*given, EPS), Problem(*wide(given), EPS)
@@ -76,7 +77,7 @@ def test_small_eps(n: int, m: int) -> None:
     cost, a, b = 2 * torch.rand(2, n, m, device="cuda"), *(torch.full((2, k), 1 / k, device="cuda") for k in (n, m))
     for iterations in (1, 3, 100):
         got = triton.solve(Problem(cost, None, a, b, 1e-3), iterations, 0.0)
-        want = reference.solve(Problem(*wide((cost, None, a, b)), 1e-3), iterations, 0.0)
+        want = reference_solution(Problem(*wide((cost, None, a, b)), 1e-3), iterations, 0.0)
         for one, other in zip(got[:2], want[:2], strict=True):
             close(one, other, 2 * torch.finfo(torch.float32).eps * (4 + iterations))
 
@@ -105,7 +106,7 @@ def test_columns_that_no_row_prefers(n: int, m: int) -> None:
     cost[..., 1] += 100
     a, b = (torch.full((2, k), 1 / k, device="cuda") for k in (n, m))
     got = triton.solve(Problem(cost, None, a, b, EPS), 3, 0.0)
-    want = reference.solve(Problem(*wide((cost, None, a, b)), EPS), 3, 0.0)
+    want = reference_solution(Problem(*wide((cost, None, a, b)), EPS), 3, 0.0)
     for one, other in zip(got[:4], want[:4], strict=True):
         close(one, other, slack(torch.float32, room=16.0 * 50))
 
@@ -167,7 +168,7 @@ def test_captured_in_a_cuda_graph(n: int) -> None:
     x, y, a, b = problem(n, n, torch.float32)
 
     def both() -> tuple[Tensor, ...]:
-        solution = triton.solve(Problem(x, y, a, b, EPS), 20, 0.0)
+        solution = triton.solve(Problem(x, y, a, b, EPS), 20, 0.0)[:6]
         f, g, w, _, n_iter, _ = solution
         unrolled = torch.ops.otloss.unrolled_gradient(x, y, a, b, n_iter, w, None, EPS, True, 20, "triton")
         implicit, residual = triton.implicit_gradient(Problem(x, y, a, b, EPS), f, g, Upstream(w), True, True)
@@ -226,5 +227,5 @@ def test_every_device() -> None:
 def test_many_problems() -> None:
     x, y, a, b = problem(5, 4, torch.float32, batch=70_000)
     got = triton.solve(Problem(x, y, a, b, EPS), 5, 0.0)
-    want = reference.solve(Problem(*(t[-3:].double() for t in (x, y, a, b)), EPS), 5, 0.0)
+    want = reference_solution(Problem(*(t[-3:].double() for t in (x, y, a, b)), EPS), 5, 0.0)
     close(got[2][-3:], want[2], slack(torch.float32))

@@ -1,0 +1,235 @@
+// Sinkhorn iterations accelerated by a quasi-Newton method on the dual, guarded (course.hpp).
+//
+// The state is psi, as in solve.hpp; phi = 1/(K b psi) makes the rows exact. A sweep at psi gives the columns' sums q_j = psi_j sum_i
+// a_i phi_i K_ij, relative to b, hence the error sum_j b_j |1 - q_j| of the plan and the gradient b (1 - q) of the dual by gamma = log psi.
+// A plain step is gamma - log q. A quasi-Newton step is the direction of limited-memory BFGS from the last steps and the changes of the
+// gradient along them, with 1/b, the metric of a plain step, as its first inverse Hessian. Vectors are held times sqrt(b) (steps) or
+// divided by it (gradients), so that no mass divides and inner products are plain.
+//
+// Where plain iterations are slow and far from the solution, the problem is solved roughly at larger eps first, each a quarter of the
+// one before. Every stage ends with a plain half-step: the columns of the plan are exact, and the error of its rows is no larger than
+// that of the columns was.
+#pragma once
+#include "course.hpp"
+#include "solve.hpp"
+
+namespace otloss::OTLOSS_LEVEL {
+
+template <class T> struct QuasiNewton : Solver<T> {
+  using Base = Solver<T>;
+  using Base::a, Base::b, Base::cost, Base::eps, Base::F, Base::G, Base::K, Base::phi, Base::psi, Base::next_phi, Base::next_psi, Base::v,
+      Base::team, Base::row_shift, Base::column_shift, Base::none;
+
+  T *point, *plain, *residual, *trial, *dir, *root, *unroot, *steps[memory], *changes[memory];
+  T inverse[memory];  // 1 / <step, change>; 0 where there is no pair
+  int newest = 0;
+
+  static size_t bytes(const Problem<T>& p) {
+    const size_t n = round_up<T>(p.n), m = round_up<T>(p.m);
+    return Base::bytes(p) + (5 + 2 * memory) * Arena::bytes<T>(m) + 2 * Arena::bytes<T>(m * Parts(int(n), int(m)).count);
+  }
+
+  QuasiNewton(const Cost<T>& cost, Arena& arena, const Team& team) : Base(cost, arena, team) {
+    for (T** x : {&point, &plain}) *x = arena.take<T>(size_t(cost.cols) * cost.parts.count);  // these take turns with psi
+    for (T** x : {&residual, &trial, &dir, &root, &unroot}) *x = arena.take<T>(cost.cols);
+    for (int s = 0; s < memory; ++s) steps[s] = arena.take<T>(cost.cols), changes[s] = arena.take<T>(cost.cols);
+    for (int j = 0; j < cost.cols; ++j) {
+      root[j] = std::sqrt(b[j]);
+      unroot[j] = b[j] > 0 ? 1 / root[j] : T(0);
+    }
+  }
+
+  // Reads the cost. Its minima go out of it, or of features into the potentials.
+  void start() {
+    this->read_cost(true);
+    if (!this->p.right) {
+      this->shift_cost();
+      for (int i = 0; i < cost.n; ++i)
+        if (this->live_row(i)) F[i] = 0;
+    } else {
+      for (int i = 0; i < cost.rows; ++i) {
+        if (i < cost.n && this->live_row(i)) F[i] = row_shift[i];
+        row_shift[i] = 0;
+      }
+      for (int j = 0; j < cost.cols; ++j) {
+        if (this->live_col(j)) G[j] = column_shift[j];
+        column_shift[j] = 0;
+      }
+    }
+    this->rebuild();
+  }
+
+  void run(int64_t max_iter, T tol, int64_t& n_iter) {
+    Course<T> course(this->p.eps, tol, max_iter, mean_cost());
+    do {
+      const bool finite = stage(course);
+      n_iter = course.k;
+      if (!finite) return;
+    } while (course.advance() && change_eps(course.stage_eps()));
+  }
+
+ private:
+  // Of a b', with the potentials of the start taken out.
+  T mean_cost() {
+    this->each_block([&](int i0) {
+      for (int i = i0; i < i0 + block; ++i) next_phi[i] = dot(cost.row(i), b, cost.cols);
+    });
+    double mean = 0;
+    for (int i = 0; i < cost.n; ++i)
+      if (a[i] > 0) mean += double(a[i]) * (double(next_phi[i]) - F[i]);
+    for (int j = 0; j < cost.m; ++j)
+      if (b[j] > 0) mean -= double(b[j]) * G[j];
+    return T(mean);
+  }
+
+  bool change_eps(T next) {
+    for (int i = 0; i < cost.n; ++i)
+      if (this->live_row(i)) F[i] += eps * std::log(phi[i]);
+    for (int j = 0; j < cost.m; ++j)
+      if (this->live_col(j)) G[j] += eps * std::log(psi[j]);
+    eps = next;
+    this->scale = exponent_scale(eps);
+    for (int i = 0; i < cost.rows; ++i) phi[i] = 1;
+    for (int j = 0; j < cost.cols; ++j) psi[j] = 1;
+    this->first_rows();
+    return true;
+  }
+
+  void forget() {
+    for (T& x : inverse) x = 0;
+  }
+
+  // Runs a stage to its end. False if something is not finite; the outputs say so.
+  bool stage(Course<T>& course) {
+    forget();
+    std::memcpy(point, psi, sizeof(T) * cost.cols);
+    while (!course.stage_is_over() || course.fresh) {
+      T trial_error;
+      const T reach = evaluate(trial_error);
+      const auto verdict = course.judge(reach <= Base::wide, trial_error, course.newton ? dot(trial, dir, cost.cols) : T(0));
+      if (verdict == Course<T>::lost) {
+        std::memcpy(psi, point, sizeof(T) * cost.cols);
+        if (!this->log_iterate()) return false;
+        forget();
+        std::memcpy(point, psi, sizeof(T) * cost.cols);
+        course.fresh = true;
+        if (course.k >= course.cap) return true;
+        continue;
+      }
+      if (verdict == Course<T>::rejected) {
+        forget();
+        plain_step(course);
+        continue;
+      }
+      if (!course.fresh) remember();
+      course.fresh = false;
+      std::swap(psi, point);
+      std::swap(phi, next_phi);
+      std::swap(plain, next_psi);
+      std::swap(residual, trial);
+      if (reach > Base::safe) absorb();
+      if (!course.stage_is_over() && !newton_step(course)) plain_step(course);
+    }
+    std::memcpy(psi, plain, sizeof(T) * cost.cols);
+    return true;
+  }
+
+  // A sweep at `point`: next_phi, the plain step in next_psi, the gradient in `trial`, the error; how far scalings spread.
+  T evaluate(T& error) {
+    for (int j = 0; j < cost.cols; ++j) v[j] = b[j] * point[j];
+    this->up = !this->up;
+    sweep(team, cost, K, this->up, v, next_psi, [this](int i0, const T* s, T* w) __attribute__((always_inline)) {
+      const band<T> mass = load_band(a + i0), scaling = mass != 0 ? 1 / load_band(s) : 1 - band<T>{};
+      store_band(next_phi + i0, scaling);
+      store_band(w, mass * scaling);
+    });
+    vec<T> missed{};
+    for (int j = 0; j < cost.cols; j += lanes<T>) {
+      const vec<T> total = load(next_psi + j), mass = load(b + j), left = load(root + j) * (1 - load(point + j) * total), gap = left * load(root + j);
+      store<T>(trial + j, left);
+      store<T>(next_psi + j, mass != 0 ? 1 / total : 1 - vec<T>{});
+      missed += gap < 0 ? -gap : gap;
+    }
+    error = sum<T>(missed);
+    const T rows = this->spread(next_phi, cost.rows), cols = this->spread(next_psi, cost.cols);
+    return rows > cols ? rows : cols + (rows - rows);  // NaN if either is
+  }
+
+  void absorb() {
+    for (int j = 0; j < cost.cols; ++j) plain[j] /= psi[j];
+    Base::absorb();
+  }
+
+  // Saves the step to `point` and the change of the gradient along it.
+  void remember() {
+    newest = (newest + 1) % memory;
+    T *step = steps[newest], *change = changes[newest];
+    std::memcpy(step, dir, sizeof(T) * cost.cols);
+    for (int j = 0; j < cost.cols; j += lanes<T>) store<T>(change + j, load(residual + j) - load(trial + j));
+    inverse[newest] = inverse_curvature(dot(step, change, cost.cols), dot(step, step, cost.cols), dot(change, change, cost.cols));
+  }
+
+  void plain_step(Course<T>& course) {
+    course.takes_plain();
+    for (int j = 0; j < cost.cols; j += lanes<T>) {
+      const vec<T> next = load(plain + j);
+      store<T>(dir + j, load(root + j) * log2<T>(next / load(psi + j)) * T(ln2));
+      store<T>(point + j, next);
+    }
+  }
+
+  // dir += factor x; returns the inner product of the new dir with y.
+  T add(T factor, const T* x, const T* y) {
+    vec<T> total[2] = {};
+    const auto one = [&](int j, vec<T>& sum) __attribute__((always_inline)) {
+      const vec<T> d = load(dir + j) + factor * load(x + j);
+      store<T>(dir + j, d);
+      sum += d * load(y + j);
+    };
+    int j = 0;
+    for (; j + 2 * lanes<T> <= cost.cols; j += 2 * lanes<T>) one(j, total[0]), one(j + lanes<T>, total[1]);
+    if (j < cost.cols) one(j, total[0]);
+    return sum<T>(total[0] + total[1]);
+  }
+
+  // False where there is no ascent, or none is wanted.
+  bool newton_step(Course<T>& course) {
+    const int m = cost.cols;
+    int pairs[memory], count = 0;  // from the newest to the oldest
+    for (int i = 0; i < memory; ++i)
+      if (const int s = (newest - i + memory) % memory; inverse[s] != 0) pairs[count++] = s;
+    if (count == 0 || !course.wants_newton()) return false;
+    // The two loops of limited-memory BFGS; each pass over `dir` also gives the inner product that the next one needs.
+    T weight[memory], along = dot(steps[pairs[0]], residual, m);
+    std::memcpy(dir, residual, sizeof(T) * m);
+    for (int i = 0; i < count; ++i) {
+      weight[i] = inverse[pairs[i]] * along;
+      along = add(-weight[i], changes[pairs[i]], i + 1 < count ? steps[pairs[i + 1]] : changes[pairs[i]]);
+    }
+    for (int i = count - 1; i >= 0; --i)
+      along = add(weight[i] - inverse[pairs[i]] * along, steps[pairs[i]], i > 0 ? changes[pairs[i - 1]] : residual);
+    course.slope = along;
+    if (!(course.slope > 0)) {
+      forget();
+      return false;
+    }
+    vec<T> top{}, bottom{};
+    for (int j = 0; j < m; j += lanes<T>) {
+      const vec<T> x = load(dir + j) * load(unroot + j);
+      top = max(x, top);
+      bottom = min(x, bottom);
+    }
+    const T range = max_of<T>(top) - min_of<T>(bottom);
+    if (!course.takes_newton(range)) return false;
+    if (range > Course<T>::most_range) {
+      const T shorter = Course<T>::most_range / range;
+      for (int j = 0; j < m; j += lanes<T>) store<T>(dir + j, load(dir + j) * shorter);
+      course.slope *= shorter;
+    }
+    for (int j = 0; j < m; j += lanes<T>)
+      store<T>(point + j, load(psi + j) * exp2<T>(load(dir + j) * load(unroot + j) * T(log2e)));
+    return true;
+  }
+};
+
+}  // namespace otloss::OTLOSS_LEVEL

@@ -1,0 +1,113 @@
+"""``solver="auto"``: where "plain" converges it does too, to the same solution, in no more sweeps."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import random_problem
+from torch import Tensor
+
+import otloss
+from benchmarks.solver import MAX_ITER, compare, random_cases
+from otloss import cosine_sinkhorn, sinkhorn
+
+
+def test_random_problems(kernel_backend: str) -> None:
+    """Costs, masses, eps and tol of all kinds. Stages at larger eps may cost a few sweeps where plain needs a few."""
+    plain = auto = 0
+    for case in random_cases(240, seed=1):
+        outcome = compare(case, kernel_backend)
+        assert outcome.auto_converged or not outcome.plain_converged, outcome
+        assert outcome.gap <= outcome.bound or outcome.plain > MAX_ITER, outcome
+        assert outcome.auto <= 1.1 * outcome.plain + 12, outcome
+        plain, auto = plain + outcome.plain, auto + outcome.auto
+    assert auto < plain / 3
+
+
+def test_the_reference_takes_the_same_course(kernel_backend: str) -> None:
+    """The same decisions; after many sweeps, rounding tells them apart."""
+    cost, a, b = random_problem(4, n=23, m=31)
+    for eps, few in ((0.3, True), (0.03, True), (0.003, False)):
+        options = {"eps": eps, "tol": 1e-6}
+        ours, theirs = (sinkhorn(cost, a, b, backend=name, **options) for name in (kernel_backend, "reference"))
+        assert ours.converged.all() and theirs.converged.all()
+        difference = (ours.n_iter - theirs.n_iter).abs()
+        assert (difference == 0).all() if few else (difference <= 0.2 * theirs.n_iter).all()
+        # The values are dual to the marginals: both are within tol, times the size of the potentials.
+        assert torch.allclose(ours.value, theirs.value, atol=4e-6)
+
+
+def channels(count: int, n: int, d: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x = torch.randn(count, n, d).relu()
+    y = (x + 0.5 * torch.randn(count, n, d)).relu()
+    return x, y, torch.randn(count, n).softmax(-1), torch.randn(count, n).softmax(-1)
+
+
+@pytest.mark.parametrize("shape", [(4, 196, 64), (20, 49, 128)])
+@pytest.mark.parametrize("eps", [0.05, 0.01, 0.002])
+def test_small_eps_converges_within_the_default(kernel_backend: str, eps: float, shape: tuple[int, int, int]) -> None:
+    x, y, a, b = channels(*shape)
+    # The default max_iter is to do at eps 0.01, and ten times as many at 0.002.
+    options = {} if eps >= 0.01 else {"max_iter": 10_000}
+    out = cosine_sinkhorn(x, y, a, b, eps=eps, backend=kernel_backend, **options)
+    assert out.converged.all()
+    rounding = 16 * 2**-24 / eps
+    plan = out.plan.double()
+    assert ((plan.sum(-1) - a).abs().sum(-1) + (plan.sum(-2) - b).abs().sum(-1) < 1e-5 + rounding).all()
+    exact = cosine_sinkhorn(*(t.double() for t in (x, y, a, b)), eps=eps, tol=1e-9, max_iter=50_000)
+    assert exact.converged.all()
+    # The value is dual to the marginals: it moves by their error times the potentials, which are below 2.
+    assert torch.allclose(out.value.double(), exact.value, atol=2 * (1e-5 + rounding))
+
+
+def test_far_apart_masses(backend: str) -> None:
+    """Masses of very different sizes, down to the least that counts, where one step has far to go."""
+    cost = torch.rand(2, 30, 25, dtype=torch.float64)
+    log_a, log_b = 15 * torch.randn(2, 30, dtype=torch.float64), 15 * torch.randn(2, 25, dtype=torch.float64)
+    log_b[:, 3] = -torch.inf
+    log_a, log_b = log_a.log_softmax(-1), log_b.log_softmax(-1)
+    plain, auto = (
+        sinkhorn(cost, log_a=log_a, log_b=log_b, eps=0.02, tol=1e-9, max_iter=20_000, solver=solver, backend=backend)
+        for solver in ("plain", "auto")
+    )
+    assert plain.converged.all() and auto.converged.all()
+    assert torch.allclose(plain.value, auto.value, atol=1e-7)
+    assert auto.f.isfinite().all() and auto.g.isfinite().all() and not auto.plan[..., 3].any()
+
+
+def test_gradients_are_those_of_the_plain_solution(backend: str) -> None:
+    cost, a, b = random_problem(2, n=12, m=9)
+    cost.requires_grad_()
+    grads = []
+    for solver in ("plain", "auto"):
+        out = sinkhorn(cost, a, b, eps=0.05, tol=1e-11, max_iter=20_000, solver=solver, backend=backend)
+        grads.append(torch.autograd.grad(out.transport_cost.sum() + out.plan.square().sum(), cost)[0])
+    assert torch.allclose(*grads, atol=1e-7)
+
+
+def test_unroll_and_tol_0_are_plain(backend: str) -> None:
+    cost, a, b = random_problem(3, n=12, m=9)
+    for options in ({"gradient": "unroll", "tol": 1e-4}, {"tol": 0.0, "max_iter": 17}):
+        plain, auto = (sinkhorn(cost, a, b, solver=s, backend=backend, **options) for s in ("plain", "auto"))
+        assert torch.equal(plain.n_iter, auto.n_iter) and torch.equal(plain.plan, auto.plan)
+
+
+def test_an_unknown_solver_is_refused() -> None:
+    for call in (lambda: sinkhorn(torch.rand(3, 3), solver="newton"), lambda: otloss.SinkhornLoss(solver="newton")):
+        with pytest.raises(ValueError, match="solver must be one of"):
+            call()
+
+
+def test_modules_pass_the_solver_on() -> None:
+    cost = F.softplus(torch.randn(30, 30, dtype=torch.float64))
+    plain, auto = (
+        otloss.SinkhornLoss(eps=0.02, solver=solver, max_iter=20_000, tol=1e-9)(cost) for solver in ("plain", "auto")
+    )
+    assert plain != auto and abs(plain - auto) < 1e-7
+    defaults = {
+        inspect.signature(f).parameters["solver"].default for f in (sinkhorn, cosine_sinkhorn, otloss.SinkhornLoss)
+    }
+    assert defaults == {"auto"}
