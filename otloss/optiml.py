@@ -102,7 +102,7 @@ class OPTiMLLoss(nn.Module):
         shared: whether one CV-SIM serves both directions. If not, the second direction has its own weights.
         objective: what L_OT is: ``"transport_cost"`` (the paper's), ``"value"`` or ``"divergence"``, see
             `CosineSinkhornLoss`.
-        max_iter, tol, gradient, backend: options of the solver, see :func:`otloss.sinkhorn`.
+        max_iter, tol, gradient, solver, backend: options of the solver, see :func:`otloss.sinkhorn`.
         gather: collect q_s and q_t from all processes for v and c, see `VarianceLoss`. L_OT is always per image.
 
     Raises:
@@ -137,9 +137,10 @@ class OPTiMLLoss(nn.Module):
         num_heads: int = 8,
         tokens: str = "channel",
         shared: bool = True,
-        max_iter: int = 200,
+        max_iter: int = 1000,
         tol: float = 1e-5,
         gradient: str = "implicit",
+        solver: str = "auto",
         backend: str | None = None,
         gather: bool = False,
     ) -> None:
@@ -156,7 +157,9 @@ class OPTiMLLoss(nn.Module):
             )
         self.dim, self.alpha, self.beta, self.eta, self.invariance = dim, alpha, beta, eta, invariance
         self.match, self.marginals, self.perplexity = match, marginals, perplexity
-        self.transport = CosineSinkhornLoss(eps, objective, max_iter, tol, gradient, reduction="none", backend=backend)
+        self.transport = CosineSinkhornLoss(
+            eps, objective, max_iter, tol, gradient, reduction="none", solver=solver, backend=backend
+        )
         self.variance, self.covariance = VarianceLoss(), CovarianceLoss()
         self.gather = gather  # forward gathers once for both terms
 

@@ -15,7 +15,7 @@ optiml prepare --dataset csv --root "$data/cxr-dev" --table "$data/cxr-dev/label
     --patient-column patient_id --label-columns labels --source-column source --test-fraction 0.3 --val-fraction 0.08 \
     --out data/cxr-select
 optiml prepare --dataset csv --root "$data/cxr-seg" --table "$data/cxr-seg/labels.csv" --where "split!=test" \
-    --patient-column patient_id --label-columns label --mask-column mask --mask-label Lung --size 128 \
+    --patient-column patient_id --label-columns label --nothing "No Finding" --mask-column mask --mask-label Lung --size 128 \
     --test-fraction 0.3 --val-fraction 0.1 --out data/seg-select
 optiml compare --data data/cxr-select --segment-data data/seg-select --label Lung --rows ablation --epochs 15 \
     --fractions 1.0 --heatmap-fractions --out runs/selection \
