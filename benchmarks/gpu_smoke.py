@@ -66,12 +66,15 @@ def error(case: Case, device: str) -> float:
     given = [None if t is None else t.float().to(device) for t in (left, right, a, b)]
     exact = _wide(*given)
     up = [torch.randn(3, dtype=torch.float64).to(device) for _ in range(2)]
-    potentials = [t.float() for t in reference.solve(Problem(*exact, EPS), 300, 1e-12)[:2]]  # type: ignore[arg-type]
+    whole = Problem(*exact, EPS)  # type: ignore[arg-type]
+    potentials = [t.float() for t in reference.unshifted(reference.solve(whole, 300, 1e-12), whole.a, whole.b)]
 
     def run(backend: object, tensors: list[Tensor | None], dtype: torch.dtype) -> tuple[Tensor, ...]:
         problem, upstream = Problem(*tensors, EPS), Upstream(*(t.to(dtype) for t in up))  # type: ignore[arg-type]
         if case.part == "solve":
-            return backend.solve(problem, ITERATIONS, 0.0)[:4]  # type: ignore[attr-defined, no-any-return]
+            solution = backend.solve(problem, ITERATIONS, 0.0)  # type: ignore[attr-defined]
+            f, g = reference.unshifted(solution, problem.a, problem.b)
+            return f, g, solution.transport_cost, solution.value
         if case.part == "implicit":
             f, g = (t.to(dtype) for t in potentials)
             return backend.implicit_gradient(problem, f, g, upstream, True, True)[0]  # type: ignore[attr-defined, no-any-return]

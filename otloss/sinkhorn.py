@@ -10,7 +10,7 @@ from torch import Tensor
 
 from otloss.backends import choose_backend, get_backend
 from otloss.backends.protocol import Problem, Shift, Solution
-from otloss.backends.reference import shifted, transport_plan
+from otloss.backends.reference import shifted, transport_plan, unshifted
 from otloss.checks import (
     check_choice,
     check_count,
@@ -82,10 +82,7 @@ class SinkhornOutput:
         """f and g of the cost as it was given, with <a, f> = <b, g>."""
         f, g, batch = self._solution.f, self._solution.g, self._source.batch
         if self._solution.shift is not None:
-            rows, columns = self._solution.shift
-            a, b = self._source.masses(constant=not f.requires_grad)
-            constant = ((b * columns).sum(-1, keepdim=True) - (a * rows).sum(-1, keepdim=True)) / 2
-            f, g = f + (rows + constant), g + (columns - constant)
+            f, g = unshifted(self._solution, *self._source.masses(constant=not f.requires_grad))
         return f.reshape(*batch, f.shape[-1]), g.reshape(*batch, g.shape[-1])
 
     @property

@@ -94,12 +94,8 @@ def leave_out_last(side: str, cost: Tensor, a: Tensor, b: Tensor, costs: Tensor)
 def reference_solution(problem: Problem, max_iter: int, tol: float) -> Solution:
     """The reference's solution by plain iterations, with the potentials of the cost as it was given."""
     solution = reference.solve(problem, max_iter, tol)
-    if solution.shift is None:
-        return solution
-    a, b, shift = problem.a, problem.b, solution.shift
-    f, g = solution.f + shift.rows, solution.g + shift.columns
-    constant = ((b * g).sum(-1, keepdim=True) - (a * f).sum(-1, keepdim=True)) / 2
-    return solution._replace(f=f + constant, g=g - constant, shift=None)
+    f, g = reference.unshifted(solution, problem.a, problem.b)
+    return solution._replace(f=f, g=g, shift=None)
 
 
 def relative(x: Tensor, y: Tensor) -> float:

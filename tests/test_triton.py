@@ -148,7 +148,7 @@ def test_the_smoke_stage_names_the_kernel_that_fails(says: str, why: str, monkey
 @installed
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "part", ["[small", "[medium", "[large-", "[large,", "not [small and not [medium and not [large"]
+    "part", ["[small", "[medium", "[large", "[streamed", "not [small and not [medium and not [large and not [streamed"]
 )
 def test_kernels_in_the_interpreter(part: str) -> None:
     """In processes of their own: Triton reads TRITON_INTERPRET when it is imported. One a regime, to share out."""

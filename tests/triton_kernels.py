@@ -39,7 +39,7 @@ REGIMES = {
     "small": {"small": 64, "medium": 1024},
     "medium": {"small": 0, "medium": 1024},
     "large": {"small": 0, "medium": 0},
-    "large, no stored cost": {"small": 0, "medium": 0},
+    "streamed": {"small": 0, "medium": 0},
 }
 
 
@@ -47,7 +47,7 @@ REGIMES = {
 def regime(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each regime in turn, whatever the size."""
     monkeypatch.setattr(config, "LIMITS", REGIMES[request.param])
-    if "no stored" in request.param:
+    if request.param == "streamed":
         monkeypatch.setattr(config, "STORED_BYTES", 0)
     return str(request.param)
 
@@ -231,7 +231,7 @@ def test_zero_features_have_no_cosine_and_no_gradient(dtype: torch.dtype) -> Non
 def test_the_length_of_a_feature_does_not_matter(scale: float) -> None:
     x, y, a, b = problem("features", 6, 5, torch.float32)
     scaled, plain = (triton.solve(Problem(z, y, a, b, EPS), 9, 0.0) for z in (x * scale, x))
-    for one, other in zip(scaled, plain, strict=True):
+    for one, other in zip(scaled[:6], plain[:6], strict=True):
         close(one, other.double(), slack(torch.float32))
 
 
@@ -269,8 +269,8 @@ def test_the_cost_of_features_is_kept(regime: str, dtype: torch.dtype) -> None:
     with_room, without = (triton.solve(given, 9, 0.0, room) for room in (kept, None))
     close(kept, reference.dense_cost(*wide(given.left, given.right)), slack(dtype))
     got, want = (triton.implicit_gradient(given, *without[:2], up, True, True, room)[0] for room in (kept, None))
-    pairs = (*zip(with_room, without, strict=True), *zip(got, want, strict=True))
-    if "no stored" in regime and dtype == torch.float32:  # without the buffer every pass makes the cost anew
+    pairs = (*zip(with_room[:6], without[:6], strict=True), *zip(got, want, strict=True))
+    if regime == "streamed" and dtype == torch.float32:  # without the buffer every pass makes the cost anew
         for one, other in pairs:
             close(one, other.double(), slack(dtype, room=300.0))
     else:
@@ -301,7 +301,7 @@ def test_groups_of_problems_bound_the_stored_cost(
         some = Upstream(*(x[part] for x in up))
         implicit, residual = triton.implicit_gradient(given, *solution[:2], some, True, True)
         unrolled = triton.unrolled_gradient(given, solution.n_iter, Upstream(*some[:2]), True, 6)
-        return (*solution, *implicit, residual, *unrolled)
+        return (*solution[:6], *implicit, residual, *unrolled)
 
     got = run(slice(None))
     assert max(made) <= most

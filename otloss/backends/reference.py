@@ -124,6 +124,15 @@ def shifted(cost: Tensor, shift: Shift | None) -> Tensor:
     return (left - columns) + ((cost - (left - back)) - (rows + back))
 
 
+def unshifted(solution: Solution, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """f and g of the cost as it was given, with <a, f> = <b, g>."""
+    f, g, shift = solution.f, solution.g, solution.shift
+    if shift is None:
+        return f, g
+    constant = ((b * shift.columns).sum(-1, keepdim=True) - (a * shift.rows).sum(-1, keepdim=True)) / 2
+    return f + (shift.rows + constant), g + (shift.columns - constant)
+
+
 def _iterate(
     cost: Tensor, a: Tensor, log_a: Tensor, log_b: Tensor, g: Tensor, eps: float, max_iter: int, tol: float
 ) -> tuple[Tensor, Tensor, Tensor]:

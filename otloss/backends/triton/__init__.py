@@ -146,8 +146,11 @@ def _part(upstream: Upstream, part: slice) -> Upstream:
 
 
 def _joined(parts: list[Any]) -> Any:
-    """One named tuple from those of each group."""
-    return parts[0] if len(parts) == 1 else type(parts[0])(*map(torch.cat, zip(*parts, strict=True)))
+    """One named tuple from those of each group. What one leaves out, all do."""
+    if len(parts) == 1:
+        return parts[0]
+    fields = zip(*parts, strict=True)
+    return type(parts[0])(*(None if each[0] is None else torch.cat(each) for each in fields))
 
 
 def solve(problem: Problem, max_iter: int, tol: float, kept: Tensor | None = None) -> Solution:
