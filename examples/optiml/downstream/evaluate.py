@@ -165,8 +165,6 @@ class Evaluation:
         np.savez_compressed(path.with_suffix(".npz"), scores=scored.scores.astype(np.float32), names=scored.test.names)
         auc = record["macro_auc"]
         shown = "no class to score" if auc is None else f"AUC {auc:.3f}"
-        if (scored_classes := record["raw"]["classes"]) < len(self.index.classes):
-            shown += f", {scored_classes} of {len(self.index.classes)} classes"
         self.console.print(
             f"{self.start.shown}, {protocol}, {fraction:.0%} of labels ({len(train)} films), seed {seed}: {shown}",
             highlight=False,
