@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import readme, report, results, suite, targets, timing
+from benchmarks import readme, report, results, suite, targets, timing, tolerance
 from benchmarks.__main__ import NAMES, dispatch, parse, plan_of
 from benchmarks.check import check, difference, reference
 from benchmarks.peers import OURS, PEERS, by_name
@@ -208,7 +209,7 @@ def test_pages_are_what_the_results_files_say() -> None:
     for (page, name), text in readme.sections().items():
         assert readme.section(page, name) == text, f"{page}, {name}"
     assert readme.ALL_ROWS.read_text() == report.full(results.load(results.FULL))
-    figures = set(report.PLOTS)
+    figures = {*report.PLOTS, tolerance.PICTURE.name}
     assert figures == {path.name for path in results.FOLDER.glob("*.png")}
 
 
@@ -263,3 +264,27 @@ def test_the_command_line_names_what_is_unknown(capsys: pytest.CaptureFixture[st
     with pytest.raises(SystemExit):
         parse(["run", "channel"])
     assert "run does not know channel; possible names: channels, tokens" in capsys.readouterr().err
+
+
+def test_a_solver_is_timed_once_it_reaches_the_tolerance() -> None:
+    """Small settings that do not reach it are tried first; a solver that fails is named, and not tried again."""
+    shape, lost = tolerance.Shape("small", 3, 12, 4), {"lost"}
+
+    def broken(*_: object) -> Iterator[tolerance.Run]:
+        def run() -> tolerance.Potentials:
+            raise RuntimeError("no")
+
+        yield run
+
+    solvers = (
+        tolerance.Solver("plain", "otloss", tolerance._ours("plain"), backward=True),
+        tolerance.Solver("log-domain", "PyTorch", tolerance._log_domain, backward=False),
+        tolerance.Solver("broken", "none", broken, backward=False),
+        tolerance.Solver("lost", "none", broken, backward=False),
+    )
+    rows = {row["name"]: row for row in tolerance.measure(shape, 0.05, 1e-5, solvers, lost, 5.0)}
+    for name in ("otloss", "plain", "log-domain"):
+        assert rows[name]["seconds"] > 0 and rows[name]["error"] <= tolerance.allowed(0.05, 1e-5)
+    assert [tolerance.cell(rows[name]) for name in ("broken", "lost")] == ["fails", "–"] and lost == {"lost", "broken"}
+    far = tuple(torch.zeros(3, 12) for _ in range(2))
+    assert tolerance.error(shape, 0.05, far) > 0.01  # type: ignore[arg-type]

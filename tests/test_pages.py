@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -180,3 +181,11 @@ def test_a_module_of_the_benchmarks_page_exists() -> None:
     named = {name.rstrip("/") for row in table for name in re.findall(r"`([a-z_]+/?)`", row)}
     there = {path.stem for path in (ROOT / "benchmarks").glob("*.py")} | {"peers"}
     assert named == there - {"__init__", "__main__"}
+
+
+def test_the_readme_quotes_the_time_to_tolerance() -> None:
+    points = json.loads((ROOT / "benchmarks" / "results" / "tolerance.json").read_text())["points"]
+    ours, *others = points["tokens eps 0.01 tol 1e-05"]["rows"]
+    ratio = min(row["ratio"] for row in others if row["seconds"] and row["library"] != "otloss")
+    text = (ROOT / "README.md").read_text()
+    assert f"take otloss {1000 * ours['seconds']:.3g} ms" in text and f"takes {ratio:.3g} times as long" in text
