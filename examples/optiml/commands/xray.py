@@ -44,7 +44,7 @@ class Outcome:
     gains: list[Gain]
     """Over the untrained network; empty where several networks were evaluated."""
     lines: list[str]
-    """The summary for the screen."""
+    """The summary for the screen; none without gains."""
     training: Training | None
     """Of the pretraining, where it is this command's own and the only one."""
 
@@ -56,10 +56,11 @@ def xray(config: XrayConfig, console: Console | None = None, films: str = "films
     config = replace(config, sizes=replace(config.sizes, image_size=common["image_size"]))
     held_out = common["val_fraction"], common["split_seed"]
     index = with_findings(with_all_splits(open_index(config.data, *held_out)))
+    outlines = None
     if config.segment_data is not None:  # a wrong --label is worth knowing before hours of pretraining
-        mask_set(open_index(config.segment_data, *held_out), config.label)
+        outlines = mask_set(with_all_splits(open_index(config.segment_data, *held_out)), config.label)
     elif has_outlines(index, config.label):
-        config = replace(config, segment_data=config.data)
+        config, outlines = replace(config, segment_data=config.data), mask_set(index, config.label)
     config = replace(config, sizes=_learnable(config.sizes, index.split("train"), console))
     console.rule("pretrain")
     runs = config.run or tuple(_pretrained(config, seed, console) for seed in config.pretrain_seeds)
@@ -73,9 +74,6 @@ def xray(config: XrayConfig, console: Console | None = None, films: str = "films
         name = UNTRAINED if run is None else _name(run)
         records += stages(config.sizes, start, name, downstream, console, config.segment_data, config.label)
     console.rule("report")
-    outlines = None
-    if config.segment_data is not None:
-        outlines = mask_set(with_all_splits(open_index(config.segment_data, *held_out)), config.label)
     arms = {record["arm"] for record in records} - {SUP1}
     one = len(runs) == len(arms) == 1  # of several networks the report shows means
     found = gains(records, index, arms.pop(), config.sizes.draws, outlines) if one else []
@@ -84,7 +82,8 @@ def xray(config: XrayConfig, console: Console | None = None, films: str = "films
         shutil.copytree(path.parent, config.results, dirs_exist_ok=True)
         console.print(f"Copied to {config.results}")
     training = None if config.run or not one else _training(config, runs[0], index, films)
-    return Outcome(path, found, summary_lines(training, index, found, records), training)
+    lines = summary_lines(training, index, found, records) if found else []
+    return Outcome(path, found, lines, training)
 
 
 def _learnable(sizes: Sizes, train: ChestIndex, console: Console) -> Sizes:
@@ -219,7 +218,7 @@ def _training(config: XrayConfig, run: Path, index: ChestIndex, kind: str) -> Tr
 
 def close(console: Console, outcome: Outcome, started: float, following: Sequence[str] = ()) -> list[str]:
     """Print the last screen, with what may follow, and return its lines. ``started`` is a time of `time.monotonic`."""
-    lines = [*outcome.lines, "", f"Report with its figures   {outcome.report}", *following]
+    lines = [*outcome.lines, *([""] if outcome.lines else []), f"Report with its figures   {outcome.report}", *following]
     console.rule()
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
     console.print(f"\nThis call took {duration(time.monotonic() - started)}.", highlight=False)

@@ -162,13 +162,11 @@ def summary_lines(training: Training | None, index: ChestIndex, found: list[Gain
         ]
     lines += ["", HEAD, *(gain.line() for gain in found), ""]
     shares = sorted({record["fraction"] for record in records if FRACTION <= record["fraction"] < 1})
-    for share in shares if found else ():
+    for share in shares:
         labelled = len(label_fraction(train, share, 0))
         rounded = round(labelled, -1) if labelled >= 100 else labelled
         lines.append(f"{_share(share)}: the labels of about {rounded} films were used. All figures are in percent;")
-    if found:
-        lines.append("the intervals resample the test patients.")
-    return lines + _pointing(records)
+    return [*lines, "the intervals resample the test patients.", *_pointing(records)]
 
 
 def _pointing(records: list[Record]) -> list[str]:
