@@ -148,7 +148,8 @@ def _implicit(
     if mode != "none" and _twice(backend):
         with no_autocast(problem.left):
             # Without `kept`, which has no graph: the cost is computed again inside the graph.
-            return operators.implicit(backend, problem, f, g, shift, upstream, adjoint, need_cost)[0]
+            dense = shift if problem.right is None else None
+            return get_backend(backend).implicit_gradient(problem, f, g, upstream, adjoint, need_cost, shift=dense)[0]
     left, right, a, b, eps = problem
     options = (*upstream, eps, adjoint, need_cost)
     return _run("implicit_gradient", backend, mode, left, right, a, b, f, g, *shift, kept, *options)

@@ -149,9 +149,7 @@ def solve(
     all_live = not checked or _check_marginals(a, b, log_totals, mass_names, mass_tol)
     kept = room_to_keep(problem, keep, backend)
     with no_autocast(left):
-        chosen = get_backend(backend)
-        options: Any = {"accelerate": True} if accelerate and getattr(chosen, "ACCELERATES", False) else {}
-        solution = chosen.solve(problem, max_iter, tol, _or_none(kept), **options)
+        solution = get_backend(backend).solve(problem, max_iter, tol, _or_none(kept), accelerate)
     if checked:
         # An entry between two points without mass appears in no output, but it does in gradients.
         hidden: tuple[Tensor, ...] = () if all_live else (left,) if right is None else (left, right)
@@ -192,24 +190,6 @@ def _(left, right, a, b, log_totals, given, mass_tol, eps, max_iter, tol, accele
     )
 
 
-def implicit(
-    backend: str,
-    problem: Problem,
-    f: Tensor,
-    g: Tensor,
-    shift: Shift,
-    upstream: Upstream,
-    adjoint: bool,
-    need_cost: bool,
-    kept: Tensor | None = None,
-) -> tuple[Gradients, Tensor]:
-    """A backend's implicit gradient; the shift reaches it where it has one."""
-    taken: Any = {}
-    if problem.right is None and getattr(get_backend(backend), "SHIFTS_COST", False):
-        taken["shift"] = shift
-    return get_backend(backend).implicit_gradient(problem, f, g, upstream, adjoint, need_cost, kept, **taken)
-
-
 @torch.library.custom_op("otloss::implicit_gradient", mutates_args=())
 def implicit_gradient(
     left: Tensor,
@@ -233,8 +213,10 @@ def implicit_gradient(
     """Gradients of left, right, a and b by the implicit function theorem."""
     problem, upstream = Problem(left, right, a, b, eps), Upstream(grad_cost, grad_value, grad_f, grad_g)
     with no_autocast(left):
-        shift = Shift(row_shift, column_shift)
-        gradients, residual = implicit(backend, problem, f, g, shift, upstream, adjoint, need_cost, _or_none(kept))
+        shift = Shift(row_shift, column_shift) if right is None else None
+        gradients, residual = get_backend(backend).implicit_gradient(
+            problem, f, g, upstream, adjoint, need_cost, _or_none(kept), shift
+        )
     if _checks_on(left) and residual.numel() and not float(residual.max()) <= 1e-2:  # so written, NaN warns too
         warn(
             f"the gradient's linear system was left with a relative residual above 1e-2 at eps={eps:g}: "

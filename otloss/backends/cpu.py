@@ -18,8 +18,6 @@ from otloss.backends.protocol import Gradients, Problem, Shift, Solution, Upstre
 TWICE_DIFFERENTIABLE = False
 KEEPS_COST = True
 READS_HALF = False
-SHIFTS_COST = True
-ACCELERATES = True
 MOST_POINTS = 1 << 30  # rounded up to vectors, in 32 bits
 
 # Read once, so that torch.compile sees plain strings.

@@ -97,11 +97,13 @@ class Backend(Protocol):
     def status(self) -> str | None:
         """Why the backend cannot be used here, or None."""
 
-    def solve(self, problem: Problem, max_iter: int, tol: float, kept: Tensor | None = None) -> Solution:
+    def solve(
+        self, problem: Problem, max_iter: int, tol: float, kept: Tensor | None = None, accelerate: bool = False
+    ) -> Solution:
         """Iterate until the L1 error of the marginals falls below ``tol``, at most ``max_iter`` times.
 
-        Iterations are the plain ones. A backend with ``ACCELERATES = True`` also takes ``accelerate: bool``, and may
-        then take any steps to the solution; a sweep over the cost counts as an iteration.
+        Iterations are the plain ones. With ``accelerate`` a backend may take any steps to the solution; a sweep over
+        the cost counts as an iteration.
 
         ``kept (B, n, m)`` has the dtype of the masses; the cost of features is written to it for the gradient to come.
         """
@@ -115,12 +117,13 @@ class Backend(Protocol):
         adjoint: bool,
         need_cost: bool,
         kept: Tensor | None = None,
+        shift: Shift | None = None,
     ) -> tuple[Gradients, Tensor]:
         """The gradients of the converged problem, and the relative residual ``(B,)`` of its adjoint system.
 
         Without ``adjoint`` the plan is a constant: the multipliers are 0. ``need_cost`` asks for the gradients of left
-        and right. ``kept`` is what ``solve`` has written there. A backend with ``SHIFTS_COST = True`` also takes
-        ``shift``, that of the solution.
+        and right. ``kept`` is what ``solve`` has written there, ``shift`` that of a dense cost's solution, or zeros
+        where the solution has none.
         """
 
     def unrolled_gradient(

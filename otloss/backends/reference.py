@@ -22,8 +22,6 @@ from otloss.cost import live_rows, negligible, row_norms, unit_rows
 TWICE_DIFFERENTIABLE = True
 KEEPS_COST = False
 READS_HALF = False
-SHIFTS_COST = True
-ACCELERATES = True
 
 
 def status() -> str | None:

@@ -48,7 +48,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from otloss.backends.protocol import Gradients, Problem, Solution, Upstream
+from otloss.backends.protocol import Gradients, Problem, Shift, Solution, Upstream
 
 TWICE_DIFFERENTIABLE = False
 KEEPS_COST = True
@@ -153,10 +153,12 @@ def _joined(parts: list[Any]) -> Any:
     return type(parts[0])(*(None if each[0] is None else torch.cat(each) for each in fields))
 
 
-def solve(problem: Problem, max_iter: int, tol: float, kept: Tensor | None = None) -> Solution:
+def solve(
+    problem: Problem, max_iter: int, tol: float, kept: Tensor | None = None, accelerate: bool = False
+) -> Solution:
     """The solution after ``max_iter`` iterations or at an L1 error below ``tol``.
 
-    The cost of features is written to ``kept (B, n, m)``.
+    The cost of features is written to ``kept (B, n, m)``. Iterations are the plain ones, ``accelerate`` is not used.
     """
     with _on(problem.left):
         parts = []
@@ -175,8 +177,12 @@ def implicit_gradient(
     adjoint: bool,
     need_cost: bool,
     kept: Tensor | None = None,
+    shift: Shift | None = None,
 ) -> tuple[Gradients, Tensor]:
-    """Gradients of the converged problem and the residual of its adjoint system; ``kept`` is what ``solve`` wrote."""
+    """Gradients of the converged problem and the residual of its adjoint system.
+
+    ``kept`` is what ``solve`` wrote there. ``shift`` is not used: ``solve`` takes nothing out of the cost.
+    """
     with _on(problem.left):
         parts, residuals = [], []
         for part, group, made in _groups(problem, kept):
