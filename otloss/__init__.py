@@ -9,8 +9,9 @@ from otloss.cvsim import CVSIM
 from otloss.losses import CosineCost, CosineSinkhornLoss, SinkhornLoss
 from otloss.operators import ConvergenceWarning
 from otloss.optiml import MarginalCollapseWarning, OPTiMLLoss, OPTiMLOutput
+from otloss.output import SinkhornOutput
 from otloss.regularizers import CovarianceLoss, VarianceLoss
-from otloss.sinkhorn import SinkhornOutput, cosine_sinkhorn, sinkhorn
+from otloss.sinkhorn import cosine_sinkhorn, sinkhorn
 
 __version__ = "0.1.0"
 

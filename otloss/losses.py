@@ -10,7 +10,8 @@ from otloss.backends import check_backend
 from otloss.checks import check_choice, check_count, check_number
 from otloss.cost import cosine_cost
 from otloss.gradients import MODES
-from otloss.sinkhorn import SOLVERS, SinkhornOutput, cosine_sinkhorn, sinkhorn
+from otloss.output import SinkhornOutput
+from otloss.sinkhorn import SOLVERS, cosine_sinkhorn, sinkhorn
 
 __all__ = ["CosineCost", "CosineSinkhornLoss", "SinkhornLoss"]
 

@@ -218,7 +218,8 @@ def _training(config: XrayConfig, run: Path, index: ChestIndex, kind: str) -> Tr
 
 def close(console: Console, outcome: Outcome, started: float, following: Sequence[str] = ()) -> list[str]:
     """Print the last screen, with what may follow, and return its lines. ``started`` is a time of `time.monotonic`."""
-    lines = [*outcome.lines, *([""] if outcome.lines else []), f"Report with its figures   {outcome.report}", *following]
+    lines = [*outcome.lines, ""] if outcome.lines else []
+    lines += [f"Report with its figures   {outcome.report}", *following]
     console.rule()
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
     console.print(f"\nThis call took {duration(time.monotonic() - started)}.", highlight=False)
