@@ -96,6 +96,8 @@ class CompareConfig:
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of the pretraining, or of random weights: those to make. All that are complete are reported."""
     size_flags: Annotated[SizeFlags, tyro.conf.arg(name="")] = field(default_factory=SizeFlags)
+    imagenet_weights: Path | None = None
+    """File with torchvision's ImageNet weights of a ResNet18, for the row sup2. Unset: they are downloaded."""
     workers: int = 0
     """Processes that read and augment films beside the training; 0: the training does it itself."""
 
@@ -110,7 +112,7 @@ class CompareConfig:
 
     def options(self) -> dict[str, Any]:
         """What the report repeats of the command line."""
-        named = ("data", "dataset", "rsna_data", "segment_data", "label", "rows", "budget", "seeds")
+        named = ("data", "dataset", "rsna_data", "segment_data", "label", "rows", "budget", "seeds", "imagenet_weights")
         return {**{name: getattr(self, name) for name in named}, **vars(self.size_flags)}
 
     def budgeted(self) -> Budget:
