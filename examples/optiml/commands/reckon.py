@@ -164,7 +164,8 @@ def summary(found: dict[str, Any]) -> str:
         sizes = [f"{run['films']:,}", f"{run['steps']:,}", f"{run['flops']:.1e}"]
         rows.append([*sizes, *hours, _hours(run["view_hours"])])
     view, processor = 1000 * found["view_seconds_per_image"], found["made"]["processor"]
-    memory = " and ".join(f"{found['bytes'][count] / 2**30:.1f} GiB on each of {count}" for count in counts)
+    where = {count: "one GPU" if count == "1" else f"each of {count}" for count in counts}
+    memory = " and ".join(f"{found['bytes'][count] / 2**30:.1f} GiB on {where[count]}" for count in counts)
     transport = found["transport_operations_per_step"] / found["flops_per_step"]
     lines = [
         *markdown_table([*head, "CPU time of views"], rows, align="right"),
@@ -172,7 +173,7 @@ def summary(found: dict[str, Any]) -> str:
         f"* A step has {found['flops_per_step']:.3g} operations. The Sinkhorn iterations are not among them: at most "
         f"{transport:.0%} more, but not in matrix products.",
         f"* The views of a film take {view:.1f} ms of one core of an {processor}, without reading the film.",
-        f"* Weights, optimiser and what the backward pass needs take {memory}, without workspaces.",
+        f"* Weights, optimiser and what the backward pass needs: {memory}, without workspaces.",
     ]
     return "\n".join(lines)
 
