@@ -12,7 +12,6 @@ from ..downstream.arms import SUP1, SUP2
 from ..downstream.result_files import Record
 from ..errors import CommandError
 from ..reporting.comparison_page import pretraining_table, provenance_text
-from ..reporting.comparison_rows import RECOMMENDED
 from ..reporting.differences import auc_measures, beyond_zero, dice_measure, difference_table, replicated, verdicts
 from ..reporting.figures import draw_curves
 from ..reporting.report import RECORDS, report
@@ -44,7 +43,7 @@ def write_report(comparison: Comparison, records: list[Record], stores: Stores) 
     config, console = comparison.config, comparison.console
     table, notes = differences(comparison, records, stores)
     notes += "\n" + provenance_text(config.rows, config.options(), comparison.main_set.index, records, stores)
-    out, final = config.out / f"report-{config.rows}", config.results / config.rows
+    out, final = config.out / f"report-{config.rows_name}", config.results / config.rows_name
     curves = {
         row.title: [files.curves for files in stores[row.arm].values() if files.curves]
         for row in comparison.rows
@@ -63,7 +62,7 @@ def write_report(comparison: Comparison, records: list[Record], stores: Stores) 
 
 
 def differences(comparison: Comparison, records: list[Record], stores: Stores) -> tuple[Table, str]:
-    """The recommended OPTiML minus each other row; and whether each row beats the untrained network."""
+    """The reference (the recommended OPTiML, or the first row of a file) minus each row; and each minus untrained."""
     draws, titles = comparison.sizes.draws, {row.arm: row.title for row in comparison.rows}
     measures = [measure for data in comparison.sets for measure in auc_measures(data.index, data.name, draws)]
     if comparison.mask_set is not None:
@@ -77,7 +76,7 @@ def differences(comparison: Comparison, records: list[Record], stores: Stores) -
     if sup2 := arrays.get(titles.get(SUP2, "")):
         arrays[titles[SUP2]] = dict.fromkeys(comparison.seeds, next(iter(sup2.values())))
     found = replicated(measures, arrays)
-    table = difference_table(titles[RECOMMENDED], found)
+    table = difference_table(titles[comparison.reference], found)
     return table, f"{beyond_zero(table)}\n{verdicts(titles[SUP1], found)}" if found else ""
 
 

@@ -28,7 +28,8 @@ from ..pretraining.network import load_backbone
 from ..pretraining.precision import fast_precision
 from ..pretraining.settings import AugmentConfig, MethodOptions, MonitorConfig, PretrainConfig, check_imagenet
 from ..pretraining.trainer import BACKBONE, LAST, LOG, MONITOR, pretrain
-from ..reporting.comparison_rows import NOT_TRAINED, ComparisonRow, rows
+from ..reporting.comparison_rows import NOT_TRAINED, ComparisonRow
+from ..reporting.row_files import comparison_rows, reference
 from ..reporting.row_store import RowStore, Stores, curves_of, monitor_columns
 from .settings import CompareConfig
 from .sizes import Sizes
@@ -78,7 +79,7 @@ class Comparison:
 
     def __init__(self, config: CompareConfig, console: Console) -> None:
         self.config, self.console, self.budget = config, console, config.budgeted()
-        self.sizes, self.rows = self.budget.sizes, rows(config.rows)
+        self.sizes, self.rows, self.reference = self.budget.sizes, comparison_rows(config.rows), reference(config.rows)
         sets = [(config.data, config.dataset, self.sizes, config.segment_data)]
         if config.rsna_data:
             sets.append((config.rsna_data, None, replace(self.sizes, heatmap_fractions=()), None))

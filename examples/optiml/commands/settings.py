@@ -11,7 +11,8 @@ import tyro
 from ..data.fractions import check_seeds
 from ..pretraining.methods import METHODS
 from ..pretraining.settings import Precision, PretrainConfig, Stem
-from ..reporting.comparison_rows import Kind, rows
+from ..reporting.comparison_rows import BUILT_IN
+from ..reporting.row_files import comparison_rows
 from .sizes import BUDGETS, Budget, SizeFlags, Sizes
 
 #: The committed results of comparisons, inside the package.
@@ -87,8 +88,9 @@ class CompareConfig:
     """Data set to segment; unset: none."""
     label: str = "Pneumothorax"
     """What to segment: a finding, or whatever else there are masks of, such as Lung."""
-    rows: Kind = "methods"
-    """methods: Tables I and II, Figs 2 and 3. ablation: Table III, one factor at a time, VICReg."""
+    rows: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(BUILT_IN) + ",FILE}")] = "methods"
+    """methods: Tables I and II, Figs 2 and 3. ablation: Table III, one factor at a time, VICReg. Or a file with a line
+    for each row: its name, then flags of pretrain (matching.rows is one)."""
     only: tuple[str, ...] = ()
     """Make these rows and no others. All that are complete are reported."""
     report_only: bool = False
@@ -105,11 +107,16 @@ class CompareConfig:
     def __post_init__(self) -> None:
         if self.budget not in BUDGETS:
             raise ValueError(f"budget must be one of {', '.join(BUDGETS)}, not {self.budget!r}")
-        arms = [row.arm for row in rows(self.rows)]
+        arms = [row.arm for row in comparison_rows(self.rows)]
         if unknown := sorted(set(self.only) - set(arms)):
             raise ValueError(f"only must be among {', '.join(arms)}, not {', '.join(unknown)}")
         check_seeds("seeds", self.seeds)
         self.budgeted().sizes.check()
+
+    @property
+    def rows_name(self) -> str:
+        """What the report's folder is called: the comparison, or the file of rows without its ending."""
+        return Path(self.rows).stem
 
     def options(self) -> dict[str, Any]:
         """What the report repeats of the command line."""

@@ -11,12 +11,12 @@ from ..data.index import ChestIndex
 from ..downstream.arms import SUP2
 from ..downstream.result_files import Record
 from ..markdown import markdown_table
-from .comparison_rows import Kind, rows
+from .row_files import comparison_rows
 from .row_store import Stores
 
 
 def provenance_text(
-    kind: Kind, options: dict[str, Any], index: ChestIndex, records: list[Record], stores: Stores
+    kind: str, options: dict[str, Any], index: ChestIndex, records: list[Record], stores: Stores
 ) -> str:
     """The command with its ``options``, the time and the machines it took, the number of films, and what is missing."""
     settings = {**options, "seeds": tuple(sorted(set().union(*stores.values())))}  # all seeds in the report
@@ -58,10 +58,10 @@ def without_scores(stores: Stores) -> str:
     return f" Not in the paired differences, as test scores were not kept: {'; '.join(parts)}." if parts else ""
 
 
-def missing_rows_text(kind: Kind, stores: Stores) -> str:
+def missing_rows_text(kind: str, stores: Stores) -> str:
     """Which rows are not in the report, with the reason if there is one."""
     reasons = {SUP2: " (its weights have to be downloaded)"}
-    missing = [row.arm + reasons.get(row.arm, "") for row in rows(kind) if row.arm not in stores]
+    missing = [row.arm + reasons.get(row.arm, "") for row in comparison_rows(kind) if row.arm not in stores]
     return f" Not in this report: {', '.join(missing)}." if missing else ""
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ..downstream.arms import ABLATION, ROWS, SUP1, SUP2
 from ..pretraining.methods import METHODS
 from ..pretraining.settings import PRESETS, PretrainConfig
 
-Kind = Literal["methods", "ablation"]
+#: Comparisons whose rows are listed here.
+BUILT_IN = ("methods", "ablation")
 #: Arms that are not pretrained here: random weights and ImageNet's.
 NOT_TRAINED = (SUP1, SUP2)
 RECOMMENDED = "optiml"
@@ -59,8 +60,8 @@ class ComparisonRow:
         return config.resolve()
 
 
-def rows(kind: Kind) -> list[ComparisonRow]:
-    """All rows of a comparison, in the report's order."""
+def rows(kind: str) -> list[ComparisonRow]:
+    """All rows of a built-in comparison, in the report's order."""
     return methods() if kind == "methods" else ablation()
 
 
