@@ -2,6 +2,7 @@
 
 import warnings as _warnings
 
+from otloss.assignment import assign, barycentric
 from otloss.backends import backends, use_backend
 from otloss.backends import cpu as _cpu
 from otloss.cost import cosine_cost
@@ -27,7 +28,9 @@ __all__ = [
     "SinkhornLoss",
     "SinkhornOutput",
     "VarianceLoss",
+    "assign",
     "backends",
+    "barycentric",
     "cosine_cost",
     "cosine_sinkhorn",
     "sinkhorn",
