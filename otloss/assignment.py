@@ -50,8 +50,8 @@ def barycentric(out: SinkhornOutput, y: Tensor) -> Tensor:
 
     .. math:: z_i = \frac{(T y)_i}{(T 1)_i}
 
-    A row without mass gets the limit for a vanishing mass, the mean weighted by the row-normalised kernel. This also
-    holds where a whole row of the plan underflows.
+    A row without mass gets the limit for a vanishing mass, the mean weighted by the row-normalised kernel, however far
+    it is from every column.
 
     Args:
         out: what :func:`otloss.sinkhorn` or :func:`otloss.cosine_sinkhorn` returned.
@@ -97,8 +97,7 @@ def assign(out: SinkhornOutput, *, mutual: bool = False) -> Tensor:
 
     .. math:: j(i) = \arg\max_j T_{ij}, \qquad \text{with mutual=True only if also } i = \arg\max_{i'} T_{i'j(i)}
 
-    It reads the logarithm of the plan, so that rows match also where the plan underflows. Of equal entries the first
-    counts.
+    Of equal entries the first counts.
 
     Args:
         out: what :func:`otloss.sinkhorn` or :func:`otloss.cosine_sinkhorn` returned.
