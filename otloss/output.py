@@ -13,6 +13,7 @@ from otloss.backends.reference import shifted, transport_plan, unshifted
 from otloss.checks import no_autocast
 from otloss.cost import cosine_cost
 from otloss.operators import converged
+from otloss.summary import Summary, summarise
 
 __all__ = ["PlanSource", "SinkhornOutput"]
 
@@ -113,6 +114,20 @@ class SinkhornOutput:
         if result.requires_grad or not self._solution.f.requires_grad:  # as for the plan
             self._log_plan = result
         return result
+
+    def summary(self) -> Summary:
+        """What to look at first: convergence, iterations, perplexities, and the share of the mass that is matched.
+
+        Print it, or read its fields. It has no gradient, builds the plan, and waits for the device.
+
+        Example:
+            >>> import torch, otloss
+            >>> print(otloss.sinkhorn(1 - torch.eye(4).expand(3, 4, 4), eps=0.1).summary())
+            3 of 3 problems of 4 x 4 points converged in ... iterations (median; most ...), marginal error at most ...
+            perplexity: a 4 of 4, b 4 of 4, rows of the plan 1.001 of 4
+            mass matched: 1
+        """
+        return summarise(self)
 
 
 class PlanSource:
