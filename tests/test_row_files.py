@@ -126,6 +126,7 @@ def test_a_study_in_slices(few_phantoms: Path, tmp_path: Path, monkeypatch: pyte
     assert made == ["positions-seed0", "positions-0.2-seed0"]  # nothing twice
     assert "positions minus each row" in text and "− positions-0.2" in text and "− Sup.1 (random)" in text
     assert "Not in this report" not in text and f"--rows {path} --budget small --seeds 0 --image-size 32 --stem" in text
+    assert "* positions: 1 epochs of optiml at 32 px, stem no-pool, batch 16, seed 0" in text
     assert (config.results / "study" / "report.md").exists()
     for name in ("sup1", "positions", "positions-0.2"):
         kept = config.results / "runs" / f"{name}-seed0.json"

@@ -155,8 +155,9 @@ def _made(records: list[Record]) -> str:
     runs = {(r["arm"], _same(r["pretraining"])): r["pretraining"] for r in trained}
     lines = ["## How it was made", ""]
     for (arm, _), run in sorted(runs.items()):
+        stem = f", stem {run['stem']}" if "stem" in run else ""
         lines.append(
-            f"* {arm}: {run.get('epochs')} epochs of {run.get('method')} at {run.get('image_size')} px, "
+            f"* {arm}: {run.get('epochs')} epochs of {run.get('method')} at {run.get('image_size')} px{stem}, "
             f"batch {run.get('batch_size')}, seed {run.get('seed')}"
         )
     commits = sorted({str(r["made"]["commit"])[:10] for r in records})
