@@ -1,6 +1,6 @@
 """What PyTorch 2.6 lacks and later versions have. Everything else in otloss is written so that all of them take it.
 
-Its compiler takes no ``zip`` of sequences that differ in length, and no ``dict |= dict``.
+Its compiler takes no ``zip`` of sequences that differ in length, no ``dict |= dict``, and no slice of a named tuple.
 """
 
 from __future__ import annotations
