@@ -79,20 +79,20 @@ def _ncu(name: str, kernels: list[str]) -> list[str]:
     return run.stdout.splitlines()[-120:]
 
 
-def tiles() -> Result:
+def tiles(path: Path = DEFAULTS) -> Result:
     """The fastest tile of a streaming pass, by the bucket of the problem's sizes, and where they were written."""
     with mock.patch.dict(os.environ, OTLOSS_TRITON_AUTOTUNE="1"), mock.patch.object(config, "TUNED", {}):
         for workload in (*MAIN.values(), replace(MAIN["large"], inputs="dense")):
             _call(workload)()
         found = dict(config.TUNED)
-    write_defaults(found)
+    write_defaults(found, path)
     for key, tile in found.items():
         print(f"  {key}: {tile}")
     rows = [{"bucket": key, **asdict(tile)} for key, tile in found.items()]
-    return {"complete": True, "tiles": rows, "written": str(DEFAULTS)}
+    return {"complete": True, "tiles": rows, "written": str(path)}
 
 
-def write_defaults(found: dict[tuned.Bucket, config.Tile], path: Path = DEFAULTS) -> None:
+def write_defaults(found: dict[tuned.Bucket, config.Tile], path: Path) -> None:
     """Make these tiles the defaults of the device that they were timed on; those of other devices stay."""
     head, mark, _ = path.read_text().partition(" = {")
     tiles = tuned.TILES | {key: astuple(tile) for key, tile in found.items() if key[-1] is not None}
