@@ -2,9 +2,11 @@
 
 import warnings as _warnings
 
+from otloss import plot
+from otloss.assignment import assign, barycentric
 from otloss.backends import backends, use_backend
 from otloss.backends import cpu as _cpu
-from otloss.cost import cosine_cost
+from otloss.cost import cosine_cost, sqeuclidean_cost
 from otloss.cvsim import CVSIM
 from otloss.losses import CosineCost, CosineSinkhornLoss, SinkhornLoss
 from otloss.operators import ConvergenceWarning
@@ -27,10 +29,14 @@ __all__ = [
     "SinkhornLoss",
     "SinkhornOutput",
     "VarianceLoss",
+    "assign",
     "backends",
+    "barycentric",
     "cosine_cost",
     "cosine_sinkhorn",
+    "plot",
     "sinkhorn",
+    "sqeuclidean_cost",
     "use_backend",
 ]
 

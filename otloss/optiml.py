@@ -1,4 +1,4 @@
-"""OPTiML's loss: optimal transport between two views' feature maps, plus variance and covariance terms."""
+"""OPTiML's loss: optimal transport between two views' features, plus variance and covariance terms."""
 
 from __future__ import annotations
 
@@ -68,7 +68,8 @@ class OPTiMLLoss(nn.Module):
     **What is matched** (``match``). ``"channel"`` matches the d channels. Each is a vector of its hw activations, and M
     is d × d, as the paper's symbols say. ``"position"`` matches the hw positions. Each is a vector of d features, and
     M is hw × hw, as the paper's words say. r has no entry per position. For positions we therefore add
-    :math:`\mu_i = \mathrm{softmax}_i\, \langle r_s, z_{s,i} \rangle / \sqrt d`, and :math:`\nu` likewise.
+    :math:`\mu_i = \mathrm{softmax}_i\, \langle r_s, z_{s,i} \rangle / \sqrt d`, and :math:`\nu` likewise. The tokens
+    of a transformer are positions: N tokens are a map with hw = N. Leave out the class token.
 
     **Where the mass goes** (``marginals``). The gradient of L_OT by its marginals moves mass to the cheapest pairs.
     Nothing in Eq. 3 opposes this. The options are:
@@ -174,19 +175,19 @@ class OPTiMLLoss(nn.Module):
         self._collapse_reported, self._calls = False, 0
 
     def forward(self, z_s: Tensor, z_t: Tensor, q_s: Tensor, q_t: Tensor) -> OPTiMLOutput:
-        """The loss of feature maps ``z_s``, ``z_t (B, d, h, w)`` and expanded embeddings ``q_s``, ``q_t (B, D)``.
+        """The loss of features ``z_s``, ``z_t`` and expanded embeddings ``q_s``, ``q_t (B, D)``.
 
-        The two maps may differ in height and width with ``match="position"``. The embeddings need at least two rows
-        (after gathering).
+        The features are maps ``(B, d, h, w)`` or tokens ``(B, N, d)``, of both views alike. With ``match="position"``
+        the views may have different numbers of positions. The embeddings need at least two rows (after gathering).
 
         Raises:
             TypeError: an input is no floating-point tensor, or one view is in float64 and the other is not.
-            ValueError: an input's shape does not fit, the batch has one image only, or a map is not finite.
+            ValueError: an input's shape does not fit, the batch has one image only, or features are not finite.
         """
         self._check(z_s, z_t, q_s, q_t)
         with no_autocast(z_s):
             dtype = working_dtype(z_s=z_s, z_t=z_t)
-            maps_s, maps_t = (z.to(dtype).flatten(2) for z in (z_s, z_t))  # (B, d, hw)
+            maps_s, maps_t = (_as_map(z.to(dtype)) for z in (z_s, z_t))  # (B, d, hw)
             x, y = (maps_s, maps_t) if self.match == "channel" else (maps_s.mT, maps_t.mT)
             log_mu, log_nu = self._log_marginals(maps_s, maps_t)
             try:
@@ -264,13 +265,18 @@ class OPTiMLLoss(nn.Module):
             )
 
     def _check(self, z_s: Tensor, z_t: Tensor, q_s: Tensor, q_t: Tensor) -> None:
+        shapes = f"(B, {self.dim}, h, w) or (B, N, {self.dim})"
         for name, z in (("z_s", z_s), ("z_t", z_t)):
-            check_tensor(name, z, 4, f"(B, {self.dim}, h, w)")
-            if z.dim() != 4 or z.shape[1] != self.dim or 0 in z.shape[2:]:
-                raise ValueError(f"{name} must have shape (B, {self.dim}, h, w), got {tuple(z.shape)}")
-        if self.match == "channel" and z_s.shape[2:] != z_t.shape[2:]:
+            check_tensor(name, z, 3, shapes)
+            if z.dim() not in (3, 4) or z.shape[1 if z.dim() == 4 else 2] != self.dim or 0 in z.shape[1:]:
+                raise ValueError(f"{name} must have shape {shapes}, got {tuple(z.shape)}")
+        if z_s.dim() != z_t.dim():
             raise ValueError(
-                "z_s and z_t must have the same height and width to compare channels, "
+                f"z_s and z_t must both be maps or both be tokens, got {tuple(z_s.shape)} and {tuple(z_t.shape)}"
+            )
+        if self.match == "channel" and z_s.shape[1:] != z_t.shape[1:]:
+            raise ValueError(
+                "z_s and z_t must have the same height and width, or equally many tokens, to compare channels, "
                 f"got {tuple(z_s.shape)} and {tuple(z_t.shape)}"
             )
         for name, q in (("q_s", q_s), ("q_t", q_t)):
@@ -291,6 +297,11 @@ class OPTiMLLoss(nn.Module):
             f"match={self.match!r}, marginals={self.marginals!r}, {share}shared={self.cvsim_t is None}, "
             f"gather={self.gather}"
         )
+
+
+def _as_map(z: Tensor) -> Tensor:
+    """Maps ``(B, d, h, w)`` or tokens ``(B, N, d)`` as ``(B, d, positions)``."""
+    return z.flatten(2) if z.dim() == 4 else z.mT
 
 
 def _describe(x: Tensor, y: Tensor, log_mu: Tensor | None, log_nu: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from otloss.assignment import log_plan
 from otloss.backends.protocol import Problem, Solution
 from otloss.backends.reference import shifted, transport_plan, unshifted
 from otloss.checks import no_autocast
 from otloss.cost import cosine_cost
 from otloss.operators import converged
+from otloss.summary import Summary, summarise
 
 __all__ = ["PlanSource", "SinkhornOutput"]
 
@@ -40,6 +42,7 @@ class SinkhornOutput:
         self._source, self._gradient, self._tol = source, gradient, tol
         self._solution = solution
         self._plan: Tensor | None = None
+        self._log_plan: Tensor | None = None
         shape = source.batch
         self.transport_cost, self.value = solution.transport_cost.reshape(shape), solution.value.reshape(shape)
         self.n_iter, self.marginal_error = solution.n_iter.reshape(shape), solution.error.reshape(shape)
@@ -80,6 +83,52 @@ class SinkhornOutput:
     def __repr__(self) -> str:
         done, total = int(self.converged.sum()), self.converged.numel()
         return f"SinkhornOutput(f={tuple(self.f.shape)}, g={tuple(self.g.shape)}, converged={done}/{total})"
+
+    def _parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, float, torch.Size]:
+        """Cost, a, b, f, g and eps of the plan, one dimension for all problems, and the shape of the batch.
+
+        The cost is the one after the shift, which is that of f and g. All have the gradients that this mode gives.
+        """
+        source, solution, constant = self._source, self._solution, self._gradient != "implicit"
+        source._check_unchanged()
+        f, g = (solution.f.detach(), solution.g.detach()) if constant else (solution.f, solution.g)
+        with no_autocast(f):
+            *points, a, b = source._differentiable(constant)
+            points = [t.to(f.dtype) for t in points]
+            cost = shifted(points[0], solution.shift) if len(points) == 1 else cosine_cost(points[0], points[1])
+        return cost, a, b, f, g, source.problem.eps, source.batch
+
+    @property
+    def log_plan(self) -> Tensor:
+        """The logarithm of the plan ``(B, n, m)``, built on first use; what holds of ``plan`` holds of it.
+
+        It is finite wherever both points have mass, also where the plan underflows, and so is its gradient. It is -inf
+        with gradient 0 where a point has none: select the pairs of a loss by an index or ``torch.where``, for
+        0 times -inf is NaN.
+        """
+        if self._log_plan is not None:
+            return self._log_plan
+        cost, a, b, f, g, eps, batch = self._parts()
+        with no_autocast(f):
+            result = log_plan(cost, a, b, f, g, eps)
+        result = result.reshape(*batch, *result.shape[1:])
+        if result.requires_grad or not self._solution.f.requires_grad:  # as for the plan
+            self._log_plan = result
+        return result
+
+    def summary(self) -> Summary:
+        """What to look at first: convergence, iterations, perplexities, and the share of the mass that is matched.
+
+        Print it, or read its fields. It has no gradient, builds the plan, and waits for the device.
+
+        Example:
+            >>> import torch, otloss
+            >>> print(otloss.sinkhorn(1 - torch.eye(4).expand(3, 4, 4), eps=0.1).summary())
+            3 of 3 problems of 4 x 4 points converged in ... iterations (median; most ...), marginal error at most ...
+            perplexity: a 4 of 4, b 4 of 4, rows of the plan 1.001 of 4
+            mass matched: 1
+        """
+        return summarise(self)
 
 
 class PlanSource:

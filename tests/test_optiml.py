@@ -108,6 +108,30 @@ def test_objectives(objective: str) -> None:
     assert abs(out.transport_cost - out.ot) > 1e-3
 
 
+@pytest.mark.parametrize("match", ["channel", "position"])
+@pytest.mark.parametrize("marginals", POLICIES)
+def test_tokens_are_positions_of_a_map(match: str, marginals: str) -> None:
+    """Tokens (B, hw, d): every output, and every gradient, is that of the map they were read from, up to rounding."""
+    loss = make(match=match, marginals=marginals, tol=1e-11, max_iter=5000).double()
+    z_s, z_t, q_s, q_t = views(dtype=F64)
+    t_s, t_t = (z.detach().flatten(2).mT.contiguous().requires_grad_() for z in (z_s, z_t))
+    of_maps, of_tokens = loss(z_s, z_t, q_s, q_t), loss(t_s, t_t, q_s, q_t)
+    for one, other in zip(of_maps, of_tokens, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
+    weights = list(loss.parameters()) if marginals in ("perplexity", "hardest", "learned") else []
+    want = torch.autograd.grad(of_maps.ot, (z_s, z_t, *weights))
+    got = torch.autograd.grad(of_tokens.ot, (t_s, t_t, *weights))
+    for one, other in zip(got, (*(grad.flatten(2).mT for grad in want[:2]), *want[2:]), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
+
+
+def test_views_with_different_numbers_of_tokens() -> None:
+    loss = make(match="position")
+    q = torch.randn(2, 4, 24)
+    out = loss(torch.rand(4, 9, 16), torch.rand(4, 7, 16), q[0], q[1])
+    assert out.loss.isfinite() and out.converged == 1
+
+
 def test_defaults_are_the_papers() -> None:
     loss = OPTiMLLoss(32)
     assert (loss.alpha, loss.beta, loss.eta, loss.invariance) == (0.6, 25.0, 1.0, 0.0)
@@ -409,9 +433,13 @@ def test_bad_options(options: dict, error: type[Exception], message: str) -> Non
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [
-        ({0: torch.rand(4, 8, 3, 3)}, ValueError, r"z_s must have shape \(B, 16, h, w\), got \(4, 8, 3, 3\)"),
-        ({1: torch.rand(4, 16, 9)}, ValueError, r"z_t must have shape \(B, 16, h, w\), got \(4, 16, 9\)"),
+        ({0: torch.rand(4, 8, 3, 3)}, ValueError, r"z_s must have shape \(B, 16, h, w\) or .*16\), got \(4, 8, 3, 3\)"),
+        ({1: torch.rand(4, 16, 9)}, ValueError, r"z_t must have shape \(B, 16, h, w\) or .*16\), got \(4, 16, 9\)"),
         ({1: torch.rand(4, 16, 0, 3)}, ValueError, r"z_t must have shape"),
+        ({1: torch.rand(4, 0, 16)}, ValueError, r"z_t must have shape"),
+        ({0: torch.rand(4, 16)}, ValueError, r"z_s must have shape"),
+        ({1: torch.rand(4, 9, 16)}, ValueError, "z_s and z_t must both be maps or both be tokens"),
+        ({0: torch.rand(4, 9, 16), 1: torch.rand(4, 7, 16)}, ValueError, "or equally many tokens, to compare channels"),
         ({1: torch.rand(4, 16, 2, 2)}, ValueError, "z_s and z_t must have the same height and width"),
         ({2: torch.rand(4, 2, 12)}, ValueError, r"q_s must have shape \(B, D\), got \(4, 2, 12\)"),
         ({3: torch.rand(5, 24)}, ValueError, r"equally many images, got \[4, 4, 4, 5\]"),

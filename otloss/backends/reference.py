@@ -201,17 +201,29 @@ def _through_unit_rows(x: Tensor, unit: Tensor, grad: Tensor) -> Tensor:
 
 
 def _solve_adjoint(plan: Tensor, r: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    """V of [D_a T; T' D_b][U; V] = [r; s] by the Schur complement on the columns, and the relative residual.
+    """V of [D_a T; T' D_b][U; V] = [r; s] by the Schur complement on the shorter side, and the relative residual.
 
     D holds the realised marginals; with a and b the system would be inconsistent for a plan that has not converged.
-    The complement D_b - T' D_a^-1 T is then the Laplacian of the graph on the columns with weights W = T' D_a^-1 T: its
-    diagonal is computed as the degrees of W, a sum without cancellation. It is scaled to diagonal 1, its null vector
-    is lifted by a rank-one term, and a ridge of the size of rounding keeps it definite where the graph falls apart into
-    blocks; two steps of refinement take the ridge out again. Cholesky, because MKL 2024.2's batched LU returns wrong
-    results once a process has raised its number of threads. A row or column without mass is left out.
+    The complement on the columns, D_b - T' D_a^-1 T, is then the Laplacian of the graph on them with weights
+    W = T' D_a^-1 T: its diagonal is computed as the degrees of W, a sum without cancellation. It is scaled to diagonal
+    1, its null vector is lifted by a rank-one term, and a ridge of the size of rounding keeps it definite where the
+    graph falls apart into blocks; two steps of refinement take the ridge out again. Cholesky, because MKL 2024.2's
+    batched LU returns wrong results once a process has raised its number of threads. A row or column without mass is
+    left out. Where there are fewer rows, their complement gives U, and V = D_b^-1 (s - T' U).
     """
-    dtype, m = plan.dtype, plan.shape[-1]
+    dtype, (n, m) = plan.dtype, plan.shape[-2:]
     plan, r, s = wide(plan), wide(r), wide(s)
+    if m <= n:
+        v, residual = _solve_columns(plan, r, s, dtype)
+    else:
+        u, residual = _solve_columns(plan.transpose(-1, -2), s, r, dtype)
+        v = (s - (plan * u.unsqueeze(-1)).sum(-2)) / _or_one(plan.sum(-2))
+    return v.to(dtype), residual.to(dtype)
+
+
+def _solve_columns(plan: Tensor, r: Tensor, s: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """V and the relative residual by the complement on the columns of a plan that was computed in ``dtype``."""
+    m = plan.shape[-1]
     by_rows = plan / _or_one(plan.sum(-1)).unsqueeze(-1)
     diagonal = torch.eye(m, dtype=plan.dtype, device=plan.device)
     weights = (plan.transpose(-1, -2) @ by_rows) * (1 - diagonal)
@@ -233,7 +245,7 @@ def _solve_adjoint(plan: Tensor, r: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     left_over = norm(right_side - laplacian @ z, dim=(-1, -2))
     solved = size <= 8 * torch.finfo(dtype).eps * terms  # the right side is the rounding of terms that cancel
     residual = torch.where(solved, 0.0, left_over / _or_one(size))
-    return (unroot * z.squeeze(-1)).to(dtype), residual.detach().to(dtype)
+    return unroot * z.squeeze(-1), residual.detach()
 
 
 def _or_one(x: Tensor) -> Tensor:
