@@ -19,7 +19,7 @@ from pathlib import Path
 
 from processors import ROOT, tests
 
-NEEDED = ("numpy", "pytest", "hypothesis", "pot", "geomloss", "scipy")
+NEEDED = ("numpy", "pytest", "hypothesis", "pot", "geomloss", "scipy", "matplotlib")
 SAID = (
     "import torch, otloss; print('PyTorch', torch.__version__, otloss.__file__)\n"
     "for name, status in otloss.backends().items(): print(f'  {name}: {status}')"
@@ -48,7 +48,7 @@ def main() -> int:
         subprocess.run([*build, str(ROOT)], check=True)
         subprocess.run([*install, "--no-deps", "--force-reinstall", *map(str, Path(wheels).glob("*.whl"))], check=True)
     shutil.rmtree(work, ignore_errors=True)
-    for name in ("tests", "benchmarks", "csrc"):
+    for name in ("tests", "benchmarks", "examples", "csrc"):
         shutil.copytree(ROOT / name, work / name)
     shutil.copy(ROOT / "pyproject.toml", work)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
