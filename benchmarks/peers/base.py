@@ -90,7 +90,8 @@ def torch_build(loss: Callable[[Workload, Leaves], Tensor]) -> Callable[[Workloa
             if not workload.backward:
                 with torch.no_grad():
                     return loss(workload, leaves), None
-            numbers = loss(workload, leaves)
+            with torch.enable_grad():  # geomloss turns gradients off for a while, and after an error for good
+                numbers = loss(workload, leaves)
             # A lesser mode may give the marginals no gradient. It is timed all the same.
             return numbers, torch.autograd.grad(numbers.sum(), leaves, allow_unused=True)
 
