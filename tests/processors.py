@@ -45,6 +45,7 @@ LEFT_OUT = {
     "test_benchmarks.py": "tests what times the others",
     "test_gpu_stages.py": "tests what runs on a GPU",
     "test_cpu_levels.py": "runs every level by itself, whatever the settings",
+    "test_pages.py": "reads pages",
     "test_triton.py": "its interpreter takes minutes and computes with NumPy",
 }
 PROBE = """
