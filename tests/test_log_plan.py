@@ -213,7 +213,7 @@ for exact, got in zip(*results):
 
 
 @pytest.mark.skipif(
-    find_spec("triton") is None or bool(triton._TOO_OLD or triton._MISFIT), reason="no Triton whose interpreter runs here"
+    find_spec("triton") is None or bool(triton._TOO_OLD or triton._MISFIT), reason="no interpreter of Triton runs here"
 )
 def test_in_tritons_interpreter() -> None:
     root = str(Path(__file__).parent.parent)
