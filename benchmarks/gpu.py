@@ -2,14 +2,15 @@
 
 1. smoke: every kernel once against float64, each under a time limit; stops at the first that hangs or differs
 2. parity: the device tests, then ``compute-sanitizer`` on stage 1, memcheck and racecheck
-3. speed: the main problems beside the peers
+3. speed: the main problems beside the peers; launches and memory of a call
 4. rates: time of each kernel on the main problems, and what share of the memory's and the exponentials' rate it reaches
-5. tiles: the fastest tile of a streaming pass for each main problem
-6. step: OPTiML's step at 224 px, batch 64, bfloat16 autocast; what share of it is the loss, in a CUDA graph too
+5. tiles: the fastest tile of a streaming pass for each main problem, made the device's default in ``tuned.py``
+6. step: OPTiML's training step at 224 px, batch 64, bfloat16 autocast, and the share of the loss; both also on two
+   streams and in a CUDA graph, the step also compiled
 
 Each stage writes ``benchmarks/results/gpu/STAGE.json`` before the next begins. A stage that is complete there is not
-run again without ``--again``; stage 3 goes on with the next problem. Without a device, stages 1 and 2 are rehearsed in
-Triton's interpreter, and nothing is written; the others say "no device".
+run again without ``--again``; stages 3 and 6 go on with what is missing. Without a device, stages 1 and 2 are rehearsed
+in Triton's interpreter, and nothing is written; the others say "no device".
 """
 
 from __future__ import annotations
@@ -120,9 +121,10 @@ def parity(seconds: float) -> Result:
         return {"tests": _checked("tests", seconds, *pytest, "-k", few, "tests/triton_kernels.py"), "complete": True}
     found: Result = {"tests": _checked("tests", 6 * seconds, *pytest, "tests/gpu")}
     if tool := shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin"):
+        uncached = ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1")  # a cached block is larger than its tensor
         for check in ("memcheck", "racecheck"):
             command = (tool, "--tool", check, "--error-exitcode", "9", sys.executable, "-m", "benchmarks.gpu_smoke")
-            found[check] = _checked(check, 2 * seconds, *command)
+            found[check] = _checked(check, 2 * seconds, *uncached, *command)
     else:
         found["memcheck"] = found["racecheck"] = {"status": 0, "tail": ["skipped: compute-sanitizer is not here"]}
     return found | {"complete": all(part["status"] == 0 for part in found.values())}
@@ -162,7 +164,7 @@ def speed(path: Path, rounds: int, repeats: int) -> Result:
 
 
 def main() -> None:
-    from benchmarks import gpu_more
+    from benchmarks import gpu_more, gpu_step
 
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -185,7 +187,7 @@ def main() -> None:
         3: ("speed", lambda path: speed(path, args.rounds, args.repeats)),
         4: ("rates", lambda path: gpu_more.rates()),
         5: ("tiles", lambda path: gpu_more.tiles()),
-        6: ("step", lambda path: gpu_more.step()),
+        6: ("step", gpu_step.measure),
     }
     for number in sorted(set(args.stage)):
         name, run = stages[number]

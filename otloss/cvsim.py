@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from otloss.checks import check_choice, check_count, check_number, check_tensor, has_autocast, no_autocast, wide
+from otloss.compat import one_operator
 
 __all__ = ["CVSIM", "log_softmax_with_perplexity"]
 
@@ -201,6 +202,11 @@ def _entropy_gap(z: Tensor, t: Tensor, target: float) -> tuple[Tensor, Tensor]:
     return -(p * log_p).sum(-1, keepdim=True) - target, -variance
 
 
+def _fake_log_beta(z: Tensor, target: float) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(z[..., :1]), torch.empty_like(z[..., :1], dtype=torch.bool)
+
+
+@one_operator("solve_log_beta", _fake_log_beta)
 def _solve_log_beta(z: Tensor, target: float) -> tuple[Tensor, Tensor]:
     """The root t of `_entropy_gap`, and whether it was found.
 

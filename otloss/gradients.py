@@ -40,6 +40,7 @@ from otloss.backends.protocol import Gradients, Problem, Shift, Solution, Upstre
 from otloss.checks import no_autocast
 
 MODES = ("implicit", "unroll", "none")
+_OUTPUTS = Solution._fields[:-1]  # the shift is a constant, as is what is kept
 # The outputs that each mode differentiates, by their names in `Solution`.
 _DIFFERENTIABLE = {
     "implicit": {"f", "g", "transport_cost", "value"},
@@ -80,13 +81,13 @@ class Sinkhorn(torch.autograd.Function):
         f, g, _, _, n_iter, _ = outputs
         ctx.save_for_backward(left, right, a, b, f, g, n_iter, row_shift, column_shift, kept)
         names = _DIFFERENTIABLE[ctx.mode]
-        constant = [out for name, out in zip(Solution._fields, outputs, strict=False) if name not in names]
+        constant = [out for name, out in zip(_OUTPUTS, outputs, strict=True) if name not in names]
         ctx.mark_non_differentiable(*constant, row_shift, column_shift, kept)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        by = dict(zip(Solution._fields, grads, strict=False))  # the last three are constants: None
+        by = dict(zip(_OUTPUTS, grads[: len(_OUTPUTS)], strict=True))
         upstream = Upstream(by["transport_cost"], by["value"], by["f"], by["g"])
         left, right, a, b, f, g, n_iter, row_shift, column_shift, kept = ctx.saved_tensors
         problem = Problem(left, right, a, b, ctx.eps)

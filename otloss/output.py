@@ -44,7 +44,8 @@ class SinkhornOutput:
         self._plan: Tensor | None = None
         self._log_plan: Tensor | None = None
         shape = source.batch
-        self.transport_cost, self.value, self.n_iter, self.marginal_error = (x.reshape(shape) for x in solution[2:6])
+        self.transport_cost, self.value = solution.transport_cost.reshape(shape), solution.value.reshape(shape)
+        self.n_iter, self.marginal_error = solution.n_iter.reshape(shape), solution.error.reshape(shape)
 
     @property
     def f(self) -> Tensor:

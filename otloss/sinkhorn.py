@@ -220,7 +220,8 @@ def cosine_sinkhorn(
 
     The costs of the batch are not stored (the reference backend excepted; the CPU backend holds that of one problem
     per thread), unless a gradient may follow and they are at most half as large as the features, where n and m are
-    small beside d.
+    small beside d. The Triton backend stores at most 32 MiB of them at a time (and in the backward as much of their
+    gradient), but in float64 always those of one problem.
 
     .. math:: C_{ij} = 1 - \cos(x_i, y_j)
 

@@ -43,7 +43,9 @@ SETTINGS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTION
 LEFT_OUT = {
     "test_arm64.py": "compiles only",
     "test_benchmarks.py": "tests what times the others",
+    "test_gpu_stages.py": "tests what runs on a GPU",
     "test_cpu_levels.py": "runs every level by itself, whatever the settings",
+    "test_pages.py": "reads pages",
     "test_triton.py": "its interpreter takes minutes and computes with NumPy",
 }
 PROBE = """

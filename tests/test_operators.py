@@ -11,6 +11,8 @@ from torch.library import opcheck
 
 import otloss
 from otloss import operators
+from otloss.backends import get_backend
+from otloss.backends.protocol import Backend
 
 Args = tuple[Tensor, Tensor, Tensor]
 
@@ -65,6 +67,24 @@ def test_vmap_with_a_shared_argument(loss, args: Args) -> None:  # type: ignore[
     got = vmap(loss, in_dims=(0, None, 0))(args[0], args[1][0], args[2])
     want = torch.stack([loss(args[0][i], args[1][0], args[2][i]) for i in range(3)])
     assert torch.allclose(got, want, atol=1e-6)
+
+
+def test_a_compiled_function_follows_the_backend_that_is_forced(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[str] = []
+
+    def note(name: str) -> Backend:
+        used.append(name)
+        return get_backend(name)
+
+    monkeypatch.setattr(operators, "get_backend", note)
+    compiled = torch.compile(lambda cost: otloss.sinkhorn(cost).value, fullgraph=True, backend="aot_eager")
+    compiled(DENSE[0])
+    with otloss.use_backend("reference"):
+        compiled(DENSE[0])
+    compiled(DENSE[0])
+    assert used == [backend, "reference", backend]
 
 
 @LOSSES

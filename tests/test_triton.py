@@ -45,9 +45,10 @@ def test_the_package_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "not installed" in str(otloss.backends()["triton"])
 
 
-def test_a_triton_that_is_too_old_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("interpreted", [False, True])
+def test_a_triton_that_is_too_old_is_said(interpreted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "_INSTALLED", True)
-    monkeypatch.setattr(triton, "_INTERPRETED", False)
+    monkeypatch.setattr(triton, "_INTERPRETED", interpreted)
     for version, old in (("3.2.0", True), ("2.3.1", True), ("3.3.0", False), ("3.10.0+git1", False), (None, False)):
         monkeypatch.setattr(triton, "_TOO_OLD", triton._too_old(version))
         assert ("need Triton 3.3" in (triton.status() or "")) == old

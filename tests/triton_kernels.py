@@ -10,8 +10,10 @@ cost; a gradient of the plan to 1/eps times that, and through the adjoint system
 
 from __future__ import annotations
 
+import runpy
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +23,7 @@ from conftest import leave_out_last, reference_solution, relative
 from torch import Tensor
 
 import otloss
+from benchmarks import gpu_more
 from benchmarks.workloads import WORKLOADS
 from otloss.backends import reference, triton
 from otloss.backends.protocol import Problem, Upstream
@@ -409,6 +412,25 @@ def test_tuning_takes_the_fastest_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTLOSS_TRITON_AUTOTUNE", "1")
     check_solve(problem("features", 70, 90, torch.float32), EPS, 2)
     assert config.TUNED[key].cols == 32 and len(config.TUNED) == 1 and len(tiles) == len(set(tiles)) > 2
+
+
+def test_the_stage_of_tiles_writes_what_it_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    workload = replace(WORKLOADS["large"], batch=1, n=70, m=90, d=5, iterations=2)
+    monkeypatch.setattr(gpu_more, "MAIN", {"large": workload})
+    monkeypatch.setattr(gpu_more, "leaves_on", lambda _, workload: workload.leaves())
+    monkeypatch.setattr(config, "STORED_BYTES", 0)
+    monkeypatch.setattr(config, "capability", lambda: (9, 0))
+    monkeypatch.setattr(launch, "timed", lambda run: float(run() is None))
+    path = tmp_path / "tuned.py"
+    path.write_text(gpu_more.DEFAULTS.read_text())
+    with otloss.use_backend("triton"):
+        result = gpu_more.tiles(path)
+    written = runpy.run_path(str(path))["TILES"]
+    assert set(written) == {(*size, False, (9, 0)) for size in ((128, 128, 16), (128, 128, 0))}
+    assert result["complete"] and {row["bucket"]: row["rows"] for row in result["tiles"]} == {
+        key: tile[0] for key, tile in written.items()
+    }
+    assert not config.TUNED
 
 
 @pytest.mark.parametrize(("n", "m"), [(64, 60), (150, 300), (1040, 33)])

@@ -90,7 +90,8 @@ def torch_build(loss: Callable[[Workload, Leaves], Tensor]) -> Callable[[Workloa
             if not workload.backward:
                 with torch.no_grad():
                     return loss(workload, leaves), None
-            numbers = loss(workload, leaves)
+            with torch.enable_grad():  # geomloss turns gradients off for a while, and after an error for good
+                numbers = loss(workload, leaves)
             # A lesser mode may give the marginals no gradient. It is timed all the same.
             return numbers, torch.autograd.grad(numbers.sum(), leaves, allow_unused=True)
 
@@ -106,7 +107,12 @@ def dense(workload: Workload, leaves: Leaves) -> tuple[Tensor, Tensor, Tensor]:
         return cost, *(cost.new_full((len(cost), k), -math.log(k)) for k in cost.shape[1:])
     *points, logits_a, logits_b = leaves
     cost = points[0] if workload.inputs == "dense" else otloss.cosine_cost(*points)
-    return cost, logits_a.log_softmax(-1), logits_b.log_softmax(-1)
+    return cost, log_masses(logits_a), log_masses(logits_b)
+
+
+def log_masses(logits: Tensor) -> Tensor:
+    """Log-softmax, in float32 for half precision, as autocast takes it."""
+    return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
 def squared_distances(x: Tensor, y: Tensor) -> Tensor:

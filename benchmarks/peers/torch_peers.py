@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import otloss
-from benchmarks.peers.base import Peer, Step, dense, squared_distances, torch_build
+from benchmarks.peers.base import Peer, Step, dense, log_masses, squared_distances, torch_build
 from benchmarks.workloads import Leaves, Workload
 
 
@@ -20,7 +20,7 @@ def _ours(w: Workload, leaves: Leaves) -> Tensor:
     if w.inputs == "samples":
         return otloss.sinkhorn(squared_distances(*leaves), **options).transport_cost
     *points, logits_a, logits_b = leaves
-    options |= {"log_a": logits_a.log_softmax(-1), "log_b": logits_b.log_softmax(-1)}
+    options |= {"log_a": log_masses(logits_a), "log_b": log_masses(logits_b)}
     solve = otloss.sinkhorn if w.inputs == "dense" else otloss.cosine_sinkhorn
     return solve(*points, **options).transport_cost
 

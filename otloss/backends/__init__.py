@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from otloss.backends import cpu, reference, triton
 from otloss.backends.protocol import Backend
-from otloss.compat import read_when_compiling
+from otloss.compat import reads_context
 
 __all__ = ["BackendStatus", "backends", "check_backend", "choose_backend", "get_backend", "use_backend"]
 
@@ -20,11 +20,7 @@ _REGISTRY: dict[str, tuple[Backend, tuple[str, ...] | None]] = {
     "reference": (reference, None),  # None: every device
 }
 _forced: ContextVar[str | None] = ContextVar("otloss_forced_backend", default=None)
-
-
-@read_when_compiling
-def _forced_name() -> str | None:
-    return _forced.get()
+_last_forced: str | None = None  # the same, but of whichever thread changed it last: for a compiler that cannot read it
 
 
 @dataclass(frozen=True)
@@ -74,7 +70,8 @@ def check_backend(name: str, device: str | None = None) -> str:
 
 def choose_backend(name: str | None, device: str) -> str:
     """The backend for a call: the one asked for, else the one forced, else the first that serves the device."""
-    name = name if name is not None else _forced_name()
+    if name is None:
+        name = _forced.get() if reads_context() else _last_forced
     if name is not None:
         return check_backend(name, device)
     for candidate, (module, devices) in _REGISTRY.items():
@@ -95,8 +92,11 @@ def use_backend(name: str) -> Iterator[None]:
         >>> with otloss.use_backend("reference"):
         ...     out = otloss.sinkhorn(torch.rand(3, 4))
     """
+    global _last_forced
     token = _forced.set(check_backend(name))
+    _last_forced = name
     try:
         yield
     finally:
         _forced.reset(token)
+        _last_forced = _forced.get()

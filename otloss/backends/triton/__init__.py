@@ -100,10 +100,10 @@ def status() -> str | None:
     """``None`` when the kernels can be used, else why not."""
     if not _INSTALLED:
         return "the package triton is not installed; PyTorch's CUDA builds for Linux bring it"
-    if _INTERPRETED:
-        return _MISFIT
     if _TOO_OLD is not None:
         return _TOO_OLD
+    if _INTERPRETED:
+        return _MISFIT
     if torch.version.hip is not None:
         return "its kernels are for NVIDIA GPUs"
     if not torch.cuda.is_available():

@@ -3,12 +3,17 @@
 Sizes are rounded up to powers of two, so that a handful of variants serves all shapes. The first call of a size
 compiles its variants, about half a second of a processor for each. The defaults were chosen without a GPU, so that no
 register spills to memory. With ``OTLOSS_TRITON_AUTOTUNE=1`` the streaming passes time ``STREAM_CANDIDATES`` instead,
-once for each bucket of sizes and each process.
+once for each bucket of sizes and each process; ``tuned.py`` keeps what was found so on a device.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+
+import torch
+
+from otloss.backends.triton.tuned import TILES, Bucket
 
 # The largest n and m of each regime; beyond them problems are streamed. Tests lower them.
 LIMITS = {"small": 64, "medium": 1024}  # of float32; float64 takes two registers a number
@@ -93,10 +98,15 @@ def row_blocks(count: int, n: int, rows: int, places: int) -> tuple[int, int]:
 
 
 def stream(n: int, m: int, d: int, double: bool) -> Tile:
-    """Tiles of a streaming pass: what was timed for the bucket, else the default."""
+    """Tiles of a streaming pass: what was timed for the bucket, here or once before, else the default."""
+    key = bucket(n, m, d, double)
+    if key in TUNED:
+        return TUNED[key]
+    if key in TILES:
+        return Tile(*TILES[key])
     side = 32 if double else 64
     rows, cols = min(power(n), side), min(power(m), side)
-    return TUNED.get(bucket(n, m, d, double), Tile(rows, cols, 16, _warps(rows * cols), 2))
+    return Tile(rows, cols, 16, _warps(rows * cols), 2)
 
 
 def _warps(held: int) -> int:
@@ -104,13 +114,20 @@ def _warps(held: int) -> int:
     return 8 if held >= 4096 else 4
 
 
-def bucket(n: int, m: int, d: int, double: bool) -> tuple[int, int, int, bool]:
+def bucket(n: int, m: int, d: int, double: bool) -> Bucket:
     """The key under which the tile of a timing is stored."""
-    return power(n), power(m), power(d) if d else 0, double
+    return power(n), power(m), power(d) if d else 0, double, capability()
 
+
+def capability() -> tuple[int, int] | None:
+    """Compute capability of the current device, which is the problem's in a call; None where CUDA is not in use."""
+    return _capability(torch.cuda.current_device()) if torch.cuda.is_initialized() else None
+
+
+_capability = functools.cache(torch.cuda.get_device_capability)
 
 # Tiles found by timing, by bucket, and what is timed (a side that is longer than the problem's is left out).
-TUNED: dict[tuple[int, int, int, bool], Tile] = {}
+TUNED: dict[Bucket, Tile] = {}
 STREAM_CANDIDATES = [
     Tile(rows, cols, depth, warps, 2)
     for rows, cols, depth, warps in (
