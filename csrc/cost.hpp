@@ -72,7 +72,7 @@ template <class T> struct Cost {
     size_t need = Arena::bytes<T>(size_t(round_up<T>(p.n)) * leading<T>(p.m));
     if (!p.right) return need;
     const int width = std::max(p.d, lanes<T>);
-    need += Points<T>::bytes(p.n, p.d) + Points<T>::bytes(p.m, p.d) + Arena::bytes<T>(size_t(width) * (round_up<T>(p.m) + lanes<T>));
+    need += Points<T>::bytes(p.n, p.d, gradient) + Points<T>::bytes(p.m, p.d, gradient) + Arena::bytes<T>(size_t(width) * (round_up<T>(p.m) + lanes<T>));
     if (gradient && p.d < width) need += Arena::bytes<T>(size_t(p.n) * width) + Arena::bytes<T>(size_t(p.m) * width);
     return need;
   }
@@ -84,8 +84,8 @@ template <class T> struct Cost {
     C = place ? place : arena.take<T>(size_t(rows) * ld);
     product = product && !p.kept;
     if (!p.right || !(product || gradient)) return;
-    x_ = Points<T>(p.left, n, p.d, arena);
-    y_ = Points<T>(p.right, m, p.d, arena);
+    x_ = Points<T>(p.left, n, p.d, gradient, arena);
+    y_ = Points<T>(p.right, m, p.d, gradient, arena);
     if (product) {
       panels_ = arena.take<T>(size_t(x_.width) * (cols + lanes<T>));
       for (int j = 0; j < filled(m); j += lanes<T>) y_.pack_transposed(j, panel(j), panel_ld);
@@ -157,8 +157,7 @@ template <class T> struct Cost {
       i += i0;
       const auto part = [&](int j, auto NV) __attribute__((always_inline)) {
         tile<R, NV, false>(p.d, x_.row(i), x_.stride, panel(j), panel_ld, [&](auto r, auto v, vec<T> sum) __attribute__((always_inline)) {
-          const int at = j + v * lanes<T>;
-          store<T>(row(i + r) + at, T(1) - sum * x_.factor[i + r] * load(y_.factor + at));
+          store<T>(row(i + r) + j + v * lanes<T>, T(1) - sum * x_.factor[i + r]);
         });
       };
       int j = 0;
@@ -184,29 +183,22 @@ template <class T> struct Cost {
             bool begin, bool end) const {
     const int width = to.width, left = width % lanes<T>, done = left <= few<T> ? width - left : width;
     const auto at = [&](int i) __attribute__((always_inline)) { return G + (Columns ? i : i * size_t(ld)); };
-    const auto finish = [&](int i, const T* x, const T* before, auto sum, auto read) __attribute__((always_inline)) {
-      if (!begin) sum += read(before);
-      return end ? (read(x) * (w[i] * to.factor[i]) - sum) * to.scale[i] : sum;
-    };
-    alignas(64) T panel[most_depth * panel_ld];
-    const auto part = [&](int k, auto NV, int again) __attribute__((always_inline)) {
-      from.template pack<NV>(first, depth, k, panel);
-      strips(count, [&](int i, auto R) __attribute__((always_inline)) {
-        tile<R, NV, Columns>(depth, at(i), ld, panel, NV * lanes<T>, [&](auto r, auto v, vec<T> sum) __attribute__((always_inline)) {
-          const size_t here = size_t(i0 + i + r) * width + k + v * lanes<T>;
-          const vec<T> value = finish(i0 + i + r, to.row(i0 + i + r) + k + v * lanes<T>, grad + here, sum,
-                                      [](const T* x) __attribute__((always_inline)) { return load(x); });
-          store<T>(grad + here, again > v * lanes<T> ? first_lanes(again - v * lanes<T>) ? load(grad + here) : value : value);
+    strips(count, [&](int i, auto R) __attribute__((always_inline)) {
+      const auto part = [&](int k, auto NV) __attribute__((always_inline)) {
+        const int start = std::min(k, width - lanes<T>);  // the last vector may go back over entries that are done
+        T* g = grad + size_t(i0 + i) * width + start;
+        tile<R, NV, Columns>(depth, at(i), ld, from.template unit<NV>(k, first), NV * lanes<T>, [&](auto r, auto v, vec<T> sum) __attribute__((always_inline)) {
+          T* to_g = g + r * size_t(width) + v * lanes<T>;
+          if (!begin) sum += load(to_g);
+          if (end) sum = (load(to.template unit<NV>(k, i0 + i + r) + v * lanes<T>) * w[i0 + i + r] - sum) * to.scale[i0 + i + r];
+          store<T>(to_g, start < k ? first_lanes(k - start) ? load(to_g) : sum : sum);
         });
-      });
-    };
-    int k = 0;
-    for (; k + panel_ld <= done; k += panel_ld) part(k, std::integral_constant<int, nv>{}, 0);
-    for (; k < done; k += lanes<T>) {  // the last vector may go back over entries that are done
-      const int start = std::min(k, width - lanes<T>);
-      part(start, std::integral_constant<int, 1>{}, k - start);
-    }
-    for (k = done; k < width; ++k) {
+      };
+      int k = 0;
+      for (; k + panel_ld <= done; k += panel_ld) part(k, std::integral_constant<int, nv>{});
+      for (; k < done; k += lanes<T>) part(k, std::integral_constant<int, 1>{});
+    });
+    for (int k = done; k < width; ++k) {
       T column[most_depth], sums[wide * lanes<T>];
       for (int r = 0; r < depth; ++r) column[r] = from.row(first + r)[k] * from.factor[first + r];
       constexpr int step = Columns ? wide * lanes<T> : block;
@@ -215,8 +207,8 @@ template <class T> struct Cost {
         if constexpr (Columns) weighted_rows(here, depth, at(i), ld, column, sums);
         else dots(here, depth, at(i), ld, column, sums);
         for (int r = i0 + i; r < i0 + i + here; ++r) {
-          T& g = grad[size_t(r) * width + k];
-          g = finish(r, to.row(r) + k, &g, sums[r - i0 - i], [](const T* x) { return *x; });
+          T &g = grad[size_t(r) * width + k], sum = begin ? sums[r - i0 - i] : g + sums[r - i0 - i];
+          g = end ? (to.row(r)[k] * to.factor[r] * w[r] - sum) * to.scale[r] : sum;
         }
       }
     }

@@ -1,8 +1,8 @@
 // One of the two sets of features of a problem, as the products read it.
 //
-// The unit row xh_i = x_i / |x_i| is factor_i rows_i. `rows` are the features as they were given, so no copy of them is written.
-// A panel is packed with the factors on the way. Only where a row is shorter than a vector, or its square overflows or vanishes,
-// are all rows copied; a row that could not be squared is scaled in the copy. Zero rows have factor 0.
+// The unit row xh_i = x_i / |x_i| is factor_i rows_i. `rows` are the features as they were given. Only where a row is shorter than
+// a vector, or its square overflows or vanishes, are all rows copied; a row that could not be squared is scaled in the copy. Zero
+// rows have factor 0. Unit rows stand in panels only, in the order in which a product reads them.
 #pragma once
 #include "gemm.hpp"
 
@@ -14,16 +14,21 @@ template <class T> struct Points {
   int count, d, width;  // width: entries of a row that may be read; those beyond d are 0
   T *factor, *scale;    // scale_i = 1 / |x_i|
 
-  static size_t bytes(int count, int d) {
-    return Arena::bytes<T>(size_t(count) * std::max(d, lanes<T>)) + 2 * Arena::bytes<T>(padded(count));
+  T* packed = nullptr;
+
+  static size_t bytes(int count, int d, bool pack) {
+    const size_t width = std::max(d, lanes<T>);
+    return Arena::bytes<T>(count * width) + 2 * Arena::bytes<T>(padded(count)) + pack * Arena::bytes<T>(count * (width + lanes<T>));
   }
 
   Points() = default;
-  Points(const T* x, int count, int d, Arena& arena)
+  // `pack`: whether panels of unit rows are wanted.
+  Points(const T* x, int count, int d, bool pack, Arena& arena)
       : rows(x), stride(d), count(count), d(d), width(std::max(d, lanes<T>)), factor(arena.take<T>(padded(count))),
         scale(arena.take<T>(padded(count))) {
     for (int i = count; i < padded(count); ++i) factor[i] = 0;
     T* room = arena.take<T>(size_t(count) * width);
+    if (pack) packed = arena.take<T>(size_t(count) * (width + lanes<T>));
     if (d < width) copy(room);
     const mask tail = beyond(d);
     for (int i = 0; i < count; ++i) {
@@ -32,26 +37,24 @@ template <class T> struct Points {
       if (total > small && total < large) factor[i] = scale[i] = 1 / std::sqrt(total);
       else rescale(i, room);
     }
+    for (int i = 0; pack && i < count; ++i) pack_row(i);
   }
 
   const T* row(int i) const { return rows + size_t(i) * stride; }
 
-  // panel[r][..] = the entries k .. of unit row first + r, NV vectors wide.
-  template <int NV> OTLOSS_INLINE void pack(int first, int depth, int k, T* panel) const {
-    for (int r = 0; r < depth; ++r) {
-      const T* x = row(first + r) + k;
-      repeat<NV>(OTLOSS_EACH(v) { store<T>(panel + (r * NV + v) * lanes<T>, load(x + v * lanes<T>) * factor[first + r]); });
-    }
-  }
+  // Entries k .. of unit row i, in the panel of NV vectors of columns that starts at column k. The next row follows. In the last
+  // panel of a width that is no multiple of the lanes stand the last entries of the row.
+  template <int NV> OTLOSS_INLINE T* unit(int k, int i) const { return packed + size_t(k) * count + size_t(i) * NV * lanes<T>; }
 
-  // panel[k ld + r] = entry k of row first + r, for `lanes` rows; 0 where there is no such row.
+  // panel[k ld + r] = entry k of unit row first + r, for `lanes` rows; 0 where there is no such row.
   void pack_transposed(int first, T* panel, size_t ld) const {
+    const vec<T> factors = load(factor + first);
     const auto square = [&](int k) __attribute__((always_inline)) {
       vec<T> v[lanes<T>];
       if (first + lanes<T> <= count) repeat<lanes<T>>(OTLOSS_EACH(r) { v[r] = load(row(first + r) + k); });
       else repeat<lanes<T>>(OTLOSS_EACH(r) { v[r] = first + r < count ? load(row(first + r) + k) : vec<T>{}; });
       transpose<T>(v);
-      repeat<lanes<T>>(OTLOSS_EACH(r) { store<T>(panel + (k + r) * ld, v[r]); });
+      repeat<lanes<T>>(OTLOSS_EACH(r) { store<T>(panel + (k + r) * ld, v[r] * factors); });
     };
     int k = 0;
     for (; k + lanes<T> <= width; k += lanes<T>) square(k);
@@ -84,6 +87,14 @@ template <class T> struct Points {
       more += v * v;
     }
     return sum<T>(squares + more);
+  }
+
+  void pack_row(int i) const {
+    const T* x = row(i);
+    int k = 0;
+    for (; k + nv * lanes<T> <= width; k += nv * lanes<T>)
+      repeat<nv>(OTLOSS_EACH(v) { store<T>(unit<nv>(k, i) + v * lanes<T>, load(x + k + v * lanes<T>) * factor[i]); });
+    for (; k < width; k += lanes<T>) store<T>(unit<1>(k, i), load(x + std::min(k, width - lanes<T>)) * factor[i]);
   }
 
   void copy(T* to) {
