@@ -152,12 +152,16 @@ template <class T> struct Cost {
 
   // C = 1 - xh yh' for rows i0 .. i0 + count - 1.
   void multiply(int i0, int count) const {
-    const int end = filled(m);
+    const int end = filled(m), depth = p.d;
+    const size_t stride = ld;
+    const Points<T> x = x_;  // local: a store might change a member, for all that the compiler knows
     strips(count, [&](int i, auto R) __attribute__((always_inline)) {
       i += i0;
+      T* to = row(i);
+      const T* factor = x.factor + i;
       const auto part = [&](int j, auto NV) __attribute__((always_inline)) {
-        tile<R, NV, false>(p.d, x_.row(i), x_.stride, panel(j), panel_ld, [&](auto r, auto v, vec<T> sum) __attribute__((always_inline)) {
-          store<T>(row(i + r) + j + v * lanes<T>, T(1) - sum * x_.factor[i + r]);
+        tile<R, NV, false>(depth, x.row(i), x.stride, panel(j), panel_ld, [&](auto r, auto v, vec<T> sum) __attribute__((always_inline)) {
+          store<T>(to + r * stride + j + v * lanes<T>, T(1) - sum * factor[r]);
         });
       };
       int j = 0;
@@ -169,8 +173,8 @@ template <class T> struct Cost {
       for (int r = 0; r < here; ++r) std::memset(row(i + r) + end, 0, sizeof(T) * (cols - end));
       for (int j = end; j < m; ++j) {
         T sums[block];
-        dots(here, p.d, x_.row(i), x_.stride, y_.row(j), sums);
-        for (int r = 0; r < here; ++r) row(i + r)[j] = 1 - sums[r] * x_.factor[i + r] * y_.factor[j];
+        dots(here, depth, x.row(i), x.stride, y_.row(j), sums);
+        for (int r = 0; r < here; ++r) row(i + r)[j] = 1 - sums[r] * x.factor[i + r] * y_.factor[j];
       }
     }
   }
@@ -179,18 +183,21 @@ template <class T> struct Cost {
   // `from`; toh and fromh are unit rows. G(i0, first) stands at G, which is read by rows or by columns. If this is not the `end` of
   // the sum, only the sum is left in grad. If it is not the beginning, the sum before it stands there.
   template <bool Columns>
-  void pull(const T* G, const Points<T>& to, int i0, int count, const Points<T>& from, int first, int depth, const T* w, T* grad,
+  void pull(const T* G, const Points<T> to, int i0, int count, const Points<T> from, int first, int depth, const T* w, T* grad,
             bool begin, bool end) const {
     const int width = to.width, left = width % lanes<T>, done = left <= few<T> ? width - left : width;
-    const auto at = [&](int i) __attribute__((always_inline)) { return G + (Columns ? i : i * size_t(ld)); };
+    const size_t ldg = ld;
+    const auto at = [&](int i) __attribute__((always_inline)) { return G + (Columns ? i : i * ldg); };
     strips(count, [&](int i, auto R) __attribute__((always_inline)) {
+      T weight[R], scale[R];
+      repeat<R>(OTLOSS_EACH(r) { weight[r] = w[i0 + i + r], scale[r] = to.scale[i0 + i + r]; });
       const auto part = [&](int k, auto NV) __attribute__((always_inline)) {
         const int start = std::min(k, width - lanes<T>);  // the last vector may go back over entries that are done
         T* g = grad + size_t(i0 + i) * width + start;
-        tile<R, NV, Columns>(depth, at(i), ld, from.template unit<NV>(k, first), NV * lanes<T>, [&](auto r, auto v, vec<T> sum) __attribute__((always_inline)) {
+        tile<R, NV, Columns>(depth, at(i), ldg, from.template unit<NV>(k, first), NV * lanes<T>, [&](auto r, auto v, vec<T> sum) __attribute__((always_inline)) {
           T* to_g = g + r * size_t(width) + v * lanes<T>;
           if (!begin) sum += load(to_g);
-          if (end) sum = (load(to.template unit<NV>(k, i0 + i + r) + v * lanes<T>) * w[i0 + i + r] - sum) * to.scale[i0 + i + r];
+          if (end) sum = (load(to.template unit<NV>(k, i0 + i + r) + v * lanes<T>) * weight[r] - sum) * scale[r];
           store<T>(to_g, start < k ? first_lanes(k - start) ? load(to_g) : sum : sum);
         });
       };
@@ -204,8 +211,8 @@ template <class T> struct Cost {
       constexpr int step = Columns ? wide * lanes<T> : block;
       for (int i = 0; i < count; i += step) {
         const int here = std::min(step, count - i);
-        if constexpr (Columns) weighted_rows(here, depth, at(i), ld, column, sums);
-        else dots(here, depth, at(i), ld, column, sums);
+        if constexpr (Columns) weighted_rows(here, depth, at(i), ldg, column, sums);
+        else dots(here, depth, at(i), ldg, column, sums);
         for (int r = i0 + i; r < i0 + i + here; ++r) {
           T &g = grad[size_t(r) * width + k], sum = begin ? sums[r - i0 - i] : g + sums[r - i0 - i];
           g = end ? (to.row(r)[k] * to.factor[r] * w[r] - sum) * to.scale[r] : sum;
