@@ -269,7 +269,7 @@ template <class T> struct Adjoint {
   }
 
   // Rows i0, .. of M become the gradient of those rows of the cost, with their weights. Potentials: whether there is a loss on f or g.
-  static constexpr int rows_at_once = 4;
+  static constexpr int rows_at_once = OTLOSS_VECTOR_BYTES == 64 ? 4 : 2;
   template <bool Potentials> void gradient_rows(int i0, T* w_rows, T* w_columns) {
     const T ie = solve ? 1 / p.eps : T(0), w = up.cost;
     vec<T> slope[rows_at_once], level[rows_at_once], direct[rows_at_once], near[rows_at_once], weight[rows_at_once] = {};

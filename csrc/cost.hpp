@@ -189,8 +189,7 @@ template <class T> struct Cost {
     const size_t ldg = ld;
     const auto at = [&](int i) __attribute__((always_inline)) { return G + (Columns ? i : i * ldg); };
     strips(count, [&](int i, auto R) __attribute__((always_inline)) {
-      T weight[R], scale[R];
-      repeat<R>(OTLOSS_EACH(r) { weight[r] = w[i0 + i + r], scale[r] = to.scale[i0 + i + r]; });
+      const T *weight = w + i0 + i, *scale = to.scale + i0 + i;
       const auto part = [&](int k, auto NV) __attribute__((always_inline)) {
         const int start = std::min(k, width - lanes<T>);  // the last vector may go back over entries that are done
         T* g = grad + size_t(i0 + i) * width + start;
