@@ -265,10 +265,12 @@ template <class T> struct Adjoint {
     if (whole) return;
     add_parts(w_columns, cost.parts.count, cost.cols);
     constexpr int width = 256;
-    team.each((cost.m + width - 1) / width, [&](int strip) { cost.pull_columns(M, 0, cost.n, strip * width, width, w_columns, out); });
+    team.each((cost.m + width - 1) / width,
+              [&](int strip) { cost.pull_columns(M, 0, cost.n, strip * width, width, w_columns, out); });
   }
 
-  // Rows i0, .. of M become the gradient of those rows of the cost, with their weights. Potentials: whether there is a loss on f or g.
+  // Rows i0, .. of M become the gradient of those rows of the cost, and give their weights. Potentials: whether there is a loss on
+  // f or g.
   static constexpr int rows_at_once = OTLOSS_VECTOR_BYTES == 64 ? 4 : 2;
   template <bool Potentials> void gradient_rows(int i0, T* w_rows, T* w_columns) {
     const T ie = solve ? 1 / p.eps : T(0), w = up.cost;

@@ -72,7 +72,8 @@ template <class T> struct Cost {
     size_t need = Arena::bytes<T>(size_t(round_up<T>(p.n)) * leading<T>(p.m));
     if (!p.right) return need;
     const int width = std::max(p.d, lanes<T>);
-    need += Points<T>::bytes(p.n, p.d, gradient) + Points<T>::bytes(p.m, p.d, gradient) + Arena::bytes<T>(size_t(width) * (round_up<T>(p.m) + lanes<T>));
+    need += Points<T>::bytes(p.n, p.d, gradient) + Points<T>::bytes(p.m, p.d, gradient);
+    need += Arena::bytes<T>(size_t(width) * (round_up<T>(p.m) + lanes<T>));
     if (gradient && p.d < width) need += Arena::bytes<T>(size_t(p.n) * width) + Arena::bytes<T>(size_t(p.m) * width);
     return need;
   }
@@ -126,11 +127,12 @@ template <class T> struct Cost {
     const int step = chunk_size(m, most_depth, lanes<T>);
     for (int j = 0; j < m; j += step)
       pull<false>(G + j, x_, i0, count, y_, j, std::min(step, m - j), w, gx_ ? gx_ : out.left, j == 0, j + step >= m);
-    for (int i = i0; gx_ && i < i0 + count; ++i) std::memcpy(out.left + size_t(i) * p.d, gx_ + size_t(i) * x_.width, sizeof(T) * p.d);
+    for (int i = i0; gx_ && i < i0 + count; ++i)
+      std::memcpy(out.left + size_t(i) * p.d, gx_ + size_t(i) * x_.width, sizeof(T) * p.d);
   }
 
-  // Adds what the same rows of G say to the gradient of y_j, for columns j0 .. j0 + width - 1. w[j] are the weights of all rows. All
-  // rows must come, in order; the last of them complete the gradient.
+  // Adds what the same rows of G say to the gradient of y_j, for columns j0 .. j0 + width - 1. w[j] are the weights of all rows.
+  // All rows must come, in order; the last of them complete the gradient.
   void pull_columns(const T* G, int i0, int count, int j0, int width, const T* w, const Gradient<T>& out) const {
     if (!p.right) return;
     count = std::min(count, n - i0), width = std::min(width, m - j0);
@@ -160,9 +162,10 @@ template <class T> struct Cost {
       T* to = row(i);
       const T* factor = x.factor + i;
       const auto part = [&](int j, auto NV) __attribute__((always_inline)) {
-        tile<R, NV, false>(depth, x.row(i), x.stride, panel(j), panel_ld, [&](auto r, auto v, vec<T> sum) __attribute__((always_inline)) {
+        const auto write = [&](auto r, auto v, vec<T> sum) __attribute__((always_inline)) {
           store<T>(to + r * stride + j + v * lanes<T>, T(1) - sum * factor[r]);
-        });
+        };
+        tile<R, NV, false>(depth, x.row(i), x.stride, panel(j), panel_ld, write);
       };
       int j = 0;
       for (; j + panel_ld <= end; j += panel_ld) part(j, std::integral_constant<int, nv>{});
@@ -179,9 +182,9 @@ template <class T> struct Cost {
     }
   }
 
-  // grad_i = (w_i toh_i - sum_k G_ik fromh_k) / |to_i| for rows i0 .. i0 + count - 1 of `to`, over rows first .. first + depth - 1 of
-  // `from`; toh and fromh are unit rows. G(i0, first) stands at G, which is read by rows or by columns. If this is not the `end` of
-  // the sum, only the sum is left in grad. If it is not the beginning, the sum before it stands there.
+  // grad_i = (w_i toh_i - sum_k G_ik fromh_k) / |to_i| for rows i0 .. i0 + count - 1 of `to`, over rows first .. first + depth - 1
+  // of `from`; toh and fromh are unit rows. G(i0, first) stands at G, which is read by rows or by columns. If this is not the `end`
+  // of the sum, only the sum is left in grad. If it is not the beginning, the sum before it stands there.
   template <bool Columns>
   void pull(const T* G, const Points<T> to, int i0, int count, const Points<T> from, int first, int depth, const T* w, T* grad,
             bool begin, bool end) const {
@@ -193,12 +196,13 @@ template <class T> struct Cost {
       const auto part = [&](int k, auto NV) __attribute__((always_inline)) {
         const int start = std::min(k, width - lanes<T>);  // the last vector may go back over entries that are done
         T* g = grad + size_t(i0 + i) * width + start;
-        tile<R, NV, Columns>(depth, at(i), ldg, from.template unit<NV>(k, first), NV * lanes<T>, [&](auto r, auto v, vec<T> sum) __attribute__((always_inline)) {
+        const auto write = [&](auto r, auto v, vec<T> sum) __attribute__((always_inline)) {
           T* to_g = g + r * size_t(width) + v * lanes<T>;
           if (!begin) sum += load(to_g);
           if (end) sum = (load(to.template unit<NV>(k, i0 + i + r) + v * lanes<T>) * weight[r] - sum) * scale[r];
           store<T>(to_g, start < k ? first_lanes(k - start) ? load(to_g) : sum : sum);
-        });
+        };
+        tile<R, NV, Columns>(depth, at(i), ldg, from.template unit<NV>(k, first), NV * lanes<T>, write);
       };
       int k = 0;
       for (; k + panel_ld <= done; k += panel_ld) part(k, std::integral_constant<int, nv>{});

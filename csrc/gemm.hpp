@@ -63,7 +63,8 @@ template <class T> OTLOSS_INLINE void dots(int rows, int depth, const T* A, size
 constexpr int wide = 4;
 template <class T> OTLOSS_INLINE void weighted_rows(int cols, int depth, const T* A, size_t lda, const T* v, T* out) {
   const auto part = [&](int c, auto width) __attribute__((always_inline)) {
-    tile<1, width, false>(depth, v, 0, A + c, lda, [=](int, int at, vec<T> sum) __attribute__((always_inline)) { store<T>(out + c + at * lanes<T>, sum); });
+    const auto write = [=](int, int at, vec<T> sum) __attribute__((always_inline)) { store<T>(out + c + at * lanes<T>, sum); };
+    tile<1, width, false>(depth, v, 0, A + c, lda, write);
   };
   int c = 0;
   for (; c + wide * lanes<T> <= cols; c += wide * lanes<T>) part(c, std::integral_constant<int, wide>{});

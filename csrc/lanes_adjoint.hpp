@@ -144,7 +144,8 @@ template <class T> struct LaneAdjoint : Lanes<T> {
     const T ie = solve ? 1 / eps : T(0);
     std::memset(h, 0, sizeof(T) * m * L);
     for (int i = 0; i < n; ++i) {
-      const Vec mass = at(A, i), slope = mass * ie, flat = mass * (at(fu, i) * ie + level), direct = -w * slope, near = 1 - at(f, i);
+      const Vec mass = at(A, i), slope = mass * ie, flat = mass * (at(fu, i) * ie + level), direct = -w * slope;
+      const Vec near = 1 - at(f, i);
       Vec weight{};
       for (int j = 0; j < m; ++j) {
         const Vec reduced = entry(C, i, j), e = entry(M, i, j) * (at(best, j) * slope + (reduced * direct + flat));
