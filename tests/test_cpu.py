@@ -73,7 +73,7 @@ def test_implicit_gradient_is_that_of_the_reference(
         assert torch.equal(without.a, got.a) and torch.equal(without.b, got.b)
 
 
-# Dimensions of features around the vectors (2 to 16 numbers) and the panels of two, with few and with many left over; sizes
+# Dimensions of features around the vectors (2 to 16 numbers) and the panels of two, with few and many left over; sizes
 # that are contracted in one chunk, in several chunks of rows, columns and depth, and in parts that threads share.
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
