@@ -21,7 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -104,7 +104,7 @@ def together(probe: Callable[[], float], threads: int, repeats: int = 3) -> floa
         return statistics.median(sum(pool.map(lambda _: probe(), range(threads))) for _ in range(repeats))
 
 
-def fastest(runs: dict[str, Callable[[], Any]], budget: float = 2.0) -> dict[str, float]:
+def fastest(runs: dict[str, Callable[[], Any]], budget: float) -> dict[str, float]:
     """Least seconds of each. They run in turn: at least ten times, then while ``budget`` lasts."""
     least, began, count = dict.fromkeys(runs, float("inf")), time.perf_counter(), 0
     while count < 10 or time.perf_counter() - began < budget:
@@ -116,7 +116,7 @@ def fastest(runs: dict[str, Callable[[], Any]], budget: float = 2.0) -> dict[str
     return least
 
 
-def products(shapes: list[Workload]) -> dict[str, Any]:
+def products(shapes: Iterable[Workload], budget: float = 1.0) -> dict[str, Any]:
     """Shares of the rate of multiply-adds, at the level of this process: by dtype, threads, shape and part."""
     found: dict[str, Any] = {}
     before = torch.get_num_threads()
@@ -129,13 +129,13 @@ def products(shapes: list[Workload]) -> dict[str, Any]:
             for w in shapes:
                 runs = {part: partial(probe, w.n, w.m, w.d, i) for i, part in enumerate(PARTS)}
                 entry["products"][w.name] = {part: together(run, threads) / peak for part, run in runs.items()}
-                entry["step"][w.name] = {part: rate / peak for part, rate in on_a_batch(w, dtype).items()}
+                entry["step"][w.name] = {part: rate / peak for part, rate in on_a_batch(w, dtype, budget).items()}
             found.setdefault(dtype, {})[str(threads)] = entry
     torch.set_num_threads(before)
     return found
 
 
-def on_a_batch(w: Workload, dtype: str) -> dict[str, float]:
+def on_a_batch(w: Workload, dtype: str, budget: float) -> dict[str, float]:
     """GFLOP/s of the products within the kernels' calls, on PyTorch's threads, with the cost kept for the gradient."""
     x, y, logits_a, logits_b = (t.detach() for t in w.leaves(getattr(torch, dtype)))
     problem = Problem(x, y, logits_a.softmax(-1), logits_b.softmax(-1), w.eps)
@@ -146,7 +146,7 @@ def on_a_batch(w: Workload, dtype: str) -> dict[str, float]:
         return cpu.implicit_gradient(problem, f, g, Upstream(ones), True, need_cost, kept)[0]
 
     runs = {"none": lambda: cpu.solve(problem, 0, 0.0, kept)}
-    taken = fastest(runs | {"features": lambda: gradient(True), "masses": lambda: gradient(False)})
+    taken = fastest(runs | {"features": lambda: gradient(True), "masses": lambda: gradient(False)}, budget)
     flop = 2e-9 * w.batch * w.n * w.m * w.d
     return {
         "cost_and_values": flop / taken["none"],
@@ -163,7 +163,7 @@ def at_level(level: str) -> dict[str, Any] | None:
 
 def main(names: list[str]) -> None:
     if names:  # one level: this process has it from its environment
-        print(json.dumps(None if cpu.status() else products(list(SHAPES.values()))))
+        print(json.dumps(None if cpu.status() else products(SHAPES.values())))
         return
     environment = machine.environment() | {"command": "python -m benchmarks.phases"}
     levels = {name: found for name in accuracy.LEVELS if (found := at_level(name))}

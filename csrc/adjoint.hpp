@@ -255,8 +255,10 @@ template <class T> struct Adjoint {
       const int end = std::min(cost.n, cost.parts.end(part)), step = whole ? cost.chunk_rows() : cost.parts.size;
       for (int i0 = cost.parts.begin(part); i0 < end; i0 += step) {
         const int count = std::min(step, end - i0);
-        for (int i = i0; i < i0 + count; i += rows_at_once)
-          solve && (up.f || up.g) ? gradient_rows<true>(i, w_rows, w) : gradient_rows<false>(i, w_rows, w);
+        for (int i = i0; i < i0 + count; i += rows_at_once) {
+          if (solve && (up.f || up.g)) p.right ? gradient_rows<true, true>(i, w_rows, w) : gradient_rows<true, false>(i, w_rows, w);
+          else p.right ? gradient_rows<false, true>(i, w_rows, w) : gradient_rows<false, false>(i, w_rows, w);
+        }
         const T* G = M + size_t(i0) * cost.ld;
         cost.pull_rows(G, i0, count, w_rows, out);
         if (whole) cost.pull_columns(G, i0, count, 0, cost.m, w, out);
@@ -269,10 +271,10 @@ template <class T> struct Adjoint {
               [&](int strip) { cost.pull_columns(M, 0, cost.n, strip * width, width, w_columns, out); });
   }
 
-  // Rows i0, .. of M become the gradient of those rows of the cost, and give their weights. Potentials: whether there is a loss on
-  // f or g.
+  // Rows i0, .. of M become the gradient of those rows of the cost. Potentials: whether there is a loss on f or g. Weights: whether
+  // the weights of cost.hpp are wanted.
   static constexpr int rows_at_once = OTLOSS_VECTOR_BYTES == 64 ? 4 : 2;
-  template <bool Potentials> void gradient_rows(int i0, T* w_rows, T* w_columns) {
+  template <bool Potentials, bool Weights> void gradient_rows(int i0, T* w_rows, T* w_columns) {
     const T ie = solve ? 1 / p.eps : T(0), w = up.cost;
     vec<T> slope[rows_at_once], level[rows_at_once], direct[rows_at_once], near[rows_at_once], weight[rows_at_once] = {};
     repeat<rows_at_once>(OTLOSS_EACH(r) {
@@ -284,7 +286,7 @@ template <class T> struct Adjoint {
     });
     for (int j = 0; j < cost.cols; j += lanes<T>) {
       const vec<T> alive = load(live + j), v = load(V + j), gj = load(g + j);
-      vec<T> columns = load(w_columns + j);
+      vec<T> columns{};
       repeat<rows_at_once>(OTLOSS_EACH(r) {
         T* k = M + size_t(i0 + r) * cost.ld + j;
         const vec<T> e = load(k), reduced = masked(e, load(cost.row(i0 + r) + j));
@@ -293,10 +295,9 @@ template <class T> struct Adjoint {
         else bracket *= alive;
         const vec<T> gradient = e * bracket, term = gradient * (near[r] - gj - reduced);  // 1 - C is the cosine
         store<T>(k, gradient);
-        weight[r] += term;
-        columns += term;
+        if constexpr (Weights) weight[r] += term, columns += term;
       });
-      store<T>(w_columns + j, columns);
+      if constexpr (Weights) store<T>(w_columns + j, load(w_columns + j) + columns);
     }
     repeat<rows_at_once>(OTLOSS_EACH(r) { w_rows[i0 + r] = sum<T>(weight[r]); });
   }

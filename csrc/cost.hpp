@@ -72,7 +72,7 @@ template <class T> struct Cost {
     size_t need = Arena::bytes<T>(size_t(round_up<T>(p.n)) * leading<T>(p.m));
     if (!p.right) return need;
     const int width = std::max(p.d, lanes<T>);
-    need += Points<T>::bytes(p.n, p.d, gradient) + Points<T>::bytes(p.m, p.d, gradient);
+    need += Points<T>::bytes(p.n, p.d) + Points<T>::bytes(p.m, p.d);
     need += Arena::bytes<T>(size_t(width) * (round_up<T>(p.m) + lanes<T>));
     if (gradient && p.d < width) need += Arena::bytes<T>(size_t(p.n) * width) + Arena::bytes<T>(size_t(p.m) * width);
     return need;
@@ -85,8 +85,8 @@ template <class T> struct Cost {
     C = place ? place : arena.take<T>(size_t(rows) * ld);
     product = product && !p.kept;
     if (!p.right || !(product || gradient)) return;
-    x_ = Points<T>(p.left, n, p.d, gradient, arena);
-    y_ = Points<T>(p.right, m, p.d, gradient, arena);
+    x_ = Points<T>(p.left, n, p.d, product, gradient, arena);
+    y_ = Points<T>(p.right, m, p.d, false, gradient, arena);
     if (product) {
       panels_ = arena.take<T>(size_t(x_.width) * (cols + lanes<T>));
       for (int j = 0; j < filled(m); j += lanes<T>) y_.pack_transposed(j, panel(j), panel_ld);
@@ -127,8 +127,7 @@ template <class T> struct Cost {
     const int step = chunk_size(m, most_depth, lanes<T>);
     for (int j = 0; j < m; j += step)
       pull<false>(G + j, x_, i0, count, y_, j, std::min(step, m - j), w, gx_ ? gx_ : out.left, j == 0, j + step >= m);
-    for (int i = i0; gx_ && i < i0 + count; ++i)
-      std::memcpy(out.left + size_t(i) * p.d, gx_ + size_t(i) * x_.width, sizeof(T) * p.d);
+    for (int i = i0; gx_ && i < i0 + count; ++i) unpad(x_, i, gx_, out.left);
   }
 
   // Adds what the same rows of G say to the gradient of y_j, for columns j0 .. j0 + width - 1. w[j] are the weights of all rows.
@@ -141,8 +140,7 @@ template <class T> struct Cost {
       const int depth = std::min(step, i0 + count - i);
       pull<true>(G + size_t(i - i0) * ld + j0, y_, j0, width, x_, i, depth, w, gy_ ? gy_ : out.right, i == 0, i + depth == n);
     }
-    for (int j = j0; gy_ && i0 + count == n && j < j0 + width; ++j)
-      std::memcpy(out.right + size_t(j) * p.d, gy_ + size_t(j) * y_.width, sizeof(T) * p.d);
+    for (int j = j0; gy_ && i0 + count == n && j < j0 + width; ++j) unpad(y_, j, gy_, out.right);
   }
 
  private:
@@ -156,16 +154,16 @@ template <class T> struct Cost {
   void multiply(int i0, int count) const {
     const int end = filled(m), depth = p.d;
     const size_t stride = ld;
-    const Points<T> x = x_;  // local: a store might change a member, for all that the compiler knows
+    const int width = x_.width;
+    const T* const x = x_.units;  // local: a store might change a member, for all that the compiler knows
     strips(count, [&](int i, auto R) __attribute__((always_inline)) {
       i += i0;
       T* to = row(i);
-      const T* factor = x.factor + i;
       const auto part = [&](int j, auto NV) __attribute__((always_inline)) {
         const auto write = [&](auto r, auto v, vec<T> sum) __attribute__((always_inline)) {
-          store<T>(to + r * stride + j + v * lanes<T>, T(1) - sum * factor[r]);
+          store<T>(to + r * stride + j + v * lanes<T>, T(1) - sum);
         };
-        tile<R, NV, false>(depth, x.row(i), x.stride, panel(j), panel_ld, write);
+        tile<R, NV, false>(depth, x + size_t(i) * width, width, panel(j), panel_ld, write);
       };
       int j = 0;
       for (; j + panel_ld <= end; j += panel_ld) part(j, std::integral_constant<int, nv>{});
@@ -176,10 +174,18 @@ template <class T> struct Cost {
       for (int r = 0; r < here; ++r) std::memset(row(i + r) + end, 0, sizeof(T) * (cols - end));
       for (int j = end; j < m; ++j) {
         T sums[block];
-        dots(here, depth, x.row(i), x.stride, y_.row(j), sums);
-        for (int r = 0; r < here; ++r) row(i + r)[j] = 1 - sums[r] * x.factor[i + r] * y_.factor[j];
+        dots(here, depth, x + size_t(i) * width, width, y_.row(j), sums);
+        for (int r = 0; r < here; ++r) row(i + r)[j] = 1 - sums[r] * y_.factor[j];
       }
     }
+  }
+
+  // Copies the gradient of a short row. What rounding has left of it along the row is taken out: of one entry it is all.
+  void unpad(const Points<T>& of, int i, const T* padded, T* out) const {
+    const T *x = of.row(i), *g = padded + size_t(i) * of.width, factor = of.factor[i];
+    T along = 0;
+    for (int k = 0; k < p.d; ++k) along += g[k] * (x[k] * factor);
+    for (int k = 0; k < p.d; ++k) out[size_t(i) * p.d + k] = g[k] - along * (x[k] * factor);
   }
 
   // grad_i = (w_i toh_i - sum_k G_ik fromh_k) / |to_i| for rows i0 .. i0 + count - 1 of `to`, over rows first .. first + depth - 1
@@ -200,7 +206,7 @@ template <class T> struct Cost {
           T* to_g = g + r * size_t(width) + v * lanes<T>;
           if (!begin) sum += load(to_g);
           if (end) sum = (load(to.template unit<NV>(k, i0 + i + r) + v * lanes<T>) * weight[r] - sum) * scale[r];
-          store<T>(to_g, start < k ? first_lanes(k - start) ? load(to_g) : sum : sum);
+          store<T>(to_g, start < k ? first_lanes<T>(k - start) ? load(to_g) : sum : sum);
         };
         tile<R, NV, Columns>(depth, at(i), ldg, from.template unit<NV>(k, first), NV * lanes<T>, write);
       };
@@ -222,12 +228,6 @@ template <class T> struct Cost {
         }
       }
     }
-  }
-
-  static typename vec_of<T>::ints first_lanes(int count) {
-    typename vec_of<T>::ints lane{};
-    for (int k = 0; k < lanes<T>; ++k) lane[k] = k;
-    return lane < count;
   }
 
   Points<T> x_, y_;

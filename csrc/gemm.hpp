@@ -27,6 +27,12 @@ OTLOSS_INLINE void tile(int depth, const T* A, size_t lda, const T* B, size_t ld
   repeat<R>(OTLOSS_EACH(r) { repeat<NV>(OTLOSS_EACH(v) { out(r, v, acc[r][v]); }); });
 }
 
+template <class T> OTLOSS_INLINE typename vec_of<T>::ints first_lanes(int count) {
+  typename vec_of<T>::ints lane{};
+  for (int k = 0; k < lanes<T>; ++k) lane[k] = k;
+  return lane < count;
+}
+
 // Calls strip(first row, number of rows) with constant numbers that add up to `rows`. Strips of mr and of mr - 1 rows are as
 // fast as each other (49 = 7 x 7). Where they do not add up, a few smaller ones follow.
 template <class Strip> OTLOSS_INLINE void strips(int rows, Strip strip) {

@@ -139,8 +139,8 @@ template <class T> struct LaneAdjoint : Lanes<T> {
     return start == 0 ? Vec{} : Base::square_root(inner(res, res) / start);
   }
 
-  // Turns M into the gradient by the cost, with its weights by rows in `y` and by columns in `h`.
-  void gradient() {
+  // Turns M into the gradient by the cost. Its weights (cost.hpp) by rows are left in `y`, by columns in `h`.
+  template <bool Weights> void gradient() {
     const T ie = solve ? 1 / eps : T(0);
     std::memset(h, 0, sizeof(T) * m * L);
     for (int i = 0; i < n; ++i) {
@@ -151,8 +151,7 @@ template <class T> struct LaneAdjoint : Lanes<T> {
         const Vec reduced = entry(C, i, j), e = entry(M, i, j) * (at(best, j) * slope + (reduced * direct + flat));
         const Vec term = e * (near - at(g, j) - reduced);  // 1 - C is the cosine
         set(M, i, j, e);
-        set(h, j, at(h, j) + term);
-        weight += term;
+        if constexpr (Weights) set(h, j, at(h, j) + term), weight += term;
       }
       set(y, i, weight);
     }
@@ -173,7 +172,7 @@ void implicit_lanes(const Problem<T>* p, int count, Arena& arena, const T* const
     }
     if (adjoint) residual = s.multipliers();
     if (need_cost) {
-      s.gradient();
+      p->right ? s.template gradient<true>() : s.template gradient<false>();
       s.stage(s.M);
     }
     fallback = s.fallback;

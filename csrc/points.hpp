@@ -2,7 +2,8 @@
 //
 // The unit row xh_i = x_i / |x_i| is factor_i rows_i. `rows` are the features as they were given. Only where a row is shorter than
 // a vector, or its square overflows or vanishes, are all rows copied; a row that could not be squared is scaled in the copy. Zero
-// rows have factor 0. Unit rows stand in panels only, in the order in which a product reads them.
+// rows have factor 0. Unit rows stand where a product reads them, in the order in which it does: one after the other for the left
+// side of a product, transposed in panels for the right side, and in panels for the gradient.
 #pragma once
 #include "gemm.hpp"
 
@@ -14,30 +15,32 @@ template <class T> struct Points {
   int count, d, width;  // width: entries of a row that may be read; those beyond d are 0
   T *factor, *scale;    // scale_i = 1 / |x_i|
 
-  T* packed = nullptr;
+  T *units = nullptr, *packed = nullptr;  // unit rows, one after the other and in panels
 
-  static size_t bytes(int count, int d, bool pack) {
+  static size_t bytes(int count, int d) {
     const size_t width = std::max(d, lanes<T>);
-    return Arena::bytes<T>(count * width) + 2 * Arena::bytes<T>(padded(count)) + pack * Arena::bytes<T>(count * (width + lanes<T>));
+    return 2 * Arena::bytes<T>(count * width) + Arena::bytes<T>(count * (width + lanes<T>)) + 2 * Arena::bytes<T>(padded(count));
   }
 
   Points() = default;
-  // `pack`: whether panels of unit rows are wanted.
-  Points(const T* x, int count, int d, bool pack, Arena& arena)
+  // `unpacked` and `pack`: which unit rows are wanted.
+  Points(const T* x, int count, int d, bool unpacked, bool pack, Arena& arena)
       : rows(x), stride(d), count(count), d(d), width(std::max(d, lanes<T>)), factor(arena.take<T>(padded(count))),
         scale(arena.take<T>(padded(count))) {
     for (int i = count; i < padded(count); ++i) factor[i] = 0;
     T* room = arena.take<T>(size_t(count) * width);
+    if (unpacked) units = arena.take<T>(size_t(count) * width);
     if (pack) packed = arena.take<T>(size_t(count) * (width + lanes<T>));
     if (d < width) copy(room);
-    const mask tail = beyond(d);
     for (int i = 0; i < count; ++i) {
-      const T total = squared_length(row(i), tail);
+      const T total = squared_length(i);
       constexpr T small = sizeof(T) == 4 ? T(1e-20) : T(1e-200), large = 1 / small;
       if (total > small && total < large) factor[i] = scale[i] = 1 / std::sqrt(total);
       else rescale(i, room);
     }
-    for (int i = 0; pack && i < count; ++i) pack_row(i);
+    for (int i = 0; unpacked && i < count; ++i)
+      write_row(i, [=](int k, auto) { return units + size_t(i) * width + std::min(k, width - lanes<T>); });
+    for (int i = 0; pack && i < count; ++i) write_row(i, [=](int k, auto NV) { return unit<NV>(k, i); });
   }
 
   const T* row(int i) const { return rows + size_t(i) * stride; }
@@ -63,17 +66,9 @@ template <class T> struct Points {
 
  private:
   static int padded(int count) { return (count / most_lanes + 1) * most_lanes; }
-  using mask = typename vec_of<T>::ints;
 
-  // The lanes of the last vector of a row that no vector before it has.
-  static mask beyond(int d) {
-    mask lane{};
-    for (int k = 0; k < lanes<T>; ++k) lane[k] = k;
-    const int left = d % lanes<T>;
-    return lane >= (left && d > lanes<T> ? lanes<T> - left : 0);
-  }
-
-  T squared_length(const T* x, mask tail) const {
+  T squared_length(int i) const {
+    const T* x = row(i);
     vec<T> squares{}, more{};
     int k = 0;
     for (; k + 2 * lanes<T> <= width; k += 2 * lanes<T>) {
@@ -83,18 +78,24 @@ template <class T> struct Points {
     }
     if (k + lanes<T> <= width) squares += load(x + k) * load(x + k), k += lanes<T>;
     if (k < width) {
-      const vec<T> v = tail ? load(x + width - lanes<T>) : vec<T>{};
-      more += v * v;
+      T last[lanes<T>];
+      if (i + 1 == count) std::memcpy(last, x + k, sizeof(T) * (width - k));  // behind other rows there is another row
+      const vec<T> tail = first_lanes<T>(width - k) ? load(i + 1 == count ? last : x + k) : vec<T>{};
+      more += tail * tail;
     }
     return sum<T>(squares + more);
   }
 
-  void pack_row(int i) const {
+  // Writes unit row i to where place(k, number of vectors) says. The last vector holds the last entries of the row.
+  template <class Place> OTLOSS_INLINE void write_row(int i, Place place) const {
     const T* x = row(i);
     int k = 0;
-    for (; k + nv * lanes<T> <= width; k += nv * lanes<T>)
-      repeat<nv>(OTLOSS_EACH(v) { store<T>(unit<nv>(k, i) + v * lanes<T>, load(x + k + v * lanes<T>) * factor[i]); });
-    for (; k < width; k += lanes<T>) store<T>(unit<1>(k, i), load(x + std::min(k, width - lanes<T>)) * factor[i]);
+    for (; k + nv * lanes<T> <= width; k += nv * lanes<T>) {
+      T* to = place(k, std::integral_constant<int, nv>{});
+      repeat<nv>(OTLOSS_EACH(v) { store<T>(to + v * lanes<T>, load(x + k + v * lanes<T>) * factor[i]); });
+    }
+    for (; k < width; k += lanes<T>)
+      store<T>(place(k, std::integral_constant<int, 1>{}), load(x + std::min(k, width - lanes<T>)) * factor[i]);
   }
 
   void copy(T* to) {

@@ -120,7 +120,7 @@ void unrolled_gradient(const Problem<T>& p, Arena& arena, int64_t n_iter, const 
   if (!out.left) return;
   T *w_rows = lambda, *w_columns = kappa;  // the weights of cost.hpp
   for (size_t j = 0; j < cols; ++j) w_columns[j] = 0;
-  by_parts(cost.n, w_columns, nullptr, [&](int i) __attribute__((always_inline)) {
+  by_parts(p.right ? cost.n : 0, w_columns, nullptr, [&](int i) __attribute__((always_inline)) {
     vec<T> weight{};
     for (int j = 0; j < cost.cols; j += lanes<T>) {
       const vec<T> term = load(D + size_t(i) * cost.ld + j) * (1 - load(cost.row(i) + j));
