@@ -90,6 +90,7 @@ template <class T> struct Cost {
     if (product) {
       panels_ = arena.take<T>(size_t(x_.width) * (cols + lanes<T>));
       for (int j = 0; j < filled(m); j += lanes<T>) y_.pack_transposed(j, panel(j), panel_ld);
+      for (int j = filled(m); j < m; ++j) y_.write_row(j, [=](int k, auto) { return single(j) + std::min(k, y_.width - lanes<T>); });
     }
     if (gradient && p.d < x_.width) gx_ = arena.take<T>(size_t(n) * x_.width), gy_ = arena.take<T>(size_t(m) * x_.width);
   }
@@ -150,6 +151,8 @@ template <class T> struct Cost {
   static int filled(int count) { return count % lanes<T> <= few<T> ? count / lanes<T> * lanes<T> : round_up<T>(count); }
   T* panel(int j) const { return panels_ + size_t(j / panel_ld * panel_ld) * x_.width + j % panel_ld; }
 
+  T* single(int j) const { return panels_ + size_t(j + lanes<T>) * x_.width; }  // unit row j, one of the few, behind the panels
+
   // C = 1 - xh yh' for rows i0 .. i0 + count - 1.
   void multiply(int i0, int count) const {
     const int end = filled(m), depth = p.d;
@@ -174,8 +177,8 @@ template <class T> struct Cost {
       for (int r = 0; r < here; ++r) std::memset(row(i + r) + end, 0, sizeof(T) * (cols - end));
       for (int j = end; j < m; ++j) {
         T sums[block];
-        dots(here, depth, x + size_t(i) * width, width, y_.row(j), sums);
-        for (int r = 0; r < here; ++r) row(i + r)[j] = 1 - sums[r] * y_.factor[j];
+        dots(here, depth, x + size_t(i) * width, width, single(j), sums);
+        for (int r = 0; r < here; ++r) row(i + r)[j] = 1 - sums[r];
       }
     }
   }

@@ -64,6 +64,18 @@ template <class T> struct Points {
     if (k < width) square(width - lanes<T>);
   }
 
+  // Writes unit row i to where place(k, number of vectors) says. The last vector holds the last entries of the row.
+  template <class Place> OTLOSS_INLINE void write_row(int i, Place place) const {
+    const T* x = row(i);
+    int k = 0;
+    for (; k + nv * lanes<T> <= width; k += nv * lanes<T>) {
+      T* to = place(k, std::integral_constant<int, nv>{});
+      repeat<nv>(OTLOSS_EACH(v) { store<T>(to + v * lanes<T>, load(x + k + v * lanes<T>) * factor[i]); });
+    }
+    for (; k < width; k += lanes<T>)
+      store<T>(place(k, std::integral_constant<int, 1>{}), load(x + std::min(k, width - lanes<T>)) * factor[i]);
+  }
+
  private:
   static int padded(int count) { return (count / most_lanes + 1) * most_lanes; }
 
@@ -84,18 +96,6 @@ template <class T> struct Points {
       more += tail * tail;
     }
     return sum<T>(squares + more);
-  }
-
-  // Writes unit row i to where place(k, number of vectors) says. The last vector holds the last entries of the row.
-  template <class Place> OTLOSS_INLINE void write_row(int i, Place place) const {
-    const T* x = row(i);
-    int k = 0;
-    for (; k + nv * lanes<T> <= width; k += nv * lanes<T>) {
-      T* to = place(k, std::integral_constant<int, nv>{});
-      repeat<nv>(OTLOSS_EACH(v) { store<T>(to + v * lanes<T>, load(x + k + v * lanes<T>) * factor[i]); });
-    }
-    for (; k < width; k += lanes<T>)
-      store<T>(place(k, std::integral_constant<int, 1>{}), load(x + std::min(k, width - lanes<T>)) * factor[i]);
   }
 
   void copy(T* to) {
