@@ -79,7 +79,7 @@ def probes(w: Workload) -> dict[str, float] | None:
     return {
         "read_gb_s": read(working_set),
         "fma_gflop_s": fma(),
-        "products_gflop_s": products(w.n, w.m, w.d),
+        "products_gflop_s": products(w.n, w.m, w.d, len(phases.PARTS) - 1),
         "scaling_read": scaling(lambda: read(working_set), cores),
         "scaling_fma": scaling(fma, cores),
     }

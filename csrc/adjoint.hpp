@@ -247,37 +247,59 @@ template <class T> struct Adjoint {
 
   void contract(const Gradient<T>& out) {
     for (int j = 0; j < cost.cols; ++j) work[j] = solve && up.g && j < cost.m && S[j] > 0 ? up.g[j] / S[j] : T(0);
-    const bool whole = cost.parts.count == 1;  // then each tile is contracted both ways while it is in the cache
+    T *w_rows = y, *w_columns = h;  // weights, those of the columns by parts
+    std::memset(w_columns, 0, sizeof(T) * cost.cols * cost.parts.count);
+    const bool whole = cost.parts.count == 1;  // then each chunk is contracted both ways while it is in the cache
     team.each(cost.parts.count, [&](int part) {
-      for (int i0 = cost.parts.begin(part); i0 < cost.parts.end(part); i0 += tile_rows) {
-        const int count = std::min(tile_rows, cost.rows - i0);
-        for (int i = i0; i < i0 + count; ++i) solve && (up.f || up.g) ? gradient_row<true>(i) : gradient_row<false>(i);
-        if (i0 >= cost.n) break;
+      T* w = w_columns + size_t(part) * cost.cols;
+      const int end = std::min(cost.n, cost.parts.end(part)), step = whole ? cost.chunk_rows() : cost.parts.size;
+      for (int i0 = cost.parts.begin(part); i0 < end; i0 += step) {
+        const int count = std::min(step, end - i0);
+        for (int i = i0; i < i0 + count; i += rows_at_once) {
+          if (solve && (up.f || up.g)) p.right ? gradient_rows<true, true>(i, w_rows, w) : gradient_rows<true, false>(i, w_rows, w);
+          else p.right ? gradient_rows<false, true>(i, w_rows, w) : gradient_rows<false, false>(i, w_rows, w);
+        }
         const T* G = M + size_t(i0) * cost.ld;
-        whole ? cost.backward(G, i0, count, out) : cost.backward_rows(G, i0, count, out);
+        cost.pull_rows(G, i0, count, w_rows, out);
+        if (whole) cost.pull_columns(G, i0, count, 0, cost.m, w, out);
       }
     });
+    if (whole) return;
+    add_parts(w_columns, cost.parts.count, cost.cols);
     constexpr int width = 256;
-    if (!whole)
-      team.each((cost.m + width - 1) / width, [&](int strip) {
-        for (int i0 = 0; i0 < cost.n; i0 += tile_rows)
-          cost.backward_columns(M + size_t(i0) * cost.ld, i0, tile_rows, strip * width, width);
-      });
-    cost.write_feature_grads(out);
+    team.each((cost.m + width - 1) / width,
+              [&](int strip) { cost.pull_columns(M, 0, cost.n, strip * width, width, w_columns, out); });
   }
 
-  // A row of M becomes the gradient of that row of the cost. Potentials: whether there is a loss on f or g.
-  template <bool Potentials> void gradient_row(int i) {
-    const T ie = solve ? 1 / p.eps : T(0), w = up.cost, u = fu[i] * ie + (w + up.value), slope = A[i] * ie, level = A[i] * u, direct = -w * slope;
-    T* k = M + size_t(i) * cost.ld;
-    const T* R = cost.row(i);
+  // Rows i0, .. of M become the gradient of those rows of the cost. Potentials: whether there is a loss on f or g. Weights: whether
+  // the weights of cost.hpp are wanted.
+  static constexpr int rows_at_once = OTLOSS_VECTOR_BYTES == 64 ? 4 : 2;
+  template <bool Potentials, bool Weights> void gradient_rows(int i0, T* w_rows, T* w_columns) {
+    const T ie = solve ? 1 / p.eps : T(0), w = up.cost;
+    vec<T> slope[rows_at_once], level[rows_at_once], direct[rows_at_once], near[rows_at_once], weight[rows_at_once] = {};
+    repeat<rows_at_once>(OTLOSS_EACH(r) {
+      const T mass = A[i0 + r];
+      slope[r] = splat<T>(mass * ie);
+      level[r] = splat<T>(mass * (fu[i0 + r] * ie + (w + up.value)));
+      direct[r] = splat<T>(-w * mass * ie);
+      near[r] = splat<T>(1 - f[i0 + r]);
+    });
     for (int j = 0; j < cost.cols; j += lanes<T>) {
-      const vec<T> e = load(k + j);
-      vec<T> bracket = load(V + j) * slope + (masked(e, load(R + j)) * direct + level);
-      if constexpr (Potentials) bracket = (bracket + pf[i]) * load(live + j) + A[i] * load(work + j);
-      else bracket *= load(live + j);
-      store<T>(k + j, e * bracket);
+      const vec<T> alive = load(live + j), v = load(V + j), gj = load(g + j);
+      vec<T> columns{};
+      repeat<rows_at_once>(OTLOSS_EACH(r) {
+        T* k = M + size_t(i0 + r) * cost.ld + j;
+        const vec<T> e = load(k), reduced = masked(e, load(cost.row(i0 + r) + j));
+        vec<T> bracket = v * slope[r] + (reduced * direct[r] + level[r]);
+        if constexpr (Potentials) bracket = (bracket + pf[i0 + r]) * alive + A[i0 + r] * load(work + j);
+        else bracket *= alive;
+        const vec<T> gradient = e * bracket, term = gradient * (near[r] - gj - reduced);  // 1 - C is the cosine
+        store<T>(k, gradient);
+        if constexpr (Weights) weight[r] += term, columns += term;
+      });
+      if constexpr (Weights) store<T>(w_columns + j, load(w_columns + j) + columns);
     }
+    repeat<rows_at_once>(OTLOSS_EACH(r) { w_rows[i0 + r] = sum<T>(weight[r]); });
   }
 
  private:

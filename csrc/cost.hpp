@@ -1,17 +1,21 @@
 // The cost of one problem, as padded rows in scratch, and the gradient of the inputs from the gradient of the cost.
 //
-// For features, C = 1 - xh yh' with xh = x/|x| and yh = y/|y|, where zero rows stay zero. The gradient G of C comes in tiles of
-// rows. Each tile is contracted at once: gxh = -G yh and gyh = -G' xh. The derivative of the normalisation then gives
-// gx = (gxh - xh <xh, gxh>) / |x|, which is exactly 0 for a zero row. For features no (n, m) gradient leaves the scratch.
+// For features, C = 1 - xh yh' with xh = x/|x| and yh = y/|y|, where zero rows stay zero (points.hpp). With G the gradient of C,
+// the derivative of the normalisation gives
+//   gx_i = (w_i xh_i - sum_j G_ij yh_j) / |x_i|,   w_i = sum_j G_ij <xh_i, yh_j> = sum_j G_ij (1 - C_ij),
+// which is exactly 0 for a zero row; gy likewise, by columns. Whoever forms G also forms the weights w, while C is at hand. The
+// products are then finished in registers, and each entry of gx and gy is written once.
+//
+// G is contracted in chunks of rows that fit in the second-level cache. A sum over more than `most_depth` terms is taken in chunks
+// too, which add up in the gradient. For features no (n, m) gradient leaves the scratch.
 // The padding of rows and columns may hold any finite number.
 #pragma once
-#include "gemm.hpp"
+#include "points.hpp"
 #include "pool.hpp"
 
 namespace otloss::OTLOSS_LEVEL {
 
-constexpr int block = mr;      // rows that every pass over an (n, m) matrix handles at once
-constexpr int tile_rows = 32;  // rows of a gradient that are contracted at once
+constexpr int tile_rows = 32;  // parts of a matrix have a multiple of this many rows
 constexpr int chain_rows = 4096;  // about how many rows, or in unroll.hpp columns, are summed in one chain
 
 template <class T> using band = typename band_of<T, block>::type;
@@ -50,63 +54,58 @@ template <class V> OTLOSS_INLINE V shifted(V c, V row, V column) {
   return (left - column) + lost;
 }
 
+// `count` in equal chunks of at most about `most`, each but the last a multiple of `unit`: the size of one.
+constexpr int chunk_size(int count, int most, int unit) {
+  const int chunks = std::max(1, (count + most - 1) / most);
+  return ((count + chunks - 1) / chunks + unit - 1) / unit * unit;
+}
+
 template <class T> struct Cost {
   const Problem<T>& p;
   const int n, m;
-  const int rows, cols, ld, depth, feature_stride;  // padded n and m, row stride of C; padded d, row stride of the features
+  const int rows, cols, ld;  // padded n and m, row stride of C
   const Parts parts;
   T* C;  // rows x ld
 
   // The scratch that a constructor may take, in bytes.
   static size_t bytes(const Problem<T>& p, bool gradient) {
-    const size_t n = round_up<T>(p.n), m = round_up<T>(p.m), k = round_up<T>(p.d), feature_stride = leading<T>(p.d);
-    size_t need = Arena::bytes<T>(n * leading<T>(p.m));
+    size_t need = Arena::bytes<T>(size_t(round_up<T>(p.n)) * leading<T>(p.m));
     if (!p.right) return need;
-    const size_t features = Arena::bytes<T>(n * feature_stride) + Arena::bytes<T>(m * feature_stride);
-    need += features + Arena::bytes<T>(k * (m + lanes<T>)) + Arena::bytes<T>(n) + Arena::bytes<T>(m);
-    return gradient ? need + features : need;
+    const int width = std::max(p.d, lanes<T>);
+    need += Points<T>::bytes(p.n, p.d) + Points<T>::bytes(p.m, p.d);
+    need += Arena::bytes<T>(size_t(width) * (round_up<T>(p.m) + lanes<T>));
+    if (gradient && p.d < width) need += Arena::bytes<T>(size_t(p.n) * width) + Arena::bytes<T>(size_t(p.m) * width);
+    return need;
   }
 
-  // `product` says that `fill` will be called. `gradient` says that `backward` and `write_feature_grads` will be called.
+  // `product` says that `fill` will be called. `gradient` says that `pull_rows` and `pull_columns` will be called.
   // C stands at `place` if that is given.
   Cost(const Problem<T>& p, Arena& arena, bool product, bool gradient, T* place = nullptr)
-      : p(p), n(p.n), m(p.m), rows(round_up<T>(p.n)), cols(round_up<T>(p.m)), ld(leading<T>(p.m)), depth(round_up<T>(p.d)),
-        feature_stride(leading<T>(p.d)), parts(rows, cols) {
+      : p(p), n(p.n), m(p.m), rows(round_up<T>(p.n)), cols(round_up<T>(p.m)), ld(leading<T>(p.m)), parts(rows, cols) {
     C = place ? place : arena.take<T>(size_t(rows) * ld);
     product = product && !p.kept;
     if (!p.right || !(product || gradient)) return;
-    xh_ = arena.take<T>(size_t(rows) * feature_stride);
-    yh_ = arena.take<T>(size_t(cols) * feature_stride);
-    x_inverse_ = arena.take<T>(rows);
-    y_inverse_ = arena.take<T>(cols);
-    normalise(p.left, n, rows, xh_, x_inverse_);
-    normalise(p.right, m, cols, yh_, y_inverse_);
+    x_ = Points<T>(p.left, n, p.d, product, gradient, arena);
+    y_ = Points<T>(p.right, m, p.d, false, gradient, arena);
     if (product) {
-      panels_ = arena.take<T>(size_t(depth) * (cols + lanes<T>));
-      pack();
+      panels_ = arena.take<T>(size_t(x_.width) * (cols + lanes<T>));
+      for (int j = 0; j < filled(m); j += lanes<T>) y_.pack_transposed(j, panel(j), panel_ld);
+      for (int j = filled(m); j < m; ++j) y_.write_row(j, [=](int k, auto) { return single(j) + std::min(k, y_.width - lanes<T>); });
     }
-    if (!gradient) return;
-    gx_ = arena.take<T>(size_t(rows) * feature_stride);
-    gy_ = arena.take<T>(size_t(cols) * feature_stride);
-    std::memset(gy_, 0, sizeof(T) * cols * feature_stride);
+    if (gradient && p.d < x_.width) gx_ = arena.take<T>(size_t(n) * x_.width), gy_ = arena.take<T>(size_t(m) * x_.width);
   }
 
   T* row(int i) const { return C + size_t(i) * ld; }
 
-  // Fills rows i0 .. i0 + block - 1.
-  void fill(int i0) const {
-    if (p.right && !p.kept) {
-      const T *panels = panels_;
-      const int k = depth;
-      strip<block, false>(cols, p.d, xh_ + size_t(i0) * feature_stride, feature_stride, 1,
-                          [=](int j) { return panels + size_t(j) * k; }, panel_ld, row(i0), ld, T(-1), T(1));
-      return;
-    }
-    for (int i = i0; i < i0 + block; ++i) {
-      const int have = i < n ? m : 0;
-      if (have) std::memcpy(row(i), (p.right ? p.kept : p.left) + size_t(i) * m, sizeof(T) * m);
-      for (int j = 0; p.row_shift && j < have; ++j) row(i)[j] = shifted(row(i)[j], p.row_shift[i], p.column_shift[j]);
-      for (int j = have; j < cols; ++j) row(i)[j] = 0;
+  // Fills rows i0 .. i0 + count - 1; what is beyond the last row becomes 0.
+  void fill(int i0, int count = block) const {
+    const int have = std::max(0, std::min(count, n - i0));
+    std::memset(row(i0 + have), 0, sizeof(T) * (count - have) * ld);
+    if (p.right && !p.kept) return multiply(i0, have);
+    for (int i = i0; i < i0 + have; ++i) {
+      std::memcpy(row(i), (p.right ? p.kept : p.left) + size_t(i) * m, sizeof(T) * m);
+      for (int j = 0; p.row_shift && j < m; ++j) row(i)[j] = shifted(row(i)[j], p.row_shift[i], p.column_shift[j]);
+      for (int j = m; j < cols; ++j) row(i)[j] = 0;
     }
   }
 
@@ -115,115 +114,127 @@ template <class T> struct Cost {
     for (int i = 0; to && i < n; ++i) std::memcpy(to + size_t(i) * m, row(i), sizeof(T) * m);
   }
 
-  // gxh[rows] = -G yh. G is the gradient by rows i0 .. i0 + count - 1 of C, with row stride ld. Its padding is read but does not
-  // enter any result. For a dense cost, G itself is the result and is copied to out.left.
-  void backward_rows(const T* G, int i0, int count, const Gradient<T>& out) const {
+  // How many rows of a gradient are formed before they are contracted.
+  int chunk_rows() const { return chunk_size(n, std::max(block, int((size_t(256) << 10) / (ld * sizeof(T)))), block); }
+
+  // Writes the gradient of x_i for rows i0 .. i0 + count - 1, with the weights w[i]. G is the gradient by these rows of C, with row
+  // stride ld. Its padding is read but does not enter any result. For a dense cost G is the result, and there are no weights.
+  void pull_rows(const T* G, int i0, int count, const T* w, const Gradient<T>& out) const {
     count = std::min(count, n - i0);
     if (!p.right) {
       for (int r = 0; r < count; ++r) std::memcpy(out.left + size_t(i0 + r) * m, G + size_t(r) * ld, sizeof(T) * m);
       return;
     }
-    const T* yh = yh_;
-    gemm<false>(count, depth, m, G, ld, 1, [=](int k) { return yh + k; }, feature_stride, gx_ + size_t(i0) * feature_stride,
-                feature_stride, T(-1), T(0));
+    const int step = chunk_size(m, most_depth, lanes<T>);
+    for (int j = 0; j < m; j += step)
+      pull<false>(G + j, x_, i0, count, y_, j, std::min(step, m - j), w, gx_ ? gx_ : out.left, j == 0, j + step >= m);
+    for (int i = i0; gx_ && i < i0 + count; ++i) unpad(x_, i, gx_, out.left);
   }
 
-  // gyh[columns] -= G' xh, for columns j0 .. j0 + width - 1 of the same rows. A dense cost has no right input.
-  void backward_columns(const T* G, int i0, int count, int j0, int width) const {
+  // Adds what the same rows of G say to the gradient of y_j, for columns j0 .. j0 + width - 1. w[j] are the weights of all rows.
+  // All rows must come, in order; the last of them complete the gradient.
+  void pull_columns(const T* G, int i0, int count, int j0, int width, const T* w, const Gradient<T>& out) const {
     if (!p.right) return;
-    const T* xh = xh_ + size_t(i0) * feature_stride;
-    gemm<true>(std::min(width, m - j0), depth, std::min(count, n - i0), G + j0, 1, ld, [=](int k) { return xh + k; }, feature_stride,
-               gy_ + size_t(j0) * feature_stride, feature_stride, T(-1), T(0));
-  }
-
-  void backward(const T* G, int i0, int count, const Gradient<T>& out) const {
-    backward_rows(G, i0, count, out);
-    backward_columns(G, i0, count, 0, m);
-  }
-
-  // Writes the gradients of the features, from those of the unit rows. Call it after every tile has been contracted.
-  void write_feature_grads(const Gradient<T>& out) const {
-    if (!p.right) return;
-    denormalise(n, xh_, x_inverse_, gx_, out.left);
-    denormalise(m, yh_, y_inverse_, gy_, out.right);
+    count = std::min(count, n - i0), width = std::min(width, m - j0);
+    const int step = chunk_size(count, most_depth, block);
+    for (int i = i0; i < i0 + count; i += step) {
+      const int depth = std::min(step, i0 + count - i);
+      pull<true>(G + size_t(i - i0) * ld + j0, y_, j0, width, x_, i, depth, w, gy_ ? gy_ : out.right, i == 0, i + depth == n);
+    }
+    for (int j = j0; gy_ && i0 + count == n && j < j0 + width; ++j) unpad(y_, j, gy_, out.right);
   }
 
  private:
-  static constexpr int panel_ld = nv * lanes<T>;
+  static constexpr int panel_ld = nv * lanes<T>, most_depth = 256;
 
-  void normalise(const T* x, int count, int padded, T* xh, T* inverse) const {
-    constexpr T small = sizeof(T) == 4 ? T(1e-20) : T(1e-200), large = 1 / small;
-    const int whole = p.d / lanes<T> * lanes<T>;
-    for (int i = 0; i < count; ++i, x += p.d, xh += feature_stride) {
-      vec<T> squares{}, more{};
-      std::memset(xh + whole, 0, sizeof(T) * (depth - whole));
-      std::memcpy(xh + whole, x + whole, sizeof(T) * (p.d - whole));
+  // How many of `count` columns, or a little more, are done by panels. The few others are done one by one.
+  static int filled(int count) { return count % lanes<T> <= few<T> ? count / lanes<T> * lanes<T> : round_up<T>(count); }
+  T* panel(int j) const { return panels_ + size_t(j / panel_ld * panel_ld) * x_.width + j % panel_ld; }
+
+  T* single(int j) const { return panels_ + size_t(j + lanes<T>) * x_.width; }  // unit row j, one of the few, behind the panels
+
+  // C = 1 - xh yh' for rows i0 .. i0 + count - 1.
+  void multiply(int i0, int count) const {
+    const int end = filled(m), depth = p.d;
+    const size_t stride = ld;
+    const int width = x_.width;
+    const T* const x = x_.units;  // local: a store might change a member, for all that the compiler knows
+    strips(count, [&](int i, auto R) __attribute__((always_inline)) {
+      i += i0;
+      T* to = row(i);
+      const auto part = [&](int j, auto NV) __attribute__((always_inline)) {
+        const auto write = [&](auto r, auto v, vec<T> sum) __attribute__((always_inline)) {
+          store<T>(to + r * stride + j + v * lanes<T>, T(1) - sum);
+        };
+        tile<R, NV, false>(depth, x + size_t(i) * width, width, panel(j), panel_ld, write);
+      };
+      int j = 0;
+      for (; j + panel_ld <= end; j += panel_ld) part(j, std::integral_constant<int, nv>{});
+      if (j < end) part(j, std::integral_constant<int, 1>{});
+    });
+    for (int i = i0; end < cols && i < i0 + count; i += block) {
+      const int here = std::min(block, i0 + count - i);
+      for (int r = 0; r < here; ++r) std::memset(row(i + r) + end, 0, sizeof(T) * (cols - end));
+      for (int j = end; j < m; ++j) {
+        T sums[block];
+        dots(here, depth, x + size_t(i) * width, width, single(j), sums);
+        for (int r = 0; r < here; ++r) row(i + r)[j] = 1 - sums[r];
+      }
+    }
+  }
+
+  // Copies the gradient of a short row. What rounding has left of it along the row is taken out: of one entry it is all.
+  void unpad(const Points<T>& of, int i, const T* padded, T* out) const {
+    const T *x = of.row(i), *g = padded + size_t(i) * of.width, factor = of.factor[i];
+    T along = 0;
+    for (int k = 0; k < p.d; ++k) along += g[k] * (x[k] * factor);
+    for (int k = 0; k < p.d; ++k) out[size_t(i) * p.d + k] = g[k] - along * (x[k] * factor);
+  }
+
+  // grad_i = (w_i toh_i - sum_k G_ik fromh_k) / |to_i| for rows i0 .. i0 + count - 1 of `to`, over rows first .. first + depth - 1
+  // of `from`; toh and fromh are unit rows. G(i0, first) stands at G, which is read by rows or by columns. If this is not the `end`
+  // of the sum, only the sum is left in grad. If it is not the beginning, the sum before it stands there.
+  template <bool Columns>
+  void pull(const T* G, const Points<T> to, int i0, int count, const Points<T> from, int first, int depth, const T* w, T* grad,
+            bool begin, bool end) const {
+    const int width = to.width, left = width % lanes<T>, done = left <= few<T> ? width - left : width;
+    const size_t ldg = ld;
+    const auto at = [&](int i) __attribute__((always_inline)) { return G + (Columns ? i : i * ldg); };
+    strips(count, [&](int i, auto R) __attribute__((always_inline)) {
+      const T *weight = w + i0 + i, *scale = to.scale + i0 + i;
+      const auto part = [&](int k, auto NV) __attribute__((always_inline)) {
+        const int start = std::min(k, width - lanes<T>);  // the last vector may go back over entries that are done
+        T* g = grad + size_t(i0 + i) * width + start;
+        const auto write = [&](auto r, auto v, vec<T> sum) __attribute__((always_inline)) {
+          T* to_g = g + r * size_t(width) + v * lanes<T>;
+          if (!begin) sum += load(to_g);
+          if (end) sum = (load(to.template unit<NV>(k, i0 + i + r) + v * lanes<T>) * weight[r] - sum) * scale[r];
+          store<T>(to_g, start < k ? first_lanes<T>(k - start) ? load(to_g) : sum : sum);
+        };
+        tile<R, NV, Columns>(depth, at(i), ldg, from.template unit<NV>(k, first), NV * lanes<T>, write);
+      };
       int k = 0;
-      for (; k + 2 * lanes<T> <= whole; k += 2 * lanes<T>) {
-        const vec<T> u = load(x + k), v = load(x + k + lanes<T>);
-        squares += u * u;
-        more += v * v;
-      }
-      if (k < whole) squares += load(x + k) * load(x + k);
-      if (whole < depth) more += load(xh + whole) * load(xh + whole);
-      const T total = sum<T>(squares + more);
-      if (total > small && total < large) {
-        const T inv = inverse[i] = 1 / std::sqrt(total);
-        for (k = 0; k < whole; k += lanes<T>) store<T>(xh + k, load(x + k) * inv);
-        if (whole < depth) store<T>(xh + whole, load(xh + whole) * inv);
-      } else {
-        std::memcpy(xh, x, sizeof(T) * whole);
-        inverse[i] = rescale(xh);
-      }
-    }
-    std::memset(xh, 0, sizeof(T) * (padded - count) * feature_stride);
-    for (int i = count; i < padded; ++i) inverse[i] = 0;
-  }
-
-  // Scales a row to unit length and returns the factor. The row is first divided by its largest entry, so that no square
-  // overflows or vanishes.
-  T rescale(T* xh) const {
-    vec<T> top{}, squares{}, nothing{};
-    for (int k = 0; k < depth; k += lanes<T>) {
-      const vec<T> v = load(xh + k);
-      top = max(max(v, -v), top);
-      nothing += v - v;  // NaN if an entry is not finite; the maximum may hide that
-    }
-    const T scale = max_of<T>(top), unscale = scale > dead_mass<T> ? 1 / scale : T(0);
-    for (int k = 0; k < depth; k += lanes<T>) {
-      const vec<T> u = load(xh + k) * unscale;
-      squares += u * u;
-    }
-    const T length = std::sqrt(sum<T>(squares)), inv = (length > 0 ? 1 / length : T(0)) + sum<T>(nothing);
-    for (int k = 0; k < depth; k += lanes<T>) store<T>(xh + k, load(xh + k) * unscale * inv);
-    return unscale * inv;
-  }
-
-  // Writes yh transposed, in panels of nv vectors of columns. This is B in the product that makes the cost.
-  void pack() const {
-    for (int j = 0; j < cols; j += lanes<T>) {
-      const int within = j % panel_ld;
-      T* panel = panels_ + size_t(j - within) * depth + within;
-      for (int k = 0; k < depth; k += lanes<T>) {
-        vec<T> square[lanes<T>];
-        repeat<lanes<T>>(OTLOSS_EACH(r) { square[r] = load(yh_ + size_t(j + r) * feature_stride + k); });
-        transpose<T>(square);
-        repeat<lanes<T>>(OTLOSS_EACH(r) { store<T>(panel + size_t(k + r) * panel_ld, square[r]); });
+      for (; k + panel_ld <= done; k += panel_ld) part(k, std::integral_constant<int, nv>{});
+      for (; k < done; k += lanes<T>) part(k, std::integral_constant<int, 1>{});
+    });
+    for (int k = done; k < width; ++k) {
+      T column[most_depth], sums[wide * lanes<T>];
+      for (int r = 0; r < depth; ++r) column[r] = from.row(first + r)[k] * from.factor[first + r];
+      constexpr int step = Columns ? wide * lanes<T> : block;
+      for (int i = 0; i < count; i += step) {
+        const int here = std::min(step, count - i);
+        if constexpr (Columns) weighted_rows(here, depth, at(i), ldg, column, sums);
+        else dots(here, depth, at(i), ldg, column, sums);
+        for (int r = i0 + i; r < i0 + i + here; ++r) {
+          T &g = grad[size_t(r) * width + k], sum = begin ? sums[r - i0 - i] : g + sums[r - i0 - i];
+          g = end ? (to.row(r)[k] * to.factor[r] * w[r] - sum) * to.scale[r] : sum;
+        }
       }
     }
   }
 
-  void denormalise(int count, const T* xh, const T* inverse, const T* gh, T* out) const {
-    for (int i = 0; i < count; ++i, xh += feature_stride, gh += feature_stride, out += p.d) {
-      const T along = dot(xh, gh, depth);
-      int k = 0;
-      for (; k + lanes<T> <= p.d; k += lanes<T>) store<T>(out + k, (load(gh + k) - load(xh + k) * along) * inverse[i]);
-      for (; k < p.d; ++k) out[k] = (gh[k] - xh[k] * along) * inverse[i];
-    }
-  }
-
-  T *xh_ = nullptr, *yh_ = nullptr, *panels_ = nullptr;
-  T *x_inverse_ = nullptr, *y_inverse_ = nullptr, *gx_ = nullptr, *gy_ = nullptr;
+  Points<T> x_, y_;
+  T *panels_ = nullptr, *gx_ = nullptr, *gy_ = nullptr;
 };
 
 }  // namespace otloss::OTLOSS_LEVEL

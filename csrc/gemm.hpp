@@ -1,55 +1,80 @@
-// One register-blocked product: out = alpha * A B + beta, or out += alpha * A B.
+// Register-blocked pieces of a product A B.
 //
-// A tile of the product has R rows and NV vectors of columns. A is read as scalars, with any stride by row and by depth, so
-// it may be a matrix, its transpose or a packed panel. B is read as rows of vectors. A tile of 8 x 2 vectors keeps 16
-// accumulators in flight, which is enough to hide the latency of two FMA pipes.
+// A tile has R rows and NV vectors of columns, whose sums stay in registers while it goes through the depth. A is read as
+// scalars: A(r, k) is A[r lda + k], or A[k lda + r] where A is given by its columns. B is read as rows of vectors from a packed
+// panel. A tile of 8 x 2 vectors keeps 16 sums in flight, which is enough to hide the latency of two FMA pipes.
 #pragma once
 #include "simd.hpp"
 
 namespace otloss::OTLOSS_LEVEL {
 
-constexpr int mr = OTLOSS_VECTOR_BYTES == 64 ? 8 : 4;  // for 32 vector registers, or for 16
-constexpr int nv = 2;
+constexpr int mr = OTLOSS_VECTOR_BYTES == 64 ? 8 : 6;  // rows of a tile, for 32 vector registers or for 16
+constexpr int nv = 2;                                  // vectors of its columns
+constexpr int block = OTLOSS_VECTOR_BYTES == 64 ? 8 : 4;  // rows that every pass over an (n, m) matrix handles at once
 
-template <int R, class T, int NV, bool Add>
-OTLOSS_INLINE void tile(int depth, const T* A, size_t row, size_t step, const T* B, size_t ldb, T* out, size_t ldo,
-                        T alpha, T beta) {
+// Calls out(r, v, sum) for each vector of the tile.
+template <int R, int NV, bool Columns, class T, class Out>
+OTLOSS_INLINE void tile(int depth, const T* A, size_t lda, const T* B, size_t ldb, Out out) {
   vec<T> acc[R][NV] = {};
   for (int k = 0; k < depth; ++k) {
     vec<T> b[NV];
     repeat<NV>(OTLOSS_EACH(v) { b[v] = load(B + k * ldb + v * lanes<T>); });
     repeat<R>(OTLOSS_EACH(r) {
-      const vec<T> a = splat<T>(A[r * row + k * step]);
+      const vec<T> a = splat<T>(Columns ? A[k * lda + r] : A[r * lda + k]);
       repeat<NV>(OTLOSS_EACH(v) { acc[r][v] += a * b[v]; });
     });
   }
-  repeat<R>(OTLOSS_EACH(r) {
-    repeat<NV>(OTLOSS_EACH(v) {
-      T* o = out + r * ldo + v * lanes<T>;
-      store<T>(o, Add ? load(o) + alpha * acc[r][v] : alpha * acc[r][v] + beta);
-    });
-  });
+  repeat<R>(OTLOSS_EACH(r) { repeat<NV>(OTLOSS_EACH(v) { out(r, v, acc[r][v]); }); });
 }
 
-// The product for R rows and all columns. Column j of B starts at B(j), and column j of out starts at out + j.
-template <int R, bool Add, class T, class Panel>
-OTLOSS_INLINE void strip(int cols, int depth, const T* A, size_t row, size_t step, Panel B, size_t ldb, T* out, size_t ldo,
-                         T alpha, T beta) {
-  int j = 0;
-  for (; j + nv * lanes<T> <= cols; j += nv * lanes<T>) tile<R, T, nv, Add>(depth, A, row, step, B(j), ldb, out + j, ldo, alpha, beta);
-  if (j < cols) tile<R, T, 1, Add>(depth, A, row, step, B(j), ldb, out + j, ldo, alpha, beta);
+template <class T> OTLOSS_INLINE typename vec_of<T>::ints first_lanes(int count) {
+  typename vec_of<T>::ints lane{};
+  for (int k = 0; k < lanes<T>; ++k) lane[k] = k;
+  return lane < count;
 }
 
-// The whole product. cols is a multiple of the lanes. A and out have room for `rows` rounded up to a multiple of mr. If strips
-// of mr and of mr - 1 rows can add up to `rows` (49 = 7 x 7), no row of padding is computed.
-template <bool Add, class T, class Panel>
-OTLOSS_INLINE void gemm(int rows, int cols, int depth, const T* A, size_t row, size_t step, Panel B, size_t ldb, T* out,
-                        size_t ldo, T alpha, T beta) {
-  const int strips = (rows + mr - 1) / mr, spare = strips * mr - rows, full = spare <= strips ? strips - spare : strips;
-  for (int s = 0, i = 0; s < strips; ++s) {
-    if (s < full) strip<mr, Add>(cols, depth, A + i * row, row, step, B, ldb, out + i * ldo, ldo, alpha, beta), i += mr;
-    else strip<mr - 1, Add>(cols, depth, A + i * row, row, step, B, ldb, out + i * ldo, ldo, alpha, beta), i += mr - 1;
+// Calls strip(first row, number of rows) with constant numbers that add up to `rows`. Strips of mr and of mr - 1 rows are as
+// fast as each other (49 = 7 x 7). Where they do not add up, a few smaller ones follow.
+template <class Strip> OTLOSS_INLINE void strips(int rows, Strip strip) {
+  const int count = (rows + mr - 1) / mr, spare = count * mr - rows, full = spare <= count ? count - spare : rows / mr;
+  int i = 0;
+  for (int s = 0; s < full; ++s, i += mr) strip(i, std::integral_constant<int, mr>{});
+  if (spare <= count)
+    for (; i < rows; i += mr - 1) strip(i, std::integral_constant<int, mr - 1>{});
+  if ((rows - i) & 4) strip(i, std::integral_constant<int, 4>{}), i += 4;
+  if ((rows - i) & 2) strip(i, std::integral_constant<int, 2>{}), i += 2;
+  if ((rows - i) & 1) strip(i, std::integral_constant<int, 1>{});
+}
+
+// The few columns that a panel would be wasted on are done one by one. This is how many are few.
+template <class T> constexpr int few = lanes<T> / 4;
+
+// out[r] = sum_k A[r lda + k] v[k] for the rows of a block, of which `rows` exist.
+template <class T> OTLOSS_INLINE void dots(int rows, int depth, const T* A, size_t lda, const T* v, T* out) {
+  vec<T> acc[block] = {};
+  const T* a[block];
+  repeat<block>(OTLOSS_EACH(r) { a[r] = A + std::min(int(r), rows - 1) * lda; });
+  int k = 0;
+  for (; k + lanes<T> <= depth; k += lanes<T>) {
+    const vec<T> x = load(v + k);
+    repeat<block>(OTLOSS_EACH(r) { acc[r] += load(a[r] + k) * x; });
   }
+  T total[block > lanes<T> ? block : lanes<T>];
+  sums<T, block>(acc, total);
+  for (; k < depth; ++k) repeat<block>(OTLOSS_EACH(r) { total[r] += a[r][k] * v[k]; });
+  for (int r = 0; r < rows; ++r) out[r] = total[r];
+}
+
+// out[c] = sum_k A[k lda + c] v[k] for `cols` columns. A may be read, and out written, up to `wide` vectors of columns at a time.
+constexpr int wide = 4;
+template <class T> OTLOSS_INLINE void weighted_rows(int cols, int depth, const T* A, size_t lda, const T* v, T* out) {
+  const auto part = [&](int c, auto width) __attribute__((always_inline)) {
+    const auto write = [=](int, int at, vec<T> sum) __attribute__((always_inline)) { store<T>(out + c + at * lanes<T>, sum); };
+    tile<1, width, false>(depth, v, 0, A + c, lda, write);
+  };
+  int c = 0;
+  for (; c + wide * lanes<T> <= cols; c += wide * lanes<T>) part(c, std::integral_constant<int, wide>{});
+  for (; c < cols; c += lanes<T>) part(c, std::integral_constant<int, 1>{});
 }
 
 }  // namespace otloss::OTLOSS_LEVEL

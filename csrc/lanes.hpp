@@ -84,7 +84,7 @@ template <class T> struct Lanes {
     for (int lane = 0; lane < count; ++lane) {
       const size_t mark = arena.used();
       const Cost<T> cost(p[lane], arena, true, false, staged + lane * step());
-      for (int i0 = 0; i0 < n; i0 += block) cost.fill(i0);
+      cost.fill(0, n);
       keep(lane, cost);
       arena.rewind(mark);
     }

@@ -139,13 +139,21 @@ template <class T> struct LaneAdjoint : Lanes<T> {
     return start == 0 ? Vec{} : Base::square_root(inner(res, res) / start);
   }
 
-  // Turns M into the gradient by the cost.
-  void gradient() {
+  // Turns M into the gradient by the cost. Its weights (cost.hpp) by rows are left in `y`, by columns in `h`.
+  template <bool Weights> void gradient() {
     const T ie = solve ? 1 / eps : T(0);
+    std::memset(h, 0, sizeof(T) * m * L);
     for (int i = 0; i < n; ++i) {
       const Vec mass = at(A, i), slope = mass * ie, flat = mass * (at(fu, i) * ie + level), direct = -w * slope;
-      for (int j = 0; j < m; ++j)
-        set(M, i, j, entry(M, i, j) * (at(best, j) * slope + (entry(C, i, j) * direct + flat)));
+      const Vec near = 1 - at(f, i);
+      Vec weight{};
+      for (int j = 0; j < m; ++j) {
+        const Vec reduced = entry(C, i, j), e = entry(M, i, j) * (at(best, j) * slope + (reduced * direct + flat));
+        const Vec term = e * (near - at(g, j) - reduced);  // 1 - C is the cosine
+        set(M, i, j, e);
+        if constexpr (Weights) set(h, j, at(h, j) + term), weight += term;
+      }
+      set(y, i, weight);
     }
   }
 };
@@ -164,7 +172,7 @@ void implicit_lanes(const Problem<T>* p, int count, Arena& arena, const T* const
     }
     if (adjoint) residual = s.multipliers();
     if (need_cost) {
-      s.gradient();
+      p->right ? s.template gradient<true>() : s.template gradient<false>();
       s.stage(s.M);
     }
     fallback = s.fallback;
@@ -178,10 +186,12 @@ void implicit_lanes(const Problem<T>* p, int count, Arena& arena, const T* const
       *grad.residual = residual[lane];
       if (!need_cost) continue;
       const size_t mark = arena.used();
-      T* G = s.staged + lane * s.step();
+      T *G = s.staged + lane * s.step(), w_rows[short_rows], w_columns[short_rows];
       const Cost<T> cost(p[lane], arena, false, true, G);
-      for (int i0 = 0; i0 < s.n; i0 += tile_rows) cost.backward(G + size_t(i0) * cost.ld, i0, tile_rows, grad);
-      cost.write_feature_grads(grad);
+      for (int i = 0; i < s.n; ++i) w_rows[i] = s.get(s.y, i, lane);
+      for (int j = 0; j < s.m; ++j) w_columns[j] = s.get(s.h, j, lane);
+      cost.pull_rows(G, 0, s.n, w_rows, grad);
+      cost.pull_columns(G, 0, s.n, 0, s.m, w_columns, grad);
       arena.rewind(mark);
     }
   }

@@ -147,9 +147,9 @@ template <class T> double probe_read(int64_t bytes) {
   return kernels_of<T>(level()).probe_read(scratch, bytes);
 }
 template <class T> double probe_fma() { return kernels_of<T>(level()).probe_fma(); }
-template <class T> double probe_products(int n, int m, int d) {
+template <class T> double probe_products(int n, int m, int d, int part) {
   Arena scratch;
-  return kernels_of<T>(level()).probe_products(scratch, n, m, d);
+  return kernels_of<T>(level()).probe_products(scratch, n, m, d, part);
 }
 
 }  // namespace

@@ -51,26 +51,42 @@ template <class T> double probe_fma() {
   return sink > 0 ? 2. * steps * chains * lanes<T> / took * 1e-9 : 0;
 }
 
-// GFLOP/s of the three products of one problem with features: the cost and the two contractions of its gradient.
-template <class T> double probe_products(Arena& arena, int n, int m, int d) {
-  const size_t inputs = Arena::bytes<T>(size_t(n) * d) + Arena::bytes<T>(size_t(m) * d);
-  Problem<T> p{nullptr, nullptr, nullptr, nullptr, n, m, d, T(1), nullptr, nullptr, nullptr};
-  Arena features;
-  features.reset(inputs);
-  T *x = features.take<T>(size_t(n) * d), *y = features.take<T>(size_t(m) * d);
-  for (size_t i = 0; i < size_t(n) * d; ++i) x[i] = 1;
-  for (size_t i = 0; i < size_t(m) * d; ++i) y[i] = 1;
-  p.left = x, p.right = y;
-  arena.reset(Cost<T>::bytes(p, true));
+// GFLOP/s of the products of one problem with features, which is in the cache. Part 0 is the cost with all that makes it from the
+// features, 1 the gradient by x from that by the cost, 2 the gradient by y; 3 is all of these.
+template <class T> double probe_products(Arena& arena, int n, int m, int d, int part) {
+  const size_t x_size = size_t(n) * d, y_size = size_t(m) * d;
+  Arena inputs;
+  inputs.reset(2 * (Arena::bytes<T>(x_size) + Arena::bytes<T>(y_size)) + Arena::bytes<T>(n) + Arena::bytes<T>(m));
+  T *x = inputs.take<T>(x_size), *y = inputs.take<T>(y_size), *gx = inputs.take<T>(x_size), *gy = inputs.take<T>(y_size);
+  T *w_rows = inputs.take<T>(n), *w_columns = inputs.take<T>(m);
+  for (size_t i = 0; i < x_size; ++i) x[i] = 1;
+  for (size_t i = 0; i < y_size; ++i) y[i] = 1;
+  for (int i = 0; i < n; ++i) w_rows[i] = 1;
+  for (int j = 0; j < m; ++j) w_columns[j] = 1;
+  const Problem<T> p{x, y, nullptr, nullptr, n, m, d, T(1), nullptr};
+  const Gradient<T> out{gx, gy, nullptr, nullptr, nullptr};
+  const size_t need = Cost<T>::bytes(p, true);
+  arena.reset(2 * need);
   const Cost<T> cost(p, arena, true, true);
-  const Gradient<T> out{};
+  for (int i = 0; i < cost.rows; i += block) cost.fill(i);
+  const size_t mark = arena.used();
+  const double flops = (part == 3 ? 6. : 2.) * n * m * d;
+  const int repeats = int(std::max(1., 1e7 / flops));
   const double took = fastest([&] {
-    for (int i0 = 0; i0 < cost.n; i0 += tile_rows) {
-      for (int i = i0; i < std::min(i0 + tile_rows, cost.rows); i += block) cost.fill(i);
-      cost.backward(cost.row(i0), i0, tile_rows, out);
+    for (int k = 0; k < repeats; ++k) {
+      if (part == 0 || part == 3) {
+        arena.rewind(mark);
+        const Cost<T> again(p, arena, true, false);
+        for (int i = 0; i < n; i += block) again.fill(i);
+      }
+      const int step = cost.chunk_rows();
+      for (int i0 = 0; i0 < n; i0 += step) {
+        if (part == 1 || part == 3) cost.pull_rows(cost.row(i0), i0, step, w_rows, out);
+        if (part == 2 || part == 3) cost.pull_columns(cost.row(i0), i0, step, 0, m, w_columns, out);
+      }
     }
   });
-  return 6. * n * m * d / took * 1e-9;
+  return flops * repeats / took * 1e-9;
 }
 
 }  // namespace otloss::OTLOSS_LEVEL

@@ -128,7 +128,7 @@ template <class T> struct Kernels {
   void (*unrolled)(const Problem<T>&, Arena&, int64_t n_iter, const Upstream<T>&, const Gradient<T>&);
   double (*probe_read)(Arena&, int64_t bytes);
   double (*probe_fma)();
-  double (*probe_products)(Arena&, int n, int m, int d);
+  double (*probe_products)(Arena&, int n, int m, int d, int part);
 };
 
 struct Level {

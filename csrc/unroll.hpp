@@ -118,10 +118,23 @@ void unrolled_gradient(const Problem<T>& p, Arena& arena, int64_t n_iter, const 
   for (int i = 0; i < p.n; ++i) out.a[i] = by_mass(s.a[i], fk[i], da[i]);
   for (int j = 0; j < p.m; ++j) out.b[j] = by_mass(s.b[j], gk[j], db[j]);
   if (!out.left) return;
-  for (int i0 = 0; i0 < cost.n; i0 += tile_rows) {
-    cost.backward(D + size_t(i0) * cost.ld, i0, tile_rows, out);
+  T *w_rows = lambda, *w_columns = kappa;  // the weights of cost.hpp
+  for (size_t j = 0; j < cols; ++j) w_columns[j] = 0;
+  by_parts(p.right ? cost.n : 0, w_columns, nullptr, [&](int i) __attribute__((always_inline)) {
+    vec<T> weight{};
+    for (int j = 0; j < cost.cols; j += lanes<T>) {
+      const vec<T> term = load(D + size_t(i) * cost.ld + j) * (1 - load(cost.row(i) + j));
+      weight += term;
+      store<T>(some + j, load(some + j) + term);
+    }
+    w_rows[i] = sum<T>(weight);
+  });
+  const int step = cost.chunk_rows();
+  for (int i0 = 0; i0 < cost.n; i0 += step) {
+    const T* G = D + size_t(i0) * cost.ld;
+    cost.pull_rows(G, i0, step, w_rows, out);
+    cost.pull_columns(G, i0, step, 0, cost.m, w_columns, out);
   }
-  cost.write_feature_grads(out);
 }
 
 }  // namespace otloss::OTLOSS_LEVEL

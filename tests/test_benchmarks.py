@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from cpu_problems import needs_cpu
 
-from benchmarks import readme, report, results, suite, targets, timing, tolerance
+from benchmarks import phases, readme, report, results, suite, targets, timing, tolerance
 from benchmarks.__main__ import NAMES, dispatch, parse, plan_of
 from benchmarks.check import check, difference, reference
 from benchmarks.peers import OURS, PEERS, by_name
@@ -245,6 +246,18 @@ def test_a_whole_workload_is_measured_checked_and_reported(tmp_path: Path, capsy
     assert "commit" in entry["environment"]
     assert "## small" in report.full(results.load(plan.path))
     assert PLAIN.name in capsys.readouterr().out
+
+
+@needs_cpu
+def test_the_products_of_each_shape_reach_a_share_of_the_multiply_adds() -> None:
+    found = phases.products([SMALL], budget=0.0)
+    assert set(found) == set(phases.DTYPES)
+    for threads in ("1", "2"):
+        entry = found["float32"][threads]
+        assert entry["fma_gflop_s"] > 0
+        assert set(entry["products"]["small"]) == set(phases.PARTS)
+        assert all(share > 0 for share in entry["products"]["small"].values())
+        assert set(entry["step"]["small"]) == {"cost_and_values", "contraction"}
 
 
 @pytest.mark.parametrize(("command", "name"), [("sweeps", "accuracy"), ("limits", "call"), ("run", "tiny")])

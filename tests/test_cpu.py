@@ -73,6 +73,34 @@ def test_implicit_gradient_is_that_of_the_reference(
         assert torch.equal(without.a, got.a) and torch.equal(without.b, got.b)
 
 
+# Dimensions of features around the vectors (2 to 16 numbers) and the panels of two, with few and many left over; sizes
+# that are contracted in one chunk, in several chunks of rows, columns and depth, and in parts that threads share.
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("n", "m", "d"),
+    [
+        *((11, 13, d) for d in (1, 2, 3, 4, 7, 8, 9, 12, 15, 16, 17, 18, 20, 24, 31, 32, 33, 36, 47, 65)),
+        *((n, 50, 37) for n in (48, 49, 50, 51, 52, 53, 54, 55)),
+        *((70, 49 + k, 40) for k in range(16)),
+        *((530, 300, d) for d in (3, 17, 20, 40, 49)),
+        (130, 600, 36),
+        (1030, 1100, 21),
+    ],
+)
+def test_gradients_by_features_of_any_dimension(n: int, m: int, d: int, dtype: torch.dtype) -> None:
+    x, y, a, b = features(n, m, dtype, 1, d)
+    x[0, n // 2] = 0  # a dead channel
+    f, g = torch.rand_like(a) * 0.1, torch.rand_like(b) * 0.1
+    up = Upstream(None, torch.full_like(a[:, 0], n))  # the gradients by unit rows are then of size 1
+    double = Problem(*wide(x, y, a, b), EPS)
+    want, _ = reference.implicit_gradient(double, *wide(f, g), Upstream(*wide(*up)), False, True)
+    got, _ = cpu.implicit_gradient(Problem(x, y, a, b, EPS), f, g, up, False, True)
+    assert (got.left[0, n // 2] == 0).all()
+    for p, q, features_of in zip(got[:2], want[:2], (x, y), strict=True):
+        length = features_of.double().norm(dim=-1, keepdim=True)
+        close(p * length, q * length, slack(dtype))
+
+
 def tangents(cost: Tensor, a: Tensor, b: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
     """One direction in the cost and one mass-preserving direction in each marginal."""
     da, db = torch.randn_like(a) * a, torch.randn_like(b) * b
