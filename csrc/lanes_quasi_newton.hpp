@@ -14,18 +14,22 @@ template <class T> struct LaneQuasiNewton : LaneSolver<T> {
   using Mask = mask<T>;
 
   T *point, *plain, *residual, *gradient, *trial, *trial_gradient, *dir, *root, *unroot, *steps[memory], *changes[memory];
+  T *last_phi, *last_psi;  // the scalings of lanes that are done, whose vectors run on
   Vec inverse[memory] = {};
   Course<T> course[L];
   Mask active;
   int newest = 0;
 
   LaneQuasiNewton(const Problem<T>* p, int count, Arena& arena) : Base(p, count, arena) {
-    for (T** x : {&point, &plain, &residual, &gradient, &trial, &trial_gradient, &dir, &root, &unroot}) *x = this->columns();
+    for (T** x : {&point, &plain, &residual, &gradient, &trial, &trial_gradient, &dir, &root, &unroot, &last_psi}) *x = this->columns();
+    last_phi = this->rows();
     for (int s = 0; s < memory; ++s) {
       steps[s] = this->columns(), changes[s] = this->columns();
       for (int j = 0; j < m; ++j) set(steps[s], j, Vec{}), set(changes[s], j, Vec{});
     }
+    for (int i = 0; i < n; ++i) set(last_phi, i, splat<T>(1));
     for (int j = 0; j < m; ++j) {
+      set(last_psi, j, splat<T>(1));
       set(root, j, Base::square_root(at(b, j)));
       set(unroot, j, 1 / at(root, j));
       for (T* x : {residual, gradient, dir}) set(x, j, Vec{});
@@ -81,7 +85,7 @@ template <class T> struct LaneQuasiNewton : LaneSolver<T> {
         }
       }
       remember(kept & ~fresh, rejected | fresh);
-      keep(kept);
+      keep(~rejected);
       if (lost) find_the_way(kept);
       for (int lane = 0; lane < L; ++lane) {
         if (!active[lane]) continue;
@@ -98,6 +102,8 @@ template <class T> struct LaneQuasiNewton : LaneSolver<T> {
       if (any<T>(newton)) newton_step(newton);
       plain_step(active & ~over & ~newton);
     }
+    std::swap(phi, last_phi);
+    std::swap(psi, last_psi);
   }
 
  private:
@@ -197,8 +203,13 @@ template <class T> struct LaneQuasiNewton : LaneSolver<T> {
     for (int lane = 0; lane < L; ++lane) {
       if (!over[lane]) continue;
       *outs[lane].n_iter = course[lane].k;
-      if (course[lane].advance()) moving[lane] = -1;
-      else active[lane] = 0;
+      if (course[lane].advance()) {
+        moving[lane] = -1;
+      } else {
+        active[lane] = 0;
+        for (int i = 0; i < n; ++i) put(last_phi, i, lane, get(phi, i, lane));
+        for (int j = 0; j < m; ++j) put(last_psi, j, lane, get(psi, j, lane));
+      }
     }
     if (!any<T>(moving)) return;
     this->move_scalings(moving);
@@ -218,7 +229,7 @@ template <class T> struct LaneQuasiNewton : LaneSolver<T> {
       if (where[lane]) course[lane].takes_plain();
     Mask newton{};
     for (int lane = 0; lane < L; ++lane) newton[lane] = -int(active[lane] && course[lane].newton);
-    if (!any<T>(~newton)) return;
+    if (!any<T>(active & ~newton)) return;
     for (int j = 0; j < m; ++j) {
       set(point, j, newton ? at(point, j) : where ? at(plain, j) : at(psi, j));
       set(dir, j, newton ? at(dir, j) : where ? at(residual, j) : Vec{});

@@ -15,7 +15,7 @@
 namespace otloss::OTLOSS_LEVEL {
 
 template <class T> struct Solver {
-  static constexpr T safe = sizeof(T) == 4 ? T(1e8) : T(1e40), wide = sizeof(T) == 4 ? T(1e20) : T(1e100);
+  static constexpr T safe = sizeof(T) == 4 ? T(1e12) : T(1e40), wide = sizeof(T) == 4 ? T(1e20) : T(1e100);
 
   const Problem<T>& p;
   const Cost<T>& cost;
