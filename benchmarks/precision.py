@@ -53,7 +53,7 @@ def solve(shape: Shape, eps: float, dtype: torch.dtype, tol: float) -> dict[str,
 
 
 def errors(got: dict[str, Any], exact: dict[str, Any]) -> dict[str, float]:
-    """The largest over the problems: L1 of the plan, relative of the transport cost, relative 2-norm of the gradient."""
+    """The largest of the problems: L1 of the plan, relative of the transport cost, relative 2-norm of the gradient."""
     plan = (got["plan"] - exact["plan"]).abs().sum((-1, -2))
     cost = (got["transport_cost"] / exact["transport_cost"] - 1).abs()
     gradient = (got["gradient"] - exact["gradient"]).norm(dim=(-1, -2)) / exact["gradient"].norm(dim=(-1, -2))
@@ -77,13 +77,13 @@ def page(found: dict[str, Any]) -> str:
     parts = [
         "# Precision",
         "",
-        f"Written by `python -m benchmarks.precision`; the numbers are in `{RESULTS.name}`. Kernels {machine['level']}, "
-        f"otloss {machine['versions']['otloss']}, torch {machine['versions']['torch']}.",
+        f"Written by `python -m benchmarks.precision`; the numbers are in `{RESULTS.name}`. "
+        f"Kernels {machine['level']}, otloss {machine['versions']['otloss']}, torch {machine['versions']['torch']}.",
         "",
         f"Errors at tol {TOL:g} against float64 at tol {EXACT_TOL:g}, the largest of the problems, float32 / float64: "
         "the L1 error of the plan, the relative error of the transport cost, and that of its gradient by x. Then the "
-        "sweeps of the solver, how many problems say that they have converged, the steps of conjugate gradients for the "
-        "gradient, and the relative residual that they leave. Sweeps and steps are means.",
+        "sweeps of the solver, how many problems say that they have converged, the steps of conjugate gradients for "
+        "the gradient, and the relative residual that they leave. Sweeps and steps are means.",
         "",
     ]
     for shape in SHAPES:

@@ -19,7 +19,7 @@ from otloss.backends.protocol import Problem
 
 @pytest.mark.parametrize(("peaked", "factor"), [(False, 1.1), (True, 1.3)])
 def test_random_problems(kernel_backend: str, peaked: bool, factor: float) -> None:
-    """Costs, masses, eps and tol of all kinds. What plain iterations will take is harder to foresee with peaked masses."""
+    """Costs, masses, eps and tol of all kinds. Peaked masses make plain iterations harder to foresee."""
     plain = auto = 0
     for case in random_cases(240, seed=1, peaked=peaked):
         outcome = compare(case, kernel_backend)
