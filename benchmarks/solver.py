@@ -5,7 +5,8 @@
 
 The problems cross sizes, kinds of cost, kinds of masses, eps and tol. "auto" is held to three promises: it converges
 wherever "plain" does, to the same transport cost within tol, and takes no more than 1.1 times its sweeps, with ``ROOM``
-sweeps of room for problems that take a few.
+sweeps of room for problems that take a few. As many problems again have what makes plain iterations short, and hard to
+foresee: masses of which few count, ties and permutations.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ import otloss
 RESULTS = Path(__file__).parent / "results" / "solver.json"
 MAX_ITER, ROOM = 20_000, 2
 KINDS = ("uniform", "squared distances", "line", "cosine", "blocks", "repeated rows", "offsets", "grid")
+PEAKED_KINDS = ("ties", "permutation", "uniform", "cosine", "grid", "line", "noisy permutation", "squared distances")
+SPREADS, PEAKED_SPREADS = (0.0, 1.0, 3.0), (0.0, 3.0, 5.0, 12.0)
 
 
 @dataclass
@@ -97,20 +100,27 @@ def random_cost(kind: str, n: int, m: int, rng: torch.Generator) -> Tensor:
         return uniform(n, m) + 3 * uniform(n, 1) + 3 * uniform(1, m)
     if kind == "grid":
         return integers(4, n, m).double() / 2
+    if kind == "ties":
+        return integers(3, n, m).double()
+    if kind.endswith("permutation"):
+        noise = 0.1 * uniform(n, n) if kind.startswith("noisy") else 0.0
+        return 1 - torch.eye(n, dtype=torch.float64)[torch.randperm(n, generator=rng)] + noise
     return uniform(n, m)
 
 
-def random_cases(count: int, seed: int = 0) -> Iterator[Case]:
-    """Problems of all kinds in turn: up to 64 points a side, eps from 0.002 to 1, tol from 1e-7 to 1e-3."""
+def random_cases(count: int, seed: int = 0, peaked: bool = False) -> Iterator[Case]:
+    """Problems of all kinds in turn: up to 64 points a side, eps from 0.002 to 1, tol from 1e-7 to 1e-2."""
+    kinds, spreads = (PEAKED_KINDS, PEAKED_SPREADS) if peaked else (KINDS, SPREADS)
     rng = torch.Generator().manual_seed(seed)
 
     def number(low: float, high: float) -> float:
         return low + (high - low) * float(torch.rand((), generator=rng))
 
     for index in range(count):
-        kind = KINDS[index % len(KINDS)]
+        kind = kinds[index % len(kinds)]
         n, m = (int(k) for k in torch.randint(1, 65, (2,), generator=rng))
-        spread = (0.0, 1.0, 3.0)[int(torch.randint(3, (), generator=rng))]
+        m = n if kind.endswith("permutation") else m
+        spread = spreads[int(torch.randint(len(spreads), (), generator=rng))]
         a, b = ((spread * torch.randn(k, generator=rng, dtype=torch.float64)).softmax(0) for k in (n, m))
         eps, tol = 10 ** number(math.log10(0.002), 0), 10.0 ** int(number(-7, -2))
         yield Case(kind, spread, eps, tol, random_cost(kind, n, m, rng), a, b)
@@ -167,15 +177,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--problems", type=int, default=2000)
     count = parser.parse_args().problems
-    outcomes = [compare(case) for case in random_cases(count)]
-    totals = summary(outcomes)
-    for name, value in totals.items():
-        print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
-    failed = [asdict(o) | {"failures": o.failures()} for o in outcomes if o.failures()]
-    for failure in failed:
-        print(failure)
+    found = {}
+    for name, peaked in (("random", False), ("peaked", True)):
+        outcomes = [compare(case) for case in random_cases(count, peaked=peaked)]
+        totals = summary(outcomes)
+        print(f"{name}:")
+        for what, value in totals.items():
+            print(f"  {what}: {value:.4g}" if isinstance(value, float) else f"  {what}: {value}")
+        failed = [asdict(o) | {"failures": o.failures()} for o in outcomes if o.failures()]
+        for failure in failed:
+            print(f"  {failure}")
+        found[name] = {"summary": totals, "failures": failed}
     if count == parser.get_default("problems"):
-        RESULTS.write_text(json.dumps({"summary": totals, "failures": failed}, indent=1) + "\n")
+        RESULTS.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -206,6 +206,7 @@ template <class T> struct Adjoint {
     for (int k = 0, last = 0; k < cap && norm > cg_target * cg_target * start && k - last < cg_patience; ++k) {
       for (int j = 0; j < m; ++j) v[j] = unroot[j] * dir[j];
       normal(v, work);
+      __atomic_fetch_add(&adjoint_steps, 1, __ATOMIC_RELAXED);
       for (int j = 0; j < m; ++j) work[j] = dir[j] - unroot[j] * work[j];
       project(work);
       const T curvature = dot(dir, work, m);

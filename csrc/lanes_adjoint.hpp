@@ -101,11 +101,12 @@ template <class T> struct LaneAdjoint : Lanes<T> {
     const mask<T> trivial = start <= noise * noise * terms;
     start = trivial ? Vec{} : start;
     Vec norm = start, least = start;
-    mask<T> active = ~(trivial | fallback), last{};
+    mask<T> active = ~(trivial | fallback), last{}, steps{};
     std::memcpy(dir, res, sizeof(T) * m * L);
     for (int k = 0; k < cap; ++k) {
       active &= (norm > target * target * start) & (k - last < Adjoint<T>::cg_patience);
       if (!any<T>(active)) break;
+      steps -= active;
       for (int j = 0; j < m; ++j) set(v, j, at(unroot, j) * at(dir, j));
       normal(v, work);
       for (int j = 0; j < m; ++j) set(work, j, at(dir, j) - at(unroot, j) * at(work, j));
@@ -125,6 +126,7 @@ template <class T> struct LaneAdjoint : Lanes<T> {
       last = better ? mask<T>{} + k : last;
       for (int j = 0; j < m; ++j) set(best, j, better ? at(z, j) : at(best, j));
     }
+    for (int lane = 0; lane < Base::L; ++lane) __atomic_fetch_add(&adjoint_steps, int64_t(steps[lane]), __ATOMIC_RELAXED);
     for (int j = 0; j < m; ++j) set(best, j, at(unroot, j) * at(best, j) * rhs_scale);
     return start;
   }

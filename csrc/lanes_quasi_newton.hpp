@@ -13,65 +13,85 @@ template <class T> struct LaneQuasiNewton : LaneSolver<T> {
   using Vec = vec<T>;
   using Mask = mask<T>;
 
-  T *point, *plain, *residual, *trial, *dir, *root, *unroot, *steps[memory], *changes[memory];
+  T *point, *plain, *residual, *gradient, *trial, *trial_gradient, *dir, *root, *unroot, *steps[memory], *changes[memory];
+  T *last_phi, *last_psi;  // the scalings of lanes that are done, whose vectors run on
   Vec inverse[memory] = {};
   Course<T> course[L];
   Mask active;
   int newest = 0;
 
   LaneQuasiNewton(const Problem<T>* p, int count, Arena& arena) : Base(p, count, arena) {
-    for (T** x : {&point, &plain, &residual, &trial, &dir, &root, &unroot}) *x = this->columns();
+    for (T** x : {&point, &plain, &residual, &gradient, &trial, &trial_gradient, &dir, &root, &unroot, &last_psi}) *x = this->columns();
+    last_phi = this->rows();
     for (int s = 0; s < memory; ++s) {
       steps[s] = this->columns(), changes[s] = this->columns();
       for (int j = 0; j < m; ++j) set(steps[s], j, Vec{}), set(changes[s], j, Vec{});
     }
+    for (int i = 0; i < n; ++i) set(last_phi, i, splat<T>(1));
     for (int j = 0; j < m; ++j) {
+      set(last_psi, j, splat<T>(1));
       set(root, j, Base::square_root(at(b, j)));
       set(unroot, j, 1 / at(root, j));
-      for (T* x : {residual, dir}) set(x, j, Vec{});
+      for (T* x : {residual, gradient, dir}) set(x, j, Vec{});
       for (T* x : {plain, point}) set(x, j, splat<T>(1));
     }
   }
 
-  // The minima go out of a dense cost, or of features into the potentials.
+  // See QuasiNewton::start.
   void start() {
-    this->find_minima();
+    using Single = QuasiNewton<T>;
     const bool dense = !this->p->right;
+    if (dense || Single::most_cosine_cost > Single::lost_beyond * this->p->eps) this->find_minima();
     if (dense) this->shift_cost();
-    for (int i = 0; i < n; ++i) {
-      set(F, i, dense ? Vec{} : at(row_shift, i));
-      if (!dense) set(row_shift, i, Vec{});
-    }
+    Vec most{};
+    for (int j = 0; j < m; ++j) most = max(at(column_shift, j), most);
+    const Vec share = (most > Single::lost_beyond * this->p->eps ? splat<T>(1) : Vec{}) - T(dense);
     for (int j = 0; j < m; ++j) {
-      set(G, j, dense ? Vec{} : at(column_shift, j));
+      set(G, j, share * at(column_shift, j));
       if (!dense) set(column_shift, j, Vec{});
     }
-    this->build(~Mask{});
+    for (int i = 0; !dense && i < n; ++i) set(row_shift, i, Vec{});
+    this->first_rows(~Mask{});
   }
 
   void run(int64_t max_iter, T tol, const Solution<T>* outs) {
-    plan(max_iter, tol);
+    for (Course<T>& c : course) c = Course<T>(this->p->eps, tol, max_iter);
     active = ~fallback;
     while (any<T>(active)) {
-      Vec error, reach, slope{};
-      evaluate(error, reach);
-      for (int j = 0; j < m; ++j) slope += at(trial, j) * at(dir, j);
+      Vec error, reach, slope, range;
+      evaluate(error, reach, slope, range);
+      typename Course<T>::Verdict verdict[L] = {};
+      bool doubt = false;
+      for (int lane = 0; lane < L; ++lane) {
+        if (!active[lane]) continue;
+        verdict[lane] = course[lane].judge(reach[lane] <= Solver<T>::wide, error[lane], slope[lane]);
+        doubt |= verdict[lane] == Course<T>::doubtful;
+      }
+      const Vec gain = doubt ? raise() : Vec{};
       Mask kept{}, rejected{}, fresh{}, far{}, over{}, newton{};
+      bool lost = false;
       for (int lane = 0; lane < L; ++lane) {
         if (!active[lane]) continue;
         Course<T>& c = course[lane];
-        const auto verdict = c.judge(reach[lane] <= Solver<T>::wide, error[lane], slope[lane]);
-        if (verdict == Course<T>::lost) {
+        if (verdict[lane] == Course<T>::doubtful) verdict[lane] = c.decide(gain[lane], error[lane]);
+        if (verdict[lane] == Course<T>::lost) {
           fallback[lane] = -1, active[lane] = 0;
-          continue;
+        } else if (verdict[lane] == Course<T>::rejected) {
+          rejected[lane] = -1;
+        } else {
+          kept[lane] = -1, fresh[lane] = -int(c.fresh);
+          c.fresh = false, c.plain_range = range[lane];
+          lost |= c.asks_the_way();
         }
-        if (verdict == Course<T>::rejected) rejected[lane] = -1;
-        else kept[lane] = -1, fresh[lane] = -int(c.fresh), c.fresh = false;
-        if (c.stage_is_over()) over[lane] = -1;
-        else if (kept[lane] && reach[lane] > Solver<T>::safe) far[lane] = -1;
       }
       remember(kept & ~fresh, rejected | fresh);
-      keep(kept);
+      keep(~rejected);
+      if (lost) find_the_way(kept);
+      for (int lane = 0; lane < L; ++lane) {
+        if (!active[lane]) continue;
+        if (course[lane].stage_is_over()) over[lane] = -1;
+        else if (kept[lane] && reach[lane] > Solver<T>::safe) far[lane] = -1;
+      }
       if (any<T>(over)) next_stage(over, outs);
       if (any<T>(far)) {
         for (int j = 0; j < m; ++j) set(plain, j, far ? at(plain, j) / at(psi, j) : at(plain, j));
@@ -82,23 +102,29 @@ template <class T> struct LaneQuasiNewton : LaneSolver<T> {
       if (any<T>(newton)) newton_step(newton);
       plain_step(active & ~over & ~newton);
     }
+    std::swap(phi, last_phi);
+    std::swap(psi, last_psi);
   }
 
  private:
-  // Every lane's course, from the mean cost of a b' with the potentials of the start taken out.
-  void plan(int64_t max_iter, T tol) {
+  // See QuasiNewton::way.
+  void find_the_way(Mask kept) {
+    const auto potential = [this](const T* x, const T* scaling, int i) { return at(x, i) + eps * T(ln2) * log2<T>(at(scaling, i)); };
+    for (int j = 0; j < m; ++j) set(v, j, potential(G, psi, j));
     Vec mean{};
     for (int i = 0; i < n; ++i) {
+      const Vec f = potential(F, phi, i);
       Vec row{};
-      for (int j = 0; j < m; ++j) row += ((entry(C, i, j) - at(F, i)) - at(G, j)) * at(b, j);
+      for (int j = 0; j < m; ++j) row += ((entry(C, i, j) - f) - at(v, j)) * at(b, j);
       mean += row * at(a, i);
     }
-    for (int lane = 0; lane < L; ++lane) course[lane] = Course<T>(this->p->eps, tol, max_iter, mean[lane]);
+    for (int lane = 0; lane < L; ++lane)
+      if (kept[lane] && course[lane].asks_the_way()) course[lane].knows_the_way(mean[lane] / eps[lane]);
   }
 
   // See QuasiNewton::evaluate.
-  void evaluate(Vec& error, Vec& reach) {
-    Vec top = splat<T>(1), bottom = top, nothing{}, missed{};
+  void evaluate(Vec& error, Vec& reach, Vec& slope, Vec& range) {
+    Vec top = splat<T>(1), bottom = top, nothing{}, missed{}, along{}, up{}, down{};
     const auto spread = [&](Vec s) __attribute__((always_inline)) {
       top = max(s, top);
       bottom = min(s, bottom);
@@ -112,17 +138,32 @@ template <class T> struct LaneQuasiNewton : LaneSolver<T> {
       return at(a, i) * scaling;
     });
     for (int j = 0; j < m; ++j) {
-      const Vec total = at(next_psi, j), scaling = 1 / total, left = at(root, j) * (1 - at(point, j) * total);
-      set(trial, j, left);
+      const Vec total = at(next_psi, j), scaling = 1 / total, q = at(point, j) * total, left = at(root, j) * (1 - q);
+      const Vec step = log2<T>(q) * T(-ln2);
+      set(trial_gradient, j, left);
+      set(trial, j, at(root, j) * step);
       set(next_psi, j, scaling);
       spread(scaling);
       missed += Base::absolute(left * at(root, j));
+      along += left * at(dir, j);
+      up = max(step, up);
+      down = min(step, down);
     }
     error = missed;
+    slope = along;
+    range = up - down;
     reach = max(top, 1 / bottom) + nothing;
   }
 
-  // Saves the steps of some lanes and the changes of their gradients; clears the memory of others.
+  // See QuasiNewton::raise.
+  Vec raise() const {
+    Vec by_rows{}, by_columns{};
+    for (int i = 0; i < n; ++i) by_rows += at(a, i) * log2<T>(at(next_phi, i) / at(phi, i));
+    for (int j = 0; j < m; ++j) by_columns += at(root, j) * at(dir, j);
+    return by_rows * T(ln2) + by_columns;
+  }
+
+  // Saves the steps of some lanes and the changes of their residuals; clears the memory of others.
   void remember(Mask some, Mask cleared) {
     newest = (newest + 1) % memory;
     Vec along{}, step{}, change{};
@@ -146,12 +187,14 @@ template <class T> struct LaneQuasiNewton : LaneSolver<T> {
         set(point, j, kept ? at(point, j) : at(psi, j));
         set(next_psi, j, kept ? at(next_psi, j) : at(plain, j));
         set(trial, j, kept ? at(trial, j) : at(residual, j));
+        set(trial_gradient, j, kept ? at(trial_gradient, j) : at(gradient, j));
       }
     }
     std::swap(phi, next_phi);
     std::swap(psi, point);
     std::swap(plain, next_psi);
     std::swap(residual, trial);
+    std::swap(gradient, trial_gradient);
   }
 
   void next_stage(Mask over, const Solution<T>* outs) {
@@ -160,8 +203,13 @@ template <class T> struct LaneQuasiNewton : LaneSolver<T> {
     for (int lane = 0; lane < L; ++lane) {
       if (!over[lane]) continue;
       *outs[lane].n_iter = course[lane].k;
-      if (course[lane].advance()) moving[lane] = -1;
-      else active[lane] = 0;
+      if (course[lane].advance()) {
+        moving[lane] = -1;
+      } else {
+        active[lane] = 0;
+        for (int i = 0; i < n; ++i) put(last_phi, i, lane, get(phi, i, lane));
+        for (int j = 0; j < m; ++j) put(last_psi, j, lane, get(psi, j, lane));
+      }
     }
     if (!any<T>(moving)) return;
     this->move_scalings(moving);
@@ -181,52 +229,57 @@ template <class T> struct LaneQuasiNewton : LaneSolver<T> {
       if (where[lane]) course[lane].takes_plain();
     Mask newton{};
     for (int lane = 0; lane < L; ++lane) newton[lane] = -int(active[lane] && course[lane].newton);
-    if (!any<T>(~newton)) return;
-    const bool some = any<T>(where);
+    if (!any<T>(active & ~newton)) return;
     for (int j = 0; j < m; ++j) {
-      const Vec now = at(psi, j), next = where ? at(plain, j) : now;
-      set(point, j, newton ? at(point, j) : next);
-      set(dir, j, newton ? at(dir, j) : some ? at(root, j) * log2<T>(next / now) * T(ln2) : Vec{});
+      set(point, j, newton ? at(point, j) : where ? at(plain, j) : at(psi, j));
+      set(dir, j, newton ? at(dir, j) : where ? at(residual, j) : Vec{});
     }
   }
 
   // Takes quasi-Newton steps in some lanes, and takes those out of `some` that get none.
   void newton_step(Mask& some) {
-    const auto slot = [this](int i) { return (newest - i + memory) % memory; };  // from the newest to the oldest
-    const auto add = [this](Vec factor, const T* x, const T* y) __attribute__((always_inline)) {
+    int pairs[memory], count = 0;  // from the newest to the oldest; those that no lane has are left out
+    Vec weights{};
+    for (int i = 0; i < memory; ++i) {
+      const int s = (newest - i + memory) % memory;
+      const Vec weight = some ? inverse[s] : Vec{};
+      if (any<T>(weight != 0)) pairs[count++] = s;
+      weights += weight;
+    }
+    // dir = from + factor x; returns the inner product of dir with y. A lane gets the same from it wherever its pairs stand.
+    const auto add = [this](const T* from, Vec factor, const T* x, const T* y) __attribute__((always_inline)) {
       Vec total[2] = {};
       for (int j = 0; j < m; ++j) {
-        const Vec d = at(dir, j) + factor * at(x, j);
+        const Vec d = at(from, j) + factor * at(x, j);
         set(dir, j, d);
         total[j % 2] += d * at(y, j);
       }
       return total[0] + total[1];
     };
-    Vec weight[memory], slope{}, top{}, bottom{}, shorter{}, pairs{};
-    for (int j = 0; j < m; ++j) {
-      set(dir, j, at(residual, j));
-      slope += at(steps[newest], j) * at(residual, j);
+    const auto times = [](Vec inverse, Vec x) { return inverse != 0 ? inverse * x : Vec{}; };  // no pair stays none, whatever x is
+    Vec weight[memory], slope{}, top{}, bottom{}, shorter{};
+    if (count) {
+      slope = add(residual, Vec{}, steps[pairs[0]], steps[pairs[0]]);
+      for (int i = 0; i < count; ++i) {
+        weight[i] = times(inverse[pairs[i]], slope);
+        slope = add(dir, -weight[i], changes[pairs[i]], i + 1 < count ? steps[pairs[i + 1]] : changes[pairs[i]]);
+      }
+      for (int i = count - 1; i >= 0; --i)
+        slope = add(dir, weight[i] - times(inverse[pairs[i]], slope), steps[pairs[i]], i > 0 ? changes[pairs[i - 1]] : gradient);
     }
-    for (int i = 0; i < memory; ++i) {
-      weight[i] = inverse[slot(i)] * slope;
-      slope = add(-weight[i], changes[slot(i)], i + 1 < memory ? steps[slot(i + 1)] : changes[slot(i)]);
-    }
-    for (int i = memory - 1; i >= 0; --i)
-      slope = add(weight[i] - inverse[slot(i)] * slope, steps[slot(i)], i > 0 ? changes[slot(i - 1)] : residual);
     for (int j = 0; j < m; ++j) {
       const Vec x = at(dir, j) * at(unroot, j);
       top = max(x, top);
       bottom = min(x, bottom);
     }
-    for (const Vec& x : inverse) pairs += x;
     for (int lane = 0; lane < L; ++lane) {
       const T range = top[lane] - bottom[lane];
       Course<T>& c = course[lane];
       shorter[lane] = range > Course<T>::most_range ? Course<T>::most_range / range : T(1);
       if (!some[lane]) continue;
-      if (pairs[lane] > 0 && slope[lane] > 0) {
-        if (c.takes_newton(range)) c.slope = slope[lane] * shorter[lane];
-        else some[lane] = 0;
+      if (weights[lane] > 0 && slope[lane] > 0) {
+        c.takes_newton(range);
+        c.slope = slope[lane] * shorter[lane];
       } else {
         some[lane] = 0;
         for (Vec& x : inverse) x[lane] = 0;

@@ -158,17 +158,18 @@ template <class T> void write_solutions(LaneSolver<T>& s, int count, const Solut
 
   T *f = s.next_phi, *g = s.next_psi;
   s.potentials(f, g);
-  double shift[L] = {};
-  for (int i = 0; i < s.n; ++i)
-    for (int lane = 0; lane < L; ++lane) shift[lane] -= 0.5 * double(s.get(s.a, i, lane)) * s.get(f, i, lane);
-  for (int j = 0; j < s.m; ++j)
-    for (int lane = 0; lane < L; ++lane) shift[lane] += 0.5 * double(s.get(s.b, j, lane)) * s.get(g, j, lane);
-  Vec move;
-  for (int lane = 0; lane < L; ++lane) move[lane] = T(shift[lane]);
+  // Vectors, not loops over lanes: a compiler may contract a product and a sum in some turns of a loop, and not in others.
+  using Wide = typename band_of<double, L>::type;
+  const auto wide = [](Vec x) __attribute__((always_inline)) { return __builtin_convertvector(x, Wide); };
+  const auto size = [](Wide x) __attribute__((always_inline)) { return x < 0 ? -x : x; };
+  Wide shift{};
+  for (int i = 0; i < s.n; ++i) shift -= 0.5 * wide(s.at(s.a, i)) * wide(s.at(f, i));
+  for (int j = 0; j < s.m; ++j) shift += 0.5 * wide(s.at(s.b, j)) * wide(s.at(g, j));
+  const Vec move = __builtin_convertvector(shift, Vec);
   for (int i = 0; i < s.n; ++i) s.set(f, i, s.at(f, i) + move);
   for (int j = 0; j < s.m; ++j) s.set(g, j, s.at(g, j) - move);
 
-  double sharp[L] = {}, potential[L] = {}, mass[L] = {}, missed[L] = {};  // the sums of solve()
+  Wide sharp{}, potential{}, mass{}, missed{};  // the sums of solve()
   T* sigma = s.v;
   for (int j = 0; j < s.m; ++j) s.set(sigma, j, Vec{});
   for (int i = 0; i < s.n; ++i) {
@@ -180,21 +181,18 @@ template <class T> void write_solutions(LaneSolver<T>& s, int count, const Solut
       tc += kb * c;
       s.set(sigma, j, s.at(sigma, j) + k * ai);
     }
-    for (int lane = 0; lane < L; ++lane) {
-      const double a = ai[lane], row = a * t[lane], r = s.get(s.row_shift, i, lane);
-      sharp[lane] += a * tc[lane] + row * r;
-      potential[lane] += row * (fi[lane] + r);
-      mass[lane] += row;
-      missed[lane] += std::fabs(row - a);
-    }
+    const Wide a = wide(ai), row = a * wide(t), r = wide(s.at(s.row_shift, i));
+    sharp += a * wide(tc) + row * r;
+    potential += row * (wide(fi) + r);
+    mass += row;
+    missed += size(row - a);
   }
-  for (int j = 0; j < s.m; ++j)
-    for (int lane = 0; lane < L; ++lane) {
-      const double b = s.get(s.b, j, lane), column = b * s.get(sigma, j, lane), c = s.get(s.column_shift, j, lane);
-      sharp[lane] += column * c;
-      potential[lane] += column * (s.get(g, j, lane) + c);
-      missed[lane] += std::fabs(column - b);
-    }
+  for (int j = 0; j < s.m; ++j) {
+    const Wide b = wide(s.at(s.b, j)), column = b * wide(s.at(sigma, j)), c = wide(s.at(s.column_shift, j));
+    sharp += column * c;
+    potential += column * (wide(s.at(g, j)) + c);
+    missed += size(column - b);
+  }
   for (int lane = 0; lane < count; ++lane) {
     if (s.fallback[lane]) continue;
     const Solution<T>& out = outs[lane];

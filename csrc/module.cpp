@@ -177,6 +177,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("implicit_float64", &implicit<double>, free);
   m.def("unrolled_float32", &unrolled<float>, free);
   m.def("unrolled_float64", &unrolled<double>, free);
+  m.def("adjoint_steps", [] { return __atomic_load_n(&adjoint_steps, __ATOMIC_RELAXED); });
   // Rates of one core in GB/s and GFLOP/s, for the benchmarks.
   m.def("probe_read_float32", &probe_read<float>, free);
   m.def("probe_read_float64", &probe_read<double>, free);

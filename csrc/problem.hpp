@@ -51,6 +51,9 @@ template <class T> struct Gradient {
   T* residual;
 };
 
+// Conjugate-gradient steps of all adjoint systems so far, each one sweep. The benchmarks read it.
+inline int64_t adjoint_steps = 0;
+
 // A mass not above this counts as no mass: the reciprocal of a larger one is representable with room to spare.
 template <class T> constexpr T dead_mass = sizeof(T) == 4 ? T(1e-30) : T(1e-290);
 

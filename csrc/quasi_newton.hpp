@@ -2,13 +2,13 @@
 //
 // The state is psi, as in solve.hpp; phi = 1/(K b psi) makes the rows exact. A sweep at psi gives the columns' sums q_j = psi_j sum_i
 // a_i phi_i K_ij, relative to b, hence the error sum_j b_j |1 - q_j| of the plan and the gradient b (1 - q) of the dual by gamma = log psi.
-// A plain step is gamma - log q. A quasi-Newton step is the direction of limited-memory BFGS from the last steps and the changes of the
-// gradient along them, with 1/b, the metric of a plain step, as its first inverse Hessian. Vectors are held times sqrt(b) (steps) or
-// divided by it (gradients), so that no mass divides and inner products are plain.
+// A plain step is -log q. A quasi-Newton step is the direction of limited-memory BFGS from the last steps and the changes of the plain
+// step along them, with the plain step itself as the direction that it corrects: near the solution -log q is the gradient in the metric
+// 1/b, and far from it, where 1 - q grows like the exponential of the distance, it still is a distance. Vectors are held times sqrt(b)
+// (steps) or divided by it (gradients), so that no mass divides and inner products are plain.
 //
-// Where plain iterations are slow and far from the solution, the problem is solved roughly at larger eps first, each a quarter of the
-// one before. Every stage ends with a plain half-step: the columns of the plan are exact, and the error of its rows is no larger than
-// that of the columns was.
+// Where plain iterations crawl, the problem is solved roughly at larger eps first, each a quarter of the one before. Every stage ends
+// with a plain half-step: the columns of the plan are exact, and the error of its rows is no larger than that of the columns was.
 #pragma once
 #include "course.hpp"
 #include "solve.hpp"
@@ -20,47 +20,50 @@ template <class T> struct QuasiNewton : Solver<T> {
   using Base::a, Base::b, Base::cost, Base::eps, Base::F, Base::G, Base::K, Base::phi, Base::psi, Base::next_phi, Base::next_psi, Base::v,
       Base::team, Base::row_shift, Base::column_shift, Base::none;
 
-  T *point, *plain, *residual, *trial, *dir, *root, *unroot, *steps[memory], *changes[memory];
+  // Of the state: plain is the next psi, residual the plain step, gradient that of D/eps. Those of the trial point are next_psi, trial and
+  // trial_gradient.
+  static constexpr T most_cosine_cost = 2, lost_beyond = sizeof(T) == 4 ? T(40) : T(200);  // exp of that is a little less than `wide`
+  T *point, *plain, *residual, *gradient, *trial, *trial_gradient, *dir, *root, *unroot, *steps[memory], *changes[memory];
   T inverse[memory];  // 1 / <step, change>; 0 where there is no pair
   int newest = 0;
 
   static size_t bytes(const Problem<T>& p) {
     const size_t n = round_up<T>(p.n), m = round_up<T>(p.m);
-    return Base::bytes(p) + (5 + 2 * memory) * Arena::bytes<T>(m) + 2 * Arena::bytes<T>(m * Parts(int(n), int(m)).count);
+    return Base::bytes(p) + (7 + 2 * memory) * Arena::bytes<T>(m) + 2 * Arena::bytes<T>(m * Parts(int(n), int(m)).count);
   }
 
   QuasiNewton(const Cost<T>& cost, Arena& arena, const Team& team) : Base(cost, arena, team) {
     for (T** x : {&point, &plain}) *x = arena.take<T>(size_t(cost.cols) * cost.parts.count);  // these take turns with psi
-    for (T** x : {&residual, &trial, &dir, &root, &unroot}) *x = arena.take<T>(cost.cols);
+    for (T** x : {&residual, &gradient, &trial, &trial_gradient, &dir, &root, &unroot}) *x = arena.take<T>(cost.cols);
     for (int s = 0; s < memory; ++s) steps[s] = arena.take<T>(cost.cols), changes[s] = arena.take<T>(cost.cols);
+    std::memset(dir, 0, sizeof(T) * cost.cols);
     for (int j = 0; j < cost.cols; ++j) {
       root[j] = std::sqrt(b[j]);
       unroot[j] = b[j] > 0 ? 1 / root[j] : T(0);
     }
   }
 
-  // Reads the cost. Its minima go out of it, or of features into the potentials.
+  // Reads the cost, and takes its minima out of a dense one. Starts where plain iterations do, or from the minima of the columns where
+  // the sum of a column would be lost there.
   void start() {
-    this->read_cost(true);
-    if (!this->p.right) {
-      this->shift_cost();
-      for (int i = 0; i < cost.n; ++i)
-        if (this->live_row(i)) F[i] = 0;
-    } else {
-      for (int i = 0; i < cost.rows; ++i) {
-        if (i < cost.n && this->live_row(i)) F[i] = row_shift[i];
-        row_shift[i] = 0;
-      }
-      for (int j = 0; j < cost.cols; ++j) {
-        if (this->live_col(j)) G[j] = column_shift[j];
-        column_shift[j] = 0;
-      }
+    const bool dense = !this->p.right;
+    this->read_cost(dense || most_cosine_cost > lost_beyond * eps);
+    if (dense) this->shift_cost();
+    T most = 0;
+    for (int j = 0; j < cost.m; ++j)
+      if (this->live_col(j)) most = std::max(most, column_shift[j]);
+    const T share = T(most > lost_beyond * eps) - T(dense);
+    for (int j = 0; j < cost.m; ++j)
+      if (this->live_col(j)) G[j] = share * column_shift[j];
+    if (!dense) {
+      std::fill(row_shift, row_shift + cost.rows, T(0));
+      std::fill(column_shift, column_shift + cost.cols, T(0));
     }
-    this->rebuild();
+    this->first_rows();
   }
 
   void run(int64_t max_iter, T tol, int64_t& n_iter) {
-    Course<T> course(this->p.eps, tol, max_iter, mean_cost());
+    Course<T> course(this->p.eps, tol, max_iter);
     do {
       const bool finite = stage(course);
       n_iter = course.k;
@@ -69,28 +72,21 @@ template <class T> struct QuasiNewton : Solver<T> {
   }
 
  private:
-  // Of a b', with the potentials of the start taken out.
-  T mean_cost() {
-    this->each_block([&](int i0) {
-      for (int i = i0; i < i0 + block; ++i) next_phi[i] = dot(cost.row(i), b, cost.cols);
-    });
+  // The mean of (C - f - g)/eps under a b'.
+  T way() {
+    this->potentials(next_phi, next_psi);
     double mean = 0;
     for (int i = 0; i < cost.n; ++i)
-      if (a[i] > 0) mean += double(a[i]) * (double(next_phi[i]) - F[i]);
+      if (a[i] > 0) mean += double(a[i]) * (double(dot(cost.row(i), b, cost.cols)) - next_phi[i]);
     for (int j = 0; j < cost.m; ++j)
-      if (b[j] > 0) mean -= double(b[j]) * G[j];
-    return T(mean);
+      if (b[j] > 0) mean -= double(b[j]) * next_psi[j];
+    return T(mean / eps);
   }
 
   bool change_eps(T next) {
-    for (int i = 0; i < cost.n; ++i)
-      if (this->live_row(i)) F[i] += eps * std::log(phi[i]);
-    for (int j = 0; j < cost.m; ++j)
-      if (this->live_col(j)) G[j] += eps * std::log(psi[j]);
+    this->move_scalings();
     eps = next;
     this->scale = exponent_scale(eps);
-    for (int i = 0; i < cost.rows; ++i) phi[i] = 1;
-    for (int j = 0; j < cost.cols; ++j) psi[j] = 1;
     this->first_rows();
     return true;
   }
@@ -104,9 +100,10 @@ template <class T> struct QuasiNewton : Solver<T> {
     forget();
     std::memcpy(point, psi, sizeof(T) * cost.cols);
     while (!course.stage_is_over() || course.fresh) {
-      T trial_error;
-      const T reach = evaluate(trial_error);
-      const auto verdict = course.judge(reach <= Base::wide, trial_error, course.newton ? dot(trial, dir, cost.cols) : T(0));
+      T error, slope, range;
+      const T reach = evaluate(error, slope, range);
+      auto verdict = course.judge(reach <= Base::wide, error, slope);
+      if (verdict == Course<T>::doubtful) verdict = course.decide(raise(), error);
       if (verdict == Course<T>::lost) {
         std::memcpy(psi, point, sizeof(T) * cost.cols);
         if (!this->log_iterate()) return false;
@@ -123,19 +120,23 @@ template <class T> struct QuasiNewton : Solver<T> {
       }
       if (!course.fresh) remember();
       course.fresh = false;
+      course.plain_range = range;
       std::swap(psi, point);
       std::swap(phi, next_phi);
       std::swap(plain, next_psi);
       std::swap(residual, trial);
+      std::swap(gradient, trial_gradient);
       if (reach > Base::safe) absorb();
+      if (course.asks_the_way()) course.knows_the_way(way());
       if (!course.stage_is_over() && !newton_step(course)) plain_step(course);
     }
     std::memcpy(psi, plain, sizeof(T) * cost.cols);
     return true;
   }
 
-  // A sweep at `point`: next_phi, the plain step in next_psi, the gradient in `trial`, the error; how far scalings spread.
-  T evaluate(T& error) {
+  // A sweep at `point`: next_phi; the plain step as a factor in next_psi and in `trial`, and its range; the gradient in trial_gradient and
+  // its slope along `dir`; the error. Returns how far scalings spread.
+  T evaluate(T& error, T& slope, T& range) {
     for (int j = 0; j < cost.cols; ++j) v[j] = b[j] * point[j];
     this->up = !this->up;
     sweep(team, cost, K, this->up, v, next_psi, [this](int i0, const T* s, T* w) __attribute__((always_inline)) {
@@ -143,16 +144,31 @@ template <class T> struct QuasiNewton : Solver<T> {
       store_band(next_phi + i0, scaling);
       store_band(w, mass * scaling);
     });
-    vec<T> missed{};
+    vec<T> missed{}, along{}, top{}, bottom{};
     for (int j = 0; j < cost.cols; j += lanes<T>) {
-      const vec<T> total = load(next_psi + j), mass = load(b + j), left = load(root + j) * (1 - load(point + j) * total), gap = left * load(root + j);
-      store<T>(trial + j, left);
+      const vec<T> total = load(next_psi + j), mass = load(b + j), q = load(point + j) * total, left = load(root + j) * (1 - q);
+      const vec<T> step = mass != 0 ? log2<T>(q) * T(-ln2) : vec<T>{}, gap = left * load(root + j);
+      store<T>(trial_gradient + j, left);
+      store<T>(trial + j, load(root + j) * step);
       store<T>(next_psi + j, mass != 0 ? 1 / total : 1 - vec<T>{});
       missed += gap < 0 ? -gap : gap;
+      along += left * load(dir + j);
+      top = max(step, top);
+      bottom = min(step, bottom);
     }
     error = sum<T>(missed);
+    slope = sum<T>(along);
+    range = max_of<T>(top) - min_of<T>(bottom);
     const T rows = this->spread(next_phi, cost.rows), cols = this->spread(next_psi, cost.cols);
     return rows > cols ? rows : cols + (rows - rows);  // NaN if either is
+  }
+
+  // That of D/eps by the step to the trial point.
+  T raise() const {
+    vec<T> by_rows{}, by_columns{};
+    for (int i = 0; i < cost.rows; i += lanes<T>) by_rows += load(a + i) * log2<T>(load(next_phi + i) / load(phi + i));
+    for (int j = 0; j < cost.cols; j += lanes<T>) by_columns += load(root + j) * load(dir + j);
+    return sum<T>(by_rows) * T(ln2) + sum<T>(by_columns);
   }
 
   void absorb() {
@@ -160,7 +176,7 @@ template <class T> struct QuasiNewton : Solver<T> {
     Base::absorb();
   }
 
-  // Saves the step to `point` and the change of the gradient along it.
+  // Saves the step to `point` and the change of the residual along it.
   void remember() {
     newest = (newest + 1) % memory;
     T *step = steps[newest], *change = changes[newest];
@@ -171,11 +187,8 @@ template <class T> struct QuasiNewton : Solver<T> {
 
   void plain_step(Course<T>& course) {
     course.takes_plain();
-    for (int j = 0; j < cost.cols; j += lanes<T>) {
-      const vec<T> next = load(plain + j);
-      store<T>(dir + j, load(root + j) * log2<T>(next / load(psi + j)) * T(ln2));
-      store<T>(point + j, next);
-    }
+    std::memcpy(dir, residual, sizeof(T) * cost.cols);
+    std::memcpy(point, plain, sizeof(T) * cost.cols);
   }
 
   // dir += factor x; returns the inner product of the new dir with y.
@@ -207,7 +220,7 @@ template <class T> struct QuasiNewton : Solver<T> {
       along = add(-weight[i], changes[pairs[i]], i + 1 < count ? steps[pairs[i + 1]] : changes[pairs[i]]);
     }
     for (int i = count - 1; i >= 0; --i)
-      along = add(weight[i] - inverse[pairs[i]] * along, steps[pairs[i]], i > 0 ? changes[pairs[i - 1]] : residual);
+      along = add(weight[i] - inverse[pairs[i]] * along, steps[pairs[i]], i > 0 ? changes[pairs[i - 1]] : gradient);
     course.slope = along;
     if (!(course.slope > 0)) {
       forget();
@@ -220,7 +233,7 @@ template <class T> struct QuasiNewton : Solver<T> {
       bottom = min(x, bottom);
     }
     const T range = max_of<T>(top) - min_of<T>(bottom);
-    if (!course.takes_newton(range)) return false;
+    course.takes_newton(range);
     if (range > Course<T>::most_range) {
       const T shorter = Course<T>::most_range / range;
       for (int j = 0; j < m; j += lanes<T>) store<T>(dir + j, load(dir + j) * shorter);

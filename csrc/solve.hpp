@@ -15,7 +15,7 @@
 namespace otloss::OTLOSS_LEVEL {
 
 template <class T> struct Solver {
-  static constexpr T safe = sizeof(T) == 4 ? T(1e8) : T(1e40), wide = sizeof(T) == 4 ? T(1e20) : T(1e100);
+  static constexpr T safe = sizeof(T) == 4 ? T(1e12) : T(1e40), wide = sizeof(T) == 4 ? T(1e20) : T(1e100);
 
   const Problem<T>& p;
   const Cost<T>& cost;
@@ -164,16 +164,24 @@ template <class T> struct Solver {
   }
 
   void absorb() {
+    move_scalings();
+    rebuild();
+  }
+
+  // Moves the scalings into F and G.
+  void move_scalings() {
     for (int i = 0; i < cost.n; ++i)
       if (live_row(i)) F[i] += eps * std::log(phi[i]);
     for (int j = 0; j < cost.m; ++j)
       if (live_col(j)) G[j] += eps * std::log(psi[j]);
-    rebuild();
+    reset_scalings();
+  }
+  void reset_scalings() {
+    for (int i = 0; i < cost.rows; ++i) phi[i] = 1;
+    for (int j = 0; j < cost.cols; ++j) psi[j] = 1;
   }
 
   void rebuild() {
-    for (int i = 0; i < cost.rows; ++i) phi[i] = 1;
-    for (int j = 0; j < cost.cols; ++j) psi[j] = 1;
     each_block([&](int i0) {
       for (int i = i0; i < i0 + block; ++i) build_row(i);
     });
@@ -192,6 +200,7 @@ template <class T> struct Solver {
       if (!live_col(j)) G[j] = none;
       else check += G[j] - G[j];
     }
+    reset_scalings();
     rebuild();
     return check == 0;
   }

@@ -2,13 +2,13 @@ r"""The accelerated solve of the reference backend: a quasi-Newton method on the
 
 With :math:`q` the sums of the plan's columns relative to b, where the rows are exact, the dual
 :math:`D(g) = \langle a, f(g) \rangle + \langle b, g \rangle` has the gradient :math:`b (1 - q)`, and a plain iteration
-is the step :math:`-\varepsilon \log q`. Limited-memory BFGS, with the metric of that step as its first inverse Hessian,
-proposes a better one. It is kept only if it raises :math:`D / \varepsilon` by half the square of the marginal error,
-which Pinsker's inequality promises of a plain iteration; else a plain one follows. ``csrc/course.hpp`` derives the
-test, which needs the slopes of D at both ends of the step alone, and holds the same constants.
+is the step :math:`-\varepsilon \log q`. Limited-memory BFGS, on the changes of that step, proposes a better one. It is
+kept only if it raises :math:`D / \varepsilon` by half the square of the marginal error, which Pinsker's inequality
+promises of a plain iteration; else a plain one follows. ``csrc/course.hpp`` derives the test and says when which step
+is tried. It holds the same constants.
 
-Where plain iterations are slow and far from the solution, the problem is solved roughly at larger eps first. Every
-stage ends with a plain half-step. Each problem of the batch has a course of its own; the batch advances in lockstep.
+Where plain iterations crawl, the problem is solved roughly at larger eps first. Every stage ends with a plain
+half-step. Each problem of the batch has a course of its own; the batch advances in lockstep.
 
 Source: Liu and Nocedal 1989 for the quasi-Newton step; Schmitzer 2019 (arXiv 1610.06519) for the stages.
 """
@@ -18,66 +18,86 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-MEMORY, PATIENCE, FACTOR, STAGE_SWEEPS = 8, 8, 4.0, 50
-MOST_RANGE, COARSE_GOAL = 4.0, 0.05
-MOST_SHORTENED, REST_SWEEPS = 8, 4
+MEMORY, PATIENCE, FACTOR, STAGE_SWEEPS = 8, 20, 4.0, 50
+MOST_RANGE, MOST_PLAIN_RANGE, COARSE_GOAL = 6.0, 3.0, 0.05
+
+
+def start(g: Tensor, minima: Tensor, eps: float) -> Tensor:
+    """Where to start instead of at g: at the minima of the columns, where kernels would lose the sum of a column."""
+    lost_beyond = 40 if g.dtype == torch.float32 else 200
+    return torch.where(minima.amax(-1, keepdim=True) > lost_beyond * eps, g + minima, g)
 
 
 def solve(
-    cost: Tensor, a: Tensor, b: Tensor, log_a: Tensor, log_b: Tensor, eps: float, max_iter: int, tol: float
+    cost: Tensor, a: Tensor, b: Tensor, log_a: Tensor, log_b: Tensor, g: Tensor, eps: float, max_iter: int, tol: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """f, g and the number of sweeps of each problem, from potentials 0; points without mass keep g = 0."""
-    return _Batch(cost, a, b, log_a, log_b, eps, max_iter, tol).run()
+    """f, g and the number of sweeps of each problem, from this g; points without mass keep g = 0."""
+    return _Batch(cost, a, b, log_a, log_b, g, eps, max_iter, tol).run()
 
 
 class _Batch:
     """The courses of a batch; what has one number per problem has shape ``(B, 1)``."""
 
     def __init__(
-        self, cost: Tensor, a: Tensor, b: Tensor, log_a: Tensor, log_b: Tensor, eps: float, max_iter: int, tol: float
+        self,
+        cost: Tensor,
+        a: Tensor,
+        b: Tensor,
+        log_a: Tensor,
+        log_b: Tensor,
+        g: Tensor,
+        eps: float,
+        max_iter: int,
+        tol: float,
     ) -> None:
         self.cost, self.log_a, self.log_b = cost, log_a, log_b
         self.base, self.tol, self.max_iter = eps, tol, max_iter
         self.live = log_b > -torch.inf
-        self.root = torch.where(self.live, b, 0.0).sqrt()
+        self.a, self.root = torch.where(log_a > -torch.inf, a, 0.0), torch.where(self.live, b, 0.0).sqrt()
         self.unroot = torch.where(self.live, 1 / torch.where(self.live, self.root, 1.0), 0.0)
         number, whole, flag = (
             a.new_zeros(len(a), 1),
             a.new_zeros(len(a), 1, dtype=torch.int64),
             b.new_ones(len(a), 1) > 0,
         )
-        live_a = torch.where(log_a > -torch.inf, a, 0.0).unsqueeze(-1)
-        mean = (live_a * cost * (self.root**2).unsqueeze(-2)).sum((-1, -2)).unsqueeze(-1)
-        self.level, larger = whole.clone(), eps * FACTOR
-        for _ in range(16):
-            self.level, larger = self.level + (mean / 2 >= larger), larger * FACTOR
-        self.watching = (self.level > 0) & (max_iter >= 4 * PATIENCE)
-        self.level = torch.where(self.watching, self.level, 0)
+        self.watching = flag & (max_iter >= 4 * PATIENCE)
         self.eps, self.goal, self.cap = number + eps, number + tol, whole + max_iter
-        self.sweeps, self.first, self.wasted, self.shortened, self.rest = whole, whole, whole, whole, whole
-        self.error, self.rate, self.slope, self.range = number, number, number, number
+        self.sweeps, self.first, self.wasted, self.level = whole, whole, whole, whole
+        self.error, self.rate, self.slope, self.range, self.plain_range = number, number, number, number, number
+        self.way = number - 1
         self.active, self.fresh, self.newton, self.going = flag, flag, ~flag, ~flag
-        self.f, self.g, self.plain = torch.zeros_like(a), torch.zeros_like(b), torch.zeros_like(b)
-        self.residual = self.step = torch.zeros_like(b)
-        self.pairs: list[tuple[Tensor, Tensor, Tensor]] = []  # steps, changes of the gradient, 1 / <step, change>
+        self.f, self.g, self.plain = torch.zeros_like(a), torch.where(self.live, g, 0.0), torch.zeros_like(b)
+        self.residual = self.gradient = self.step = torch.zeros_like(b)
+        self.pairs: list[tuple[Tensor, Tensor, Tensor]] = []  # steps, changes of the residual, 1 / <step, change>
 
     def run(self) -> tuple[Tensor, Tensor, Tensor]:
         point = self.g
         while self.active.any():
             f, plain = self._sweep(point)
             # Steps are in units of eps times sqrt(b), gradients divided by sqrt(b): inner products are plain.
-            relative = torch.where(self.live, ((point - plain) / self.eps).clamp(max=60), 0.0)
-            residual = -self.root * torch.expm1(relative)
-            error = (self.root * residual.abs()).sum(-1, keepdim=True)
+            log_scaling = torch.where(self.live, (plain - point) / self.eps, 0.0)
+            residual, gradient = self.root * log_scaling, -self.root * torch.expm1((-log_scaling).clamp(max=60))
+            error = (self.root * gradient.abs()).sum(-1, keepdim=True)
             self.sweeps = self.sweeps + self.active
-            kept = self._judge(error, _inner(residual, self.step))
+            kept = self._judge(error, _inner(gradient, self.step), f)
             self._remember(kept, residual)
             self.rate = torch.where(kept & ~self.newton & ~self.fresh, error / self.error, self.rate)
             self.fresh = self.fresh & ~kept
-            self.error = torch.where(kept, error, self.error)
-            self.f, self.g = torch.where(kept, f, self.f), torch.where(kept, point, self.g)
-            self.plain = torch.where(kept, plain, self.plain)
-            self.residual = torch.where(kept, residual, self.residual)
+            self.error, self.plain_range = (
+                torch.where(kept, new, old)
+                for new, old in ((error, self.error), (_range(log_scaling), self.plain_range))
+            )
+            self.f, self.g, self.plain, self.residual, self.gradient = (
+                torch.where(kept, new, old)
+                for new, old in (
+                    (f, self.f),
+                    (point, self.g),
+                    (plain, self.plain),
+                    (residual, self.residual),
+                    (gradient, self.gradient),
+                )
+            )
+            self._find_the_way(kept)
             moving = self._end_stages()
             point = self._next_point(moving)
         return self.f, self.g, self.sweeps.squeeze(-1)
@@ -88,11 +108,14 @@ class _Batch:
         columns = (f.unsqueeze(-1) - self.cost) / eps + self.log_a.unsqueeze(-1)
         return f, torch.where(self.live, -self.eps * torch.logsumexp(columns, -2), 0.0)
 
-    def _judge(self, error: Tensor, slope: Tensor) -> Tensor:
+    def _judge(self, error: Tensor, slope: Tensor, f: Tensor) -> Tensor:
         """Which problems keep the point of this sweep."""
+        enough = self.error**2 / 2
         c = 0.5 - self.range / 12
-        raises = c * self.slope + (1 - c) * slope >= self.error**2 / 2
-        rejected = self.active & self.newton & ~raises
+        by_slopes = c * self.slope + (1 - c) * slope >= enough
+        change = torch.where(self.a > 0, self.a * (f - self.f), 0.0).sum(-1, keepdim=True) / self.eps
+        raised = (enough > 16 * torch.finfo(f.dtype).eps) & (change + _inner(self.root, self.step) >= enough)
+        rejected = self.active & self.newton & ~by_slopes & ~raised
         self.wasted = self.wasted + rejected
         self._forget(rejected)
         return self.active & ~rejected
@@ -108,10 +131,26 @@ class _Batch:
     def _forget(self, where: Tensor) -> None:
         self.pairs = [(step, change, torch.where(where, 0.0, weight)) for step, change, weight in self.pairs]
 
+    def _crawls(self) -> Tensor:
+        slow = (self.error > COARSE_GOAL) & (self.rate > 0.7) & ~self._soon(80)
+        return self.watching & (self.sweeps - self.first >= PATIENCE) & slow
+
+    def _find_the_way(self, kept: Tensor) -> None:
+        """The way that crawling problems have to go: the mean of (C - f - g) / eps under a b'."""
+        asks = kept & (self.way < 0) & self._crawls()
+        if not asks.any():
+            return
+        weights = self.a.unsqueeze(-1) * (self.root**2).unsqueeze(-2)
+        left = torch.where(weights > 0, self.cost - self.f.unsqueeze(-1) - self.g.unsqueeze(-2), 0.0)
+        way = ((weights * left).sum((-1, -2)).unsqueeze(-1) / self.eps).clamp(min=0)
+        self.way = torch.where(asks, way, self.way)
+        for count in range(16):
+            self.level = self.level + (asks & (way / 2 >= FACTOR ** (count + 1)))
+        self.watching = self.watching & ~(asks & (self.level == 0))
+
     def _end_stages(self) -> Tensor:
         """Ends the stages that are over; returns which problems have a next one."""
-        far = (self.error > COARSE_GOAL) & (self.rate > 0.7) & ~self._soon(40)
-        early = self.watching & (self.sweeps - self.first >= PATIENCE) & far
+        early = self._crawls() & (self.way >= 0) & (20 * self.plain_range <= self.way)
         over = self.active & ((self.error < self.goal) | (self.sweeps >= self.cap) | early)
         self.g = torch.where(over, self.plain, self.g)
         moving = over & torch.where(self.watching, early, self.level > 0)
@@ -119,7 +158,6 @@ class _Batch:
         self.level = self.level - (moving & ~self.watching).long()
         self.watching, self.going = self.watching & ~moving, self.going & ~moving
         self.newton, self.fresh = self.newton & ~moving, self.fresh | moving
-        self.shortened, self.rest = (torch.where(moving, 0, count) for count in (self.shortened, self.rest))
         self.rate = torch.where(moving, 0.0, self.rate)
         self.first = torch.where(moving, self.sweeps, self.first)
         coarse = self.level > 0
@@ -135,26 +173,20 @@ class _Batch:
         return (self.rate < 1) & (self.error * self.rate**sweeps <= self.goal)
 
     def _next_point(self, moving: Tensor) -> Tensor:
-        wanted = self.active & ~moving & (self.rest == 0) & (self.rate > 0.3) & (10 * self.wasted + 5 <= self.sweeps)
-        wanted = wanted & (self.going | ~self._soon(10))
+        wanted = self.active & ~moving & (self.plain_range <= MOST_PLAIN_RANGE) & (self.rate > 0.3)
+        wanted = wanted & (10 * self.wasted + 7 <= self.sweeps) & (self.going | ~self._soon(8))
         wanted = wanted & torch.stack([weight > 0 for _, _, weight in self.pairs]).any(0)
         step = self._direction()
-        slope, log_scaling = _inner(self.residual, step), step * self.unroot
+        slope, log_scaling = _inner(self.gradient, step), step * self.unroot
         newton = wanted & (slope > 0)
         self._forget(wanted & ~newton)
-        spread = log_scaling.amax(-1, keepdim=True).clamp(min=0) - log_scaling.amin(-1, keepdim=True).clamp(max=0)
+        spread = _range(log_scaling)
         shorter = (MOST_RANGE / spread).clamp(max=1)
-        # Steps that must be shortened again and again may have far to go, in points of little mass.
-        self.shortened = torch.where(newton, torch.where(spread > MOST_RANGE, self.shortened + 1, 0), self.shortened)
-        tired = self.shortened > MOST_SHORTENED
-        self.shortened, newton = torch.where(tired, 0, self.shortened), newton & ~tired
-        rest = torch.where(tired, REST_SWEEPS, self.rest)
-        self.rest = torch.where(self.active & ~moving & ~newton, (rest - 1).clamp(min=0), rest)
         self.newton, self.going = newton, self.going | newton
         self.slope, self.range = slope * shorter, spread.clamp(max=MOST_RANGE)
         by_newton = self.g + self.eps * log_scaling * shorter
         point = torch.where(newton, by_newton, torch.where(self.active & ~moving, self.plain, self.g))
-        self.step = torch.where(newton, step * shorter, self.root * (point - self.g) / self.eps)
+        self.step = torch.where(newton, step * shorter, torch.where(self.active & ~moving, self.residual, 0.0))
         return point
 
     def _direction(self) -> Tensor:
@@ -166,6 +198,12 @@ class _Batch:
         for (step, change, weight), factor in zip(self.pairs, reversed(factors), strict=True):
             direction = direction + (factor - weight * _inner(change, direction)) * step
         return direction
+
+
+def _range(log_scaling: Tensor) -> Tensor:
+    """How far log-scalings reach, 0 among them."""
+    top, bottom = log_scaling.amax(-1, keepdim=True), log_scaling.amin(-1, keepdim=True)
+    return top.clamp(min=0) - bottom.clamp(max=0)
 
 
 def _inner(x: Tensor, y: Tensor) -> Tensor:

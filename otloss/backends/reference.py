@@ -157,16 +157,15 @@ def solve(
     left, right, a, b, eps = problem
     cost = dense_cost(left, right)
     log_a, log_b = log_mass(a), log_mass(b)
-    shift = _minima(cost, a, b) if right is None or accelerate else None
-    if shift is not None:
-        cost = shifted(cost, shift)
+    minima = _minima(cost, a, b)
+    shift = minima if right is None else None
+    cost = shifted(cost, shift)
+    g = torch.zeros_like(b) if shift is None else -shift.columns  # potentials 0 of the cost given
     if accelerate:
-        f, g, n_iter = quasi_newton.solve(cost, a, b, log_a, log_b, eps, max_iter, tol)
-    else:  # from potentials 0 of the cost given
-        g = torch.zeros_like(b) if shift is None else -shift.columns
+        g = quasi_newton.start(g, torch.where(live(b), minima.columns, 0.0), eps)
+        f, g, n_iter = quasi_newton.solve(cost, a, b, log_a, log_b, g, eps, max_iter, tol)
+    else:
         f, g, n_iter = _iterate(cost, a, log_a, log_b, g, eps, max_iter, tol)
-    if shift is not None and right is not None:
-        cost, f, g, shift = dense_cost(left, right), f + shift.rows, g + shift.columns, None
     f = torch.where(live(a), f, _f_step(cost, log_b, g, eps))
     g = torch.where(live(b), g, _g_step(cost, log_a, f, eps))
     constant = ((b * g).sum(-1) - (a * f).sum(-1)).unsqueeze(-1) / 2
