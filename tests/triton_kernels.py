@@ -23,7 +23,7 @@ from torch import Tensor
 import otloss
 from benchmarks.workloads import WORKLOADS
 from otloss.backends import reference, triton
-from otloss.backends.protocol import Problem, Upstream
+from otloss.backends.protocol import Problem, Shift, Solution, Upstream
 
 if not triton.interpreted():
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
@@ -84,9 +84,17 @@ def upstream(a: Tensor, b: Tensor) -> Upstream:
     return Upstream(w, v, p, q + b * (p.sum(-1) - q.sum(-1)).unsqueeze(-1))
 
 
+def whole_solution(problem: Problem, max_iter: int, tol: float) -> Solution:
+    """The solution with the potentials of the cost as it was given."""
+    solution = triton.solve(problem, max_iter, tol)
+    assert (solution.shift is None) == (problem.right is not None)
+    f, g = reference.unshifted(solution, problem.a, problem.b)
+    return solution._replace(f=f, g=g, shift=None)
+
+
 def check_solve(given: Given, eps: float, iterations: int, room: float = 16.0) -> None:
     dtype = given[2].dtype
-    got = triton.solve(Problem(*given, eps), iterations, 0.0)
+    got = whole_solution(Problem(*given, eps), iterations, 0.0)
     want = reference_solution(Problem(*wide(*given), eps), iterations, 0.0)
     for one, other in zip(got[:4], want[:4], strict=True):
         close(one, other, slack(dtype, eps, room))
@@ -96,11 +104,13 @@ def check_solve(given: Given, eps: float, iterations: int, room: float = 16.0) -
 
 def check_implicit(given: Given, adjoint: bool = True) -> None:
     left, right, a, b = given
-    f, g = reference_solution(Problem(*wide(*given), EPS), 300, 1e-12)[:2]
-    f, g, up = f.to(a.dtype), g.to(a.dtype), upstream(a, b)
-    got, residual = triton.implicit_gradient(Problem(*given, EPS), f, g, up, adjoint, True)
     exact = Problem(*wide(*given), EPS)
-    want, _ = reference.implicit_gradient(exact, *wide(f, g), Upstream(*wide(*up)), adjoint, True)
+    solution = reference.solve(exact, 300, 1e-12)
+    f, g, up = solution.f.to(a.dtype), solution.g.to(a.dtype), upstream(a, b)
+    shift = None if solution.shift is None else Shift(*(x.to(a.dtype) for x in solution.shift))
+    got, residual = triton.implicit_gradient(Problem(*given, EPS), f, g, up, adjoint, True, shift=shift)
+    same = None if shift is None else Shift(*(x.double() for x in shift))
+    want, _ = reference.implicit_gradient(exact, *wide(f, g), Upstream(*wide(*up)), adjoint, True, shift=same)
     for k, (one, other) in enumerate(zip(got, want, strict=True)):
         if k in (2, 3):  # up to a constant: the gauge of U and V is free
             one, other = one - one.mean(-1, keepdim=True), other - other.mean(-1, keepdim=True)

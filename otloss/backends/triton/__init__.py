@@ -181,14 +181,15 @@ def implicit_gradient(
 ) -> tuple[Gradients, Tensor]:
     """Gradients of the converged problem and the residual of its adjoint system.
 
-    ``kept`` is what ``solve`` wrote there. ``shift`` is not used: ``solve`` takes nothing out of the cost.
+    ``kept`` is what ``solve`` wrote there, ``shift`` that of its solution.
     """
     with _on(problem.left):
         parts, residuals = [], []
         for part, group, made in _groups(problem, kept):
             from otloss.backends.triton import gradient, launch
 
-            prepared = launch.DeviceProblem(group, made, made=made is not None)
+            taken = shift if shift is None or problem.right is not None else Shift(*(x[part] for x in shift))
+            prepared = launch.DeviceProblem(group, made, made is not None, taken)
             gradients, residual = gradient.implicit_gradient(
                 prepared, f[part], g[part], _part(upstream, part), adjoint, need_cost
             )
