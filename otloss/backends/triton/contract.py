@@ -90,7 +90,7 @@ def gradient_tile(
     return tl.where((i < n)[:, None] & (j < m)[None, :], grad, 0.0)
 
 
-@jit(do_not_specialize=["count"])
+@jit(do_not_specialize=["count", "n"])
 def contract_dense(
     left, min_i, min_j, out, f, g, a, b, u, v, q_i, q_j, w, w_value, n_iter, count, n, m, eps: tl.float64,
     I: tl.constexpr, J: tl.constexpr,

@@ -67,7 +67,7 @@ def accumulate(own, j, part, m, more):
     tl.store(own + j, part + tl.load(own + j, mask=(j < m) & more, other=0.0), mask=j < m)
 
 
-@jit(do_not_specialize=["count", "blocks", "tiles", "max_iter"])
+@jit(do_not_specialize=["count", "blocks", "tiles", "n", "max_iter"])
 def iterate_rows(
     cost, min_i, min_j, a, b, f, g, share, missed, state, count, blocks, tiles, n, m, eps: tl.float64,
     tol: tl.float64, max_iter, I: tl.constexpr, M: tl.constexpr,
@@ -91,7 +91,8 @@ def iterate_rows(
         return
     ready, fresh = (launches + 1) % 2, launches % 2  # copies to read and to write
     every = tl.arange(0, 1024 // I)
-    error = tl.sum(tl.load(missed + (ready * count + p) * blocks + every, mask=every < blocks, other=0.0), 0)
+    known = (every < blocks) & (done > 0)  # nothing is there before the first pass
+    error = tl.sum(tl.load(missed + (ready * count + p) * blocks + every, mask=known, other=0.0), 0)
     if (todo == LINEAR) & (done > 0) & ((error >= tol) == 0):  # NaN stops
         tl.store(state, STOPPED)
         return
@@ -159,7 +160,7 @@ def iterate_rows(
             tl.store(missed + (fresh * count + p) * blocks + block, off)
 
 
-@jit(do_not_specialize=["count", "tiles"])
+@jit(do_not_specialize=["count", "tiles", "n"])
 def normal_rows(
     cost, min_i, min_j, f, g, alpha, scale, share, running, count, tiles, n, m, eps: tl.float64,
     I: tl.constexpr, M: tl.constexpr,

@@ -42,7 +42,7 @@ from otloss.backends.triton.tiles import (
 SCALED = tl.constexpr(64)
 
 
-@jit(do_not_specialize=["max_iter"])
+@jit(do_not_specialize=["n", "max_iter"])
 def solve_small(
     cost, min_i, min_j, a, b, f_out, g_out, cost_out, value_out, n_iter_out, error_out, n, m, eps: tl.float64,
     tol: tl.float64, max_iter, N: tl.constexpr, M: tl.constexpr, J: tl.constexpr,
@@ -72,13 +72,13 @@ def solve_small(
     else:
         min_i += p * n
         min_j += p * m
-        tile = stored_tile(cost, None, None, i, j, n, m, DTYPE)
-        least = tl.min(tl.where((mass_b > 0.0)[None, :], tile, float("inf")), 1)
+        whole = stored_tile(cost, None, None, i, j, n, m, DTYPE)
+        least = tl.min(tl.where((mass_b > 0.0)[None, :], whole, float("inf")), 1)
         tl.store(min_i + i, least, mask=i < n)
-        least_j = tl.min(tl.where((mass_a > 0.0)[:, None], tile - least[:, None], float("inf")), 0)
+        least_j = tl.min(tl.where((mass_a > 0.0)[:, None], whole - least[:, None], float("inf")), 0)
         tl.store(min_j + j, least_j, mask=j < m)
         tl.store(g_out + j, -least_j, mask=j < m)  # potentials 0 of the cost as given
-        tl.debug_barrier()
+    tl.debug_barrier()
     phi, psi = tl.full([N], 1.0, DTYPE), tl.full([M], 1.0, DTYPE)
     n_iter = 0
     go = n_iter < max_iter
@@ -169,7 +169,7 @@ def without(x, root, size):
     return x - tl.sum(x * root, 0) / size * root
 
 
-@jit()
+@jit(do_not_specialize=["n"])
 def adjoint_small(
     cost, min_i, min_j, a, b, f, g, w, p_grad, q_grad, u_out, v_out, p_out, q_out, h_out, residual_out, n, m,
     eps: tl.float64, N: tl.constexpr, M: tl.constexpr, J: tl.constexpr,

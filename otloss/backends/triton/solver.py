@@ -14,7 +14,7 @@ from otloss.backends.triton.launch import DeviceProblem, iterate, launch
 def solve(problem: DeviceProblem, max_iter: int, tol: float) -> Solution:
     """All outputs of every problem.
 
-    Small problems take one launch. Others take those of their iterations, six for the outputs, and of a dense cost two
+    Small problems take one launch. Others take those of their iterations, four for the outputs, and of a dense cost two
     for the shift; each of these reads or makes the cost once.
     """
     if problem.regime == "small":
@@ -31,8 +31,8 @@ def _small(problem: DeviceProblem, max_iter: int, tol: float) -> Solution:
     shift = Shift(torch.empty_like(f), torch.empty_like(g)) if problem.right is None else None
     tile = config.small(n, m, problem.double)
     launch(
-        small.solve_small, (count,), problem.cost, *(shift or (None, None)), problem.a, problem.b, f, g, cost, value, n_iter, error,
-        n, m, problem.eps, tol, max_iter, N=tile.rows, M=tile.cols, J=16, tile=tile,
+        small.solve_small, (count,), problem.cost, *(shift or (None, None)), problem.a, problem.b, f, g, cost, value,
+        n_iter, error, n, m, problem.eps, tol, max_iter, N=tile.rows, M=tile.cols, J=16, tile=tile,
     )  # fmt: skip
     return Solution(f, g, cost, value, n_iter, error, shift)
 
@@ -53,8 +53,8 @@ def _medium(problem: DeviceProblem, max_iter: int, tol: float) -> tuple[Tensor, 
 
     def step() -> None:
         launch(
-            rows.iterate_rows, (count, blocks), problem.cost, *problem.rows[2:4], problem.a, problem.b, f, g, share, missed, state,
-            count, blocks, tiles, n, m, problem.eps, tol, max_iter, I=tile.rows, M=tile.cols,
+            rows.iterate_rows, (count, blocks), problem.cost, *problem.rows[2:4], problem.a, problem.b, f, g, share,
+            missed, state, count, blocks, tiles, n, m, problem.eps, tol, max_iter, I=tile.rows, M=tile.cols,
             tile=tile,
         )  # fmt: skip
 

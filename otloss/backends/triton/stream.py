@@ -60,7 +60,7 @@ def minima(left, min_j, mass, out, count, n, m, si, sj, splits, I: tl.constexpr,
     tl.store(out + (split.to(tl.int64) * count + p) * n + i, least, mask=i < n)
 
 
-@jit(do_not_specialize=["least", "count", "splits"])
+@jit(do_not_specialize=["least", "count", "splits"], do_not_specialize_on_alignment=["g", "out"])
 def half_step(
     left, right, min_i, min_j, g, b, out, gate, least, count, n, m, d, si, sj, eps: tl.float64, splits,
     I: tl.constexpr, J: tl.constexpr, K: tl.constexpr,
@@ -186,7 +186,7 @@ def sums(
         tl.store(out + (CHANNELS - 1) * tl.cast(count, tl.int64) * n + i, by_gamma, mask=i < n)
 
 
-@jit(do_not_specialize=["step"])
+@jit(do_not_specialize=["step"], do_not_specialize_on_alignment=["f", "g", "multiplier", "out"])
 def unroll_step(
     left, right, min_i, min_j, f, g, a, multiplier, out, grad, n_iter, step, n, m, d, si, sj, eps: tl.float64,
     I: tl.constexpr, J: tl.constexpr, K: tl.constexpr,
