@@ -106,7 +106,7 @@ def _variant(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Var
             constants.append((name, value))
         elif isinstance(value, Tensor):
             signature.append((name, POINTERS[value.dtype]))
-            divisible.append(name)
+            divisible += [] if parameter.do_not_specialize_on_alignment else [name]
         elif isinstance(value, float):
             signature.append((name, parameter.annotation_type or "fp32"))
         else:
@@ -147,11 +147,12 @@ def variants(shapes: list[Shape], processors: int) -> list[Variant]:
 
         with recording(found, processors):
             left, right = (empty(batch, n, d), empty(batch, m, d)) if d else (empty(batch, n, m), None)
-            problem = DeviceProblem(Problem(left, right, empty(batch, n), empty(batch, m), 0.05))
-            f, g, w, *_ = solve(problem, 50, 1e-5)
+            given = Problem(left, right, empty(batch, n), empty(batch, m), 0.05)
+            f, g, w, *_, shift = solve(DeviceProblem(given), 50, 1e-5)
             for adjoint in (True, False):
+                problem = DeviceProblem(given, shift=shift)
                 gradient.implicit_gradient(problem, f, g, Upstream(w, w), adjoint, True)
-            gradient.unrolled_gradient(problem, empty(batch, dtype=torch.int64), Upstream(w, w), True, 2)
+            gradient.unrolled_gradient(DeviceProblem(given), empty(batch, dtype=torch.int64), Upstream(w, w), True, 2)
     return list(found)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from otloss.backends import reference, triton
-from otloss.backends.protocol import Problem, Upstream
+from otloss.backends.protocol import Problem, Shift, Upstream
 
 EPS, ITERATIONS = 0.1, 5
 
@@ -67,7 +67,7 @@ def error(case: Case, device: str) -> float:
     exact = _wide(*given)
     up = [torch.randn(3, dtype=torch.float64).to(device) for _ in range(2)]
     whole = Problem(*exact, EPS)  # type: ignore[arg-type]
-    potentials = [t.float() for t in reference.unshifted(reference.solve(whole, 300, 1e-12), whole.a, whole.b)]
+    solved = reference.solve(whole, 300, 1e-12)
 
     def run(backend: object, tensors: list[Tensor | None], dtype: torch.dtype) -> tuple[Tensor, ...]:
         problem, upstream = Problem(*tensors, EPS), Upstream(*(t.to(dtype) for t in up))  # type: ignore[arg-type]
@@ -76,8 +76,10 @@ def error(case: Case, device: str) -> float:
             f, g = reference.unshifted(solution, problem.a, problem.b)
             return f, g, solution.transport_cost, solution.value
         if case.part == "implicit":
-            f, g = (t.to(dtype) for t in potentials)
-            return backend.implicit_gradient(problem, f, g, upstream, True, True)[0]  # type: ignore[attr-defined, no-any-return]
+            # Rounded to float32 for both, so that both differentiate the same state.
+            f, g = (t.float().to(dtype) for t in solved[:2])
+            shift = None if solved.shift is None else Shift(*(t.float().to(dtype) for t in solved.shift))
+            return backend.implicit_gradient(problem, f, g, upstream, True, True, shift=shift)[0]  # type: ignore[attr-defined, no-any-return]
         n_iter = torch.tensor([1, 2, 4], device=device)
         return backend.unrolled_gradient(problem, n_iter, upstream, True, 4)  # type: ignore[attr-defined, no-any-return]
 

@@ -183,6 +183,29 @@ def test_default_configurations_do_not_spill(which: str) -> None:
 
 
 @installed
+@pytest.mark.slow
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
+def test_the_number_of_variants_is_bounded() -> None:
+    """Over every size of a regime, as docs/gpu.md says."""
+    code = (
+        "import collections, torch\n"
+        "from benchmarks.gpu_compile import variants\n"
+        "def most(sides, other):\n"
+        "    shapes = [(3, n, m, 0, torch.float32) for n in other for m in sides]\n"
+        "    return collections.Counter(variant.kernel for variant in variants(shapes, 132))\n"
+        "small = most((1, 5, 16, 17, 32, 33, 48, 50, 64), (1, 5, 16, 17, 32, 33, 48, 50, 64))\n"
+        "assert small['solve_small'] == small['adjoint_small'] == 21, small\n"
+        "assert max(small['half_step'], small['unroll_step']) <= 98, small\n"
+        "sides = [2**k + change for k in range(4, 10) for change in (0, 1, 16)]\n"
+        "medium = most((1, 5, *sides, 1024), (65, 80))\n"
+        "assert medium['iterate_rows'] == medium['normal_rows'] == 15, medium\n"
+        "assert medium['minima'] <= 98, medium"
+    )
+    done = run("-W", "ignore", "-c", code, TRITON_INTERPRET="0")
+    assert done.returncode == 0, done.stderr
+
+
+@installed
 def test_float64_scalars_are_passed_in_full() -> None:
     """Triton 3.3 would pass them in 32 bits, in silence; see ``compat.py``."""
     code = (

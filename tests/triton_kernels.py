@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import test_offsets
 import torch
 from conftest import leave_out_last, reference_solution, relative
 from torch import Tensor
@@ -26,7 +27,7 @@ import otloss
 from benchmarks import gpu_more
 from benchmarks.workloads import WORKLOADS
 from otloss.backends import reference, triton
-from otloss.backends.protocol import Problem, Upstream
+from otloss.backends.protocol import Problem, Shift, Solution, Upstream
 
 if not triton.interpreted():
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
@@ -87,9 +88,17 @@ def upstream(a: Tensor, b: Tensor) -> Upstream:
     return Upstream(w, v, p, q + b * (p.sum(-1) - q.sum(-1)).unsqueeze(-1))
 
 
+def whole_solution(problem: Problem, max_iter: int, tol: float) -> Solution:
+    """The solution with the potentials of the cost as it was given."""
+    solution = triton.solve(problem, max_iter, tol)
+    assert (solution.shift is None) == (problem.right is not None)
+    f, g = reference.unshifted(solution, problem.a, problem.b)
+    return solution._replace(f=f, g=g, shift=None)
+
+
 def check_solve(given: Given, eps: float, iterations: int, room: float = 16.0) -> None:
     dtype = given[2].dtype
-    got = triton.solve(Problem(*given, eps), iterations, 0.0)
+    got = whole_solution(Problem(*given, eps), iterations, 0.0)
     want = reference_solution(Problem(*wide(*given), eps), iterations, 0.0)
     for one, other in zip(got[:4], want[:4], strict=True):
         close(one, other, slack(dtype, eps, room))
@@ -99,11 +108,13 @@ def check_solve(given: Given, eps: float, iterations: int, room: float = 16.0) -
 
 def check_implicit(given: Given, adjoint: bool = True) -> None:
     left, right, a, b = given
-    f, g = reference_solution(Problem(*wide(*given), EPS), 300, 1e-12)[:2]
-    f, g, up = f.to(a.dtype), g.to(a.dtype), upstream(a, b)
-    got, residual = triton.implicit_gradient(Problem(*given, EPS), f, g, up, adjoint, True)
     exact = Problem(*wide(*given), EPS)
-    want, _ = reference.implicit_gradient(exact, *wide(f, g), Upstream(*wide(*up)), adjoint, True)
+    solution = reference.solve(exact, 300, 1e-12)
+    f, g, up = solution.f.to(a.dtype), solution.g.to(a.dtype), upstream(a, b)
+    shift = None if solution.shift is None else Shift(*(x.to(a.dtype) for x in solution.shift))
+    got, residual = triton.implicit_gradient(Problem(*given, EPS), f, g, up, adjoint, True, shift=shift)
+    same = None if shift is None else Shift(*(x.double() for x in shift))
+    want, _ = reference.implicit_gradient(exact, *wide(f, g), Upstream(*wide(*up)), adjoint, True, shift=same)
     for k, (one, other) in enumerate(zip(got, want, strict=True)):
         if k in (2, 3):  # up to a constant: the gauge of U and V is free
             one, other = one - one.mean(-1, keepdim=True), other - other.mean(-1, keepdim=True)
@@ -144,9 +155,9 @@ def test_the_plan_as_a_constant(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_of_the_masses_alone(regime: str, kind: str) -> None:
     given = Problem(*problem(kind, 12, 9, torch.float64), EPS)
-    f, g = triton.solve(given, 20, 0.0)[:2]
+    f, g, *_, shift = triton.solve(given, 20, 0.0)
     up = upstream(given.a, given.b)
-    whole, part = (triton.implicit_gradient(given, f, g, up, True, need)[0] for need in (True, False))
+    whole, part = (triton.implicit_gradient(given, f, g, up, True, need, shift=shift)[0] for need in (True, False))
     assert part[0].numel() == part[1].numel() == 0
     assert torch.equal(whole[2], part[2]) and torch.equal(whole[3], part[3])
 
@@ -190,6 +201,49 @@ def test_stops_as_the_reference_does(regime: str) -> None:
         close(one, other, 1e-12)
 
 
+@pytest.fixture(params=["small", "medium", "large"])
+def dense_regime(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The regimes of a dense cost, which is never made anew."""
+    monkeypatch.setattr(config, "LIMITS", REGIMES[request.param])
+    return str(request.param)
+
+
+@pytest.mark.parametrize(("kind", "offset"), [("all", 1e2), ("rows", -1e4), ("columns", 1e5), ("columns", -1e6)])
+def test_an_offset_costs_no_digits(dense_regime: str, kind: str, offset: float) -> None:
+    test_offsets.test_an_offset_costs_no_digits("triton", offset, kind, (9, 12), "plain")
+
+
+def test_an_offset_of_some_columns_costs_no_digits(dense_regime: str) -> None:
+    """The difference of such a column to a row's minimum has more digits than float32; what it loses comes back."""
+    cost = torch.rand(2, 9, 12)
+    cost[..., ::2] += 2**20
+    cost.requires_grad_()
+    exact = cost.detach().double().requires_grad_()
+    options = {"eps": test_offsets.EPS, "max_iter": 500}
+    out = otloss.sinkhorn(cost, tol=test_offsets.TOL, backend="triton", **options)
+    want = otloss.sinkhorn(exact, tol=1e-10, backend="reference", **options)
+    assert out.converged.all() and relative(out.plan, want.plan) < test_offsets.PLAN
+    (got,) = torch.autograd.grad(out.plan[:, 0, 0].sum(), cost)
+    (right,) = torch.autograd.grad(want.plan[:, 0, 0].sum(), exact)
+    assert relative(got, right) < test_offsets.PLAN / test_offsets.EPS
+
+
+@pytest.mark.parametrize("n_columns", [9, 600])  # 600: split over programs
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
+def test_minima_are_those_of_the_reference(dtype: torch.dtype, n_columns: int) -> None:
+    """Of points with mass alone; a column that has an offset of its own; to the bit."""
+    cost, _, a, b = problem("dense", 7, n_columns, torch.float64 if dtype == torch.float64 else torch.float32)
+    cost[..., 1] += 100
+    given = Problem(cost.to(dtype), None, a, b, EPS)
+    prepared = launch.DeviceProblem(given)
+    prepared.take_minima_out()
+    wanted = reference._minima(given.left.to(a.dtype), a, b)
+    assert prepared.shift is not None and all(map(torch.equal, prepared.shift, wanted))
+    small = triton.solve(Problem(*(given.left[..., :9], None, a, b[:, :9]), EPS), 1, 0.0).shift
+    wanted = reference._minima(given.left[..., :9].to(a.dtype), a, b[:, :9])
+    assert small is not None and all(map(torch.equal, small, wanted))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
 def test_half_precision_is_read_as_it_is(kind: str, dtype: torch.dtype) -> None:
@@ -197,8 +251,8 @@ def test_half_precision_is_read_as_it_is(kind: str, dtype: torch.dtype) -> None:
     left, right = left.to(dtype), None if right is None else right.to(dtype)
     check_solve((left, right, a, b), EPS, 4)
     given = Problem(left, right, a, b, EPS)
-    f, g, *_ = triton.solve(given, 20, 0.0)
-    got, _ = triton.implicit_gradient(given, f, g, Upstream(upstream(a, b).cost), True, True)
+    f, g, *_, shift = triton.solve(given, 20, 0.0)
+    got, _ = triton.implicit_gradient(given, f, g, Upstream(upstream(a, b).cost), True, True, shift=shift)
     assert got[0].dtype == dtype and got[0].isfinite().all()
 
 
@@ -251,10 +305,10 @@ def test_what_is_not_finite_shows(regime: str, kind: str, bad: float) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_problems(regime: str, kind: str) -> None:
     given = tuple(None if t is None else t[:0] for t in problem(kind, 3, 4, torch.float32))
-    f, g, sharp, _, n_iter, *_ = triton.solve(Problem(*given, EPS), 5, 0.0)
+    f, g, sharp, _, n_iter, _, shift = triton.solve(Problem(*given, EPS), 5, 0.0)
     assert f.shape == (0, 3) and g.shape == (0, 4) and n_iter.dtype == torch.int64
     prepared, up = Problem(*given, EPS), Upstream(sharp)
-    assert triton.implicit_gradient(prepared, f, g, up, True, True)[0].left.shape == given[0].shape
+    assert triton.implicit_gradient(prepared, f, g, up, True, True, shift=shift)[0].left.shape == given[0].shape
     assert triton.unrolled_gradient(prepared, n_iter, up, True, 0).left.shape == given[0].shape
 
 
@@ -311,6 +365,43 @@ def test_groups_of_problems_bound_the_stored_cost(
     want = [torch.cat(parts) for parts in zip(*(run(slice(k, k + 1)) for k in range(5)), strict=True)]
     for one, other in zip(got, want, strict=True):
         close(one.double(), other.double(), slack(dtype, room=300.0))
+
+
+def everything(given: Given) -> list[Tensor]:
+    """A solution, and both gradients."""
+    problem, up = Problem(*given, EPS), upstream(given[2], given[3])
+    solution = triton.solve(problem, 6, 0.0)
+    f, g, *_, n_iter, _, shift = solution
+    implicit, residual = triton.implicit_gradient(problem, f, g, up, True, True, shift=shift)
+    unrolled = triton.unrolled_gradient(problem, n_iter, Upstream(up.cost, up.value), True, 6)
+    return [*solution[:6], *(shift or ()), *implicit, residual, *unrolled]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_is_read_before_it_is_written(regime: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = problem(kind, 17, 19, torch.float32)
+    torch.manual_seed(1)
+    want = everything(given)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)  # new memory is filled with NaN and with the largest integers
+    try:
+        assert torch.empty(3).isnan().all()
+        torch.manual_seed(1)
+        got = everything(given)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(map(torch.equal, got, want)) and all(x.isfinite().all() for x in got)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_layout_of_inputs_does_not_matter(regime: str, kind: str) -> None:
+    given = [None if t is None else t[:1].expand(2, *t.shape[1:]) for t in problem(kind, 6, 9, torch.float32)]
+    strange = [t if t is None or t.dim() < 3 else t.mT.contiguous().mT for t in given]
+    results = []
+    for inputs in (strange, [None if t is None else t.contiguous() for t in given]):
+        torch.manual_seed(1)
+        results.append(everything(tuple(inputs)))
+    assert all(map(torch.equal, *results))
 
 
 def test_a_batch_is_divided_evenly_and_the_largest_problem_is_not_stored() -> None:

@@ -30,6 +30,13 @@ modules beside it, only when one of them is called.
 ``launch``     a problem's views and how kernels are launched; ``solver`` and ``gradient`` order the launches
 =============  ======================================================================================================
 
+Where new parts belong. Other iterations than the plain ones, such as those of ``quasi_newton.py``, stand beside
+``_medium`` and ``_large`` in ``solver``: a sweep is ``DeviceProblem.half_step`` of both views, the rest is vectors. They
+decide on the device, because one look from the host costs as much as many iterations. Unbalanced mass changes the
+half-steps (``stream_step``, and the scalings of ``small`` and ``rows``) and the diagonal of the adjoint system. Another
+cost of features is another branch of ``cost_tile`` and another ``product``, with its way back in ``contract`` and
+``features``.
+
 Each module states its equations and its roofline: operations per unit at the sustained rates of one H100 (A100):
 495 (156) TFLOP/s of dense TF32, 132 (108) multiprocessors at 1.7 (1.4) GHz with 128 (64) float32 instructions and 16
 exponentials per clock, 3.35 (1.55) TB/s of memory. These are predictions: nothing here has run on a GPU yet.
@@ -158,7 +165,9 @@ def solve(
 ) -> Solution:
     """The solution after ``max_iter`` iterations or at an L1 error below ``tol``.
 
-    The cost of features is written to ``kept (B, n, m)``. Iterations are the plain ones, ``accelerate`` is not used.
+    The minima of rows and columns are taken out of a dense cost first; ``solver.solve`` says what that and the rest
+    cost. The cost of features is written to ``kept (B, n, m)``. Iterations are the plain ones, ``accelerate`` is not
+    used.
     """
     with _on(problem.left):
         parts = []
@@ -181,14 +190,15 @@ def implicit_gradient(
 ) -> tuple[Gradients, Tensor]:
     """Gradients of the converged problem and the residual of its adjoint system.
 
-    ``kept`` is what ``solve`` wrote there. ``shift`` is not used: ``solve`` takes nothing out of the cost.
+    ``kept`` is what ``solve`` wrote there, ``shift`` that of its solution.
     """
     with _on(problem.left):
         parts, residuals = [], []
         for part, group, made in _groups(problem, kept):
             from otloss.backends.triton import gradient, launch
 
-            prepared = launch.DeviceProblem(group, made, made=made is not None)
+            taken = shift if shift is None or problem.right is not None else Shift(*(x[part] for x in shift))
+            prepared = launch.DeviceProblem(group, made, made is not None, taken)
             gradients, residual = gradient.implicit_gradient(
                 prepared, f[part], g[part], _part(upstream, part), adjoint, need_cost
             )

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 
-def jit(do_not_specialize=()):
+def jit(do_not_specialize=(), do_not_specialize_on_alignment=()):
     """``triton.jit``; a scalar that is annotated ``tl.float64`` stays float64.
 
     Triton 3.3 ignores that annotation and passes a Python float in 32 bits. It reads the type of a scalar from the
@@ -20,7 +20,11 @@ def jit(do_not_specialize=()):
     """
 
     def decorate(function):
-        kernel = triton.jit(function, do_not_specialize=list(do_not_specialize))
+        kernel = triton.jit(
+            function,
+            do_not_specialize=list(do_not_specialize),
+            do_not_specialize_on_alignment=list(do_not_specialize_on_alignment),
+        )
         for parameter in getattr(kernel, "params", ()):  # the interpreter's kernels have none, and keep 64 bits
             if function.__annotations__.get(parameter.name) is tl.float64:
                 parameter.__dict__["annotation_type"] = "fp64"

@@ -56,8 +56,8 @@ def unrolled_tile(
 
 @triton.jit
 def gradient_tile(
-    left, right, i, j, f, g, a, b, u, v, q_i, q_j, w, w_value, n_iter, p, count, n, m, d, si, sj, eps,
-    SWAPPED: tl.constexpr, I: tl.constexpr, J: tl.constexpr, K: tl.constexpr, DTYPE: tl.constexpr,
+    left, right, min_i, min_j, i, j, f, g, a, b, u, v, q_i, q_j, w, w_value, n_iter, p, count, n, m, d, si, sj,
+    eps, SWAPPED: tl.constexpr, I: tl.constexpr, J: tl.constexpr, K: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """dC of rows ``i`` and columns ``j`` of problem ``p``; 0 in the padding.
 
@@ -65,7 +65,7 @@ def gradient_tile(
     """
     inv = base2(eps, DTYPE)
     eps = tl.full([], eps, DTYPE)
-    cost = cost_tile(left, right, i, j, n, m, d, si, sj, I, J, K, DTYPE)
+    cost = cost_tile(left, right, min_i, min_j, i, j, n, m, d, si, sj, I, J, K, DTYPE)
     at_i, at_j = p * n, p * m
     ai, bj = vector(a + at_i, i, n, DTYPE), vector(b + at_j, j, m, DTYPE)
     sharp, value = tl.load(w + p), tl.load(w_value + p)
@@ -90,9 +90,9 @@ def gradient_tile(
     return tl.where((i < n)[:, None] & (j < m)[None, :], grad, 0.0)
 
 
-@jit(do_not_specialize=["count"])
+@jit(do_not_specialize=["count", "n"])
 def contract_dense(
-    left, out, f, g, a, b, u, v, q_i, q_j, w, w_value, n_iter, count, n, m, eps: tl.float64,
+    left, min_i, min_j, out, f, g, a, b, u, v, q_i, q_j, w, w_value, n_iter, count, n, m, eps: tl.float64,
     I: tl.constexpr, J: tl.constexpr,
 ):  # fmt: skip
     """out = dC of a dense cost; grid: problems x blocks of I rows x blocks of J columns."""
@@ -100,9 +100,12 @@ def contract_dense(
     p = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1).to(tl.int64) * I + tl.arange(0, I)
     j = tl.program_id(2).to(tl.int64) * J + tl.arange(0, J)
+    if min_i is not None:
+        min_i += p * n
+        min_j += p * m
     grad = gradient_tile(
-        left + p * n * m, None, i, j, f, g, a, b, u, v, q_i, q_j, w, w_value, n_iter, p, count, n, m, 0, m, 1, eps,
-        False, I, J, 16, DTYPE,
+        left + p * n * m, None, min_i, min_j, i, j, f, g, a, b, u, v, q_i, q_j, w, w_value, n_iter, p, count, n, m, 0,
+        m, 1, eps, False, I, J, 16, DTYPE,
     )  # fmt: skip
     at = p * n * m + i[:, None] * m + j[None, :]
     tl.store(out + at, grad.to(out.dtype.element_ty), mask=(i < n)[:, None] & (j < m)[None, :])
@@ -124,8 +127,8 @@ def contract_features(
     for start in range(0, m, J):
         j = start + tl.arange(0, J).to(tl.int64)
         grad = gradient_tile(
-            left, right, i, j, f, g, a, b, u, v, q_i, q_j, w, w_value, n_iter, p, count, n, m, d, 0, 0, eps,
-            SWAPPED, I, J, K, DTYPE,
+            left, right, None, None, i, j, f, g, a, b, u, v, q_i, q_j, w, w_value, n_iter, p, count, n, m, d, 0, 0,
+            eps, SWAPPED, I, J, K, DTYPE,
         )  # fmt: skip
         at = j[:, None] * d + k[None, :]
         y = tl.load(right + at, mask=(j < m)[:, None] & (k < d)[None, :], other=0.0)

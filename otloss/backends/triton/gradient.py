@@ -24,11 +24,12 @@ def implicit_gradient(
 ) -> tuple[Gradients, Tensor]:
     """Gradients of left, right, a, b, and the relative residual of the adjoint system."""
     w, w_value = problem.scalars(upstream.cost), problem.scalars(upstream.value)
-    f, g = f.contiguous(), g.contiguous()
+    f, g, shift = f.contiguous(), g.contiguous(), problem.shift
+    whole_f, whole_g = (f, g) if shift is None else (f + shift.rows, g + shift.columns)
     row: Side = (f, problem.a, None, None)
     column: Side = (g, problem.b, None, None)
     direct, residual = w_value.unsqueeze(-1), problem.zeros(problem.count)
-    grad_a, grad_b = direct * f, direct * g
+    grad_a, grad_b = direct * whole_f, direct * whole_g
     if use_adjoint:
         p = torch.zeros_like(f) if upstream.f is None else upstream.f.contiguous()
         q = torch.zeros_like(g) if upstream.g is None else upstream.g.contiguous()
@@ -38,7 +39,7 @@ def implicit_gradient(
             u, v, by_p, by_q, residual = _multipliers(problem, f, g, w, p, q, with_g=upstream.g is not None)
         row, column = (f, problem.a, u, by_p), (g, problem.b, v, by_q)
         sharp = w.unsqueeze(-1)
-        grad_a, grad_b = grad_a + u + sharp * f, grad_b + v + sharp * g
+        grad_a, grad_b = grad_a + u + sharp * whole_f, grad_b + v + sharp * whole_g
     left, right = problem.empty(0), problem.empty(0)
     if need_cost:
         left, right = _contract(problem, row, column, w, w_value, None)
@@ -53,7 +54,7 @@ def _small_multipliers(
     h, residual = torch.empty_like(g), torch.empty_like(w)
     tile = config.small(problem.n, problem.m, problem.double)
     launch(
-        small.adjoint_small, (problem.count,), problem.cost, problem.a, problem.b, f, g, w, p, q,
+        small.adjoint_small, (problem.count,), problem.cost, *problem.rows[2:4], problem.a, problem.b, f, g, w, p, q,
         u, v, by_p, by_q, h, residual, problem.n, problem.m, problem.eps,
         N=tile.rows, M=tile.cols, J=16, tile=tile,
     )  # fmt: skip
@@ -136,7 +137,7 @@ def _conjugate_gradients(
     def step() -> None:
         if problem.regime == "medium":
             launch(
-                rows.normal_rows, (count, parts), problem.cost, f, g, alpha, weight, share,
+                rows.normal_rows, (count, parts), problem.cost, *problem.rows[2:4], f, g, alpha, weight, share,
                 running, count, tiles, n, m, problem.eps, I=tile.rows, M=tile.cols, tile=tile,
             )  # fmt: skip
         else:
@@ -185,8 +186,8 @@ def _contract_dense(
     tile, _ = config.contract(problem.n, problem.m, 0, problem.double)
     grid = (problem.count, -(-problem.n // tile.rows), -(-problem.m // tile.cols))
     launch(
-        contract.contract_dense, grid, cost, out, *_sides(row, column), w, w_value, n_iter, problem.count,
-        problem.n, problem.m, problem.eps, I=tile.rows, J=tile.cols, tile=tile,
+        contract.contract_dense, grid, cost, *problem.rows[2:4], out, *_sides(row, column), w, w_value, n_iter,
+        problem.count, problem.n, problem.m, problem.eps, I=tile.rows, J=tile.cols, tile=tile,
     )  # fmt: skip
     return out
 
@@ -271,7 +272,7 @@ def _reverse(
     tile = config.stream(view.n, view.m, view.d, problem.double)
     launch(
         stream.unroll_step, (problem.count, -(-view.n // tile.rows)),
-        view.left, view.right, f, g, mass, multiplier, out, grad, n_iter, step, *view[2:], problem.eps,
+        *view[:4], f, g, mass, multiplier, out, grad, n_iter, step, *view[4:], problem.eps,
         I=tile.rows, J=tile.cols, K=tile.depth,
         tile=tile,
     )  # fmt: skip

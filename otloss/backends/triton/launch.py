@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from otloss.backends.protocol import Problem
+from otloss.backends.protocol import Problem, Shift
 from otloss.backends.triton import config, features, product, stream
 
 MOST_BLOCKS = 65535  # of a grid's second and third dimension
@@ -21,6 +21,8 @@ class View(NamedTuple):
 
     left: Tensor
     right: Tensor | None
+    min_i: Tensor | None
+    min_j: Tensor | None
     n: int
     m: int
     d: int
@@ -48,9 +50,12 @@ class DeviceProblem:
 
     The cost of features is stored in ``cost``, or in ``kept`` if that is given, which holds it already if it is
     ``made``. ``cost`` is None where it would be too large (``config.STORED_BYTES``): then both views are of features.
+    The views are of the cost less ``shift``, if one is given or taken out.
     """
 
-    def __init__(self, problem: Problem, kept: Tensor | None = None, made: bool = False) -> None:
+    def __init__(
+        self, problem: Problem, kept: Tensor | None = None, made: bool = False, shift: Shift | None = None
+    ) -> None:
         left, right, a, b, eps = problem
         if a.dtype not in (torch.float32, torch.float64) or b.dtype != a.dtype:
             raise TypeError(
@@ -67,16 +72,38 @@ class DeviceProblem:
             self.y, self.y_inverse = self._unit_rows(self.right)
             if not made and (kept is not None or config.groups(1, self.n, self.m, self.double)):
                 self.cost = self.product(self.x, self.y.mT, 1.0, kept)
-        if self.cost is None:
-            self.rows = View(self.x, self.y, self.n, self.m, self.d, 0, 0)
-            self.columns = View(self.y, self.x, self.m, self.n, self.d, 0, 0)
-        else:
-            self.rows = View(self.cost, None, self.n, self.m, 0, self.m, 1)
-            self.columns = View(self.cost, None, self.m, self.n, 0, 1, self.m)
+        self._set_views(shift)
         self.regime = "large" if self.cost is None else config.regime(self.n, self.m, self.double)
         if os.environ.get("OTLOSS_TRITON_AUTOTUNE") == "1" and self.count:
             for view in (self.rows, self.columns):
                 self._tune(view, timed)
+
+    def _set_views(self, shift: Shift | None) -> None:
+        self.shift = None if shift is None else Shift(shift.rows.contiguous(), shift.columns.contiguous())
+        by_rows, by_columns = self.shift or (None, None)
+        if self.cost is None:
+            self.rows = View(self.x, self.y, None, None, self.n, self.m, self.d, 0, 0)
+            self.columns = View(self.y, self.x, None, None, self.m, self.n, self.d, 0, 0)
+        else:
+            self.rows = View(self.cost, None, by_rows, by_columns, self.n, self.m, 0, self.m, 1)
+            self.columns = View(self.cost, None, by_columns, by_rows, self.m, self.n, 0, 1, self.m)
+
+    def take_minima_out(self) -> None:
+        """Take the minima of rows, then of columns, out of a dense cost: two launches, each reads the cost once."""
+        if self.right is None:
+            by_rows = self._minima(self.rows, None, self.b)
+            self._set_views(Shift(by_rows, self._minima(self.columns, by_rows, self.a)))
+
+    def _minima(self, view: View, min_j: Tensor | None, mass: Tensor) -> Tensor:
+        tile = config.stream(view.n, view.m, 0, self.double)
+        splits = self.split(view, tile)
+        part = self.empty(splits, self.count, view.n)
+        launch(
+            stream.minima, (self.count, -(-view.n // tile.rows), splits),
+            view.left, min_j, mass, part, self.count, view.n, view.m, view.si, view.sj, splits,
+            I=tile.rows, J=tile.cols, tile=tile,
+        )  # fmt: skip
+        return part[0] if splits == 1 else part.amin(0)
 
     def _tune(self, view: View, timer: Callable[[Callable[[], None]], float]) -> None:
         """Remember the fastest tile of a half-step, unless its bucket is known or the caller captures a graph."""
@@ -157,7 +184,7 @@ class DeviceProblem:
         tile = config.stream(view.n, view.m, view.d, self.double)
         launch(
             stream.half_step, (self.count, -(-view.n // tile.rows), splits),
-            view.left, view.right, g, mass, out, gate, least, self.count, *view[2:], self.eps, splits,
+            *view[:4], g, mass, out, gate, least, self.count, *view[4:], self.eps, splits,
             I=tile.rows, J=tile.cols, K=tile.depth, tile=tile,
         )  # fmt: skip
 
@@ -186,8 +213,8 @@ class DeviceProblem:
         tile = config.stream(view.n, view.m, view.d, self.double)
         launch(
             stream.sums, (self.count, -(-view.n // tile.rows), splits),
-            view.left, view.right, f, g, alpha, scale, parts, beta, gamma, out, gate, self.count, *view[2:], self.eps,
-            splits, REDUCED=reduced, I=tile.rows, J=tile.cols, K=tile.depth,
+            *view[:4], f, g, alpha, scale, parts, beta, gamma, out, gate, self.count, *view[4:], self.eps, splits,
+            REDUCED=reduced, I=tile.rows, J=tile.cols, K=tile.depth,
             tile=tile,
         )  # fmt: skip
 

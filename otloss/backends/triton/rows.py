@@ -67,10 +67,10 @@ def accumulate(own, j, part, m, more):
     tl.store(own + j, part + tl.load(own + j, mask=(j < m) & more, other=0.0), mask=j < m)
 
 
-@jit(do_not_specialize=["count", "blocks", "tiles", "max_iter"])
+@jit(do_not_specialize=["count", "blocks", "tiles", "n", "max_iter"])
 def iterate_rows(
-    cost, a, b, f, g, share, missed, state, count, blocks, tiles, n, m, eps: tl.float64, tol: tl.float64,
-    max_iter, I: tl.constexpr, M: tl.constexpr,
+    cost, min_i, min_j, a, b, f, g, share, missed, state, count, blocks, tiles, n, m, eps: tl.float64,
+    tol: tl.float64, max_iter, I: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     """One iteration; grid: problems x ``blocks`` of ``tiles`` times I rows.
 
@@ -91,12 +91,16 @@ def iterate_rows(
         return
     ready, fresh = (launches + 1) % 2, launches % 2  # copies to read and to write
     every = tl.arange(0, 1024 // I)
-    error = tl.sum(tl.load(missed + (ready * count + p) * blocks + every, mask=every < blocks, other=0.0), 0)
+    known = (every < blocks) & (done > 0)  # nothing is there before the first pass
+    error = tl.sum(tl.load(missed + (ready * count + p) * blocks + every, mask=known, other=0.0), 0)
     if (todo == LINEAR) & (done > 0) & ((error >= tol) == 0):  # NaN stops
         tl.store(state, STOPPED)
         return
 
     cost += p * n * m
+    if min_i is not None:
+        min_i += p * n
+        min_j += p * m
     a += p * n
     b += p * m
     first = block * tiles * I
@@ -121,7 +125,7 @@ def iterate_rows(
         f += ((done + 1) % 2 * count + p) * n
         for start in range(0, m, 64):
             c = start + tl.arange(0, 64)
-            part = column_step(cost, c, f, a, n, m, first, last, inv, 64, 32)
+            part = column_step(cost, min_i, min_j, c, f, a, n, m, first, last, inv, 64, 32)
             tl.store(own + c, part, mask=c < m)
         tl.store(state, LOG)
     else:
@@ -139,7 +143,7 @@ def iterate_rows(
             off = tl.zeros([], DTYPE)
             for start in range(first, last, I):
                 i = start + tl.arange(0, I)
-                scaled = stored_tile(cost, i, j, n, m, DTYPE) * inv
+                scaled = stored_tile(cost, min_i, min_j, i, j, n, m, DTYPE) * inv
                 column = vector(g, j, m, DTYPE) * inv + log2_mass(vector(b, j, m, DTYPE))
                 exponent = column[None, :] - scaled
                 top = tl.max(exponent, 1)
@@ -156,9 +160,10 @@ def iterate_rows(
             tl.store(missed + (fresh * count + p) * blocks + block, off)
 
 
-@jit(do_not_specialize=["count", "tiles"])
+@jit(do_not_specialize=["count", "tiles", "n"])
 def normal_rows(
-    cost, f, g, alpha, scale, share, running, count, tiles, n, m, eps: tl.float64, I: tl.constexpr, M: tl.constexpr,
+    cost, min_i, min_j, f, g, alpha, scale, share, running, count, tiles, n, m, eps: tl.float64,
+    I: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     """The share of a block of rows of sum_i k_ij scale_i (sum_j' k_ij' alpha_j'); grid: problems x blocks."""
     DTYPE: tl.constexpr = f.dtype.element_ty
@@ -166,13 +171,16 @@ def normal_rows(
     if tl.load(running + p) == 0:
         return
     cost += p * n * m
+    if min_i is not None:
+        min_i += p * n
+        min_j += p * m
     block = tl.program_id(1)
     first = block * tiles * I
     j = tl.arange(0, M)
     own = share + (block.to(tl.int64) * count + p) * m
     for start in range(first, tl.minimum(first + tiles * I, n), I):
         i = start + tl.arange(0, I)
-        tile = stored_tile(cost, i, j, n, m, DTYPE)
+        tile = stored_tile(cost, min_i, min_j, i, j, n, m, DTYPE)
         k = kernel_tile(tile, vector(f + p * n, i, n, DTYPE), vector(g + p * m, j, m, DTYPE), base2(eps, DTYPE))
         x = vector(alpha + p * m, j, m, DTYPE)
         product = tl.sum(k * x[None, :], 1) * vector(scale + p * n, i, n, DTYPE)

@@ -12,10 +12,13 @@ before. f and g wait in memory, because registers hold one tile and a few vector
 Adjoint. The row-normalised kernel stays in registers. A step of conjugate gradients (``adjoint.py`` has the equations)
 takes one product with it and one with its transpose, and no exponential.
 
+The minima of rows and columns are taken out of a dense cost wherever it is read (``tiles.py``); the same launch finds
+them first.
+
 Roofline, padded to N x M = 64 x 64 (49 tokens): an iteration is two operations per entry at 128 per clock and
 multiprocessor, 64 clocks, and two reductions with a latency of about 200 clocks. 50 iterations are 13k clocks, 8 us at
 1.7 GHz (H100) or 10 us at 1.4 GHz (A100), for as many problems as there are multiprocessors. Bytes: the cost once for
-each iteration in the log-domain and twice more, from the second-level cache. Launches: one.
+each iteration in the log-domain and twice more (a dense one three times), from the second-level cache. Launches: one.
 """
 
 # mypy: ignore-errors
@@ -39,12 +42,12 @@ from otloss.backends.triton.tiles import (
 SCALED = tl.constexpr(64)
 
 
-@jit(do_not_specialize=["max_iter"])
+@jit(do_not_specialize=["n", "max_iter"])
 def solve_small(
-    cost, a, b, f_out, g_out, cost_out, value_out, n_iter_out, error_out, n, m, eps: tl.float64, tol: tl.float64,
-    max_iter, N: tl.constexpr, M: tl.constexpr, J: tl.constexpr,
+    cost, min_i, min_j, a, b, f_out, g_out, cost_out, value_out, n_iter_out, error_out, n, m, eps: tl.float64,
+    tol: tl.float64, max_iter, N: tl.constexpr, M: tl.constexpr, J: tl.constexpr,
 ):  # fmt: skip
-    """All iterations and all outputs of one problem; grid: problems."""
+    """All iterations and all outputs of one problem, the minima taken out of its cost too; grid: problems."""
     DTYPE: tl.constexpr = a.dtype.element_ty
     SAFE: tl.constexpr = 1e40 if tl.float64 == DTYPE else 1e8
     p = tl.program_id(0).to(tl.int64)
@@ -64,9 +67,19 @@ def solve_small(
     f_out += p * n
     g_out += p * m
     tl.store(f_out + i, tl.zeros([N], DTYPE), mask=i < n)
-    tl.store(g_out + j, tl.zeros([M], DTYPE), mask=j < m)
+    if min_i is None:
+        tl.store(g_out + j, tl.zeros([M], DTYPE), mask=j < m)
+    else:
+        min_i += p * n
+        min_j += p * m
+        whole = stored_tile(cost, None, None, i, j, n, m, DTYPE)
+        least = tl.min(tl.where((mass_b > 0.0)[None, :], whole, float("inf")), 1)
+        tl.store(min_i + i, least, mask=i < n)
+        least_j = tl.min(tl.where((mass_a > 0.0)[:, None], whole - least[:, None], float("inf")), 0)
+        tl.store(min_j + j, least_j, mask=j < m)
+        tl.store(g_out + j, -least_j, mask=j < m)  # potentials 0 of the cost as given
+    tl.debug_barrier()
     phi, psi = tl.full([N], 1.0, DTYPE), tl.full([M], 1.0, DTYPE)
-    error = tl.zeros([], DTYPE)
     n_iter = 0
     go = n_iter < max_iter
     while go:  # an iteration in the log-domain: the first, and from the state before a scaling that was not safe
@@ -74,13 +87,13 @@ def solve_small(
         tl.debug_barrier()  # several warps may hold an entry: all have read it before one stores
         tl.store(g_out + j, g, mask=j < m)
         tl.debug_barrier()
-        f = row_step(cost, i, g_out, b, n, m, inv, N, J)
+        f = row_step(cost, min_i, min_j, i, g_out, b, n, m, inv, N, J)
         tl.store(f_out + i, f, mask=i < n)
         tl.debug_barrier()
-        g = column_step(cost, j, f_out, a, n, m, 0, n, inv, M, J)
+        g = column_step(cost, min_i, min_j, j, f_out, a, n, m, 0, n, inv, M, J)
         tl.store(g_out + j, g, mask=j < m)
         tl.debug_barrier()
-        k = kernel_tile(stored_tile(cost, i, j, n, m, DTYPE), f, g, inv)
+        k = kernel_tile(stored_tile(cost, min_i, min_j, i, j, n, m, DTYPE), f, g, inv)
         phi, psi = tl.full([N], 1.0, DTYPE), tl.full([M], 1.0, DTYPE)
         n_iter += 1
         safe = True
@@ -107,32 +120,46 @@ def solve_small(
     tl.store(g_out + j, g, mask=j < m)
     tl.debug_barrier()
     if tl.min(tl.where(i < n, mass_a, 1.0), 0) == 0.0:  # without mass: from the final potentials of the others
-        f = tl.where(mass_a > 0.0, f, row_step(cost, i, g_out, b, n, m, inv, N, J))
+        f = tl.where(mass_a > 0.0, f, row_step(cost, min_i, min_j, i, g_out, b, n, m, inv, N, J))
         tl.store(f_out + i, f, mask=i < n)
         tl.debug_barrier()
     if tl.min(tl.where(j < m, mass_b, 1.0), 0) == 0.0:
-        g = tl.where(mass_b > 0.0, g, column_step(cost, j, f_out, a, n, m, 0, n, inv, M, J))
+        g = tl.where(mass_b > 0.0, g, column_step(cost, min_i, min_j, j, f_out, a, n, m, 0, n, inv, M, J))
     shift = (tl.sum(mass_b * g, 0) - tl.sum(mass_a * f, 0)) * 0.5
     f, g = f + shift, g - shift
     tl.debug_barrier()
     tl.store(f_out + i, f, mask=i < n)
     tl.store(g_out + j, g, mask=j < m)
     tl.debug_barrier()
-    row, by_cost, by_g = tl.zeros([N], DTYPE), tl.zeros([N], DTYPE), tl.zeros([N], DTYPE)
+    row, by_cost = tl.zeros([N], DTYPE), tl.zeros([N], DTYPE)
+    missed, by_g, taken = tl.zeros([J], DTYPE), tl.zeros([J], DTYPE), tl.zeros([J], DTYPE)
     for start in range(0, m, J):
         c = start + tl.arange(0, J)
-        tile = stored_tile(cost, i, c, n, m, DTYPE)
+        tile = stored_tile(cost, min_i, min_j, i, c, n, m, DTYPE)
         gc = vector(g_out, c, m, DTYPE)
         mass = vector(b, c, m, DTYPE)
-        share = kernel_tile(tile, f, gc, inv) * tl.where(is_live(mass), mass, 0.0)[None, :]
+        live = is_live(mass)
+        mass = tl.where(live, mass, 0.0)
+        k = kernel_tile(tile, f, gc, inv)
+        share = k * mass[None, :]
         row += tl.sum(share, 1)
         by_cost += tl.sum(share * tile, 1)
-        by_g += tl.sum(share * gc[None, :], 1)
-    total = known(f * row + by_g, mass_a > 0.0)
-    value = tl.sum(mass_a * total, 0) - tl.full([], eps, DTYPE) * (tl.sum(mass_a * row, 0) - 1.0)
-    tl.store(cost_out + p, tl.sum(mass_a * known(by_cost, mass_a > 0.0), 0))
+        column = mass * tl.sum(k * mass_a[:, None], 0)
+        missed += tl.abs(column - mass)
+        by_g += known(column * gc, live)
+        if min_i is not None:
+            taken += known(column * vector(min_j, c, m, DTYPE), live)
+    row *= mass_a
+    total = tl.sum(known(row * f, mass_a > 0.0), 0) + tl.sum(by_g, 0)
+    value = total - tl.full([], eps, DTYPE) * (tl.sum(row, 0) - 1.0)
+    sharp = tl.sum(known(mass_a * by_cost, mass_a > 0.0), 0)
+    if min_i is not None:
+        both = tl.sum(known(row * vector(min_i, i, n, DTYPE), mass_a > 0.0), 0) + tl.sum(taken, 0)
+        sharp += both
+        value += both
+    tl.store(cost_out + p, sharp)
     tl.store(value_out + p, value)
-    tl.store(error_out + p, error)
+    tl.store(error_out + p, tl.sum(tl.abs(row - mass_a), 0) + tl.sum(missed, 0))
     tl.store(n_iter_out + p, n_iter.to(tl.int64))
 
 
@@ -142,10 +169,10 @@ def without(x, root, size):
     return x - tl.sum(x * root, 0) / size * root
 
 
-@jit()
+@jit(do_not_specialize=["n"])
 def adjoint_small(
-    cost, a, b, f, g, w, p_grad, q_grad, u_out, v_out, p_out, q_out, h_out, residual_out, n, m, eps: tl.float64,
-    N: tl.constexpr, M: tl.constexpr, J: tl.constexpr,
+    cost, min_i, min_j, a, b, f, g, w, p_grad, q_grad, u_out, v_out, p_out, q_out, h_out, residual_out, n, m,
+    eps: tl.float64, N: tl.constexpr, M: tl.constexpr, J: tl.constexpr,
 ):  # fmt: skip
     """Multipliers U, V and the weights p/rho, q/sigma of one problem; grid: problems."""
     DTYPE: tl.constexpr = a.dtype.element_ty
@@ -166,13 +193,16 @@ def adjoint_small(
 
     # Sums that hold C - f - g, a few columns at a time: registers have room for the one tile that stays.
     cost += prob * n * m
+    if min_i is not None:
+        min_i += prob * n
+        min_j += prob * m
     v_out += prob * m
     h_out += prob * m
     inv = base2(eps, DTYPE)
     rho, by_cost = tl.zeros([N], DTYPE), tl.zeros([N], DTYPE)
     for start in range(0, m, J):
         c = start + tl.arange(0, J)
-        tile = stored_tile(cost, i, c, n, m, DTYPE)
+        tile = stored_tile(cost, min_i, min_j, i, c, n, m, DTYPE)
         gc = vector(g + prob * m, c, m, DTYPE)
         mass = vector(b + prob * m, c, m, DTYPE)
         mass = tl.where(is_live(mass), mass, 0.0)
@@ -197,7 +227,7 @@ def adjoint_small(
     scale = tl.where(live_b, mass_b, tl.where(real_j, 1.0, 0.0))
     root = tl.where(live_b, tl.sqrt(sigma * scale), 0.0)
     rows = mass_a * rho
-    k = kernel_tile(stored_tile(cost, i, j, n, m, DTYPE), pf, pg, inv)
+    k = kernel_tile(stored_tile(cost, min_i, min_j, i, j, n, m, DTYPE), pf, pg, inv)
     k = tl.where(real_i[:, None] & real_j[None, :], k, 0.0)
     y = known((weight * by_cost - step_eps * tl.sum(k * of_g[None, :], 1)) * by_rho, live_a)
     h = known((h - tl.sum(k * (mass_a * y + by_p)[:, None], 0)) * scale, live_b)

@@ -5,16 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from otloss.backends.protocol import Solution
+from otloss.backends.protocol import Shift, Solution
 from otloss.backends.reference import known, live
 from otloss.backends.triton import config, rows, small, stream
 from otloss.backends.triton.launch import DeviceProblem, iterate, launch
 
 
 def solve(problem: DeviceProblem, max_iter: int, tol: float) -> Solution:
-    """All outputs of every problem."""
+    """All outputs of every problem.
+
+    Small problems take one launch. Others take those of their iterations, four for the outputs, and of a dense cost two
+    for the shift; each of these reads or makes the cost once.
+    """
     if problem.regime == "small":
         return _small(problem, max_iter, tol)
+    problem.take_minima_out()
     return _finish(problem, *(_medium if problem.regime == "medium" else _large)(problem, max_iter, tol))
 
 
@@ -23,27 +28,33 @@ def _small(problem: DeviceProblem, max_iter: int, tol: float) -> Solution:
     f, g = problem.empty(count, n), problem.empty(count, m)
     cost, value, error = (problem.empty(count) for _ in range(3))
     n_iter = problem.empty(count, dtype=torch.int64)
+    shift = Shift(torch.empty_like(f), torch.empty_like(g)) if problem.right is None else None
     tile = config.small(n, m, problem.double)
     launch(
-        small.solve_small, (count,), problem.cost, problem.a, problem.b, f, g, cost, value, n_iter, error,
-        n, m, problem.eps, tol, max_iter, N=tile.rows, M=tile.cols, J=16, tile=tile,
+        small.solve_small, (count,), problem.cost, *(shift or (None, None)), problem.a, problem.b, f, g, cost, value,
+        n_iter, error, n, m, problem.eps, tol, max_iter, N=tile.rows, M=tile.cols, J=16, tile=tile,
     )  # fmt: skip
-    return Solution(f, g, cost, value, n_iter, error)
+    return Solution(f, g, cost, value, n_iter, error, shift)
+
+
+def _first_g(problem: DeviceProblem) -> Tensor:
+    """Potentials 0 of the cost as it was given."""
+    return problem.zeros(problem.count, problem.m) if problem.shift is None else -problem.shift.columns
 
 
 def _medium(problem: DeviceProblem, max_iter: int, tol: float) -> tuple[Tensor, Tensor, Tensor]:
     """f, g and iterations; ``rows.py`` says what each buffer is for."""
     count, n, m = problem.count, problem.n, problem.m
     tile, blocks, tiles = problem.row_blocks()
-    f, g = problem.zeros(2, count, n), problem.zeros(count, blocks, m)
+    f, g = problem.zeros(2, count, n), _first_g(problem).unsqueeze(1).repeat(1, blocks, 1)
     share, missed = problem.empty(2, blocks, count, m), problem.empty(2, count, blocks)
     state = problem.zeros(count, blocks, 3, dtype=torch.int32)
     running = state[..., 0].fill_(rows.FIRST.value)
 
     def step() -> None:
         launch(
-            rows.iterate_rows, (count, blocks), problem.cost, problem.a, problem.b, f, g, share, missed, state,
-            count, blocks, tiles, n, m, problem.eps, tol, max_iter, I=tile.rows, M=tile.cols,
+            rows.iterate_rows, (count, blocks), problem.cost, *problem.rows[2:4], problem.a, problem.b, f, g, share,
+            missed, state, count, blocks, tiles, n, m, problem.eps, tol, max_iter, I=tile.rows, M=tile.cols,
             tile=tile,
         )  # fmt: skip
 
@@ -55,7 +66,7 @@ def _medium(problem: DeviceProblem, max_iter: int, tol: float) -> tuple[Tensor, 
 def _large(problem: DeviceProblem, max_iter: int, tol: float) -> tuple[Tensor, Tensor, Tensor]:
     """f, g and iterations."""
     count, n, m, eps = problem.count, problem.n, problem.m, problem.eps
-    f, g = problem.zeros(count, n), problem.zeros(count, m)
+    f, g = problem.zeros(count, n), _first_g(problem)
     n_iter = problem.zeros(count, dtype=torch.int64)
     running = torch.ones_like(n_iter, dtype=torch.int32)
     over_m = problem.split(problem.rows, config.stream(n, m, problem.d, problem.double))
@@ -82,14 +93,19 @@ def _large(problem: DeviceProblem, max_iter: int, tol: float) -> tuple[Tensor, T
 
 def _finish(problem: DeviceProblem, f: Tensor, g: Tensor, n_iter: Tensor) -> Solution:
     """Potentials where there is no mass, the gauge <a, f> = <b, g>, cost, value and error, as in the reference."""
-    a, b, eps = problem.a, problem.b, problem.eps
-    f_next = problem.potential(problem.rows, g, b)
-    drift = torch.where(live(a), (f - f_next) / eps, 0.0)
-    error = (a * (drift.exp() - 1).abs()).sum(-1)
-    f = torch.where(live(a), f, f_next)
-    g = torch.where(live(b), g, problem.potential(problem.columns, f, a))
-    shift = ((b * g).sum(-1) - (a * f).sum(-1)).unsqueeze(-1) / 2
-    f, g = f + shift, g - shift
-    row, by_cost, by_g = problem.sums(problem.rows, f, g, b, b, b * g)
-    value = (a * known(f * row + by_g, live(a))).sum(-1) - eps * ((a * row).sum(-1) - 1)
-    return Solution(f, g, (a * known(by_cost, live(a))).sum(-1), value, n_iter, error)
+    a, b, eps, shift = problem.a, problem.b, problem.eps, problem.shift
+    live_a, live_b = live(a), live(b)
+    f = torch.where(live_a, f, problem.potential(problem.rows, g, b))
+    g = torch.where(live_b, g, problem.potential(problem.columns, f, a))
+    constant = ((b * g).sum(-1) - (a * f).sum(-1)).unsqueeze(-1) / 2
+    f, g = f + constant, g - constant
+    by_row, by_cost = problem.sums(problem.rows, f, g, b, b)
+    (by_column,) = problem.sums(problem.columns, g, f, a)
+    row, column = a * by_row, b * by_column  # the marginals of the plan
+    error = (row - a).abs().sum(-1) + (column - b).abs().sum(-1)
+    cost = (a * known(by_cost, live_a)).sum(-1)
+    value = known(row * f, live_a).sum(-1) + known(column * g, live_b).sum(-1) - eps * (row.sum(-1) - 1)
+    if shift is not None:
+        taken = known(row * shift.rows, live_a).sum(-1) + known(column * shift.columns, live_b).sum(-1)
+        cost, value = cost + taken, value + taken
+    return Solution(f, g, cost, value, n_iter, error, shift)

@@ -1,7 +1,8 @@
 r"""Streaming passes: the large problems, and what every size needs once per call.
 
 ``half_step`` is one half-iteration in the log-domain. ``sums`` are weighted row sums of k. Both go through the cost
-tile by tile, stored or made anew from features. The columns are the rows of the exchanged view. With few rows the
+tile by tile, stored or made anew from features. ``minima`` reads a dense cost once for the minima of its rows, and once
+for those of its columns. The columns are the rows of the exchanged view. With few rows the
 columns are split over programs too. Whoever reads the parts adds them in a fixed order, without atomics, so that
 results are the same in every run.
 
@@ -34,9 +35,34 @@ from otloss.backends.triton.tiles import (
 )
 
 
-@jit(do_not_specialize=["least", "count", "splits"])
+@jit(do_not_specialize=["count", "splits"])
+def minima(left, min_j, mass, out, count, n, m, si, sj, splits, I: tl.constexpr, J: tl.constexpr):
+    """out[s, p, i] = min_j C_ij - min_j of a stored cost, over the columns with mass of split s; inf if there are none.
+
+    Without ``min_j`` nothing is subtracted. Grid: problems x blocks of I rows x splits. One read of the cost.
+    """
+    DTYPE: tl.constexpr = mass.dtype.element_ty
+    p = tl.program_id(0).to(tl.int64)
+    left += p * n * m
+    mass += p * m
+    i = tl.program_id(1).to(tl.int64) * I + tl.arange(0, I)
+    split = tl.program_id(2)
+    width = tl.cdiv(tl.cdiv(m, J), splits) * J
+    end = tl.minimum(split * width + width, m)
+    least = tl.full([I], float("inf"), DTYPE)
+    for start in range(split * width, end, J):
+        j = start + tl.arange(0, J).to(tl.int64)
+        cost = cost_tile(left, None, None, None, i, j, n, m, 0, si, sj, I, J, 16, DTYPE)
+        if min_j is not None:
+            cost -= vector(min_j + p * m, j, m, DTYPE)[None, :]
+        live = is_live(vector(mass, j, end, DTYPE))
+        least = tl.minimum(least, tl.min(tl.where(live[None, :], cost, float("inf")), 1))
+    tl.store(out + (split.to(tl.int64) * count + p) * n + i, least, mask=i < n)
+
+
+@jit(do_not_specialize=["least", "count", "splits"], do_not_specialize_on_alignment=["g", "out"])
 def half_step(
-    left, right, g, b, out, gate, least, count, n, m, d, si, sj, eps: tl.float64, splits,
+    left, right, min_i, min_j, g, b, out, gate, least, count, n, m, d, si, sj, eps: tl.float64, splits,
     I: tl.constexpr, J: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """out[s, p, i] = -eps log sum_j b_j exp((g_j - C_ij)/eps) over split s of the columns, where gate[p] >= least.
@@ -50,13 +76,17 @@ def half_step(
     left += p * n * (m if right is None else d)
     if right is not None:
         right += p * m * d
+    if min_i is not None:
+        min_i += p * n
+        min_j += p * m
     i = tl.program_id(1).to(tl.int64) * I + tl.arange(0, I)
     split = tl.program_id(2)
     width = tl.cdiv(tl.cdiv(m, J), splits) * J
     begin = split * width
     inv = base2(eps, g.dtype.element_ty)
     f = stream_step(
-        left, right, i, g + p * m, b + p * m, n, m, d, si, sj, begin, tl.minimum(begin + width, m), inv, I, J, K
+        left, right, min_i, min_j, i, g + p * m, b + p * m, n, m, d, si, sj, begin, tl.minimum(begin + width, m), inv,
+        I, J, K,
     )
     tl.store(out + (split.to(tl.int64) * count + p) * n + i, f, mask=i < n)
 
@@ -102,8 +132,8 @@ def commit(part, f, gate, count, n, eps: tl.float64, splits, I: tl.constexpr):
 
 @jit(do_not_specialize=["alpha_parts", "count", "splits"])
 def sums(
-    left, right, f, g, alpha, alpha_scale, alpha_parts, beta, gamma, out, gate, count, n, m, d, si, sj, eps: tl.float64,
-    splits, REDUCED: tl.constexpr, I: tl.constexpr, J: tl.constexpr, K: tl.constexpr,
+    left, right, min_i, min_j, f, g, alpha, alpha_scale, alpha_parts, beta, gamma, out, gate, count,
+    n, m, d, si, sj, eps: tl.float64, splits, REDUCED: tl.constexpr, I: tl.constexpr, J: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """sum_j k_ij alpha_j, sum_j k_ij C_ij beta_j (C - f - g if REDUCED) and sum_j k_ij gamma_j, of each split.
 
@@ -118,6 +148,9 @@ def sums(
     left += p * n * (m if right is None else d)
     if right is not None:
         right += p * m * d
+    if min_i is not None:
+        min_i += p * n
+        min_j += p * m
     i = tl.program_id(1).to(tl.int64) * I + tl.arange(0, I)
     split = tl.program_id(2)
     width = tl.cdiv(tl.cdiv(m, J), splits) * J
@@ -129,7 +162,7 @@ def sums(
     by_gamma = tl.zeros([I], DTYPE)
     for start in range(split * width, end, J):
         j = start + tl.arange(0, J).to(tl.int64)
-        cost = cost_tile(left, right, i, j, n, m, d, si, sj, I, J, K, DTYPE)
+        cost = cost_tile(left, right, min_i, min_j, i, j, n, m, d, si, sj, I, J, K, DTYPE)
         gj = vector(g + p * m, j, m, DTYPE)
         k = kernel_tile(cost, fi, gj, inv)
         weight = vector(alpha + p * m, j, end, DTYPE)
@@ -153,9 +186,9 @@ def sums(
         tl.store(out + (CHANNELS - 1) * tl.cast(count, tl.int64) * n + i, by_gamma, mask=i < n)
 
 
-@jit(do_not_specialize=["step"])
+@jit(do_not_specialize=["step"], do_not_specialize_on_alignment=["f", "g", "multiplier", "out"])
 def unroll_step(
-    left, right, f, g, a, multiplier, out, grad, n_iter, step, n, m, d, si, sj, eps: tl.float64,
+    left, right, min_i, min_j, f, g, a, multiplier, out, grad, n_iter, step, n, m, d, si, sj, eps: tl.float64,
     I: tl.constexpr, J: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """One half-iteration in reverse: with t_i = sum_j k_ij multiplier_j, out_i -= a_i t_i and grad_i -= eps t_i.
@@ -169,13 +202,16 @@ def unroll_step(
     left += p * n * (m if right is None else d)
     if right is not None:
         right += p * m * d
+    if min_i is not None:
+        min_i += p * n
+        min_j += p * m
     i = tl.program_id(1).to(tl.int64) * I + tl.arange(0, I)
     fi = vector(f + p * n, i, n, DTYPE)
     inv = base2(eps, DTYPE)
     total = tl.zeros([I], DTYPE)
     for start in range(0, m, J):
         j = start + tl.arange(0, J).to(tl.int64)
-        cost = cost_tile(left, right, i, j, n, m, d, si, sj, I, J, K, DTYPE)
+        cost = cost_tile(left, right, min_i, min_j, i, j, n, m, d, si, sj, I, J, K, DTYPE)
         k = kernel_tile(cost, fi, vector(g + p * m, j, m, DTYPE), inv)
         total += tl.sum(k * vector(multiplier + p * m, j, m, DTYPE)[None, :], 1)
     mass = vector(a + p * n, i, n, DTYPE)

@@ -1,8 +1,12 @@
 r"""What every kernel is made of: a tile of the cost, the scaled kernel on it, and a half-step in the log-domain.
 
-A *view* of a problem is (left, right, n, m, d, si, sj). For a dense cost, C_ij = left[i si + j sj] and ``right`` is
-None; for features, C_ij = 1 - <left_i, right_j> of unit rows (``features.py``). Seen from the columns it is the same
-view with left and right, n and m, si and sj exchanged, so that each kernel is written for rows alone.
+A *view* of a problem is (left, right, min_i, min_j, n, m, d, si, sj). For a stored cost, C_ij = left[i si + j sj] and
+``right`` is None; for features, C_ij = 1 - <left_i, right_j> of unit rows (``features.py``). Seen from the columns it
+is the same view with left and right, min_i and min_j, n and m, si and sj exchanged, so that each kernel is written for
+rows alone.
+
+``min_i`` and ``min_j`` are the minima of rows and columns, which are taken out of a dense cost wherever it is read;
+None where nothing is. That takes six float32 operations per entry, and no memory but the two vectors.
 
 Exponents are kept in base 2: with inv = log2(e)/eps, exp((f_i + g_j - C_ij)/eps) = 2^((f_i + g_j - C_ij) inv), one
 ``ex2`` instruction. A mass that does not exceed 1e-30 (1e-290 in float64) is no mass; padding has mass 0 too.
@@ -48,17 +52,30 @@ def vector(pointer, i, n, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def shifted(cost, by_row, by_column):
+    """A tile of cost less a constant of each row and column, rounded once: see ``shifted`` of the reference."""
+    rows, columns = by_row[:, None], by_column[None, :]
+    left = cost - rows
+    back = left - cost
+    return (left - columns) + ((cost - (left - back)) - (rows + back))
+
+
+@triton.jit
 def cost_tile(
-    left, right, i, j, n, m, d, si, sj, I: tl.constexpr, J: tl.constexpr, K: tl.constexpr,
+    left, right, min_i, min_j, i, j, n, m, d, si, sj, I: tl.constexpr, J: tl.constexpr, K: tl.constexpr,
     DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """C of rows ``i`` and columns ``j``; padding is finite and must be masked by its mass.
+    """C of rows ``i`` and columns ``j``, less the minima; padding is finite and must be masked by its mass.
 
     Offsets have the type of ``i`` and ``j``: 64 bits, twice the registers, only where a problem may have 2^31 entries.
     """
     if right is None:
         at = left + (i * si)[:, None] + (j * sj)[None, :]
-        return tl.load(at, mask=(i < n)[:, None] & (j < m)[None, :], other=0.0).to(DTYPE)
+        cost = tl.load(at, mask=(i < n)[:, None] & (j < m)[None, :], other=0.0).to(DTYPE)
+        if min_i is None:
+            return cost
+        else:
+            return shifted(cost, vector(min_i, i, n, DTYPE), vector(min_j, j, m, DTYPE))
     else:
         cosine = tl.zeros([I, J], DTYPE)
         for start in range(0, d, K):
@@ -81,7 +98,8 @@ def kernel_tile(cost, f, g, inv):
 
 @triton.jit
 def stream_step(
-    left, right, i, g, b, n, m, d, si, sj, begin, end, inv, I: tl.constexpr, J: tl.constexpr, K: tl.constexpr,
+    left, right, min_i, min_j, i, g, b, n, m, d, si, sj, begin, end, inv,
+    I: tl.constexpr, J: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """The half-step of rows ``i`` over the columns begin .. end - 1, tile by tile with a running maximum."""
     DTYPE: tl.constexpr = g.dtype.element_ty
@@ -89,7 +107,7 @@ def stream_step(
     total = tl.zeros([I], DTYPE)
     for start in range(begin, end, J):
         j = start + tl.arange(0, J).to(tl.int64)
-        cost = cost_tile(left, right, i, j, n, m, d, si, sj, I, J, K, DTYPE)
+        cost = cost_tile(left, right, min_i, min_j, i, j, n, m, d, si, sj, I, J, K, DTYPE)
         lb = tl.where(j < end, log2_mass(vector(b, j, m, DTYPE)), -float("inf"))
         exponent = (vector(g, j, m, DTYPE)[None, :] - cost) * inv + lb[None, :]
         peak = tl.maximum(top, tl.max(exponent, 1))
@@ -100,21 +118,21 @@ def stream_step(
 
 
 @triton.jit
-def stored_tile(cost, i, j, n, m, DTYPE: tl.constexpr):
-    """Rows ``i`` and columns ``j`` of a stored cost, 0 beyond it."""
-    return tl.load(cost + i[:, None] * m + j[None, :], mask=(i < n)[:, None] & (j < m)[None, :], other=0.0).to(DTYPE)
+def stored_tile(cost, min_i, min_j, i, j, n, m, DTYPE: tl.constexpr):
+    """Rows ``i`` and columns ``j`` of a stored cost less the minima, 0 beyond it."""
+    return cost_tile(cost, None, min_i, min_j, i, j, n, m, 0, m, 1, 1, 1, 1, DTYPE)
 
 
 @triton.jit
-def row_step(cost, i, g, b, n, m, inv, I: tl.constexpr, J: tl.constexpr):
+def row_step(cost, min_i, min_j, i, g, b, n, m, inv, I: tl.constexpr, J: tl.constexpr):
     """The half-step of rows ``i`` of a stored cost."""
-    return stream_step(cost, None, i, g, b, n, m, 0, m, 1, 0, m, inv, I, J, 16)
+    return stream_step(cost, None, min_i, min_j, i, g, b, n, m, 0, m, 1, 0, m, inv, I, J, 16)
 
 
 @triton.jit
-def column_step(cost, j, f, a, n, m, begin, end, inv, J: tl.constexpr, I: tl.constexpr):
+def column_step(cost, min_i, min_j, j, f, a, n, m, begin, end, inv, J: tl.constexpr, I: tl.constexpr):
     """The half-step of columns ``j`` over the rows begin .. end - 1 of a stored cost."""
-    return stream_step(cost, None, j, f, a, m, n, 0, 1, m, begin, end, inv, J, I, 16)
+    return stream_step(cost, None, min_j, min_i, j, f, a, m, n, 0, 1, m, begin, end, inv, J, I, 16)
 
 
 @triton.jit
