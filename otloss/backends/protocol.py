@@ -26,6 +26,16 @@ class Problem(NamedTuple):
     b: Tensor
     """Masses ``(B, m)`` of total 1."""
     eps: float
+    rho_a: Tensor | None = None
+    """Strength ``(B,)`` of the penalty on the marginal a; None makes it a constraint. With a penalty on either marginal
+    the masses have any total."""
+    rho_b: Tensor | None = None
+    """Likewise of the marginal b."""
+
+    @property
+    def relaxed(self) -> bool:
+        """Whether a marginal has a penalty in place of a constraint."""
+        return self.rho_a is not None or self.rho_b is not None
 
 
 class Shift(NamedTuple):
@@ -82,6 +92,9 @@ class Gradients(NamedTuple):
     """By y; empty for a dense cost, and where it was not asked for."""
     a: Tensor
     b: Tensor
+    rho_a: Tensor | None = None
+    """By the penalties of a relaxed problem."""
+    rho_b: Tensor | None = None
 
 
 class Backend(Protocol):
