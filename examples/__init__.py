@@ -1,1 +1,1 @@
-"""Worked examples; each folder is one, run as ``python -m examples.<name>``."""
+"""Worked examples: a folder is a whole method, a file a recipe; each is run as ``python -m examples.<name>``."""

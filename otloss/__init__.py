@@ -2,6 +2,7 @@
 
 import warnings as _warnings
 
+from otloss import plot
 from otloss.assignment import assign, barycentric
 from otloss.backends import backends, use_backend
 from otloss.backends import cpu as _cpu
@@ -33,6 +34,7 @@ __all__ = [
     "barycentric",
     "cosine_cost",
     "cosine_sinkhorn",
+    "plot",
     "sinkhorn",
     "sqeuclidean_cost",
     "use_backend",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import hashlib
+import io
 import json
 import re
 import shutil
@@ -15,6 +17,7 @@ from urllib.error import URLError
 
 import numpy as np
 import pytest
+import torch
 
 from examples.optiml.reporting.comparison_page import missing_rows_text, pretraining_table
 
@@ -23,6 +26,7 @@ pytest.importorskip("segmentation_models_pytorch", reason="the example needs otl
 pytest.importorskip("captum", reason="the example needs otloss[examples]")
 
 from rich.console import Console
+from torchvision.models import resnet18
 
 from examples.optiml.commands.compare import compare
 from examples.optiml.commands.settings import CompareConfig
@@ -329,16 +333,46 @@ def test_the_time_before_an_interruption_counts(
     assert len(files.records) == 6 and before > 0 and files.seconds == pytest.approx(100 + before, abs=0.06)
 
 
-def test_the_untrained_networks_curve_follows_another_start(done: CompareConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", [{"image_size": 24}, {"stem": "no-pool"}])
+def test_the_untrained_networks_curve_follows_another_start(
+    done: CompareConfig, tmp_path: Path, change: dict[str, Any]
+) -> None:
     shutil.copytree(done.results, tmp_path / "results")
     config = dataclasses.replace(
         done, results=tmp_path / "results", out=tmp_path / "out", only=("sup1",),
-        size_flags=dataclasses.replace(TINY, image_size=24), segment_data=None,
+        size_flags=dataclasses.replace(TINY, **change), segment_data=None,
     )  # fmt: skip
     curve = config.results / "runs" / "sup1-seed0.csv"
     before = curve.read_text()
     compare(config, QUIET)
     assert curve.read_text() != before
+    assert {record["identity"].get("stem") for record in kept(config, "sup1").values()} == {change.get("stem")}
+
+
+def test_imagenet_weights_from_a_file_have_their_row(
+    done: CompareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def offline(*args: object, **kwargs: object) -> None:
+        raise URLError("no route to host")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
+    torch.save(resnet18(weights=None).state_dict(), tmp_path / "w.pth")
+    shutil.copytree(done.results, tmp_path / "results")
+    config = dataclasses.replace(
+        done, results=tmp_path / "results", out=tmp_path / "out", only=("sup2",), imagenet_weights=tmp_path / "w.pth"
+    )
+    text = compare(config, QUIET).read_text()
+    assert "− Sup.2 (ImageNet)" in text and f"--imagenet-weights {tmp_path / 'w.pth'}" in text
+    digest = hashlib.sha256((tmp_path / "w.pth").read_bytes()).hexdigest()
+    assert {r["identity"]["start"] for r in kept(config, "sup2").values()} == {f"imagenet, sha256 {digest}"}
+    assert "− Sup.2" not in compare(dataclasses.replace(config, imagenet_weights=None), QUIET).read_text()
+    small = dataclasses.replace(config, size_flags=dataclasses.replace(TINY, stem="small"))
+    console = Console(record=True, file=io.StringIO(), width=200)
+    with pytest.raises(CommandError, match="nothing to report"):
+        compare(small, console)
+    assert "sup2-seed0 is left out: sup2, --stem small: ImageNet's first convolution is 7 x 7" in console.export_text()
+    with pytest.raises(CommandError, match=r"--imagenet-weights .*gone: there is no such file"):
+        compare(dataclasses.replace(config, imagenet_weights=tmp_path / "gone"), QUIET)
 
 
 def test_imagenet_is_left_blank_without_its_weights(

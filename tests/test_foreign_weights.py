@@ -63,7 +63,8 @@ def test_prefixes_and_checkpoints(tmp_path: Path, content: Any) -> None:
         ({**under("a.net."), **under("b.net.")}, "several networks, under 'a.net.', 'b.net.': save the"),
         ({**under("s.backbone."), **under("t.backbone.")}, "several networks, under 's.backbone.', 't.backbone.'"),
         ([1, 2], "it is a list, not a state_dict"),
-        ({name: value for name, value in THEIRS.items() if name != "layer2.0.bn1.bias"}, "layer2.0.bn1.bias"),
+        ({name: value for name, value in THEIRS.items() if name != "layer2.0.bn1.bias"}, "'layer2.0.bn1.bias' is mis"),
+        ({**THEIRS, "bn1.bias": torch.ones(32), "bn1.weight": torch.ones(7, 2)}, "'bn1.weight' is 7 x 2, and"),
     ],
 )  # fmt: skip
 def test_what_is_in_the_way_is_said_in_one_line(tmp_path: Path, content: Any, message: str) -> None:

@@ -152,9 +152,67 @@ def test_bad_options(module: type[SinkhornLoss], options: dict, error: type[Exce
         module(**options)
 
 
-def test_divergence_needs_features() -> None:
-    with pytest.raises(ValueError, match="objective must be one of 'transport_cost', 'value', got 'divergence'"):
-        SinkhornLoss(objective="divergence")
+@pytest.mark.parametrize("by_log", [False, True])
+def test_divergence_on_a_dense_cost(backend: str, by_log: bool) -> None:
+    """The cosine cost given as a matrix: value and gradients are those of the features."""
+    x, y, z, w = (torch.randn(2, *shape, dtype=F64, requires_grad=True) for shape in ((4, 3), (5, 3), (4,), (5,)))
+    options = {"objective": "divergence", "tol": 1e-12, "max_iter": 2000, "reduction": "none", "backend": backend}
+    log_a, log_b = z.log_softmax(-1), w.log_softmax(-1)
+    masses = {"log_a": log_a, "log_b": log_b} if by_log else {"a": log_a.exp(), "b": log_b.exp()}
+    cost = otloss.cosine_cost
+    dense = SinkhornLoss(0.5, **options)(cost(x, y), **masses, cost_xx=cost(x, x), cost_yy=cost(y, y))
+    factored = CosineSinkhornLoss(0.5, **options)(x, y, **masses)
+    assert dense.shape == (2,)
+    torch.testing.assert_close(dense, factored, rtol=1e-9, atol=1e-11)
+    got, want = (torch.autograd.grad(loss.sum(), (x, y, z, w), retain_graph=True) for loss in (dense, factored))
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("gradient", ["implicit", "unroll"])
+def test_gradcheck_of_a_dense_divergence(gradient: str) -> None:
+    """Three costs that know nothing of each other, none of them symmetric: the three gradients add up in the masses."""
+    loss = SinkhornLoss(0.5, "divergence", max_iter=500, tol=1e-12, gradient=gradient, backend="reference")
+    costs = [torch.rand(2, *shape, dtype=F64, requires_grad=True) for shape in ((4, 5), (4, 4), (5, 5))]
+    z, w = (torch.randn(2, k, dtype=F64, requires_grad=True) for k in (4, 5))
+
+    def function(cost: Tensor, xx: Tensor, yy: Tensor, z: Tensor, w: Tensor) -> Tensor:
+        return loss(cost, z.softmax(-1), log_b=w.log_softmax(-1), cost_xx=xx, cost_yy=yy)
+
+    assert torch.autograd.gradcheck(function, (*costs, z, w), atol=1e-6, fast_mode=True)
+
+
+def test_a_dense_divergence_is_zero_for_equal_sets() -> None:
+    x = torch.randn(3, 6, 2, dtype=F64)
+    order, a = torch.randperm(6), torch.randn(3, 6, dtype=F64).softmax(-1)
+    cost, loss = otloss.sqeuclidean_cost, SinkhornLoss(0.5, "divergence", tol=1e-10, reduction="none")
+    y = x[:, order]
+    within = {"cost_xx": cost(x, x), "cost_yy": cost(y, y)}
+    assert loss(cost(x, y), a, a[:, order], **within).abs().max() < 1e-9
+    assert (loss(cost(x, y + 1), a, a[:, order], **within) > 0.1).all()
+
+
+@pytest.mark.parametrize(
+    ("within", "message"),
+    [
+        ({}, "objective 'divergence' needs .* missing: cost_xx and cost_yy"),
+        ({"cost_xx": torch.rand(3, 3)}, "missing: cost_yy$"),
+        ({"cost_yy": torch.rand(4, 4)}, "missing: cost_xx$"),
+        ({"cost_xx": torch.rand(4, 4), "cost_yy": torch.rand(4, 4)}, r"cost_xx must have shape \(3, 3\), got \(4, 4\)"),
+        ({"cost_xx": torch.rand(3, 3), "cost_yy": torch.rand(2, 4, 4)}, r"cost_yy must have shape \(4, 4\)"),
+    ],
+)
+def test_what_a_dense_divergence_lacks_is_named(within: dict[str, Tensor], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SinkhornLoss(objective="divergence")(torch.rand(3, 4), **within)
+
+
+def test_costs_within_the_sets_are_refused_by_other_objectives() -> None:
+    with pytest.raises(ValueError, match="cost_xx must be given with objective 'divergence' only, got 'value'"):
+        SinkhornLoss(objective="value")(torch.rand(3, 4), cost_xx=torch.rand(3, 3))
+    with pytest.raises(TypeError, match="float64 does not mix"):
+        within = {"cost_xx": torch.rand(3, 3).double(), "cost_yy": torch.rand(4, 4)}
+        SinkhornLoss(objective="divergence")(torch.rand(3, 4), **within)
 
 
 def test_bad_input_is_named() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import tyro
 
-from .commands.settings import CompareConfig, ExampleConfig, XrayConfig
+from .commands.settings import CompareConfig, ExampleConfig, ReckonConfig, XrayConfig
 from .data.prepare.settings import PrepareConfig
 from .downstream.settings import EvaluateConfig, HeatmapConfig, SegmentConfig
 from .errors import CommandError
@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "xray": (XrayConfig, "commands.xray"),
     "prepare": (PrepareConfig, "data.prepare.command"),
     "pretrain": (PretrainConfig, "pretraining.trainer"),
+    "reckon": (ReckonConfig, "commands.reckon"),
     "evaluate": (EvaluateConfig, "downstream.evaluate"),
     "segment": (SegmentConfig, "downstream.segment"),
     "heatmap": (HeatmapConfig, "downstream.heatmap"),

@@ -1,1 +1,1 @@
-"""The commands that run several stages in a row: a thin layer above all rooms."""
+"""The commands above the single stages: those that run several in a row, and ``reckon``."""

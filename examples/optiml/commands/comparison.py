@@ -26,7 +26,7 @@ from ..pretraining.log import log_frame
 from ..pretraining.monitor import measure, subsample
 from ..pretraining.network import load_backbone
 from ..pretraining.precision import fast_precision
-from ..pretraining.settings import AugmentConfig, MethodOptions, MonitorConfig, PretrainConfig
+from ..pretraining.settings import AugmentConfig, MethodOptions, MonitorConfig, PretrainConfig, check_imagenet
 from ..pretraining.trainer import BACKBONE, LAST, LOG, MONITOR, pretrain
 from ..reporting.comparison_rows import NOT_TRAINED, ComparisonRow, rows
 from ..reporting.row_store import RowStore, Stores, curves_of, monitor_columns
@@ -91,6 +91,7 @@ class Comparison:
         if self.main_set.name in [other.name for other in others]:
             raise CommandError(f"--data and --rsna-data have the same name {self.main_set.name!r}; give --dataset")
         self.mask_set = mask_set(open_index(config.segment_data), config.label) if config.segment_data else None
+        check_imagenet(SUP2, True, config.imagenet_weights, None)
         runs = config.results / RUNS
         self.seeds = sorted({*config.seeds, *seeds_there(runs, self.rows)})
         # ImageNet's weights are the same under every seed, so Sup.2 has one: fine-tuning varies its own seeds.
@@ -171,7 +172,7 @@ class Comparison:
         precision is taken: the usual precision is chosen by the machine, and does not make another row.
         """
         sizes, budget, options = self.sizes, self.budget, MethodOptions()
-        assert row.method is not None and sizes.image_size is not None
+        assert row.method is not None and sizes.image_size is not None and sizes.stem is not None
         of_method = getattr(options, row.method)
         if hasattr(of_method, "queue"):
             keys = {"queue": budget.queue or of_method.queue, "momentum": budget.key_momentum or of_method.momentum}
@@ -179,8 +180,9 @@ class Comparison:
         run = row.apply(
             PretrainConfig(
                 self.config.data, self.config.out, row.method, epochs=sizes.epochs, batch_size=sizes.batch_size,
-                image_size=sizes.image_size, seed=seed, augment=AugmentConfig(min_scale=sizes.min_scale),
-                workers=self.config.workers, precision=budget.precision or fast_precision(), options=options,
+                image_size=sizes.image_size, stem=sizes.stem, seed=seed,
+                augment=AugmentConfig(min_scale=sizes.min_scale), workers=self.config.workers,
+                precision=budget.precision or fast_precision(), options=options,
                 monitor=MonitorConfig(every=max(1, sizes.epochs // MONITORED)),
             )
         )  # fmt: skip
@@ -211,9 +213,9 @@ class Comparison:
     def monitor_untrained(self, seed: int) -> dict[str, float]:
         """What the monitor measures of random weights, before the first step."""
         index, config = self.main_set.index, MonitorConfig()
-        assert self.sizes.image_size is not None
+        assert self.sizes.image_size is not None and self.sizes.stem is not None
         bank, queries = (subsample(index.split(split), config.images) for split in ("train", "val"))
-        return measure(load_backbone(None, seed), bank, queries, self.sizes.image_size, config)
+        return measure(load_backbone(None, seed, self.sizes.stem), bank, queries, self.sizes.image_size, config)
 
     def starts(
         self, row: ComparisonRow, seed: int, run: PretrainConfig | None, make_weights: Callable[[], None]
@@ -223,10 +225,13 @@ class Comparison:
         pretraining: dict[str, Any] = {"seed": seed} if row.arm == SUP1 else {}
         if run is not None:
             pretraining = self.pretraining_of(run)
-        assert self.sizes.image_size is not None
+        if row.arm == SUP2:
+            check_imagenet(SUP2, True, self.config.imagenet_weights, self.sizes.stem)
+        assert self.sizes.image_size is not None and self.sizes.stem is not None
         start = Start(
             row.arm, "", self.sizes.image_size, like.val_fraction, like.split_seed, self.config.data,
             weights=run.out / BACKBONE if run else None, imagenet=row.arm == SUP2, pretraining=pretraining,
+            imagenet_weights=self.config.imagenet_weights if row.arm == SUP2 else None, stem=self.sizes.stem,
             seed=seed if row.arm == SUP1 else None, make_weights=make_weights,
             title="" if row.arm in ROWS else row.title,
         )  # fmt: skip

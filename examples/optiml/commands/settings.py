@@ -1,15 +1,16 @@
-"""Options of the commands that run several stages. This module imports nothing that takes long."""
+"""Options of the commands above the single stages. This module imports nothing that takes long."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from ..data.fractions import check_seeds
-from ..pretraining.settings import Precision
+from ..pretraining.methods import METHODS
+from ..pretraining.settings import Precision, PretrainConfig, Stem
 from ..reporting.comparison_rows import Kind, rows
 from .sizes import BUDGETS, Budget, SizeFlags, Sizes
 
@@ -96,6 +97,8 @@ class CompareConfig:
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of the pretraining, or of random weights: those to make. All that are complete are reported."""
     size_flags: Annotated[SizeFlags, tyro.conf.arg(name="")] = field(default_factory=SizeFlags)
+    imagenet_weights: Path | None = None
+    """File with torchvision's ImageNet weights of a ResNet18, for the row sup2. Unset: they are downloaded."""
     workers: int = 0
     """Processes that read and augment films beside the training; 0: the training does it itself."""
 
@@ -110,9 +113,38 @@ class CompareConfig:
 
     def options(self) -> dict[str, Any]:
         """What the report repeats of the command line."""
-        named = ("data", "dataset", "rsna_data", "segment_data", "label", "rows", "budget", "seeds")
+        named = ("data", "dataset", "rsna_data", "segment_data", "label", "rows", "budget", "seeds", "imagenet_weights")
         return {**{name: getattr(self, name) for name in named}, **vars(self.size_flags)}
 
     def budgeted(self) -> Budget:
         """The named budget with the sizes that flags replace."""
         return self.size_flags.applied_to(BUDGETS[self.budget])
+
+
+@dataclass(frozen=True)
+class ReckonConfig:
+    """Count what a step of pretraining takes, and reckon the hours of a run; nothing is trained. See PAPER-RUN.md."""
+
+    out: Path | None = None
+    """Also write all figures here, as JSON."""
+    films: tuple[int, ...] = (74_400, 112_120)
+    """Numbers of training films. Of NIH's 112,120 about 74,400 are neither test films nor of validation patients."""
+    method: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(METHODS) + "}")] = "optiml"
+    preset: Literal["recommended", "paper", "official"] = "recommended"
+    epochs: int = 300
+    batch_size: int = 64
+    image_size: int = 224
+    stem: Stem = "standard"
+    precision: Precision = "bf16-mixed"
+
+    def pretraining(self) -> PretrainConfig:
+        """The run, without folders."""
+        return PretrainConfig(
+            Path(), Path(), self.method, self.preset, self.epochs, self.batch_size, self.image_size, stem=self.stem,
+            precision=self.precision,
+        )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        self.pretraining()
+        if not self.films or min(self.films) < self.batch_size:
+            raise ValueError(f"films must be numbers from the batch size ({self.batch_size}) up, not {self.films}")

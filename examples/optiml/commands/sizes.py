@@ -9,7 +9,7 @@ import tyro
 
 from ..data.fractions import LARGE_SEEDS, SMALL, SMALL_SEEDS, check_fractions, check_seeds
 from ..downstream.settings import TrainConfig
-from ..pretraining.settings import Precision
+from ..pretraining.settings import Precision, Stem
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,8 @@ class Sizes:
     """Films of a step of the pretraining; at most as many as there are training films."""
     image_size: int | None = None
     """Unset: that of the first ``run``, or 64."""
+    stem: Stem | None = None
+    """First layers of the networks, see ``pretrain``. Unset: that of the first ``run``, or "standard"."""
     min_scale: float | None = None
     """Smallest share of the film that a crop of the pretraining shows. Unset: the method's."""
 
@@ -91,7 +93,7 @@ class Budget:
 BUDGETS = {
     "small": Budget(
         Sizes(
-            image_size=64, epochs=10, batch_size=64, fractions=(0.01, 0.1, 1.0), small_seeds=(0, 1, 2),
+            image_size=64, stem="standard", epochs=10, batch_size=64, fractions=(0.01, 0.1, 1.0), small_seeds=(0, 1, 2),
             large_seeds=(0,), finetune=TrainConfig(lr=1e-3, epochs=5, min_steps=60, checks=5),
             heatmap_fractions=(0.01,), segment_fractions=(1.0,), segment_seeds=(0,), neighbours=False,
             unet=TrainConfig(lr=1e-3, batch_size=16, epochs=3, min_steps=60, checks=5), figure_images=6, draws=2000,
@@ -100,8 +102,9 @@ BUDGETS = {
     ),
     "paper": Budget(
         Sizes(
-            image_size=224, epochs=300, batch_size=64, fractions=(0.01, 0.1, 1.0), small_seeds=(0, 1, 2, 3, 4),
-            large_seeds=(0, 1, 2), finetune=TrainConfig(lr=1e-4, epochs=30, min_steps=300, checks=10),
+            image_size=224, stem="standard", epochs=300, batch_size=64, fractions=(0.01, 0.1, 1.0),
+            small_seeds=(0, 1, 2, 3, 4), large_seeds=(0, 1, 2),
+            finetune=TrainConfig(lr=1e-4, epochs=30, min_steps=300, checks=10),
             heatmap_fractions=(0.01,), segment_fractions=(1.0,), segment_seeds=(0, 1, 2), neighbours=False,
             unet=TrainConfig(lr=1e-3, batch_size=16, epochs=30, min_steps=300, checks=10), figure_images=6, draws=2000,
         ),
@@ -117,6 +120,8 @@ class SizeFlags:
     """Flags of ``compare`` that replace sizes of the named budget. The budget's value stands where a flag is unset."""
 
     image_size: int | None = None
+    stem: Stem | None = None
+    """First layers of the networks, see ``pretrain``. Unset: "standard"."""
     epochs: int | None = None
     """Of pretraining."""
     batch_size: int | None = None
@@ -162,6 +167,7 @@ class SizeFlags:
             epochs=_first_set(self.epochs, usual.epochs),
             batch_size=_first_set(self.batch_size, usual.batch_size),
             image_size=_first_set(self.image_size, usual.image_size),
+            stem=_first_set(self.stem, usual.stem),
             min_scale=_first_set(self.min_scale, usual.min_scale),
             fractions=_first_set(self.fractions, usual.fractions),
             small_seeds=_first_set(self.small_seeds, usual.small_seeds),

@@ -53,7 +53,7 @@ def xray(config: XrayConfig, console: Console | None = None, films: str = "films
     """All stages. ``films`` is what the summary calls them."""
     console = console or Console()
     common = _common(config)
-    config = replace(config, sizes=replace(config.sizes, image_size=common["image_size"]))
+    config = replace(config, sizes=replace(config.sizes, image_size=common["image_size"], stem=common["stem"]))
     held_out = common["val_fraction"], common["split_seed"]
     index = with_findings(with_all_splits(open_index(config.data, *held_out)))
     outlines = None
@@ -124,22 +124,23 @@ def _common(config: XrayConfig) -> dict[str, Any]:
         shown = " and ".join(f"val_fraction {share}, split_seed {seed}" for share, seed in sorted(splits))
         raise CommandError(f"--run: the networks held out different validation patients ({shown}); run xray for each")
     like = starts[0] if starts else PretrainConfig(config.data, config.out, image_size=64)
-    size = config.sizes.image_size or like.image_size
-    return {"image_size": size, "val_fraction": like.val_fraction, "split_seed": like.split_seed}
+    size, stem = config.sizes.image_size or like.image_size, config.sizes.stem or like.stem
+    return {"image_size": size, "stem": stem, "val_fraction": like.val_fraction, "split_seed": like.split_seed}
 
 
 def run_name(config: XrayConfig, seed: int) -> str:
     """Folder of the pretraining of a seed, in ``config.out``."""
-    return f"{config.method}-{config.sizes.image_size}px-{config.sizes.epochs}epochs-seed{seed}"
+    stem = "" if config.sizes.stem in (None, "standard") else f"-{config.sizes.stem}"
+    return f"{config.method}{stem}-{config.sizes.image_size}px-{config.sizes.epochs}epochs-seed{seed}"
 
 
 def _pretrained(config: XrayConfig, seed: int, console: Console) -> Path:
     sizes = config.sizes
-    assert sizes.image_size is not None  # xray has filled it in
+    assert sizes.image_size is not None and sizes.stem is not None  # xray has filled them in
     out = config.out / run_name(config, seed)
     run = PretrainConfig(
         config.data, out, config.method, epochs=sizes.epochs, batch_size=sizes.batch_size,
-        image_size=sizes.image_size, seed=seed, augment=AugmentConfig(min_scale=sizes.min_scale),
+        image_size=sizes.image_size, stem=sizes.stem, seed=seed, augment=AugmentConfig(min_scale=sizes.min_scale),
         workers=config.workers, precision=config.precision,
     )  # fmt: skip
     if pretrain(run, console) is None:

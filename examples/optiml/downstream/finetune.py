@@ -94,6 +94,7 @@ def save_classifier(model: Classifier, train: ChestIndex, image_size: int, path:
         "classes": list(train.classes),
         "usable": usable_classes(train).tolist(),
         "image_size": image_size,
+        "stem": model.backbone.stem,
     }
     torch_save_atomic(state, path)
 
@@ -102,7 +103,7 @@ def load_classifier(path: Path) -> tuple[Classifier, dict[str, Any]]:
     """The network and its facts: ``classes``, ``usable``, ``image_size``."""
     state = torch.load(path, map_location="cpu", weights_only=True)
     weights: dict[str, Tensor] = state.pop("weights")
-    backbone = Backbone()
+    backbone = Backbone(state.pop("stem", "standard"))  # a network that names none is from before there were others
     set_norm(backbone, norm_of(weights, "backbone."))
     model = Classifier(backbone, len(state["classes"]))
     model.load_state_dict(weights)

@@ -1,7 +1,8 @@
 """Where a fine-tuned network looks: Grad-CAM beside ground-truth boxes (the paper's Fig. 2), and how often it is right.
 
 The paper names no method; this is Grad-CAM (Selvaraju 2017) by captum, on the deepest stage whose map still has
-:data:`MIN_SIDE` positions a side (``layer4`` from 128 px on). Two figures per image and boxed finding:
+:data:`MIN_SIDE` positions a side (``layer4`` from 128 px on; under the small stem from 32 px on). Two figures per image
+and boxed finding:
 
 * pointing game: the centre of the map's largest position lies in a box of that finding;
 * IoU of the boxes' union with the tenth of the image where the enlarged map is largest.
@@ -71,8 +72,8 @@ def box_mask(boxes: list[Box], size: int) -> NDArray[np.bool_]:
 
 def cam_layer(model: Classifier, image_size: int) -> torch.nn.Module:
     """The deepest stage whose map has at least MIN_SIDE positions a side."""
-    for name, stride in (("layer4", 32), ("layer3", 16), ("layer2", 8)):
-        if -(-image_size // stride) >= MIN_SIDE:
+    for name, factor in (("layer4", 1), ("layer3", 2), ("layer2", 4)):
+        if -(-image_size * factor // model.backbone.stride) >= MIN_SIDE:
             return model.get_submodule(f"backbone.{name}")
     return model.get_submodule("backbone.layer1")
 

@@ -30,8 +30,8 @@ def unet(backbone: Backbone, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network: nn.Module = smp.Unet("resnet18", encoder_weights=None, in_channels=3, classes=1)
-    encoder = network.get_submodule("encoder")  # a ResNet18 too: its stages are exchanged, whatever norm they have
-    for name in ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4"):
+    encoder = network.get_submodule("encoder")  # a ResNet18 too: its stages are exchanged, whatever norm and stem
+    for name in ("conv1", "bn1", "maxpool", "layer1", "layer2", "layer3", "layer4"):
         encoder.add_module(name, backbone.get_submodule(name))
     return network
 

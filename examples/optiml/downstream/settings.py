@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..data.fractions import check_fractions, check_seeds, default_seeds
+from ..pretraining.settings import Stem
 
 #: Smallest batch: fewer images are repeated (each differently augmented), as batch norm wants several.
 MIN_BATCH = 16
@@ -50,6 +51,8 @@ class StartConfig:
     """Start from random weights instead: the paper's Sup.1, and the floor. The seed draws them."""
     imagenet: bool = False
     """Start from torchvision's ImageNet weights instead (downloaded once): the paper's Sup.2."""
+    imagenet_weights: Path | None = None
+    """File with these weights, for --imagenet without a download."""
     arm: str | None = None
     """Row of the report; unset: the run's method (and what OPTiML went without), or sup1, sup2."""
     dataset: str | None = None
@@ -57,6 +60,9 @@ class StartConfig:
     the paper's. Unset: the folder's name."""
     image_size: int | None = None
     """Unset: the run's; 224 where there is none."""
+    stem: Stem | None = None
+    """First layers of the network, see ``pretrain``. Unset: the run's; what the first convolution of a weights file
+    shows ("no-pool" does not show there); else "standard"."""
     val_fraction: float = 0.14
     """Must be the pretraining's, else it may have seen validation images; read from the run when there is one that
     held patients out."""

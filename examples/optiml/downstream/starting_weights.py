@@ -11,8 +11,8 @@ from typing import Any
 
 from ..data.index import ChestIndex, open_index, with_all_splits
 from ..errors import CommandError
-from ..pretraining.network import Backbone, imagenet_weights, load_backbone
-from ..pretraining.settings import CONFIG
+from ..pretraining.network import Backbone, load_backbone, read_weights, start_from_imagenet, stem_of
+from ..pretraining.settings import CONFIG, Stem, check_imagenet, file_sha256
 from ..pretraining.trainer import BACKBONE
 from .arms import SUP1, SUP2, arm_of
 from .settings import StartConfig
@@ -34,6 +34,9 @@ class Start:
     data: Path
     weights: Path | None = None
     imagenet: bool = False
+    imagenet_weights: Path | None = None
+    """File of ImageNet's weights. Unset: they are downloaded."""
+    stem: Stem = "standard"
     pretraining: dict[str, Any] = field(default_factory=dict)
     """The run's config.json; empty where there is none."""
     seed: int | None = None
@@ -57,9 +60,9 @@ class Start:
 
     def backbone(self, seed: int) -> Backbone:
         """A new backbone with the starting weights; ``seed`` draws them if they are random."""
-        backbone = load_backbone(self.weights, seed if self.seed is None else self.seed)
+        backbone = load_backbone(self.weights, seed if self.seed is None else self.seed, self.stem)
         if self.imagenet:
-            backbone.load_state_dict(imagenet_weights())
+            start_from_imagenet(backbone, self.imagenet_weights)
         return backbone
 
     @property
@@ -76,16 +79,20 @@ class Start:
         """The part of a record's identity that the start decides.
 
         A pretraining run is identified by its configuration, so that its records stay current when its weights are
-        deleted. A weights file without a run is identified by its bytes.
+        deleted. A weights file without a run is identified by its bytes, and so is one of ImageNet's weights. The
+        standard stem is not named, so that records from before there were others stay current.
         """
-        if self.weights is None:
-            untrained = "untrained" if self.seed is None else f"untrained, seed {self.seed}"
-            start = "imagenet" if self.imagenet else untrained
+        if self.imagenet:
+            file = self.imagenet_weights
+            start = "imagenet" if file is None else f"imagenet, sha256 {file_sha256(file)}"
+        elif self.weights is None:
+            start = "untrained" if self.seed is None else f"untrained, seed {self.seed}"
         elif self.pretraining:
             start = "run " + _digest(json.dumps(self.pretraining, sort_keys=True).encode())
         else:
             start = _digest(self.weights.read_bytes())
-        return {"start": start, "image_size": self.image_size}
+        stem = {} if self.stem == "standard" else {"stem": self.stem}
+        return {"start": start, "image_size": self.image_size, **stem}
 
     def labels(self) -> dict[str, Any]:
         """The keys of a record that say whose it is: the report groups by these."""
@@ -115,10 +122,21 @@ def default_out(run: Path | None, start: Start) -> Path:
     return Path("runs") / f"{arm}-{start.dataset}"
 
 
+def _stem(config: StartConfig, weights: Path | None, saved: dict[str, Any]) -> Stem:
+    """The stem of the weights, or the one that was named, which must not contradict them."""
+    if weights is None:
+        return config.stem or "standard"
+    shown: Stem = saved.get("stem", "standard") if saved else stem_of(read_weights(weights))
+    if config.stem in (None, shown) or (not saved and {config.stem, shown} == {"no-pool", "standard"}):
+        return config.stem or shown
+    raise CommandError(f"--stem {config.stem}: {weights} has the stem {shown!r}")
+
+
 def resolve(config: StartConfig) -> Start:
     """Check the options and fill in what the run's configuration says."""
     if (config.run is not None) + config.untrained + config.imagenet != 1:
         raise CommandError("give one of --run FOLDER, --untrained and --imagenet")
+    check_imagenet("--imagenet", config.imagenet, config.imagenet_weights, config.stem)
     weights, saved = config.run, {}
     if folder := run_folder(config.run):
         if not (folder / CONFIG).is_file():
@@ -139,5 +157,7 @@ def resolve(config: StartConfig) -> Start:
         data=config.data,
         weights=weights,
         imagenet=config.imagenet,
+        imagenet_weights=config.imagenet_weights,
+        stem=_stem(config, weights, saved),
         pretraining=saved,
     )

@@ -13,11 +13,17 @@ from ..markdown import markdown_table
 from ..provenance import provenance
 from .distributed import World
 from .log import epoch_means, log_frame, read_log
-from .settings import PretrainConfig
+from .settings import CONFIG, PretrainConfig, Stem
 
 LOADING = """import torch, torchvision
 network = torchvision.models.resnet18({norm})
-network.load_state_dict(torch.load("backbone.pth", weights_only=True), strict=False)  # only fc is missing"""
+{stem}network.load_state_dict(torch.load("backbone.pth", weights_only=True), strict=False)  # only fc is missing"""
+NO_POOL = "network.maxpool = torch.nn.Identity()\n"
+STEMS: dict[Stem, str] = {
+    "standard": "",
+    "no-pool": NO_POOL,
+    "small": NO_POOL + "network.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)\n",
+}
 GROUP_NORM = "norm_layer=lambda channels: torch.nn.GroupNorm(32, channels)"
 
 
@@ -28,7 +34,7 @@ def write_model_card(config: PretrainConfig, index: ChestIndex, train: ChestInde
 
 def _card(config: PretrainConfig, index: ChestIndex, train: ChestIndex, world: World, run: Path) -> str:
     made = provenance()["made"]
-    identity = config.identity()
+    identity = json.loads((run / CONFIG).read_text())
     log = log_frame(run / "metrics.csv")
     means = epoch_means(log).set_index("epoch").drop(columns="step", errors="ignore").to_dict("index")
     first, last = (means.get(epoch, {}) for epoch in (1, config.epochs))
@@ -41,7 +47,9 @@ def _card(config: PretrainConfig, index: ChestIndex, train: ChestIndex, world: W
         else "No validation or test image of this data set was among them."
     )
     if config.init == "imagenet":
-        seen += " Training started from torchvision's ImageNet weights (IMAGENET1K_V1)."
+        digest = identity.get("imagenet_sha256")
+        which = f"a file of them (SHA-256 {digest})" if digest else "torchvision's (IMAGENET1K_V1)"
+        seen += f" Training started from ImageNet weights: {which}."
     if config.norm == "frozen":
         seen += " Batch norms were frozen as they were at the start; in training mode the network above thaws them."
     if "val" in read_index(config.data, val_fraction=0.0, quiet=True).splits:
@@ -56,7 +64,7 @@ def _card(config: PretrainConfig, index: ChestIndex, train: ChestIndex, world: W
         "channels, scaled to [0, 1], normalised by ImageNet's means and deviations.",
         "",
         "```python",
-        LOADING.format(norm=GROUP_NORM if config.norm == "group" else ""),
+        LOADING.format(norm=GROUP_NORM if config.norm == "group" else "", stem=STEMS[config.stem]),
         "```",
         "",
         "## Data",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -15,25 +17,42 @@ from torchvision.models import ResNet18_Weights
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from ..errors import CommandError
-from .settings import ExpanderConfig, Norm
+from .settings import ExpanderConfig, Norm, Stem
 
 FEATURE_DIM = 512
+#: By how much the last maps are smaller than the image.
+STRIDES: dict[Stem, int] = {"standard": 32, "no-pool": 16, "small": 8}
 
 
 class Backbone(ResNet):
-    """ResNet18 without classifier. Parameter names are torchvision's, so its weights load anywhere."""
+    """ResNet18 without classifier. Parameter names are torchvision's, so its weights load anywhere.
 
-    def __init__(self) -> None:
+    The stem is torchvision's, or one for small images: as that of SimCLR for CIFAR (arXiv 2002.05709, appendix B.9), or
+    without pooling only.
+    """
+
+    def __init__(self, stem: Stem = "standard") -> None:
         super().__init__(BasicBlock, [2, 2, 2, 2])
         self.fc = nn.Identity()  # type: ignore[assignment]
+        self.stem: Stem = stem
+        if stem != "standard":
+            self.maxpool = nn.Identity()  # type: ignore[assignment]
+        if stem == "small":
+            self.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+            nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision does
+
+    @property
+    def stride(self) -> int:
+        """By how much the last maps are smaller than the image."""
+        return STRIDES[self.stem]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, H, W) to maps (B, 512, H/32, W/32) and their global average (B, 512)."""
+        """Images (B, 3, H, W) to maps (B, 512, H/stride, W/stride) and their global average (B, 512)."""
         _, maps, pooled = self.stages(x)
         return maps, pooled
 
     def stages(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What :meth:`forward` gives, and before it the maps (B, 256, H/16, W/16) of the last stage but one."""
+        """What :meth:`forward` gives, and before it the last stage but one: (B, 256, 2 H/stride, 2 W/stride)."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         third = self.layer3(self.layer2(self.layer1(x)))
         maps = self.layer4(third)
@@ -50,30 +69,71 @@ def imagenet_weights() -> dict[str, Tensor]:
     return {name: torch.as_tensor(value) for name, value in weights.items() if not name.startswith("fc.")}
 
 
+def start_from_imagenet(backbone: Backbone, path: Path | None = None) -> None:
+    """Load ImageNet's weights, downloaded or from a file, into a backbone with batch norms."""
+    if path is None:
+        backbone.load_state_dict(imagenet_weights())
+        return
+    weights = read_weights(path)
+    with _named(path):
+        _load(backbone, weights)
+
+
 def device() -> torch.device:
     """Where networks run after pretraining; while it lasts, Lightning decides."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_backbone(path: Path | None, seed: int = 0) -> Backbone:
+def load_backbone(path: Path | None, seed: int = 0, stem: Stem | None = None) -> Backbone:
     """The backbone of a run (its ``backbone.pth``), or, for ``None``, an untrained one that follows ``seed``.
 
-    Weights from elsewhere load too: see :func:`foreign_weights`.
+    Weights from elsewhere load too: see :func:`foreign_weights`. ``stem`` unset: what the weights show, see
+    :func:`stem_of`.
     """
+    weights = None if path is None else read_weights(path)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        backbone = Backbone()
-    if path is not None:
-        try:
-            weights = foreign_weights(torch.load(path, map_location="cpu", weights_only=True))
-            set_norm(backbone, norm_of(weights))
-            if other := sorted(weights.keys() - backbone.state_dict().keys()):
-                raise ValueError(f"it has {other[0]!r}, so it is a ResNet of another kind")
-            backbone.load_state_dict(weights)
-        except (ValueError, RuntimeError, AttributeError, TypeError, EOFError, pickle.UnpicklingError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise CommandError(f"{path} holds no ResNet18 weights under torchvision's names ({reason})") from error
+        backbone = Backbone(stem or ("standard" if weights is None else stem_of(weights)))
+    if path is not None and weights is not None:
+        set_norm(backbone, norm_of(weights))
+        with _named(path):
+            _load(backbone, weights)
     return backbone.eval()
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The weights in a file, see :func:`foreign_weights`; nothing in it is executed."""
+    with _named(path):
+        return foreign_weights(torch.load(path, map_location="cpu", weights_only=True))
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """What is wrong with a file of weights becomes one line that names the file."""
+    try:
+        yield
+    except (ValueError, RuntimeError, AttributeError, TypeError, EOFError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CommandError(f"{path} holds no ResNet18 weights under torchvision's names ({reason})") from error
+
+
+def _load(backbone: Backbone, weights: dict[str, Tensor]) -> None:
+    """As ``load_state_dict``; a ValueError names the first weight that does not fit."""
+    expected = backbone.state_dict()
+    if other := sorted(weights.keys() - expected.keys()):
+        raise ValueError(f"it has {other[0]!r}, so it is a ResNet of another kind")
+    for name, value in expected.items():
+        if name.endswith("num_batches_tracked"):  # which older files lack, and nothing here reads
+            continue
+        if name not in weights:
+            raise ValueError(f"{name!r} is missing")
+        if weights[name].shape != value.shape:
+            raise ValueError(f"{name!r} is {_shape(weights[name])}, and should be {_shape(value)}")
+    backbone.load_state_dict(weights)
+
+
+def _shape(x: Tensor) -> str:
+    return " x ".join(map(str, x.shape)) or "a number"
 
 
 #: Under what a file keeps a network's weights beside other things.
@@ -81,7 +141,7 @@ WRAPPERS = ("state_dict", "model_state_dict", "model")
 #: Of several networks in one file, whose weights are meant: the one that gradients trained.
 TRAINED = ("backbone", "encoder_q", "online_encoder", "student", "encoder")
 #: What a ResNet consists of, without its classifier.
-STEM = ("conv1.", "bn1.", "layer")
+PARTS = ("conv1.", "bn1.", "layer")
 
 
 def foreign_weights(content: Any) -> dict[str, Tensor]:
@@ -108,11 +168,16 @@ def foreign_weights(content: Any) -> dict[str, Tensor]:
     if chosen is None:
         raise ValueError(f"several networks, under {', '.join(map(repr, prefixes))}: save the state_dict of one")
     found = {name.removeprefix(chosen): x for name, x in weights.items() if name.startswith(chosen)}
-    return {name: x for name, x in found.items() if name.startswith(STEM)}
+    return {name: x for name, x in found.items() if name.startswith(PARTS)}
 
 
 def _first(weights: dict[str, Any]) -> str:
     return repr(next(iter(weights), "none"))
+
+
+def stem_of(weights: dict[str, Tensor]) -> Stem:
+    """Which stem weights belong to, as far as they show it: pooling has none, so "no-pool" looks like "standard"."""
+    return "small" if weights["conv1.weight"].shape[-1] == 3 else "standard"
 
 
 def norm_of(weights: dict[str, Tensor], prefix: str = "") -> Norm:

@@ -22,6 +22,7 @@ INTERRUPTED = 130
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 Norm = Literal["batch", "group", "frozen"]
+Stem = Literal["standard", "no-pool", "small"]
 
 #: What fills fields that were not set on the command line, and why (FAITHFULNESS.md has the whole story); a method may
 #: mean something else by a preset (``presets`` of its options).
@@ -151,7 +152,13 @@ class PretrainConfig:
     split_seed: int = 0
     """Fixes which patients those are."""
     init: Literal["random", "imagenet"] = "random"
-    """First weights of the backbone; "imagenet" downloads torchvision's."""
+    """First weights of the backbone; "imagenet" downloads torchvision's, or reads them from --imagenet-weights."""
+    imagenet_weights: Path | None = None
+    """File with ImageNet's weights of a ResNet18, for --init imagenet without a download."""
+    stem: Stem = "standard"
+    """The first layers. "standard": ResNet18's, a 7 x 7 convolution of stride 2 and max-pooling; the last maps of 64 px
+    are 2 x 2. "no-pool": without the pooling (4 x 4). "small": a 3 x 3 convolution of stride 1 and no pooling (8 x 8),
+    as SimCLR for CIFAR."""
     norm: Norm = "batch"
     """Normalisation; "batch" is synchronised between GPUs. CPUs cannot do that: several need "group" or "frozen"."""
     options: Annotated[MethodOptions, tyro.conf.arg(name="")] = field(default_factory=lambda: MethodOptions())
@@ -217,6 +224,7 @@ class PretrainConfig:
             rules[flag] = value is None or 0 <= value < math.inf
         if broken := next((rule for rule, holds in rules.items() if not holds), None):
             raise CommandError(broken)
+        check_imagenet("--init imagenet", self.init == "imagenet", self.imagenet_weights, self.stem)
 
     def identity(self) -> dict[str, Any]:
         """What the result depends on. Two runs with equal identity are the same run."""
@@ -230,14 +238,36 @@ class PretrainConfig:
             "monitor",
             "tensorboard",
             "keep_checkpoint",
+            "imagenet_weights",
         ):
             known.pop(name)
         known["options"] = known["options"][self.method]
+        if self.imagenet_weights is not None:
+            known["imagenet_sha256"] = file_sha256(self.imagenet_weights)
+        if self.stem == "standard":  # not named, so that a run from before there were others is the same run
+            known.pop("stem")
         return json.loads(json.dumps(known))  # as it will be read back
 
     def key(self) -> str:
         """A short name of the identity, for a run folder that no other run can claim."""
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:8]
+
+
+def check_imagenet(flag: str, wanted: bool, file: Path | None, stem: Stem | None) -> None:
+    """End the command where ImageNet's weights, which ``flag`` asks for, are not there or do not fit the stem."""
+    if file is not None and not wanted:
+        raise CommandError(f"--imagenet-weights {file}: only with {flag}")
+    if file is not None and not file.is_file():
+        raise CommandError(f"--imagenet-weights {file}: there is no such file")
+    if wanted and stem == "small":
+        raise CommandError(
+            f"{flag}, --stem small: ImageNet's first convolution is 7 x 7, this stem's 3 x 3; take --stem no-pool"
+        )
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _fill(node: Any, path: list[str], value: Any) -> Any:

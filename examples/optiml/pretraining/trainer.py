@@ -156,15 +156,18 @@ def build(config: PretrainConfig) -> Method:
     return model
 
 
+def store_size(image_size: int) -> int:
+    """Size of a film that views are made of: decoded once, and large enough that a crop is enlarged little."""
+    return max(image_size, min(2 * image_size, 256))  # 256 is the field's usual size
+
+
 def view_loader(train: ChestIndex, config: PretrainConfig, world: World) -> ViewLoader:
     """This process's share of batches of views.
 
     The last, smaller batch is dropped: covariance divides by the batch size.
     """
-    # Decode once at twice the view's size, so that a crop is enlarged little; 256 is the field's usual size.
-    size = max(config.image_size, min(2 * config.image_size, 256))
     views = method_class(config.method).views(config.image_size, config.augment)
-    dataset = ViewDataset(ImageStore(train.paths, size), views, config.seed)
+    dataset = ViewDataset(ImageStore(train.paths, store_size(config.image_size)), views, config.seed)
     return DataLoader(
         dataset,
         batch_size=world.share(config.batch_size),

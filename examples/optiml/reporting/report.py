@@ -114,7 +114,7 @@ def _mixed(records: list[Record]) -> list[str]:
         trained = {key: value for key, value in record["pretraining"].items() if key not in ("seed", "precision")}
         settings[row, "pretraining settings"].add(_same(trained))
         of = [str(record[key]) for key in ("protocol", "label") if key in record]
-        identity = {key: record["identity"].get(key) for key in ("data", "image_size", "train", "draws")}
+        identity = {key: record["identity"].get(key) for key in ("data", "image_size", "stem", "train", "draws")}
         where = " ".join([row, record["stage"], *of, f"{record['fraction']:.0%}"])
         settings[where, "versions of data or sizes"].add(_same(identity))
     return [f"**{where} mixes {len(s)} {what}.**\n" for (where, what), s in sorted(settings.items()) if len(s) > 1]

@@ -159,9 +159,9 @@ def _key(record: Record) -> str:
     return f"{record['dataset']}/{Path(record['file']).stem}"
 
 
-def _start_of(record: Record) -> tuple[Any, Any]:
+def _start_of(record: Record) -> tuple[Any, ...]:
     """What identifies the start that a record is of."""
-    return record["identity"]["start"], record["identity"]["image_size"]
+    return tuple(record["identity"].get(name) for name in ("start", "image_size", "stem"))
 
 
 def _load(path: Path) -> dict[str, NDArray[Any]]:

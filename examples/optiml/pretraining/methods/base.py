@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..distributed import all_gather_stack, gather_with_grad
-from ..network import Backbone, imagenet_weights
+from ..network import Backbone, start_from_imagenet
 from ..settings import AugmentConfig, PretrainConfig
 from ..views import Views, seed_all, two_views
 
@@ -52,9 +52,9 @@ class Method(pl.LightningModule):
         """``config`` must be resolved."""
         super().__init__()
         self.config = config
-        self.backbone = Backbone()
+        self.backbone = Backbone(config.stem)
         if config.init == "imagenet":
-            self.backbone.load_state_dict(imagenet_weights())
+            start_from_imagenet(self.backbone, config.imagenet_weights)
         self.last_log: dict[str, float] = {}
         self.stop_wanted = False
         """Set by a signal handler, at any time and perhaps in one process only."""

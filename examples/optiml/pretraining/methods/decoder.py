@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
-from ..network import FEATURE_DIM
+from ..network import FEATURE_DIM, STRIDES
 
 
 def _conv_norm(in_channels: int, out_channels: int, bias: bool = False) -> list[nn.Module]:
@@ -15,13 +15,14 @@ def _conv_norm(in_channels: int, out_channels: int, bias: bool = False) -> list[
 
 
 class Block(nn.Module):
-    """One scale: twice the width and height, an embedding with its predictor, and a reconstruction of its own.
+    """One scale: an embedding with its predictor, and a reconstruction of its own.
 
     The heads are apart from :meth:`forward`, since a step uses them at the scales it draws only.
     """
 
-    def __init__(self, in_channels: int, channels: int) -> None:
+    def __init__(self, in_channels: int, channels: int, scale: int = 2) -> None:
         super().__init__()
+        self.scale = scale
         self.convs = nn.Sequential(*_conv_norm(in_channels, channels), *_conv_norm(channels, channels))
         self.norm = nn.BatchNorm1d(channels)
         self.predictor = nn.Sequential(
@@ -31,8 +32,8 @@ class Block(nn.Module):
         self.supervision = nn.Sequential(*_conv_norm(channels, channels, bias=True), nn.Conv2d(channels, 3, 1))
 
     def forward(self, maps: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, channels, 2H, 2W)."""
-        out: Tensor = self.convs(interpolate(maps, scale_factor=2.0, mode="nearest"))
+        """(B, C, H, W) to (B, channels, scale H, scale W)."""
+        out: Tensor = self.convs(interpolate(maps, scale_factor=float(self.scale), mode="nearest"))
         return out
 
     def embed(self, maps: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,11 +43,16 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Five blocks, one for each halving of the backbone, and a last convolution to an image."""
+    """Five blocks, one for each halving of the standard backbone, and a last convolution to an image.
 
-    def __init__(self, channels: tuple[int, ...]) -> None:
+    Under a stem that halves less often, the last blocks do not double: the image is as large as the film.
+    """
+
+    def __init__(self, channels: tuple[int, ...], stride: int = STRIDES["standard"]) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(Block(*pair) for pair in zip((FEATURE_DIM, *channels), channels, strict=False))
+        halvings = stride.bit_length() - 1
+        widths = zip((FEATURE_DIM, *channels), channels, strict=False)
+        self.blocks = nn.ModuleList(Block(*pair, 2 if i < halvings else 1) for i, pair in enumerate(widths))
         self.head = nn.Conv2d(channels[-1], 3, 3, padding=1)
         for module in self.modules():
             if isinstance(module, nn.Conv2d) and module is not self.head:
@@ -57,7 +63,7 @@ class Decoder(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, maps: Tensor) -> list[Tensor]:
-        """The backbone's maps (B, 512, h, w) to those of all blocks, each twice as high and wide as the one before."""
+        """The backbone's maps (B, 512, h, w) to those of all blocks, from the coarsest to the image's size."""
         scales = []
         for block in self.blocks:
             maps = block(maps)

@@ -31,7 +31,7 @@ class PCRLv2(Method):
 
     def __init__(self, config: PretrainConfig) -> None:
         super().__init__(config)
-        self.decoder = Decoder(config.options.pcrlv2.channels)
+        self.decoder = Decoder(config.options.pcrlv2.channels, self.backbone.stride)
 
     @classmethod
     def views(cls, image_size: int, config: AugmentConfig) -> Views:
