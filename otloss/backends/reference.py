@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 
 from otloss.backends import quasi_newton
+from otloss.backends.masses import by_given as by_given
+from otloss.backends.masses import normalise as normalise
+from otloss.backends.masses import worst_error as worst_error
 from otloss.backends.protocol import Gradients, Problem, Shift, Solution, Upstream
 from otloss.checks import wide
 from otloss.cost import live_rows, negligible, row_norms, unit_rows
@@ -154,7 +157,7 @@ def solve(
     problem: Problem, max_iter: int, tol: float, kept: Tensor | None = None, accelerate: bool = False
 ) -> Solution:
     """The solution of each problem, with potentials in the gauge <a, f> = <b, g>; ``kept`` is not used."""
-    left, right, a, b, eps = problem
+    left, right, a, b, eps = problem.left, problem.right, problem.a, problem.b, problem.eps
     cost = dense_cost(left, right)
     log_a, log_b = log_mass(a), log_mass(b)
     shift = _minima(cost, a, b) if right is None or accelerate else None
@@ -264,7 +267,7 @@ def implicit_gradient(
     shift: Shift | None = None,
 ) -> tuple[Gradients, Tensor]:
     """Gradients and the adjoint's relative residual; see ``otloss/gradients.py``. ``kept`` is not used."""
-    left, right, a, b, eps = problem
+    left, right, a, b, eps = problem.left, problem.right, problem.a, problem.b, problem.eps
     cost = shifted(dense_cost(left, right), shift)
     k = _normalised_kernel(cost, a, b, f, g, eps)
     plan = a.unsqueeze(-1) * k * b.unsqueeze(-2)
@@ -304,7 +307,7 @@ def unrolled_gradient(
     problem: Problem, n_iter: Tensor, upstream: Upstream, need_cost: bool, max_iter: int
 ) -> Gradients:
     """Exact gradient of the iterations that were run: the potentials of each are kept, the kernels made again."""
-    left, right, a, b, eps = problem
+    left, right, a, b, eps = problem.left, problem.right, problem.a, problem.b, problem.eps
     cost = dense_cost(left, right)
     log_a, log_b = log_mass(a), log_mass(b)
     twice = torch.is_grad_enabled()  # then a mass of 0 needs a derivative, which its logarithm does not have
