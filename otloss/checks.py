@@ -25,7 +25,8 @@ def has_autocast(kind: str) -> bool:
 def no_autocast(like: Tensor) -> AbstractContextManager[object]:
     """A context in which products on the device of ``like`` keep their dtype. Autocast would lower their precision."""
     kind = like.device.type
-    return torch.autocast(kind, enabled=False) if has_autocast(kind) else nullcontext()
+    on = has_autocast(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if on else nullcontext()
 
 
 def _is_inside(file: str) -> bool:
@@ -86,18 +87,16 @@ def check_features(x: object, y: object) -> None:
 
 def check_device(**tensors: Tensor | None) -> None:
     """Check that all tensors are on one device."""
-    present = {name: t.device for name, t in tensors.items() if t is not None}
-    if len(set(present.values())) > 1:
-        got = ", ".join(f"{name} on {device}" for name, device in present.items())
+    if len({t.device for t in tensors.values() if t is not None}) > 1:
+        got = ", ".join(f"{name} on {t.device}" for name, t in tensors.items() if t is not None)
         raise ValueError(f"all arguments must be on one device, got {got}")
 
 
 def working_dtype(**tensors: Tensor | None) -> torch.dtype:
     """The dtype to compute in: float64 if all tensors are float64, else float32. float64 mixes with no other dtype."""
-    dtypes = {name: t.dtype for name, t in tensors.items() if t is not None}
-    double = [dtype == torch.float64 for dtype in dtypes.values()]
+    double = [t.dtype == torch.float64 for t in tensors.values() if t is not None]
     if any(double) and not all(double):
-        got = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
+        got = ", ".join(f"{name} {t.dtype}" for name, t in tensors.items() if t is not None)
         raise TypeError(f"float64 does not mix with other dtypes; convert the arguments to one dtype, got {got}")
     return torch.float64 if all(double) else torch.float32
 

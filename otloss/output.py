@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -41,20 +42,56 @@ class SinkhornOutput:
     def __init__(self, source: PlanSource, solution: Solution, gradient: str, tol: float) -> None:
         self._source, self._gradient, self._tol = source, gradient, tol
         self._solution = solution
-        self._plan: Tensor | None = None
+        self._made: dict[str, Any] = {}
         self._log_plan: Tensor | None = None
-        shape = source.batch
-        self.transport_cost, self.value, self.n_iter, self.marginal_error = (x.reshape(shape) for x in solution[2:6])
+
+    def _once(self, name: str, make: Callable[[], Any]) -> Any:
+        """What ``make`` returns, made on first use.
+
+        What was made under no_grad is not stored where the next use may need a graph.
+        """
+        if name in self._made:
+            return self._made[name]
+        made = make()
+        if torch.is_grad_enabled() or not self._solution.transport_cost.requires_grad:
+            self._made[name] = made
+        return made
+
+    def _of_batch(self, name: str) -> Tensor:
+        """A field of the solution that has one number for each problem."""
+        field: Tensor = getattr(self._solution, name)
+        batch = self._source.batch
+        return field if field.shape == batch else self._once(name, lambda: field.reshape(batch))
+
+    @property
+    def transport_cost(self) -> Tensor:
+        """``(B,)`` <T, C>."""
+        return self._of_batch("transport_cost")
+
+    @property
+    def value(self) -> Tensor:
+        """``(B,)`` <T, C> + eps KL(T | ab')."""
+        return self._of_batch("value")
+
+    @property
+    def n_iter(self) -> Tensor:
+        """``(B,)`` iterations."""
+        return self._of_batch("n_iter")
+
+    @property
+    def marginal_error(self) -> Tensor:
+        """``(B,)`` L1 distance of the plan's marginals from a and b."""
+        return self._of_batch("error")
 
     @property
     def f(self) -> Tensor:
         """Potentials ``(B, n)``."""
-        return self._potentials()[0]
+        return self._once("potentials", self._potentials)[0]  # type: ignore[no-any-return]
 
     @property
     def g(self) -> Tensor:
         """Potentials ``(B, m)``."""
-        return self._potentials()[1]
+        return self._once("potentials", self._potentials)[1]  # type: ignore[no-any-return]
 
     @property
     def converged(self) -> Tensor:
@@ -71,13 +108,8 @@ class SinkhornOutput:
     @property
     def plan(self) -> Tensor:
         """The plan ``(B, n, m)``. Any function of it is differentiable in mode "implicit"."""
-        if self._plan is not None:
-            return self._plan
-        plan = self._source.plan(self._solution, constant=self._gradient != "implicit")
-        # A plan that was built under no_grad is not stored: the next one may need a graph.
-        if plan.requires_grad or not self._solution.f.requires_grad:
-            self._plan = plan
-        return plan
+        constant = self._gradient != "implicit"
+        return self._once("plan", lambda: self._source.plan(self._solution, constant))  # type: ignore[no-any-return]
 
     def __repr__(self) -> str:
         done, total = int(self.converged.sum()), self.converged.numel()
@@ -144,21 +176,22 @@ class PlanSource:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        # A copy's potentials have no graph, so that its masses must not have one, nor cost or features.
+        self.problem = self.problem._replace(a=self.problem.a.detach(), b=self.problem.b.detach())
         self._versions = self._count_writes()  # a copy's tensors count from 0 again
-        self._tracked = [False] * len(self._tracked)  # a copy's potentials have no graph
+        self._tracked = [False] * len(self._tracked)
 
-    def _operands(self) -> list[Tensor]:
-        """Cost or features, and the masses."""
-        left, right, a, b, _ = self.problem
-        return [t for t in (left, right, a, b) if t is not None]
+    def _points(self) -> list[Tensor]:
+        """The cost or the features."""
+        return [t for t in (self.problem.left, self.problem.right) if t is not None]
 
     def _tracks_gradients(self) -> list[bool]:
-        """Of each operand, whether what is computed from it now gets a gradient by it."""
-        return [torch.is_grad_enabled() and t.requires_grad for t in self._operands()]
+        """Of cost or features, whether what is computed from them now gets a gradient by them."""
+        return [torch.is_grad_enabled() and t.requires_grad for t in self._points()]
 
     def _count_writes(self) -> list[int]:
         """How often cost or features were written in place; they may share memory with the caller's tensors."""
-        return [t._version for t in (self.problem.left, self.problem.right) if t is not None and not t.is_inference()]
+        return [t._version for t in self._points() if not t.is_inference()]
 
     def _check_unchanged(self) -> None:
         if self._versions is not None and not torch.compiler.is_compiling() and self._count_writes() != self._versions:
@@ -166,17 +199,18 @@ class PlanSource:
             raise RuntimeError(f"{what} changed in place after the problem was solved; read out.plan before that")
 
     def _differentiable(self, constant: bool) -> list[Tensor]:
-        """The operands. One that did not require a gradient when the problem was solved gets none here.
+        """Cost or features, and the masses. What did not require a gradient when the problem was solved gets none here.
 
         Potentials have no graph to it, so its gradient would lack their part.
         """
-        tracked = zip(self._operands(), self._tracks_gradients(), self._tracked, strict=True)
-        return [t.detach() if constant or (now and not then) else t for t, now, then in tracked]
+        tracked = zip(self._points(), self._tracks_gradients(), self._tracked, strict=True)
+        points = [t.detach() if constant or (now and not then) else t for t, now, then in tracked]
+        return [*points, *self.masses(constant)]
 
     def masses(self, constant: bool) -> tuple[Tensor, Tensor]:
-        """The masses a and b."""
-        *_, a, b = self._differentiable(constant)
-        return a, b
+        """The masses a and b of total 1, which ``solve`` has returned together with the potentials."""
+        a, b = self.problem.a, self.problem.b
+        return (a.detach(), b.detach()) if constant else (a, b)
 
     def plan(self, solution: Solution, constant: bool) -> Tensor:
         self._check_unchanged()

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from otloss.autograd import Sinkhorn
 from otloss.backends import choose_backend, get_backend
-from otloss.backends.protocol import Problem, Shift, Solution
+from otloss.backends.protocol import Given, Problem, Shift, Solution
 from otloss.checks import (
     check_choice,
     check_count,
@@ -17,13 +18,11 @@ from otloss.checks import (
     check_features,
     check_number,
     check_tensor,
-    no_autocast,
-    wide,
     working_dtype,
 )
 from otloss.compat import is_exporting
-from otloss.cost import negligible
-from otloss.gradients import MODES, Sinkhorn
+from otloss.gradients import MODES, State
+from otloss.operators import Options
 from otloss.output import PlanSource, SinkhornOutput
 
 __all__ = ["SinkhornOutput", "cosine_sinkhorn", "sinkhorn"]
@@ -35,41 +34,36 @@ SOLVERS = ("auto", "plain")
 MASS_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}
 
 
+def _in(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` in this dtype; no operation where it is already."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def _one_batch(x: Tensor, dims: int) -> Tensor:
     """``x`` with all dimensions before the last ``dims`` joined into one."""
     return x if x.dim() == dims + 1 else x.reshape(math.prod(x.shape[:-dims]), *x.shape[-dims:])
 
 
-def _masses(
-    name: str, mass: Tensor | None, log_mass: Tensor | None, batch: torch.Size, count: int, like: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    """Masses of total 1 ``(B, count)``, with the gradient of that, and the log of the total before ``(B, 1)``."""
+def _mass(
+    name: str, mass: Tensor | None, log_mass: Tensor | None, like: Tensor, batch: torch.Size, count: int
+) -> tuple[Tensor, str]:
+    """Masses ``(B, count)`` of the dtype of ``like``, and the form in which they were given, see `Given`."""
     if mass is not None and log_mass is not None:
         raise ValueError(f"give {name} or log_{name}, not both")
-    given, label = (mass, name) if mass is not None else (log_mass, f"log_{name}")
+    given, form, label = (mass, "masses", name) if log_mass is None else (log_mass, "logs", f"log_{name}")
     if given is None:
-        return like.new_full((1, count), 1 / count).expand(math.prod(batch), count), None
-    check_tensor(label, given, 1, f"(B, {count}) or ({count},)")
+        return like.new_full((math.prod(batch), count), 1 / count), "uniform"
     if given.shape[-1] != count or given.dim() > len(batch) + 1:
         raise ValueError(f"{label} must have shape {(*batch, count)} or ({count},), got {tuple(given.shape)}")
-    given = given.to(like.dtype)
-    try:
-        given = _one_batch(given if given.shape[:-1] == batch else given.expand(*batch, count), 1)
-    except RuntimeError:
-        raise ValueError(
-            f"{label} must have shape {(*batch, count)} or be broadcastable to it, got {tuple(given.shape)}"
-        ) from None
-    # The totals are compared: float32 cannot tell them apart where their logarithms are large.
-    exact = wide(given.detach())
-    if mass is None:
-        return _without_traces(given.softmax(-1)), exact.logsumexp(-1, keepdim=True)
-    return _without_traces(given / given.sum(-1, keepdim=True)), exact.sum(-1, keepdim=True).log()
-
-
-def _without_traces(mass: Tensor) -> Tensor:
-    """``mass``, exactly 0 where there is too little to count. The gradient passes straight through."""
-    trace = (mass > 0) & (mass <= negligible(mass.dtype))
-    return torch.where(trace, mass - mass.detach(), mass)
+    given = _in(given, like.dtype)
+    if given.shape[:-1] != batch:
+        try:
+            given = given.expand(*batch, count)
+        except RuntimeError:
+            raise ValueError(
+                f"{label} must have shape {(*batch, count)} or be broadcastable to it, got {tuple(given.shape)}"
+            ) from None
+    return _one_batch(given, 1), form
 
 
 def _solve(
@@ -91,41 +85,35 @@ def _solve(
     check_count("max_iter", max_iter)
     check_choice("gradient", gradient, MODES)
     check_choice("solver", solver, SOLVERS)
-    named: dict[str, Any] = {"cost": left} if right is None else {"x": left, "y": right}
     masses = {name: x for name, x in (("a", a), ("log_a", log_a), ("b", b), ("log_b", log_b)) if x is not None}
     for name, mass in masses.items():
         check_tensor(name, mass, 1, "(B, n)" if name.endswith("a") else "(B, m)")
-    named = {**named, **masses}
+    named: dict[str, Any] = {"cost": left} if right is None else {"x": left, "y": right}
+    named.update(masses)
     check_device(**named)
     dtype = working_dtype(**named)
     chosen = choose_backend(backend, left.device.type)
-    batch = left.shape[:-2]
-    n, m = (left.shape[-2], left.shape[-1] if right is None else right.shape[-2])
-    with no_autocast(left):
-        like = left.new_empty(0, dtype=dtype)
-        if not get_backend(chosen).READS_HALF:
-            left, right = left.to(dtype), None if right is None else right.to(dtype)
-        left, right = _one_batch(left, 2), None if right is None else _one_batch(right, 2)
-        p, log_total_a = _masses("a", a, log_a, batch, n, like)
-        q, log_total_b = _masses("b", b, log_b, batch, m, like)
-        if gradient == "none":  # no output is differentiated by the masses
-            p, q = p.detach(), q.detach()
-        totals = [total for total in (log_total_a, log_total_b) if total is not None]
-        totals = totals or [like.new_zeros(left.shape[0], 1)]
-        log_totals = torch.cat((totals[0], totals[-1]), dim=-1)
-        mass_tol = max((MASS_TOLERANCE.get(mass.dtype, 2e-2) for mass in masses.values()), default=0.0)
-        # Whether keeping the cost pays depends on the sizes, which an exported graph may leave open.
-        accelerate = solver == "auto" and gradient != "unroll" and tol > 0
-        keep = gradient != "unroll" and torch.is_grad_enabled() and not is_exporting()
-        problem = Problem(left, right, p, q, float(eps))
-        mass_names = " ".join(masses)
-        *outputs, row_shift, column_shift, _ = Sinkhorn.apply(
-            *problem, log_totals, mass_names, mass_tol, int(max_iter), float(tol), accelerate, keep, gradient, chosen
-        )
-    f, g, cost, value, n_iter, error = outputs
-    shift = Shift(row_shift, column_shift) if right is None else None
-    solution = Solution(f, g, cost, value, n_iter, error, shift)
-    return SinkhornOutput(PlanSource(problem, batch), solution, gradient, float(tol))
+    batch, n, m = left.shape[:-2], left.shape[-2], left.shape[-1] if right is None else right.shape[-2]
+    if not get_backend(chosen).READS_HALF:
+        left, right = _in(left, dtype), None if right is None else _in(right, dtype)
+    left, right = _one_batch(left, 2), None if right is None else _one_batch(right, 2)
+    like = left if left.dtype == dtype else left.new_empty(0, dtype=dtype)
+    mass_a, form_a = _mass("a", a, log_a, like, batch, n)
+    mass_b, form_b = _mass("b", b, log_b, like, batch, m)
+    if gradient == "none":  # no output is differentiated by the masses
+        mass_a, mass_b = mass_a.detach(), mass_b.detach()
+    tolerance = max((MASS_TOLERANCE.get(mass.dtype, 2e-2) for mass in masses.values()), default=0.0)
+    accelerate = solver == "auto" and gradient != "unroll" and tol > 0
+    # Whether keeping the cost pays depends on the sizes, which an exported graph may leave open.
+    keep = gradient != "unroll" and torch.is_grad_enabled() and not is_exporting()
+    problem, given = Problem(left, right, mass_a, mass_b, float(eps)), Given(form_a, form_b, tolerance)
+    options = Options(int(max_iter), float(tol), accelerate, keep, gradient, chosen)
+    cost, value, error, *rest = Sinkhorn.apply(*problem, *given, *options)
+    state = State(*rest)
+    shift = Shift(state.row_shift, state.column_shift) if right is None else None
+    solution = Solution(state.f, state.g, cost, value, state.n_iter, error, shift)
+    source = PlanSource(problem._replace(a=state.a, b=state.b), batch)
+    return SinkhornOutput(source, solution, gradient, options.tol)
 
 
 def sinkhorn(

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import importlib
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from otloss.backends.protocol import Gradients, Problem, Shift, Solution, Upstream
+from otloss.backends import masses
+from otloss.backends.protocol import Given, Gradients, Problem, Shift, Solution, Upstream
 
 TWICE_DIFFERENTIABLE = False
 KEEPS_COST = True
@@ -51,7 +53,7 @@ class _KernelCall:
         reason = status()
         if _C is None or reason is not None:
             raise RuntimeError(f"the cpu backend cannot be used: {reason}")
-        left, right, a, b, eps = problem
+        left, right, a, b, eps = problem.left, problem.right, problem.a, problem.b, problem.eps
         if left.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"the cpu backend takes float32 or float64, not {left.dtype}")
         self.left, self.a, self.b = left.contiguous(), a.contiguous(), b.contiguous()
@@ -87,6 +89,54 @@ class _KernelCall:
 
     def run(self, kernel: str, *arguments: object) -> None:
         getattr(_C, f"{kernel}_{self.suffix}")(self.inputs, *arguments, torch.get_num_threads())
+
+
+def _kernel(name: str, like: Tensor) -> Any:
+    return getattr(_C, f"{name}_float64" if like.dtype == torch.float64 else f"{name}_float32")
+
+
+_FORMS = {"uniform": 0, "masses": 1, "logs": 2}  # as in csrc/problem.hpp
+_INVALID, _ALL_LIVE = 0, 2
+
+
+def _side(given: Tensor, form: str, share: Tensor) -> Any:
+    return _C.Side(given.data_ptr(), _FORMS[form], share.shape[1], share.data_ptr())  # type: ignore[union-attr]
+
+
+def normalise(problem: Problem, given: Given, check: bool) -> tuple[Problem, bool]:
+    """The problem with masses of total 1, and whether every point has mass (csrc/masses.hpp).
+
+    Raises:
+        ValueError: masses are invalid, if ``check``.
+    """
+    of_a, of_b = problem.a.contiguous(), problem.b.contiguous()
+    a, b = torch.empty_like(of_a), torch.empty_like(of_b)
+    sides = _side(of_a, given.a, a), _side(of_b, given.b, b)
+    found = _kernel("normalise", a)(*sides, a.shape[0], given.tolerance)
+    if found == _INVALID:
+        return masses.normalise(problem, given, check)  # which says what is wrong
+    return problem._replace(a=a, b=b), found == _ALL_LIVE
+
+
+def by_given(problem: Problem, given: Given, a: Tensor, b: Tensor, by_a: Tensor, by_b: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients by the masses as they were given, from those by a and b of total 1 (csrc/masses.hpp)."""
+    return _by_given(problem.a, given.a, a, by_a), _by_given(problem.b, given.b, b, by_b)
+
+
+def _by_given(mass: Tensor, form: str, share: Tensor, grad: Tensor) -> Tensor:
+    if form == "uniform":
+        return grad.new_empty(0)
+    mass, share, grad = mass.contiguous(), share.contiguous(), grad.contiguous()
+    out = torch.empty_like(grad)
+    _kernel("by_given", share)(_side(mass, form, share), share.shape[0], grad.data_ptr(), out.data_ptr())
+    return out
+
+
+def worst_error(solution: Solution) -> float:
+    """The largest error of a solution; NaN where a potential or a transport cost is not finite."""
+    f, g, cost, error = solution.f, solution.g, solution.transport_cost, solution.error
+    addresses = f.data_ptr(), f.shape[1], g.data_ptr(), g.shape[1], cost.data_ptr(), error.data_ptr()
+    return _kernel("worst_error", f)(*addresses, f.shape[0])  # type: ignore[no-any-return]
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 
 from otloss.backends import quasi_newton, relaxed
+from otloss.backends.masses import by_given as by_given
+from otloss.backends.masses import normalise as normalise
+from otloss.backends.masses import worst_error as worst_error
 from otloss.backends.protocol import Gradients, Problem, Shift, Solution, Upstream
 from otloss.backends.relaxed import Penalty, bounded_exp
 from otloss.checks import wide
@@ -152,7 +155,7 @@ def solve(
     """The solution of each problem, with potentials in the gauge <a, f> = <b, g>; ``kept`` is not used."""
     if problem.relaxed:
         return _solve_relaxed(problem, max_iter, tol)
-    left, right, a, b, eps = problem[:5]
+    left, right, a, b, eps = problem.left, problem.right, problem.a, problem.b, problem.eps
     cost = dense_cost(left, right)
     log_a, log_b = log_mass(a), log_mass(b)
     shift = _minima(cost, a, b) if right is None or accelerate else None
@@ -189,7 +192,7 @@ def penalties(problem: Problem) -> tuple[Penalty, Penalty]:
 
 def _solve_relaxed(problem: Problem, max_iter: int, tol: float) -> Solution:
     """The solution under penalties; its potentials have no gauge, and nothing is taken out of the cost."""
-    left, right, a, b, eps = problem[:5]
+    left, right, a, b, eps = problem.left, problem.right, problem.a, problem.b, problem.eps
     cost, log_a, log_b, (of_a, of_b) = dense_cost(left, right), log_mass(a), log_mass(b), penalties(problem)
     f, g, n_iter = relaxed.iterate(cost, a, b, log_a, log_b, of_a, of_b, max_iter, tol)
     f = torch.where(live(a), f, of_a.damping * _f_step(cost, log_b, g, eps))
@@ -285,7 +288,7 @@ def implicit_gradient(
     shift: Shift | None = None,
 ) -> tuple[Gradients, Tensor]:
     """Gradients and the adjoint's relative residual; see ``otloss/gradients.py``. ``kept`` is not used."""
-    left, right, a, b, eps = problem[:5]
+    left, right, a, b, eps = problem.left, problem.right, problem.a, problem.b, problem.eps
     if problem.relaxed:
         sides = (log_mass(a), log_mass(b), f, g, *penalties(problem))
         by, residual = relaxed.gradients(dense_cost(left, right), a, b, *sides, upstream, adjoint)
@@ -330,7 +333,7 @@ def unrolled_gradient(
     problem: Problem, n_iter: Tensor, upstream: Upstream, need_cost: bool, max_iter: int
 ) -> Gradients:
     """Exact gradient of the iterations that were run: the potentials of each are kept, the kernels made again."""
-    left, right, a, b, eps = problem[:5]
+    left, right, a, b, eps = problem.left, problem.right, problem.a, problem.b, problem.eps
     cost = dense_cost(left, right)
     log_a, log_b = log_mass(a), log_mass(b)
     twice = torch.is_grad_enabled()  # then a mass of 0 needs a derivative, which its logarithm does not have

@@ -48,6 +48,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from otloss.backends.masses import by_given as by_given
+from otloss.backends.masses import normalise as normalise
+from otloss.backends.masses import worst_error as worst_error
 from otloss.backends.protocol import Gradients, Problem, Shift, Solution, Upstream
 
 TWICE_DIFFERENTIABLE = False
@@ -128,7 +131,7 @@ def _groups(problem: Problem, kept: Tensor | None) -> Iterator[tuple[slice, Prob
         raise RuntimeError(f"the triton backend cannot be used: {reason}")
     from otloss.backends.triton import config
 
-    left, right, a, b, eps = problem
+    left, right, a, b = problem.left, problem.right, problem.a, problem.b
     count, n, m = a.shape[0], a.shape[1], b.shape[1]
     groups = 1 if right is None else config.groups(count, n, m, a.dtype == torch.float64)
     size = -(-count // max(groups, 1))
@@ -136,7 +139,7 @@ def _groups(problem: Problem, kept: Tensor | None) -> Iterator[tuple[slice, Prob
         part = slice(start, start + size)
         yield (
             part,
-            Problem(left[part], None if right is None else right[part], a[part], b[part], eps),
+            problem._replace(left=left[part], right=None if right is None else right[part], a=a[part], b=b[part]),
             None if kept is None else kept[part].contiguous(),
         )
 
