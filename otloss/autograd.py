@@ -10,7 +10,7 @@ from torch import Tensor
 
 from otloss import operators
 from otloss.backends import get_backend
-from otloss.backends.protocol import Gradients
+from otloss.backends.protocol import Gradients, Problem
 from otloss.checks import no_autocast
 from otloss.gradients import Incoming, State, derive
 from otloss.operators import GRADIENT, OUTPUTS, SOLVE, parameters, together
@@ -36,13 +36,15 @@ class Sinkhorn(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         problem, given, ctx.options = together(inputs, SOLVE)
         state = State(*output[-len(State._fields) :])
-        _, _, by_a, by_b, *_ = ctx.needs_input_grad
+        needed = dict(zip(Problem._fields, ctx.needs_input_grad, strict=False))
         # A mass without a gradient counts as uniform from here on. Where it has one, its total is needed, but for logs.
-        ctx.given = given._replace(a=given.a if by_a else "uniform", b=given.b if by_b else "uniform")
+        ctx.given = given._replace(
+            a=given.a if needed["a"] else "uniform", b=given.b if needed["b"] else "uniform"
+        )
         a = problem.a if ctx.given.a == "masses" else state.a
         b = problem.b if ctx.given.b == "masses" else state.b
-        ctx.constants = problem._replace(left=None, right=None, a=None, b=None)
-        ctx.save_for_backward(problem.left, problem.right, a, b, *state)
+        ctx.constants = problem._replace(left=None, right=None, a=None, b=None, rho_a=None, rho_b=None)
+        ctx.save_for_backward(problem.left, problem.right, a, b, problem.rho_a, problem.rho_b, *state)
         constant = {side for side in ("a", "b") if getattr(ctx.given, side) == "uniform"}
         names = _DIFFERENTIABLE[ctx.options.mode] - constant
         ctx.mark_non_differentiable(*(out for name, out in zip(OUTPUTS, output, strict=True) if name not in names))
@@ -55,9 +57,9 @@ class Sinkhorn(torch.autograd.Function):
         need, no_gradients = ctx.needs_input_grad, (None,) * len(ctx.needs_input_grad)
         if all(grad is None for grad in incoming):
             return no_gradients
-        left, right, a, b, *state = ctx.saved_tensors
-        problem, options = ctx.constants._replace(left=left, right=right, a=a, b=b), ctx.options
-        need_cost = need[0] or need[1]
+        left, right, a, b, rho_a, rho_b, *state = ctx.saved_tensors
+        problem = ctx.constants._replace(left=left, right=right, a=a, b=b, rho_a=rho_a, rho_b=rho_b)
+        options, need_cost = ctx.options, need[0] or need[1]
         if not torch.is_grad_enabled():
             found = operators.gradient(*problem, *state, *incoming, need_cost, *ctx.given, *options)
         elif options.mode != "none" and get_backend(options.backend).TWICE_DIFFERENTIABLE:
@@ -66,8 +68,10 @@ class Sinkhorn(torch.autograd.Function):
                 found, _ = derive(problem, ctx.given, State(*state), incoming, need_cost, longest, mode, backend)
         else:
             found = OnceDifferentiable.apply(*problem, *state, *incoming, need_cost, *ctx.given, *options)
-        wanted = (grad if needed else None for grad, needed in zip(found, need, strict=False))
-        return (*wanted, *no_gradients[len(Gradients._fields) :])
+        by_name = dict(zip(Gradients._fields, found, strict=True))
+        fields = zip(Problem._fields, need, strict=False)
+        wanted = [by_name.get(name) if needed else None for name, needed in fields]
+        return (*wanted, *no_gradients[len(wanted) :])
 
 
 # Function.apply asks for the signature at every call, and inspect finds this attribute first. PyTorch's compiler counts

@@ -69,6 +69,15 @@ def check_tensor(name: str, value: object, min_dim: int, shape: str) -> None:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
 
 
+def check_mask(name: str, value: object, shape: str) -> None:
+    """Check that ``value`` is a tensor of truth values with at least one dimension."""
+    if not isinstance(value, Tensor) or value.dtype != torch.bool:
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be a tensor of dtype bool and shape {shape}, got {got}")
+    if value.dim() < 1:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
+
+
 def check_features(x: object, y: object) -> None:
     """Check that the shapes of ``x (B, n, d)`` and ``y (B, m, d)`` fit each other."""
     check_tensor("x", x, 2, "(B, n, d)")

@@ -19,6 +19,13 @@ def is_exporting() -> bool:
     return torch.compiler.is_compiling() if _OLD else torch.compiler.is_exporting()
 
 
+def has_values(x: torch.Tensor) -> bool:
+    """Whether the values of ``x`` can be looked at without waiting for a device, by code that is not being traced."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
 def read_when_compiling(function: Callable[[], Result]) -> Callable[[], Result]:
     """A function that reads a context variable, which the compiler of PyTorch 2.6 cannot do.
 

@@ -87,10 +87,10 @@ def derive(
         by = module.unrolled_gradient(solved, state.n_iter, upstream, need_cost, longest)
     else:
         slope = None
-        if upstream.f is not None or upstream.g is not None:
+        if not problem.relaxed and (upstream.f is not None or upstream.g is not None):
             p, q, slope = _project(upstream.f, upstream.g, solved.a, solved.b, state.f, state.g)
             upstream = Upstream(upstream.cost, upstream.value, p, q)
-        adjoint = mode == "implicit" and (upstream.cost is not None or upstream.f is not None)
+        adjoint = mode == "implicit" and any(grad is not None for grad in (upstream.cost, upstream.f, upstream.g))
         kept = state.kept if state.kept.numel() else None
         shift = Shift(state.row_shift, state.column_shift) if problem.right is None else None
         by, residual = module.implicit_gradient(solved, state.f, state.g, upstream, adjoint, need_cost, kept, shift)
@@ -99,7 +99,7 @@ def derive(
     by_a = by.a if incoming.a is None else by.a + incoming.a
     by_b = by.b if incoming.b is None else by.b + incoming.b
     by_a, by_b = module.by_given(problem, given, state.a, state.b, by_a, by_b)
-    return Gradients(by.left, by.right, by_a, by_b), residual
+    return by._replace(a=by_a, b=by_b), residual
 
 
 def _project(

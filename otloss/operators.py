@@ -124,9 +124,19 @@ def converged(problem: Problem, solution: Solution, tol: float) -> Tensor:
     costs and potentials are those after the shift, and each marginal to the mean of that under the plan. As
     C_ij - f_i - g_j = -eps log k_ij, of mean size at most eps (1 + log(n m)), both marginals are off by at most
     4 u (<a, |f|> + <b, |g|>) / eps + 2 u (1 + log(n m)).
+
+    With penalties the marginals a exp(-f / rho_a) and b exp(-g / rho_b) stand for a and b, as shares of their total,
+    and are themselves known to u |f| / rho_a and u |g| / rho_b.
     """
     f, g, error = solution.f, solution.g, solution.error
-    sizes = (problem.a * f.abs()).sum(-1) + (problem.b * g.abs()).sum(-1)
+    sizes = torch.zeros_like(error)
+    for mass, potential, rho in ((problem.a, f, problem.rho_a), (problem.b, g, problem.rho_b)):
+        size = potential.abs()
+        if problem.relaxed:
+            asked = mass if rho is None else mass * torch.exp(-potential / rho.unsqueeze(-1))
+            mass = asked / asked.sum(-1, keepdim=True)
+            size = size if rho is None else size * (1 + problem.eps / rho.unsqueeze(-1))
+        sizes = sizes + (mass * size).sum(-1)
     unit = torch.finfo(f.dtype).eps / 2
     points = max(f.shape[-1] * g.shape[-1], 1)
     return error < tol + unit * (4 * sizes / problem.eps + 2 * (1 + math.log(points)))
@@ -201,7 +211,7 @@ def _gradient(*arguments: Any) -> tuple[Tensor, ...]:
             "the plan is close to a permutation of blocks; raise eps or use float64",
             ConvergenceWarning,
         )
-    return _contiguous(*gradients)
+    return _contiguous(*(problem.a.new_empty(0) if grad is None else grad for grad in gradients))
 
 
 def _fake_gradient(*arguments: Any) -> tuple[Tensor, ...]:
@@ -212,6 +222,7 @@ def _fake_gradient(*arguments: Any) -> tuple[Tensor, ...]:
         _like(right) if asked.need_cost and right is not None else a.new_empty(0),
         a.new_empty(0) if given.a == "uniform" else _like(a),
         b.new_empty(0) if given.b == "uniform" else _like(b),
+        *(a.new_empty(0) if rho is None else _like(rho) for rho in (problem.rho_a, problem.rho_b)),
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from otloss.arguments import Described
 from otloss.assignment import log_plan
 from otloss.backends.protocol import Problem, Solution
 from otloss.backends.reference import shifted, transport_plan, unshifted
@@ -57,21 +58,23 @@ class SinkhornOutput:
             self._made[name] = made
         return made
 
-    def _of_batch(self, name: str) -> Tensor:
-        """A field of the solution that has one number for each problem."""
+    def _of_batch(self, name: str, cost: bool = False) -> Tensor:
+        """A field of the solution that has one number for each problem; ``cost`` says that it has the cost's unit."""
         field: Tensor = getattr(self._solution, name)
-        batch = self._source.batch
+        batch, unit = self._source.batch, self._source.unit
+        if cost and unit is not None:
+            return self._once(name, lambda: (field * unit).reshape(batch))  # type: ignore[no-any-return]
         return field if field.shape == batch else self._once(name, lambda: field.reshape(batch))
 
     @property
     def transport_cost(self) -> Tensor:
         """``(B,)`` <T, C>."""
-        return self._of_batch("transport_cost")
+        return self._of_batch("transport_cost", cost=True)
 
     @property
     def value(self) -> Tensor:
         """``(B,)`` <T, C> + eps KL(T | ab')."""
-        return self._of_batch("value")
+        return self._of_batch("value", cost=True)
 
     @property
     def n_iter(self) -> Tensor:
@@ -100,10 +103,14 @@ class SinkhornOutput:
 
     def _potentials(self) -> tuple[Tensor, Tensor]:
         """f and g of the cost as it was given, with <a, f> = <b, g>."""
-        f, g, batch = self._solution.f, self._solution.g, self._source.batch
-        if self._solution.shift is not None:
-            f, g = unshifted(self._solution, *self._source.masses(constant=not f.requires_grad))
-        return f.reshape(*batch, f.shape[-1]), g.reshape(*batch, g.shape[-1])
+        f, g, source = self._solution.f, self._solution.g, self._source
+        if self._solution.shift is not None and not source.problem.relaxed:
+            f, g = unshifted(self._solution, *source.masses(constant=not f.requires_grad))
+        if source.unit is not None:
+            f, g = f * source.unit.unsqueeze(-1), g * source.unit.unsqueeze(-1)
+        f = f if source.mask_x is None else torch.where(source.mask_x, f, 0.0)
+        g = g if source.mask_y is None else torch.where(source.mask_y, g, 0.0)
+        return f.reshape(*source.batch, f.shape[-1]), g.reshape(*source.batch, g.shape[-1])
 
     @property
     def plan(self) -> Tensor:
@@ -163,10 +170,11 @@ class SinkhornOutput:
 
 
 class PlanSource:
-    """A problem that was solved, from which the plan can be built, and the shape of its batch."""
+    """A problem that was solved, from which the plan can be built, and how it was described."""
 
-    def __init__(self, problem: Problem, batch: torch.Size) -> None:
-        self.problem, self.batch = problem, batch
+    def __init__(self, problem: Problem, described: Described) -> None:
+        self.problem, self.batch, self.unit = problem, described.batch, described.unit
+        self.mask_x, self.mask_y = described.mask_x, described.mask_y
         self._versions = None if torch.compiler.is_compiling() else self._count_writes()
         self._tracked = self._tracks_gradients()
 
@@ -178,6 +186,7 @@ class PlanSource:
         self.__dict__.update(state)
         # A copy's potentials have no graph, so that its masses must not have one, nor cost or features.
         self.problem = self.problem._replace(a=self.problem.a.detach(), b=self.problem.b.detach())
+        self.unit = None if self.unit is None else self.unit.detach()
         self._versions = self._count_writes()  # a copy's tensors count from 0 again
         self._tracked = [False] * len(self._tracked)
 

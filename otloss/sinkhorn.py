@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from otloss.arguments import Arguments, describe
 from otloss.autograd import Sinkhorn
-from otloss.backends import choose_backend, get_backend
-from otloss.backends.protocol import Given, Problem, Shift, Solution
-from otloss.checks import (
-    check_choice,
-    check_count,
-    check_device,
-    check_features,
-    check_number,
-    check_tensor,
-    working_dtype,
-)
+from otloss.backends.protocol import Shift, Solution
+from otloss.checks import check_choice, check_count, check_features, check_number, check_tensor
 from otloss.compat import is_exporting
 from otloss.gradients import MODES, State
 from otloss.operators import Options
@@ -29,90 +18,36 @@ __all__ = ["SinkhornOutput", "cosine_sinkhorn", "sinkhorn"]
 
 SOLVERS = ("auto", "plain")
 
-#: How far the totals of a and b may lie apart, relatively: a softmax over 10^5 points is off by 1e-5 in float32.
-#: In half precision 2e-2.
-MASS_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}
-
-
-def _in(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x`` in this dtype; no operation where it is already."""
-    return x if x.dtype == dtype else x.to(dtype)
-
-
-def _one_batch(x: Tensor, dims: int) -> Tensor:
-    """``x`` with all dimensions before the last ``dims`` joined into one."""
-    return x if x.dim() == dims + 1 else x.reshape(math.prod(x.shape[:-dims]), *x.shape[-dims:])
-
-
-def _mass(
-    name: str, mass: Tensor | None, log_mass: Tensor | None, like: Tensor, batch: torch.Size, count: int
-) -> tuple[Tensor, str]:
-    """Masses ``(B, count)`` of the dtype of ``like``, and the form in which they were given, see `Given`."""
-    if mass is not None and log_mass is not None:
-        raise ValueError(f"give {name} or log_{name}, not both")
-    given, form, label = (mass, "masses", name) if log_mass is None else (log_mass, "logs", f"log_{name}")
-    if given is None:
-        return like.new_full((math.prod(batch), count), 1 / count), "uniform"
-    if given.shape[-1] != count or given.dim() > len(batch) + 1:
-        raise ValueError(f"{label} must have shape {(*batch, count)} or ({count},), got {tuple(given.shape)}")
-    given = _in(given, like.dtype)
-    if given.shape[:-1] != batch:
-        try:
-            given = given.expand(*batch, count)
-        except RuntimeError:
-            raise ValueError(
-                f"{label} must have shape {(*batch, count)} or be broadcastable to it, got {tuple(given.shape)}"
-            ) from None
-    return _one_batch(given, 1), form
-
-
 def _solve(
     left: Tensor,
     right: Tensor | None,
-    a: Tensor | None,
-    b: Tensor | None,
-    log_a: Tensor | None,
-    log_b: Tensor | None,
-    eps: float,
+    kind: str,
+    said: Arguments,
     max_iter: int,
     tol: float,
     gradient: str,
     solver: str,
     backend: str | None,
 ) -> SinkhornOutput:
-    check_number("eps", eps, positive=True)
     check_number("tol", tol, positive=False)
     check_count("max_iter", max_iter)
     check_choice("gradient", gradient, MODES)
     check_choice("solver", solver, SOLVERS)
-    masses = {name: x for name, x in (("a", a), ("log_a", log_a), ("b", b), ("log_b", log_b)) if x is not None}
-    for name, mass in masses.items():
-        check_tensor(name, mass, 1, "(B, n)" if name.endswith("a") else "(B, m)")
-    named: dict[str, Any] = {"cost": left} if right is None else {"x": left, "y": right}
-    named.update(masses)
-    check_device(**named)
-    dtype = working_dtype(**named)
-    chosen = choose_backend(backend, left.device.type)
-    batch, n, m = left.shape[:-2], left.shape[-2], left.shape[-1] if right is None else right.shape[-2]
-    if not get_backend(chosen).READS_HALF:
-        left, right = _in(left, dtype), None if right is None else _in(right, dtype)
-    left, right = _one_batch(left, 2), None if right is None else _one_batch(right, 2)
-    like = left if left.dtype == dtype else left.new_empty(0, dtype=dtype)
-    mass_a, form_a = _mass("a", a, log_a, like, batch, n)
-    mass_b, form_b = _mass("b", b, log_b, like, batch, m)
+    described = describe(left, right, kind, said, backend)
+    problem, given = described.problem, described.given
+    if problem.relaxed and gradient == "unroll":
+        raise ValueError("gradient 'unroll' goes with constraints on both marginals; take 'implicit', or no rho_a, rho_b")
     if gradient == "none":  # no output is differentiated by the masses
-        mass_a, mass_b = mass_a.detach(), mass_b.detach()
-    tolerance = max((MASS_TOLERANCE.get(mass.dtype, 2e-2) for mass in masses.values()), default=0.0)
+        problem = problem._replace(a=problem.a.detach(), b=problem.b.detach())
     accelerate = solver == "auto" and gradient != "unroll" and tol > 0
     # Whether keeping the cost pays depends on the sizes, which an exported graph may leave open.
     keep = gradient != "unroll" and torch.is_grad_enabled() and not is_exporting()
-    problem, given = Problem(left, right, mass_a, mass_b, float(eps)), Given(form_a, form_b, tolerance)
-    options = Options(int(max_iter), float(tol), accelerate, keep, gradient, chosen)
+    options = Options(int(max_iter), float(tol), accelerate, keep, gradient, described.backend)
     cost, value, error, *rest = Sinkhorn.apply(*problem, *given, *options)
     state = State(*rest)
-    shift = Shift(state.row_shift, state.column_shift) if right is None else None
+    shift = Shift(state.row_shift, state.column_shift) if problem.right is None else None
     solution = Solution(state.f, state.g, cost, value, state.n_iter, error, shift)
-    source = PlanSource(problem._replace(a=state.a, b=state.b), batch)
+    source = PlanSource(problem._replace(a=state.a, b=state.b), described)
     return SinkhornOutput(source, solution, gradient, options.tol)
 
 
@@ -121,9 +56,13 @@ def sinkhorn(
     a: Tensor | None = None,
     b: Tensor | None = None,
     *,
-    eps: float = 0.05,
+    eps: float | Tensor = 0.05,
     log_a: Tensor | None = None,
     log_b: Tensor | None = None,
+    mask_x: Tensor | None = None,
+    mask_y: Tensor | None = None,
+    rho_a: float | Tensor | None = None,
+    rho_b: float | Tensor | None = None,
     max_iter: int = 1000,
     tol: float = 1e-5,
     gradient: str = "implicit",
@@ -186,7 +125,8 @@ def sinkhorn(
     check_tensor("cost", cost, 2, "(B, n, m)")
     if 0 in cost.shape[-2:]:
         raise ValueError(f"cost must have at least one row and one column, got {tuple(cost.shape)}")
-    return _solve(cost, None, a, b, log_a, log_b, eps, max_iter, tol, gradient, solver, backend)
+    said = Arguments(eps, a, b, log_a, log_b, mask_x, mask_y, rho_a, rho_b)
+    return _solve(cost, None, "cosine", said, max_iter, tol, gradient, solver, backend)
 
 
 def cosine_sinkhorn(
@@ -195,9 +135,13 @@ def cosine_sinkhorn(
     a: Tensor | None = None,
     b: Tensor | None = None,
     *,
-    eps: float = 0.05,
+    eps: float | Tensor = 0.05,
     log_a: Tensor | None = None,
     log_b: Tensor | None = None,
+    mask_x: Tensor | None = None,
+    mask_y: Tensor | None = None,
+    rho_a: float | Tensor | None = None,
+    rho_b: float | Tensor | None = None,
     max_iter: int = 1000,
     tol: float = 1e-5,
     gradient: str = "implicit",
@@ -231,4 +175,5 @@ def cosine_sinkhorn(
         True
     """
     check_features(x, y)
-    return _solve(x, y, a, b, log_a, log_b, eps, max_iter, tol, gradient, solver, backend)
+    said = Arguments(eps, a, b, log_a, log_b, mask_x, mask_y, rho_a, rho_b)
+    return _solve(x, y, "cosine", said, max_iter, tol, gradient, solver, backend)

@@ -18,6 +18,7 @@ from otloss.backends import masses
 from otloss.backends.protocol import Given, Gradients, Problem, Shift, Solution, Upstream
 
 TWICE_DIFFERENTIABLE = False
+RELAXES = False
 KEEPS_COST = True
 READS_HALF = False
 MOST_POINTS = 1 << 30  # rounded up to vectors, in 32 bits

@@ -5,6 +5,8 @@ With the given masses m (logarithms l) of total M, :math:`a = m / M` or :math:`a
 
 .. math:: \partial m = (h - \langle a, h \rangle) / M, \qquad \partial l = a \circ (h - \langle a, h \rangle).
 
+With penalties on the marginals masses are taken as they are: a = m, or a = exp(l).
+
 Plain PyTorch, for backends that have nothing better. The gradient is made of differentiable operations.
 """
 
@@ -26,7 +28,8 @@ def normalise(problem: Problem, given: Given, check: bool) -> tuple[Problem, boo
     Raises:
         ValueError: masses are invalid. Only with ``check``, which waits for the device.
     """
-    a, b = _of_total_one(problem.a, given.a), _of_total_one(problem.b, given.b)
+    take = _as_given if problem.relaxed else _of_total_one
+    a, b = take(problem.a, given.a), take(problem.b, given.b)
     all_live = check and _check(problem, given, a, b)
     return problem._replace(a=a, b=b), all_live
 
@@ -36,6 +39,11 @@ def _of_total_one(mass: Tensor, form: str) -> Tensor:
         return mass.clone()
     share = mass.softmax(-1) if form == "logs" else mass / mass.sum(-1, keepdim=True)
     return share.masked_fill((share > 0) & (share <= negligible(share.dtype)), 0.0)
+
+
+def _as_given(mass: Tensor, form: str) -> Tensor:
+    mass = mass.exp() if form == "logs" else mass.clone()
+    return mass.masked_fill((mass > 0) & (mass <= negligible(mass.dtype)), 0.0)
 
 
 def _log_total(mass: Tensor, form: str) -> Tensor:
@@ -54,6 +62,8 @@ def _check(problem: Problem, given: Given, a: Tensor, b: Tensor) -> bool:
         return True
     totals = torch.stack([total for _, total in sides.values()])
     gap = totals[0] - totals[-1]
+    if problem.relaxed:
+        gap = torch.where(totals.isfinite().all(0), 0.0, torch.nan)
     # What is not finite in masses or totals has become NaN in the shares or the gap, and fails every comparison.
     least = float(torch.minimum(a.min(), b.min()))
     if least >= 0 and float(gap.abs().max()) <= given.tolerance:
@@ -76,12 +86,15 @@ def _check(problem: Problem, given: Given, a: Tensor, b: Tensor) -> bool:
 
 def by_given(problem: Problem, given: Given, a: Tensor, b: Tensor, by_a: Tensor, by_b: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients by the masses as they were given, from those by a and b of total 1; empty by uniform ones."""
-    return _by_given(problem.a, given.a, a, by_a), _by_given(problem.b, given.b, b, by_b)
+    free = problem.relaxed
+    return _by_given(problem.a, given.a, a, by_a, free), _by_given(problem.b, given.b, b, by_b, free)
 
 
-def _by_given(mass: Tensor, form: str, share: Tensor, grad: Tensor) -> Tensor:
+def _by_given(mass: Tensor, form: str, share: Tensor, grad: Tensor, free: bool) -> Tensor:
     if form == "uniform":
         return grad.new_empty(0)
+    if free:
+        return share * grad if form == "logs" else grad
     centred = grad - (share * grad).sum(-1, keepdim=True)
     return share * centred if form == "logs" else centred / mass.sum(-1, keepdim=True)
 

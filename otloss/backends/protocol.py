@@ -116,6 +116,8 @@ class Backend(Protocol):
     """Whether the gradients are made of differentiable PyTorch operations."""
     KEEPS_COST: bool
     """Whether ``solve`` and ``implicit_gradient`` make use of ``kept``."""
+    RELAXES: bool
+    """Whether problems may have penalties rho_a, rho_b."""
     READS_HALF: bool
     """Whether cost or features may be float16 or bfloat16 beside float32 masses; if not, they are converted before."""
 
@@ -125,7 +127,7 @@ class Backend(Protocol):
     def normalise(self, problem: Problem, given: Given, check: bool) -> tuple[Problem, bool]:
         """The problem with masses of total 1, and whether every point is known to have mass.
 
-        A share too small to count becomes exactly 0. With ``check``, invalid masses raise a ValueError.
+        With penalties masses keep their totals. A share too small to count becomes exactly 0. With ``check``, invalid masses raise a ValueError.
         """
 
     def by_given(

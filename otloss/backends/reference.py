@@ -24,6 +24,7 @@ from otloss.checks import wide
 from otloss.cost import live_rows, negligible, row_norms, unit_rows
 
 TWICE_DIFFERENTIABLE = True
+RELAXES = True
 KEEPS_COST = False
 READS_HALF = False
 

@@ -54,6 +54,7 @@ from otloss.backends.masses import worst_error as worst_error
 from otloss.backends.protocol import Gradients, Problem, Shift, Solution, Upstream
 
 TWICE_DIFFERENTIABLE = False
+RELAXES = False
 KEEPS_COST = True
 READS_HALF = True
 
