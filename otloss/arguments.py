@@ -170,7 +170,9 @@ def describe(left: Tensor, right: Tensor | None, kind: str, said: Arguments, bac
     return Described(Problem(left, right, a, b, eps, rho_a, rho_b), given, chosen, batch, unit, mask_x, mask_y)
 
 
-def _only(left: Tensor, right: Tensor | None, mask_x: Tensor | None, mask_y: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _only(
+    left: Tensor, right: Tensor | None, mask_x: Tensor | None, mask_y: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """Cost or features with 0 where a point takes no part, so that it does not matter what stood there."""
     if right is None:
         if mask_x is not None:

@@ -217,7 +217,7 @@ def _gradient(*arguments: Any) -> tuple[Tensor, ...]:
 def _fake_gradient(*arguments: Any) -> tuple[Tensor, ...]:
     problem, _, _, asked, given, _ = together(arguments, GRADIENT)
     left, right, a, b = problem.left, problem.right, problem.a, problem.b
-    return Gradients(
+    return (
         _like(left) if asked.need_cost else a.new_empty(0),
         _like(right) if asked.need_cost and right is not None else a.new_empty(0),
         a.new_empty(0) if given.a == "uniform" else _like(a),

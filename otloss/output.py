@@ -21,14 +21,16 @@ __all__ = ["PlanSource", "SinkhornOutput"]
 
 
 class SinkhornOutput:
-    """What :func:`sinkhorn` and :func:`cosine_sinkhorn` return.
+    """What :func:`sinkhorn` and :func:`feature_sinkhorn` return.
 
     Attributes:
         transport_cost: ``(B,)`` <T, C>, the sharp Sinkhorn loss.
-        value: ``(B,)`` <T, C> + eps KL(T | ab').
-        f: ``(B, n)`` and ``g``: ``(B, m)`` potentials, T_ij = a_i b_j exp((f_i + g_j - C_ij)/eps), <a, f> = <b, g>.
+        value: ``(B,)`` <T, C> + eps KL(T | ab'), and the penalties.
+        f: ``(B, n)`` and ``g``: ``(B, m)`` potentials, T_ij = a_i b_j exp((f_i + g_j - C_ij)/eps). Without penalties a
+            constant between them is free, and <a, f> = <b, g>.
         n_iter: ``(B,)`` iterations that each problem took: sweeps over its cost.
-        marginal_error: ``(B,)`` L1 distance of both marginals of the plan from a and b.
+        marginal_error: ``(B,)`` L1 distance of both marginals of the plan from a and b; with penalties, from
+            a exp(-f / rho_a) and b exp(-g / rho_b), as a share of the plan's mass.
         converged: ``(B,)`` whether that is below ``tol``, but for what the rounding of f and g does to the plan: at
             most 4 u (<a, |f|> + <b, |g|>) / eps + 2 u (1 + log(n m)), with u = 2^-24 (2^-53 in float64), for f and g of
             the cost without the minima of its rows and columns.
@@ -153,6 +155,15 @@ class SinkhornOutput:
         if result.requires_grad or not self._solution.f.requires_grad:  # as for the plan
             self._log_plan = result
         return result
+
+    def _mass_bias(self) -> Tensor:
+        """eps (m_a - m_b)^2 ``(B,)`` of the totals of the masses, for the divergence; 0 without penalties."""
+        source = self._source
+        a, b = source.masses(constant=False)
+        if not source.problem.relaxed:
+            return torch.zeros_like(self.value)
+        bias = source.problem.eps * (a.sum(-1) - b.sum(-1)).square()
+        return (bias if source.unit is None else bias * source.unit).reshape(source.batch)
 
     def summary(self) -> Summary:
         """What to look at first: convergence, iterations, perplexities, and the share of the mass that is matched.

@@ -1,4 +1,4 @@
-"""`sinkhorn` and `cosine_sinkhorn`: entropic optimal transport for batches of problems, with exact gradients."""
+"""The verbs: entropic optimal transport for batches of problems, with exact gradients."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from otloss.autograd import Sinkhorn
 from otloss.backends.protocol import Shift, Solution
 from otloss.checks import check_choice, check_count, check_features, check_number, check_tensor
 from otloss.compat import is_exporting
+from otloss.cost import COSTS
 from otloss.gradients import MODES, State
 from otloss.operators import Options
 from otloss.output import PlanSource, SinkhornOutput
 
-__all__ = ["SinkhornOutput", "cosine_sinkhorn", "sinkhorn"]
+__all__ = ["SinkhornOutput", "cosine_sinkhorn", "feature_sinkhorn", "sinkhorn"]
 
 SOLVERS = ("auto", "plain")
 
@@ -36,7 +37,7 @@ def _solve(
     described = describe(left, right, kind, said, backend)
     problem, given = described.problem, described.given
     if problem.relaxed and gradient == "unroll":
-        raise ValueError("gradient 'unroll' goes with constraints on both marginals; take 'implicit', or no rho_a, rho_b")
+        raise ValueError("gradient 'unroll' has no penalties rho_a and rho_b; take gradient 'implicit'")
     if gradient == "none":  # no output is differentiated by the masses
         problem = problem._replace(a=problem.a.detach(), b=problem.b.detach())
     accelerate = solver == "auto" and gradient != "unroll" and tol > 0
@@ -74,19 +75,38 @@ def sinkhorn(
     .. math:: T = \arg\min_{T1 = a,\; T^\top 1 = b} \langle T, C \rangle + \varepsilon\, \mathrm{KL}(T \,|\, a b^\top)
 
     Solved by Sinkhorn iterations, f then g, or by steps that need fewer of them, see ``solver``. Each problem stops by
-    itself when the L1 error of its marginals falls below ``tol``.
+    itself when the L1 error of its marginals falls below ``tol``. With penalties in place of constraints,
+
+    .. math:: T = \arg\min_T \langle T, C \rangle + \varepsilon\, \mathrm{KL}(T | a b^\top)
+              + \rho_a \mathrm{KL}(T1 | a) + \rho_b \mathrm{KL}(T^\top 1 | b), \qquad
+              \mathrm{KL}(p | q) = \sum p \log(p/q) - p + q.
+
+    The leading dimensions of all arguments are broadcast against each other, as PyTorch does it: one cost may serve
+    many marginals, and the reverse. It is then copied for each.
 
     Args:
         cost: ``(B, n, m)``; ``B`` is any number of leading dimensions, also none. float16 and bfloat16 are solved in
             float32.
+
         a: masses ``(B, n)``, or ``(n,)`` for all problems; None is uniform. Normalised to total 1, with the
-            gradient of that. Zero, or a share of at most 1e-30 (1e-290 in float64), means that the row takes no part;
-            its mass still has a gradient (in mode "unroll" 0 where rounding of huge costs has lost it).
+            gradient of that, except under penalties. Zero, or a share of at most 1e-30 (1e-290 in float64), means that
+            the row takes no part; its mass still has a gradient (in mode "unroll" 0 where rounding of huge costs has
+            lost it).
         b: masses ``(B, m)`` likewise. The totals of a and b may differ by rounding only: by 1e-6 in float64, 1e-4 in
             float32, 2e-2 in half precision.
-        eps: strength of the entropy, in units of the cost. ``torch.compile`` makes a graph for each value.
         log_a: logarithms of the masses instead of ``a``, as ``log_softmax`` gives them; ``-inf`` means no mass.
         log_b: likewise.
+        mask_x: which rows take part, ``(B, n)`` bool. The others have no mass; what stands in their costs does not
+            matter, and every gradient by it is 0. Uniform marginals are uniform over the rest. Potentials are 0 there.
+        mask_y: likewise, which columns take part, ``(B, m)``.
+
+        eps: strength of the entropy, in units of the cost: a number, or a tensor ``(B,)`` or ``()``, which gets a
+            gradient. ``torch.compile`` makes a graph for each number, and one for all tensors.
+        rho_a: penalty on the marginal a, in units of the cost: a number, or a tensor ``(B,)`` or ``()``, which gets a
+            gradient. None makes it a constraint. With a penalty on either side masses are taken as they are, and their
+            totals are free. Only the reference backend solves such problems, and is chosen for them.
+        rho_b: likewise on the marginal b.
+
         max_iter: most iterations; each is one sweep over the cost.
         tol: bound on the L1 error of the marginals; 0 runs ``max_iter`` plain iterations.
         gradient: "implicit" differentiates the solution itself, for every output; "unroll" the iterations that were
@@ -120,13 +140,75 @@ def sinkhorn(
         0.25
 
     Source: Cuturi 2013 (arXiv 1306.0895); Schmitzer 2019 (1610.06519) for the stabilised iterations and for larger eps
-    first; Liu and Nocedal 1989 for the quasi-Newton steps.
+    first; Liu and Nocedal 1989 for the quasi-Newton steps; Chizat et al. 2018 (1607.05816) for penalties. They are
+    those of POT (``reg_type="kl"``) and of geomloss (``reach**p``), whose value has ``eps (m_a + m_b) / 2`` for
+    ``eps m_a m_b`` here, where m is a total.
     """
     check_tensor("cost", cost, 2, "(B, n, m)")
     if 0 in cost.shape[-2:]:
         raise ValueError(f"cost must have at least one row and one column, got {tuple(cost.shape)}")
     said = Arguments(eps, a, b, log_a, log_b, mask_x, mask_y, rho_a, rho_b)
     return _solve(cost, None, "cosine", said, max_iter, tol, gradient, solver, backend)
+
+
+def feature_sinkhorn(
+    x: Tensor,
+    y: Tensor,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    *,
+    cost: str = "cosine",
+    eps: float | Tensor = 0.05,
+    log_a: Tensor | None = None,
+    log_b: Tensor | None = None,
+    mask_x: Tensor | None = None,
+    mask_y: Tensor | None = None,
+    rho_a: float | Tensor | None = None,
+    rho_b: float | Tensor | None = None,
+    max_iter: int = 1000,
+    tol: float = 1e-5,
+    gradient: str = "implicit",
+    solver: str = "auto",
+    backend: str | None = None,
+) -> SinkhornOutput:
+    r"""Entropic optimal transport between sets of features.
+
+    .. math::
+        C_{ij} = 1 - \cos(x_i, y_j) \;\text{("cosine")}, \qquad
+        \lVert x_i - y_j \rVert^2 \;\text{("sqeuclidean")}, \qquad
+        -\langle x_i, y_j \rangle \;\text{("dot")}
+
+    geomloss and flash-sinkhorn halve the second: for their plan take twice their eps here.
+
+    The cosine costs of the batch are not stored (the reference backend excepted; the CPU backend holds that of one
+    problem per thread, the Triton backend at most 32 MiB), unless a gradient may follow and they are at most half as
+    large as the features, where n and m are small beside d. The other costs, and those of a tensor eps, are stored.
+
+    Args:
+        x: features ``(B, n, d)``.
+        y: features ``(B, m, d)``.
+        cost: "cosine", "sqeuclidean" or "dot". Any other cost is made by a function of yours, for :func:`sinkhorn`.
+        a, b, log_a, log_b, mask_x, mask_y: as in :func:`sinkhorn`. Features that a mask leaves out do not matter.
+        eps, rho_a, rho_b: as in :func:`sinkhorn`.
+        max_iter, tol, gradient, solver, backend: as in :func:`sinkhorn`.
+
+    Returns:
+        :class:`SinkhornOutput`, differentiable by x and y.
+
+    Raises:
+        TypeError, ValueError: as :func:`sinkhorn`.
+
+    Example:
+        >>> import torch, otloss
+        >>> x = torch.tensor([[0.0, 0.0], [3.0, 4.0]])
+        >>> out = otloss.feature_sinkhorn(x, x + 1, cost="sqeuclidean")
+        >>> round(out.transport_cost.item(), 3)
+        2.0
+    """
+    check_features(x, y)
+    check_choice("cost", cost, tuple(COSTS))
+    said = Arguments(eps, a, b, log_a, log_b, mask_x, mask_y, rho_a, rho_b)
+    return _solve(x, y, cost, said, max_iter, tol, gradient, solver, backend)
 
 
 def cosine_sinkhorn(
@@ -148,18 +230,17 @@ def cosine_sinkhorn(
     solver: str = "auto",
     backend: str | None = None,
 ) -> SinkhornOutput:
-    r"""Entropic optimal transport between sets of features under the cosine cost.
-
-    The costs of the batch are not stored (the reference backend excepted; the CPU backend holds that of one problem
-    per thread), unless a gradient may follow and they are at most half as large as the features, where n and m are
-    small beside d.
+    r"""Entropic optimal transport between sets of features under the cosine cost, which is not stored.
 
     .. math:: C_{ij} = 1 - \cos(x_i, y_j)
+
+    The short form of :func:`feature_sinkhorn` with ``cost="cosine"``. All arguments and errors are those of it.
 
     Args:
         x: features ``(B, n, d)``.
         y: features ``(B, m, d)``.
-        a, b, eps, log_a, log_b, max_iter, tol, gradient, solver, backend: as in :func:`sinkhorn`.
+        a, b, eps, log_a, log_b, mask_x, mask_y, rho_a, rho_b: as in :func:`sinkhorn`.
+        max_iter, tol, gradient, solver, backend: as in :func:`sinkhorn`.
 
     Returns:
         :class:`SinkhornOutput`, differentiable by x and y.

@@ -77,5 +77,5 @@ def summarise(out: SinkhornOutput) -> Summary:
         perplexity_a=float(_perplexity(a).mean()),
         perplexity_b=float(_perplexity(b).mean()),
         perplexity_rows=float(of_rows.mean()),
-        matched=float((2 * rows.sum(-1) / (a.sum(-1) + b.sum(-1))).mean()),
+        matched=float((2 * rows.sum(-1).flatten() / (a.sum(-1) + b.sum(-1))).mean()),
     )

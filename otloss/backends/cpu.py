@@ -153,7 +153,8 @@ def _upstream_addresses(upstream: Upstream) -> object:
 
 
 def _gradient_addresses(gradients: Gradients, residual: Tensor | None) -> object:
-    return _C.GradientAddresses(*map(_address, gradients), _address(residual))  # type: ignore[union-attr]
+    by = (gradients.left, gradients.right, gradients.a, gradients.b)
+    return _C.GradientAddresses(*map(_address, by), _address(residual))  # type: ignore[union-attr]
 
 
 def solve(

@@ -127,7 +127,8 @@ class Backend(Protocol):
     def normalise(self, problem: Problem, given: Given, check: bool) -> tuple[Problem, bool]:
         """The problem with masses of total 1, and whether every point is known to have mass.
 
-        With penalties masses keep their totals. A share too small to count becomes exactly 0. With ``check``, invalid masses raise a ValueError.
+        With penalties masses keep their totals. A share too small to count becomes exactly 0. With ``check``, invalid
+        masses raise a ValueError.
         """
 
     def by_given(

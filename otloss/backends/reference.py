@@ -293,8 +293,8 @@ def implicit_gradient(
     if problem.relaxed:
         sides = (log_mass(a), log_mass(b), f, g, *penalties(problem))
         by, residual = relaxed.gradients(dense_cost(left, right), a, b, *sides, upstream, adjoint)
-        pulled = _pull_back(by.cost, left, right) if need_cost else (a.new_empty(0), a.new_empty(0))
-        return Gradients(*pulled, *by[1:]), residual
+        x, y = _pull_back(by.cost, left, right) if need_cost else (a.new_empty(0), a.new_empty(0))
+        return Gradients(x, y, by.a, by.b, by.rho_a, by.rho_b), residual
     cost = shifted(dense_cost(left, right), shift)
     k = _normalised_kernel(cost, a, b, f, g, eps)
     plan = a.unsqueeze(-1) * k * b.unsqueeze(-2)

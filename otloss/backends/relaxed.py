@@ -127,7 +127,7 @@ def _multipliers(plan: Tensor, r: Tensor, s: Tensor, of_a: Penalty, of_b: Penalt
     """
     dtype = plan.dtype
     plan, r, s = wide(plan), wide(r), wide(s)
-    soft_a, soft_b = of_a.stiffness, of_b.stiffness
+    soft_a = of_a.stiffness
     rows, columns = plan.sum(-1), plan.sum(-2)
     inverse = torch.where(rows > 0, 1 / (torch.where(rows > 0, rows, 1.0) * soft_a), 0.0)
     weights = plan.transpose(-1, -2) @ (plan * inverse.unsqueeze(-1))
