@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from otloss.autograd import Sinkhorn
+from otloss.autograd import solve
 from otloss.backends import choose_backend, get_backend
 from otloss.backends.protocol import Given, Problem, Shift, Solution
 from otloss.checks import (
@@ -108,7 +108,7 @@ def _solve(
     keep = gradient != "unroll" and torch.is_grad_enabled() and not is_exporting()
     problem, given = Problem(left, right, mass_a, mass_b, float(eps)), Given(form_a, form_b, tolerance)
     options = Options(int(max_iter), float(tol), accelerate, keep, gradient, chosen)
-    cost, value, error, *rest = Sinkhorn.apply(*problem, *given, *options)
+    cost, value, error, *rest = solve(*problem, *given, *options)
     state = State(*rest)
     shift = Shift(state.row_shift, state.column_shift) if right is None else None
     solution = Solution(state.f, state.g, cost, value, state.n_iter, error, shift)
