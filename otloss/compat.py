@@ -6,9 +6,10 @@ Its compiler takes no ``zip`` of sequences that differ in length, and no ``dict 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+from torch.autograd import forward_ad
 
 Result = TypeVar("Result")
 _OLD = not hasattr(torch.compiler, "is_exporting")  # new in PyTorch 2.7
@@ -19,16 +20,33 @@ def is_exporting() -> bool:
     return torch.compiler.is_compiling() if _OLD else torch.compiler.is_exporting()
 
 
-def has_values(x: torch.Tensor) -> bool:
-    """Whether the values of ``x`` can be looked at without waiting for a device, by code that is not being traced."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
-        return False
-    return not torch._C._functorch.is_functorch_wrapped_tensor(x)
-
-
 def read_when_compiling(function: Callable[[], Result]) -> Callable[[], Result]:
     """A function that reads a context variable, which the compiler of PyTorch 2.6 cannot do.
 
     There a compiled function keeps what was read when it was compiled. Later versions follow a change.
     """
     return torch.compiler.assume_constant_result(function) if _OLD else function  # type: ignore[no-any-return]
+
+
+# What these two read is private to PyTorch. Where a version has it no more, no shortcut is taken.
+_transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+
+
+def is_transformed() -> bool:
+    """Whether a compiler or a transform such as vmap follows this call."""
+    return torch.compiler.is_compiling() or _transforms_active()
+
+
+def has_values(x: torch.Tensor) -> bool:
+    """Whether the values of ``x`` can be looked at without waiting for a device, by code that nothing follows."""
+    return x.device.type == "cpu" and not is_transformed()
+
+
+def records_nothing() -> bool:
+    """Whether derivatives of no kind are recorded here, where nothing is transformed."""
+    return not torch.is_grad_enabled() and getattr(forward_ad, "_current_level", 0) < 0
+
+
+def plain_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``function.apply`` for a call that nothing transforms. It does not look at the signature, which takes long."""
+    return getattr(super(torch.autograd.Function, function), "apply", function.apply)

@@ -83,10 +83,13 @@ class _KernelCall:
 
     def gradients(self, need_cost: bool) -> Gradients:
         """Room for the gradients; what is not asked for is empty."""
-        left, right = self.left.new_empty(0), self.left.new_empty(0)
-        if need_cost:
-            left, right = torch.empty_like(self.left), right if self.right is None else torch.empty_like(self.right)
-        return Gradients(left, right, self.empty(self.n), self.empty(self.m))
+        like, left, right = torch.empty_like, self.left, self.right
+        return Gradients(
+            like(left) if need_cost else left.new_empty(0),
+            like(right) if need_cost and right is not None else left.new_empty(0),
+            like(self.a),
+            like(self.b),
+        )
 
     def run(self, kernel: str, *arguments: object) -> None:
         getattr(_C, f"{kernel}_{self.suffix}")(self.inputs, *arguments, torch.get_num_threads())
@@ -164,12 +167,13 @@ def solve(
 
     The cost of features is written to ``kept (B, n, m)``.
     """
-    (count, n), m, empty = problem.a.shape, problem.b.shape[1], problem.a.new_empty
-    shift = None if problem.right is not None else Shift(empty(count, n), empty(count, m))
+    of_rows, of_columns = problem.a.contiguous(), problem.b.contiguous()
+    shift = None if problem.right is not None else Shift(torch.empty_like(of_rows), torch.empty_like(of_columns))
     call = _KernelCall(problem, kept, shift)
-    f, g, cost, value, error = (call.empty(*shape) for shape in ((n,), (m,), (), (), ()))
-    n_iter = torch.empty(count, dtype=torch.int64)
-    call.run("solve", accelerate, max_iter, tol, *map(_address, (f, g, cost, value, n_iter, error)))
+    f, g, cost = torch.empty_like(of_rows), torch.empty_like(of_columns), call.empty()
+    value, error, n_iter = torch.empty_like(cost), torch.empty_like(cost), torch.empty_like(cost, dtype=torch.int64)
+    addresses = f.data_ptr(), g.data_ptr(), cost.data_ptr(), value.data_ptr(), n_iter.data_ptr(), error.data_ptr()
+    call.run("solve", accelerate, max_iter, tol, *addresses)
     return Solution(f, g, cost, value, n_iter, error, shift)
 
 
