@@ -76,7 +76,8 @@ class Sinkhorn(torch.autograd.Function):
                 found, _ = derive(problem, ctx.given, State(*state), incoming, need_cost, longest, mode, backend)
         else:
             found = OnceDifferentiable.apply(*problem, *state, *incoming, need_cost, *ctx.given, *options)
-        by_left, by_right, by_a, by_b, by_rho_a, by_rho_b = found
+        by_left, by_right, by_a, by_b, by_rho = found
+        by_rho_a, by_rho_b = by_rho.unbind(-1) if problem.relaxed else (None, None)
         by = (by_left, by_right, by_a, by_b, None, by_rho_a, by_rho_b)  # as the fields of `Problem`
         wanted = [grad if needed else None for grad, needed in zip(by, need[: len(by)], strict=True)]
         return (*wanted, *no_gradients[len(by) :])

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from otloss.backends import get_backend
-from otloss.backends.protocol import Given, Gradients, Problem, Shift, Solution
+from otloss.backends.protocol import NOTHING, Given, Gradients, Problem, Shift, Solution
 from otloss.checks import no_autocast, warn
 from otloss.gradients import Incoming, State, derive
 
@@ -211,7 +211,7 @@ def _gradient(*arguments: Any) -> tuple[Tensor, ...]:
             "the plan is close to a permutation of blocks; raise eps or use float64",
             ConvergenceWarning,
         )
-    return _contiguous(*(problem.a.new_empty(0) if grad is None else grad for grad in gradients))
+    return _contiguous(*(problem.a.new_empty(0) if grad is NOTHING else grad for grad in gradients))
 
 
 def _fake_gradient(*arguments: Any) -> tuple[Tensor, ...]:
@@ -222,7 +222,7 @@ def _fake_gradient(*arguments: Any) -> tuple[Tensor, ...]:
         _like(right) if asked.need_cost and right is not None else a.new_empty(0),
         a.new_empty(0) if given.a == "uniform" else _like(a),
         b.new_empty(0) if given.b == "uniform" else _like(b),
-        *(a.new_empty(0) if rho is None else _like(rho) for rho in (problem.rho_a, problem.rho_b)),
+        a.new_empty(len(a), 2) if problem.relaxed else a.new_empty(0),
     )
 
 

@@ -9,9 +9,14 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
-__all__ = ["Backend", "Given", "Gradients", "Problem", "Shift", "Solution", "Upstream"]
+__all__ = ["NOTHING", "Backend", "Given", "Gradients", "Problem", "Shift", "Solution", "Upstream"]
+
+
+#: Stands for a gradient that there is not.
+NOTHING = torch.empty(0)
 
 
 class Problem(NamedTuple):
@@ -104,9 +109,8 @@ class Gradients(NamedTuple):
     """By y; empty for a dense cost, and where it was not asked for."""
     a: Tensor
     b: Tensor
-    rho_a: Tensor | None = None
-    """By the penalties of a relaxed problem."""
-    rho_b: Tensor | None = None
+    rho: Tensor = NOTHING
+    """``(B, 2)`` by the penalties on both marginals; empty for a problem without any, 0 for a constraint."""
 
 
 class Backend(Protocol):

@@ -294,7 +294,7 @@ def implicit_gradient(
         sides = (log_mass(a), log_mass(b), f, g, *penalties(problem))
         by, residual = relaxed.gradients(dense_cost(left, right), a, b, *sides, upstream, adjoint)
         x, y = _pull_back(by.cost, left, right) if need_cost else (a.new_empty(0), a.new_empty(0))
-        return Gradients(x, y, by.a, by.b, by.rho_a, by.rho_b), residual
+        return Gradients(x, y, by.a, by.b, by.rho), residual
     cost = shifted(dense_cost(left, right), shift)
     k = _normalised_kernel(cost, a, b, f, g, eps)
     plan = a.unsqueeze(-1) * k * b.unsqueeze(-2)

@@ -153,13 +153,12 @@ def bounded_exp(exponent: Tensor) -> Tensor:
 
 
 class CostGradients(NamedTuple):
-    """Gradients by the cost ``(B, n, m)``, the masses, and the penalties ``(B,)``, which are None for constraints."""
+    """Gradients by the cost ``(B, n, m)``, the masses, and both penalties ``(B, 2)``, 0 for a constraint."""
 
     cost: Tensor
     a: Tensor
     b: Tensor
-    rho_a: Tensor | None
-    rho_b: Tensor | None
+    rho: Tensor
 
 
 def gradients(
@@ -234,8 +233,9 @@ def gradients(
         by_b = by_b + share_b * of_b.stiffness * (v + w * g)
         by_rho_a = by_rho_a + ((rows * (w * f + u) + eps * p) * f * of_a.inverse**2).sum(-1)
         by_rho_b = by_rho_b + ((columns * (w * g + v) + eps * q) * g * of_b.inverse**2).sum(-1)
-    rho_a, rho_b = None if of_a.rho is None else by_rho_a, None if of_b.rho is None else by_rho_b
-    return CostGradients(by_cost, by_a, by_b, rho_a, rho_b), residual
+    sides = ((of_a, by_rho_a), (of_b, by_rho_b))
+    by_rho = torch.stack([torch.zeros_like(by) if penalty.rho is None else by for penalty, by in sides], -1)
+    return CostGradients(by_cost, by_a, by_b, by_rho), residual
 
 
 def _of_rows(by_rows: Tensor, reduced: Tensor, v: Tensor, pull: Tensor, penalty: Penalty) -> Tensor:
