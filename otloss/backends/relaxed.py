@@ -233,8 +233,8 @@ def gradients(
         by_b = by_b + share_b * of_b.stiffness * (v + w * g)
         by_rho_a = by_rho_a + ((rows * (w * f + u) + eps * p) * f * of_a.inverse**2).sum(-1)
         by_rho_b = by_rho_b + ((columns * (w * g + v) + eps * q) * g * of_b.inverse**2).sum(-1)
-    sides = ((of_a, by_rho_a), (of_b, by_rho_b))
-    by_rho = torch.stack([torch.zeros_like(by) if penalty.rho is None else by for penalty, by in sides], -1)
+    both = ((of_a, by_rho_a), (of_b, by_rho_b))
+    by_rho = torch.stack([torch.zeros_like(by) if penalty.rho is None else by for penalty, by in both], -1)
     return CostGradients(by_cost, by_a, by_b, by_rho), residual
 
 
