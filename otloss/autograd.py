@@ -55,7 +55,8 @@ class Sinkhorn(torch.autograd.Function):
         of_a, of_b = given.a if by_a else "uniform", given.b if by_b else "uniform"
         a, b = problem.a if of_a == "masses" else state[-2], problem.b if of_b == "masses" else state[-1]
         ctx.save_for_backward(problem.left, problem.right, a, b, *state)
-        ctx.constants, ctx.given, ctx.options = problem[4:], Given(of_a, of_b, given.tolerance), options
+        ctx.constants = inputs[4 : len(Problem._fields)]
+        ctx.given, ctx.options = Given(of_a, of_b, given.tolerance), options
         ctx.mark_non_differentiable(*[output[place] for place in _CONSTANT[options.mode, by_a, by_b]])
         ctx.set_materialize_grads(False)
 

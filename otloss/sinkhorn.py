@@ -112,7 +112,7 @@ def _solve(
     state = State(*rest)
     shift = Shift(state.row_shift, state.column_shift) if right is None else None
     solution = Solution(state.f, state.g, cost, value, state.n_iter, error, shift)
-    source = PlanSource(problem._replace(a=state.a, b=state.b), batch)
+    source = PlanSource(problem.with_masses(state.a, state.b), batch)
     return SinkhornOutput(source, solution, gradient, options.tol)
 
 

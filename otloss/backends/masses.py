@@ -28,7 +28,7 @@ def normalise(problem: Problem, given: Given, check: bool) -> tuple[Problem, boo
     """
     a, b = _of_total_one(problem.a, given.a), _of_total_one(problem.b, given.b)
     all_live = check and _check(problem, given, a, b)
-    return problem._replace(a=a, b=b), all_live
+    return problem.with_masses(a, b), all_live
 
 
 def _of_total_one(mass: Tensor, form: str) -> Tensor:

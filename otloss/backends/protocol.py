@@ -30,6 +30,10 @@ class Problem(NamedTuple):
     """Masses ``(B, m)`` likewise."""
     eps: float
 
+    def with_masses(self, a: Tensor, b: Tensor) -> Problem:
+        """The same with other masses; the compiler of PyTorch 2.6 does not follow ``_replace``."""
+        return Problem(self.left, self.right, a, b, self.eps)
+
 
 class Given(NamedTuple):
     """How the masses of a problem were given: as "masses", as "logs" of masses, or not, as "uniform" ones."""
