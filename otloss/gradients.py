@@ -80,7 +80,7 @@ def derive(
     Everything is made of differentiable operations if the backend's functions are. ``longest`` is a bound on n_iter.
     """
     module = get_backend(backend)
-    solved = problem._replace(a=state.a, b=state.b)
+    solved = problem.with_masses(state.a, state.b)
     upstream = Upstream(incoming.transport_cost, incoming.value, incoming.f, incoming.g)
     residual = None
     if mode == "unroll":
@@ -95,11 +95,11 @@ def derive(
         shift = Shift(state.row_shift, state.column_shift) if problem.right is None else None
         by, residual = module.implicit_gradient(solved, state.f, state.g, upstream, adjoint, need_cost, kept, shift)
         if slope is not None:
-            by = by._replace(a=by.a - slope * state.f / 2, b=by.b + slope * state.g / 2)
+            by = Gradients(by.left, by.right, by.a - slope * state.f / 2, by.b + slope * state.g / 2)
     by_a = by.a if incoming.a is None else by.a + incoming.a
     by_b = by.b if incoming.b is None else by.b + incoming.b
     by_a, by_b = module.by_given(problem, given, state.a, state.b, by_a, by_b)
-    return by._replace(a=by_a, b=by_b), residual
+    return Gradients(by.left, by.right, by_a, by_b, by.rho), residual
 
 
 def _project(

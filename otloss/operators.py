@@ -151,15 +151,16 @@ def _solve(*arguments: Any) -> tuple[Tensor, ...]:
         room = kept if kept.numel() else None
         solution = backend.solve(problem, options.max_iter, options.tol, room, options.accelerate)
         if checked:
-            _check(problem, given, solution, all_live, options)
+            _check(problem, given, solution, backend.worst_error(solution), all_live, options)
     shift = solution.shift or _no_shift(problem)
     state = State(solution.f, solution.g, solution.n_iter, *shift, kept, problem.a, problem.b)
     return _contiguous(solution.transport_cost, solution.value, solution.error, *state)
 
 
-def _check(problem: Problem, given: Given, solution: Solution, all_live: bool, options: Options) -> None:
-    """Raise unless the solution is finite; warn unless it has converged."""
-    worst = get_backend(options.backend).worst_error(solution)
+def _check(
+    problem: Problem, given: Given, solution: Solution, worst: float, all_live: bool, options: Options
+) -> None:
+    """Raise unless the solution is finite; warn unless it has converged. ``worst`` is its largest error."""
     # An entry between two points without mass appears in no output, but it does in gradients.
     hidden = () if all_live else (problem.left,) if problem.right is None else (problem.left, problem.right)
     if math.isnan(worst) or not all(map(_finite, hidden)):

@@ -196,7 +196,7 @@ class PlanSource:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         # A copy's potentials have no graph, so that its masses must not have one, nor cost or features.
-        self.problem = self.problem._replace(a=self.problem.a.detach(), b=self.problem.b.detach())
+        self.problem = self.problem.with_masses(*self.masses(constant=True))
         self.unit = None if self.unit is None else self.unit.detach()
         self._versions = self._count_writes()  # a copy's tensors count from 0 again
         self._tracked = [False] * len(self._tracked)

@@ -39,7 +39,7 @@ def _solve(
     if problem.relaxed and gradient == "unroll":
         raise ValueError("gradient 'unroll' has no penalties rho_a and rho_b; take gradient 'implicit'")
     if gradient == "none":  # no output is differentiated by the masses
-        problem = problem._replace(a=problem.a.detach(), b=problem.b.detach())
+        problem = problem.with_masses(problem.a.detach(), problem.b.detach())
     accelerate = solver == "auto" and gradient != "unroll" and tol > 0
     # Whether keeping the cost pays depends on the sizes, which an exported graph may leave open.
     keep = gradient != "unroll" and torch.is_grad_enabled() and not is_exporting()
@@ -48,7 +48,7 @@ def _solve(
     state = State(*rest)
     shift = Shift(state.row_shift, state.column_shift) if problem.right is None else None
     solution = Solution(state.f, state.g, cost, value, state.n_iter, error, shift)
-    source = PlanSource(problem._replace(a=state.a, b=state.b), described)
+    source = PlanSource(problem.with_masses(state.a, state.b), described)
     return SinkhornOutput(source, solution, gradient, options.tol)
 
 

@@ -119,7 +119,7 @@ def normalise(problem: Problem, given: Given, check: bool) -> tuple[Problem, boo
     found = _kernel("normalise", a)(*sides, a.shape[0], given.tolerance)
     if found == _INVALID:
         return masses.normalise(problem, given, check)  # which says what is wrong
-    return problem._replace(a=a, b=b), found == _ALL_LIVE
+    return problem.with_masses(a, b), found == _ALL_LIVE
 
 
 def by_given(problem: Problem, given: Given, a: Tensor, b: Tensor, by_a: Tensor, by_b: Tensor) -> tuple[Tensor, Tensor]:

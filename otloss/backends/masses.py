@@ -31,7 +31,7 @@ def normalise(problem: Problem, given: Given, check: bool) -> tuple[Problem, boo
     take = _as_given if problem.relaxed else _of_total_one
     a, b = take(problem.a, given.a), take(problem.b, given.b)
     all_live = check and _check(problem, given, a, b)
-    return problem._replace(a=a, b=b), all_live
+    return problem.with_masses(a, b), all_live
 
 
 def _of_total_one(mass: Tensor, form: str) -> Tensor:

@@ -45,6 +45,10 @@ class Problem(NamedTuple):
         """Whether a marginal has a penalty in place of a constraint."""
         return self.rho_a is not None or self.rho_b is not None
 
+    def with_masses(self, a: Tensor, b: Tensor) -> Problem:
+        """The same with other masses; the compiler of PyTorch 2.6 does not follow ``_replace``."""
+        return Problem(self.left, self.right, a, b, self.eps, self.rho_a, self.rho_b)
+
 
 class Given(NamedTuple):
     """How the masses of a problem were given: as "masses", as "logs" of masses, or not, as "uniform" ones."""
