@@ -4,6 +4,7 @@
   quick     the main workloads, few peers and rounds: three minutes, into results/cpu-quick.json (make bench-quick)
   run       some workloads               limits    floors, and shares of the machine's rates
   sweeps    curves of the plots          step      share of an OPTiML training step
+  call      the fixed cost of one call, into results/call.json
   plots     draw the plots, write pages  readme    write pages from the files in results/, without measuring
   list      workloads and peers          table     print the main tables of results/cpu.json
 
@@ -18,14 +19,14 @@ import sys
 import warnings
 from dataclasses import replace
 
-from benchmarks import plots, report, results, suite
+from benchmarks import call, plots, report, results, suite
 from benchmarks.limits import CALL
 from benchmarks.peers import PEERS
 from benchmarks.readme import write_pages
 from benchmarks.sweeps import SWEEPS
 from benchmarks.workloads import MAIN, WORKLOADS
 
-COMMANDS = ("all", "quick", "run", "limits", "sweeps", "step", "plots", "readme", "list", "table")
+COMMANDS = ("all", "quick", "run", "limits", "sweeps", "step", "call", "plots", "readme", "list", "table")
 NAMES = {"run": list(WORKLOADS), "limits": [*MAIN, CALL.name], "sweeps": list(SWEEPS), "quick": list(MAIN)}
 
 
@@ -93,6 +94,8 @@ def dispatch(args: argparse.Namespace) -> None:
         suite.run_sweeps(plan, args.names)
     elif args.command == "step":
         suite.run_step(plan)
+    elif args.command == "call":
+        call.main()
     elif args.command == "all":
         suite.run_workloads(list(MAIN.values()), plan)
         suite.run_limits(plan)

@@ -2,6 +2,7 @@
 #pragma once
 #include "lanes_adjoint.hpp"
 #include "lanes_quasi_newton.hpp"
+#include "masses.hpp"
 #include "probe.hpp"
 #include "solution.hpp"
 #include "unroll.hpp"
@@ -12,7 +13,7 @@ namespace otloss::OTLOSS_LEVEL {
 #define OTLOSS_NAME(x) OTLOSS_STRING(x)
 
 template <class T> constexpr Kernels<T> kernels = {solve<T>, implicit_gradient<T>, solve_lanes<T>, implicit_lanes<T>, lanes<T>,
-                                              unrolled_gradient<T>, probe_read<T>, probe_fma<T>, probe_products<T>};
+                                              unrolled_gradient<T>, normalise<T>, by_given<T>, probe_read<T>, probe_fma<T>, probe_products<T>};
 
 const Level& level() {
   static const Level self{OTLOSS_NAME(OTLOSS_LEVEL), kernels<float>, kernels<double>};

@@ -142,6 +142,56 @@ void unrolled(const Inputs& in, Address n_iter, const UpstreamAddresses& up, con
   });
 }
 
+// Masses of one side of all problems: as they were given, and of total 1.
+struct Side {
+  Address given;
+  int form;
+  int64_t n;
+  Address share;
+
+  Form as() const { return Form(form); }
+};
+
+// What holds of the masses of every problem; totals may differ by a factor of about 1 + tolerance.
+template <class T> int normalise(const Side& a, const Side& b, int64_t count, double tolerance) {
+  const auto& kernel = kernels_of<T>(level());
+  Sound all = Sound::all_live;
+  for (int64_t i = 0; i < count; ++i) {
+    double total[2] = {};
+    const Sound of_a = kernel.normalise(at<T>(a.given, i * a.n), a.as(), int(a.n), at<T>(a.share, i * a.n), total[0]);
+    const Sound of_b = kernel.normalise(at<T>(b.given, i * b.n), b.as(), int(b.n), at<T>(b.share, i * b.n), total[1]);
+    all = std::min({all, of_a, of_b});
+    const bool both = a.as() != Form::uniform && b.as() != Form::uniform;
+    if (both && !(std::abs(total[0] - total[1]) <= tolerance)) all = Sound::invalid;
+  }
+  return int(all);
+}
+
+template <class T> void by_given(const Side& side, int64_t count, Address by_share, Address out) {
+  const auto& kernel = kernels_of<T>(level());
+  for (int64_t i = 0, n = side.n; i < count; ++i)
+    kernel.by_given(at<T>(side.given, i * n), side.as(), int(n), at<T>(side.share, i * n), at<T>(by_share, i * n), at<T>(out, i * n));
+}
+
+// The largest error; NaN where a potential or a cost is not finite.
+template <class T> double worst_error(Address f, int64_t n, Address g, int64_t m, Address cost, Address error, int64_t count) {
+  using I = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+  constexpr I exponent = sizeof(T) == 4 ? I(0x7f800000) : I(0x7ff0000000000000);
+  const auto finite = [](Address values, int64_t size) {
+    I bad = 0;
+    for (int64_t i = 0; i < size; ++i) {
+      I bits;
+      std::memcpy(&bits, at<T>(values, i), sizeof(T));
+      bad |= (bits & exponent) == exponent;
+    }
+    return bad == 0;
+  };
+  if (!finite(f, count * n) || !finite(g, count * m) || !finite(cost, count)) return std::numeric_limits<double>::quiet_NaN();
+  T worst = 0;
+  for (int64_t i = 0; i < count; ++i) worst = std::max(worst, *at<T>(error, i));
+  return worst;
+}
+
 template <class T> double probe_read(int64_t bytes) {
   Arena scratch;
   return kernels_of<T>(level()).probe_read(scratch, bytes);
@@ -168,6 +218,9 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init([](Address left, Address right, Address a, Address b, Address residual) {
         return GradientAddresses{left, right, a, b, residual};
       }));
+  py::class_<Side>(m, "Side").def(py::init([](Address given, int form, int64_t n, Address share) {
+    return Side{given, form, n, share};
+  }));
   m.def("level", [] { return active_level() ? active_level()->name : ""; });
   m.def("problem", [] { return std::string(level_problem()); });
   const py::call_guard<py::gil_scoped_release> free;
@@ -178,6 +231,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("unrolled_float32", &unrolled<float>, free);
   m.def("unrolled_float64", &unrolled<double>, free);
   m.def("adjoint_steps", [] { return __atomic_load_n(&adjoint_steps, __ATOMIC_RELAXED); });
+  m.def("normalise_float32", &normalise<float>, free);
+  m.def("normalise_float64", &normalise<double>, free);
+  m.def("by_given_float32", &by_given<float>, free);
+  m.def("by_given_float64", &by_given<double>, free);
+  m.def("worst_error_float32", &worst_error<float>, free);
+  m.def("worst_error_float64", &worst_error<double>, free);
   // Rates of one core in GB/s and GFLOP/s, for the benchmarks.
   m.def("probe_read_float32", &probe_read<float>, free);
   m.def("probe_read_float64", &probe_read<double>, free);

@@ -119,6 +119,10 @@ constexpr int64_t part_entries = int64_t(1) << 18;
 
 constexpr int short_rows = 64, most_lanes = 16;
 
+// How the masses of a side were given, and what was found of them.
+enum class Form : int { uniform, masses, logs };
+enum class Sound : int { invalid, some_dead, all_live };
+
 // The kernels of one level for one precision.
 template <class T> struct Kernels {
   void (*solve)(const Problem<T>&, Arena&, const Team&, bool accelerate, int64_t max_iter, T tol, const Solution<T>&);
@@ -129,6 +133,8 @@ template <class T> struct Kernels {
                          const Gradient<T>*);
   int lanes;
   void (*unrolled)(const Problem<T>&, Arena&, int64_t n_iter, const Upstream<T>&, const Gradient<T>&);
+  Sound (*normalise)(const T* given, Form, int n, T* out, double& log_total);
+  void (*by_given)(const T* given, Form, int n, const T* a, const T* by_a, T* out);
   double (*probe_read)(Arena&, int64_t bytes);
   double (*probe_fma)();
   double (*probe_products)(Arena&, int n, int m, int d, int part);

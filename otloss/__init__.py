@@ -8,12 +8,12 @@ from otloss.backends import backends, use_backend
 from otloss.backends import cpu as _cpu
 from otloss.cost import cosine_cost, sqeuclidean_cost
 from otloss.cvsim import CVSIM
-from otloss.losses import CosineCost, CosineSinkhornLoss, SinkhornLoss
+from otloss.losses import CosineCost, CosineSinkhornLoss, FeatureSinkhornLoss, SinkhornLoss
 from otloss.operators import ConvergenceWarning
 from otloss.optiml import MarginalCollapseWarning, OPTiMLLoss, OPTiMLOutput
 from otloss.output import SinkhornOutput
 from otloss.regularizers import CovarianceLoss, VarianceLoss
-from otloss.sinkhorn import cosine_sinkhorn, sinkhorn
+from otloss.sinkhorn import cosine_sinkhorn, feature_sinkhorn, sinkhorn
 
 __version__ = "0.1.0"
 
@@ -23,6 +23,7 @@ __all__ = [
     "CosineCost",
     "CosineSinkhornLoss",
     "CovarianceLoss",
+    "FeatureSinkhornLoss",
     "MarginalCollapseWarning",
     "OPTiMLLoss",
     "OPTiMLOutput",
@@ -34,6 +35,7 @@ __all__ = [
     "barycentric",
     "cosine_cost",
     "cosine_sinkhorn",
+    "feature_sinkhorn",
     "plot",
     "sinkhorn",
     "sqeuclidean_cost",

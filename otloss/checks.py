@@ -25,7 +25,8 @@ def has_autocast(kind: str) -> bool:
 def no_autocast(like: Tensor) -> AbstractContextManager[object]:
     """A context in which products on the device of ``like`` keep their dtype. Autocast would lower their precision."""
     kind = like.device.type
-    return torch.autocast(kind, enabled=False) if has_autocast(kind) else nullcontext()
+    on = has_autocast(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if on else nullcontext()
 
 
 def _is_inside(file: str) -> bool:
@@ -68,6 +69,15 @@ def check_tensor(name: str, value: object, min_dim: int, shape: str) -> None:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
 
 
+def check_mask(name: str, value: object, shape: str) -> None:
+    """Check that ``value`` is a tensor of truth values with at least one dimension."""
+    if not isinstance(value, Tensor) or value.dtype != torch.bool:
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be a tensor of dtype bool and shape {shape}, got {got}")
+    if value.dim() < 1:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
+
+
 def check_features(x: object, y: object) -> None:
     """Check that the shapes of ``x (B, n, d)`` and ``y (B, m, d)`` fit each other."""
     check_tensor("x", x, 2, "(B, n, d)")
@@ -86,18 +96,16 @@ def check_features(x: object, y: object) -> None:
 
 def check_device(**tensors: Tensor | None) -> None:
     """Check that all tensors are on one device."""
-    present = {name: t.device for name, t in tensors.items() if t is not None}
-    if len(set(present.values())) > 1:
-        got = ", ".join(f"{name} on {device}" for name, device in present.items())
+    if len({t.device for t in tensors.values() if t is not None}) > 1:
+        got = ", ".join(f"{name} on {t.device}" for name, t in tensors.items() if t is not None)
         raise ValueError(f"all arguments must be on one device, got {got}")
 
 
 def working_dtype(**tensors: Tensor | None) -> torch.dtype:
     """The dtype to compute in: float64 if all tensors are float64, else float32. float64 mixes with no other dtype."""
-    dtypes = {name: t.dtype for name, t in tensors.items() if t is not None}
-    double = [dtype == torch.float64 for dtype in dtypes.values()]
+    double = [t.dtype == torch.float64 for t in tensors.values() if t is not None]
     if any(double) and not all(double):
-        got = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
+        got = ", ".join(f"{name} {t.dtype}" for name, t in tensors.items() if t is not None)
         raise TypeError(f"float64 does not mix with other dtypes; convert the arguments to one dtype, got {got}")
     return torch.float64 if all(double) else torch.float32
 

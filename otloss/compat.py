@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch.autograd import forward_ad
 
 Result = TypeVar("Result")
 _OLD = not hasattr(torch.compiler, "is_exporting")  # new in PyTorch 2.7
@@ -43,3 +44,27 @@ def one_operator(name: str, fake: Callable[..., Any]) -> Callable[[Callable[...,
         return call
 
     return decorate
+
+
+# What these two read is private to PyTorch. Where a version has it no more, no shortcut is taken.
+_transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+
+
+def is_transformed() -> bool:
+    """Whether a compiler or a transform such as vmap follows this call."""
+    return torch.compiler.is_compiling() or _transforms_active()
+
+
+def has_values(x: torch.Tensor) -> bool:
+    """Whether the values of ``x`` can be looked at without waiting for a device, by code that nothing follows."""
+    return x.device.type == "cpu" and not is_transformed()
+
+
+def records_nothing() -> bool:
+    """Whether derivatives of no kind are recorded here, where nothing is transformed."""
+    return not torch.is_grad_enabled() and getattr(forward_ad, "_current_level", 0) < 0
+
+
+def plain_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``function.apply`` for a call that nothing transforms. It does not look at the signature, which takes long."""
+    return getattr(super(torch.autograd.Function, function), "apply", function.apply)

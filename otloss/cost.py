@@ -7,7 +7,7 @@ from torch import Tensor
 
 from otloss.checks import check_features, no_autocast, wide, working_dtype
 
-__all__ = ["cosine_cost", "sqeuclidean_cost"]
+__all__ = ["COSTS", "cosine_cost", "sqeuclidean_cost"]
 
 
 def unit_rows(x: Tensor) -> Tensor:
@@ -121,3 +121,13 @@ def sqeuclidean_cost(x: Tensor, y: Tensor) -> Tensor:
         squares = points.square().sum(-1).unsqueeze(-1) + others.square().sum(-1).unsqueeze(-2)
         cost = (squares - 2 * (points @ others.transpose(-1, -2))).to(dtype)
         return cost + (cost.clamp(min=0) - cost).detach()
+
+
+def dot_cost(x: Tensor, y: Tensor) -> Tensor:
+    """-<x_i, y_j> of every row of ``x`` and every row of ``y``, summed in float64 and rounded once."""
+    with no_autocast(x):
+        return -(wide(x) @ wide(y).transpose(-1, -2)).to(working_dtype(x=x, y=y))
+
+
+#: The kinds of cost between features, by the name that :func:`otloss.feature_sinkhorn` takes.
+COSTS = {"cosine": cosine_cost, "sqeuclidean": sqeuclidean_cost, "dot": dot_cost}

@@ -18,8 +18,8 @@ numbers of size C would drown the answer), :math:`P = T / T1` by rows and :math:
 where D holds the realised marginals and U is evaluated as :math:`P(wR - V) - \varepsilon k q`, which never divides by
 a mass and so is right where there is none. The value alone needs no system: its gradients are T, f, g. The constant
 between f and g is fixed by <a, f> = <b, g>, and its derivative by a and b is added here. Functions of the plan reach
-this through f and g, of which the plan is an explicit function. Marginals are normalised outside, where autograd
-projects their gradients.
+this through f, g, a and b, of which the plan is an explicit function. The backend takes the gradients by a and b back
+to the masses as they were given.
 
 *unroll* differentiates the iterations that were run. *none* takes T as a constant: ∂C = w T.
 
@@ -28,100 +28,78 @@ Source: Luise et al. 2018 (arXiv 1805.11897) for the sharp cost; Cuturi et al. 2
 
 from __future__ import annotations
 
-import inspect
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from otloss import operators
 from otloss.backends import get_backend
-from otloss.backends.protocol import Gradients, Problem, Shift, Solution, Upstream
-from otloss.checks import no_autocast
+from otloss.backends.protocol import Given, Gradients, Problem, Shift, Upstream
 
 MODES = ("implicit", "unroll", "none")
-_OUTPUTS = Solution._fields[:-1]  # the shift is a constant, as is what is kept
-# The outputs that each mode differentiates, by their names in `Solution`.
-_DIFFERENTIABLE = {
-    "implicit": {"f", "g", "transport_cost", "value"},
-    "unroll": {"transport_cost", "value"},
-    "none": {"transport_cost"},
-}
 
 
-class Sinkhorn(torch.autograd.Function):
-    """A `Problem` and options -> a `Solution` and what is kept for the gradient, all flat: autograd sees no tuples."""
+class State(NamedTuple):
+    """What a solve leaves for the gradient. Empty tensors stand for what there is not."""
 
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        left: Tensor,
-        right: Tensor | None,
-        a: Tensor,
-        b: Tensor,
-        eps: float,
-        log_totals: Tensor,
-        mass_names: str,
-        mass_tol: float,
-        max_iter: int,
-        tol: float,
-        accelerate: bool,
-        keep: bool,
-        mode: str,
-        backend: str,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        options = (mass_names, mass_tol, eps, max_iter, tol, accelerate, keep, backend)
-        return operators.solve(left, right, a, b, log_totals, *options)  # type: ignore[no-any-return]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        left, right, a, b, ctx.eps, _, _, _, ctx.max_iter, _, _, _, ctx.mode, ctx.backend = inputs
-        *outputs, row_shift, column_shift, kept = output
-        f, g, _, _, n_iter, _ = outputs
-        ctx.save_for_backward(left, right, a, b, f, g, n_iter, row_shift, column_shift, kept)
-        names = _DIFFERENTIABLE[ctx.mode]
-        constant = [out for name, out in zip(_OUTPUTS, outputs, strict=True) if name not in names]
-        ctx.mark_non_differentiable(*constant, row_shift, column_shift, kept)
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        by = dict(zip(_OUTPUTS, grads[: len(_OUTPUTS)], strict=True))
-        upstream = Upstream(by["transport_cost"], by["value"], by["f"], by["g"])
-        left, right, a, b, f, g, n_iter, row_shift, column_shift, kept = ctx.saved_tensors
-        problem = Problem(left, right, a, b, ctx.eps)
-        need_left, need_right, need_a, need_b = ctx.needs_input_grad[:4]
-        need_cost = need_left or need_right
-        if all(grad is None for grad in upstream):
-            return (None, None, None, None, *_OPTIONS)
-        if ctx.mode == "unroll":
-            gradients = _unrolled(problem, n_iter, upstream, need_cost, ctx.max_iter, ctx.backend)
-        else:
-            slope = None
-            if upstream.f is not None or upstream.g is not None:
-                p, q, slope = _project(upstream.f, upstream.g, a, b, f, g)
-                upstream = Upstream(upstream.cost, upstream.value, p, q)
-            adjoint = ctx.mode == "implicit" and (upstream.cost is not None or upstream.f is not None)
-            shift = Shift(row_shift, column_shift)
-            gradients = _implicit(problem, f, g, shift, kept, upstream, adjoint, need_cost, ctx.mode, ctx.backend)
-            if slope is not None:
-                by_a, by_b = gradients.a - slope * f / 2, gradients.b + slope * g / 2
-                gradients = Gradients(gradients.left, gradients.right, by_a, by_b)
-        return (
-            gradients.left if need_left else None,
-            gradients.right if need_right else None,
-            gradients.a if need_a else None,
-            gradients.b if need_b else None,
-            *_OPTIONS,
-        )
+    f: Tensor
+    g: Tensor
+    n_iter: Tensor
+    row_shift: Tensor
+    column_shift: Tensor
+    kept: Tensor
+    """The cost of features ``(B, n, m)``, if the backend has kept it."""
+    a: Tensor
+    """The masses of total 1."""
+    b: Tensor
 
 
-# Function.apply asks for the signature at every call. inspect finds this attribute first, which saves its work.
-_SIGNATURE = inspect.signature(Sinkhorn.forward)
-Sinkhorn.forward.__signature__ = _SIGNATURE  # type: ignore[attr-defined]
-# No gradient for what follows left, right, a and b.
-_OPTIONS = (None,) * (len(_SIGNATURE.parameters) - len(Gradients._fields))
+class Incoming(NamedTuple):
+    """Gradients of the loss by the outputs: by those of a solve, see `Upstream`, and by the masses of total 1."""
+
+    transport_cost: Tensor | None
+    value: Tensor | None
+    f: Tensor | None
+    g: Tensor | None
+    a: Tensor | None
+    b: Tensor | None
+
+
+def derive(
+    problem: Problem,
+    given: Given,
+    state: State,
+    incoming: Incoming,
+    need_cost: bool,
+    longest: int,
+    mode: str,
+    backend: str,
+) -> tuple[Gradients, Tensor | None]:
+    """The gradients by a problem's left and right and by its masses as given, and the adjoint's residual, if any.
+
+    Everything is made of differentiable operations if the backend's functions are. ``longest`` is a bound on n_iter.
+    """
+    module = get_backend(backend)
+    solved = problem.with_masses(state.a, state.b)
+    upstream = Upstream(incoming.transport_cost, incoming.value, incoming.f, incoming.g)
+    residual = None
+    if mode == "unroll":
+        by = module.unrolled_gradient(solved, state.n_iter, upstream, need_cost, longest)
+    else:
+        slope = None
+        if not problem.relaxed and (upstream.f is not None or upstream.g is not None):
+            p, q, slope = _project(upstream.f, upstream.g, solved.a, solved.b, state.f, state.g)
+            upstream = Upstream(upstream.cost, upstream.value, p, q)
+        adjoint = mode == "implicit" and any(grad is not None for grad in (upstream.cost, upstream.f, upstream.g))
+        kept = state.kept if state.kept.numel() else None
+        shift = Shift(state.row_shift, state.column_shift) if problem.right is None else None
+        by, residual = module.implicit_gradient(solved, state.f, state.g, upstream, adjoint, need_cost, kept, shift)
+        if slope is not None:
+            by = Gradients(by.left, by.right, by.a - slope * state.f / 2, by.b + slope * state.g / 2)
+    by_a = by.a if incoming.a is None else by.a + incoming.a
+    by_b = by.b if incoming.b is None else by.b + incoming.b
+    by_a, by_b = module.by_given(problem, given, state.a, state.b, by_a, by_b)
+    return Gradients(by.left, by.right, by_a, by_b, by.rho), residual
 
 
 def _project(
@@ -132,71 +110,3 @@ def _project(
     q = torch.zeros_like(g) if q is None else q
     slope = p.sum(-1, keepdim=True) - q.sum(-1, keepdim=True)
     return p - slope * a / 2, q + slope * b / 2, slope
-
-
-def _implicit(
-    problem: Problem,
-    f: Tensor,
-    g: Tensor,
-    shift: Shift,
-    kept: Tensor,
-    upstream: Upstream,
-    adjoint: bool,
-    need_cost: bool,
-    mode: str,
-    backend: str,
-) -> Gradients:
-    if mode != "none" and _twice(backend):
-        with no_autocast(problem.left):
-            # Without `kept`, which has no graph: the cost is computed again inside the graph.
-            dense = shift if problem.right is None else None
-            return get_backend(backend).implicit_gradient(problem, f, g, upstream, adjoint, need_cost, shift=dense)[0]
-    left, right, a, b, eps = problem
-    options = (*upstream, eps, adjoint, need_cost)
-    return _run("implicit_gradient", backend, mode, left, right, a, b, f, g, *shift, kept, *options)
-
-
-def _unrolled(
-    problem: Problem, n_iter: Tensor, upstream: Upstream, need_cost: bool, max_iter: int, backend: str
-) -> Gradients:
-    if _twice(backend):
-        with no_autocast(problem.left):
-            return get_backend(backend).unrolled_gradient(problem, n_iter, upstream, need_cost, max_iter)
-    left, right, a, b, eps = problem
-    options = (upstream.cost, upstream.value, eps, need_cost, max_iter)
-    return _run("unrolled_gradient", backend, "unroll", left, right, a, b, n_iter, *options)
-
-
-def _twice(backend: str) -> bool:
-    """Whether the gradient may be differentiated again, and is made of differentiable operations for that."""
-    return torch.is_grad_enabled() and get_backend(backend).TWICE_DIFFERENTIABLE
-
-
-def _run(name: str, backend: str, mode: str, *args: Any) -> Gradients:
-    """An operator's gradient; if it may be differentiated again, as a function whose derivative raises."""
-    if torch.is_grad_enabled():
-        return Gradients(*OnceDifferentiable.apply(name, backend, mode, *args))
-    return Gradients(*getattr(operators, name)(*args, backend))
-
-
-class OnceDifferentiable(torch.autograd.Function):
-    """An operator's gradient; differentiating it again raises an error."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(name: str, backend: str, mode: str, *args: Any) -> tuple[Tensor, ...]:
-        return getattr(operators, name)(*args, backend)  # type: ignore[no-any-return]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.backend, ctx.mode = inputs[1:3]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        if ctx.mode == "none":
-            raise RuntimeError("gradient='none' takes the plan as a constant and has no second derivative")
-        raise RuntimeError(
-            f"the {ctx.backend!r} backend has no second derivative; compute this part with "
-            "otloss.use_backend('reference') or backend='reference', which has"
-        )

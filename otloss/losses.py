@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from otloss.backends import check_backend
 from otloss.checks import check_choice, check_count, check_device, check_number, check_tensor, working_dtype
-from otloss.cost import cosine_cost
+from otloss.cost import COSTS, cosine_cost
 from otloss.gradients import MODES
 from otloss.output import SinkhornOutput
-from otloss.sinkhorn import SOLVERS, cosine_sinkhorn, sinkhorn
+from otloss.sinkhorn import SOLVERS, feature_sinkhorn, sinkhorn
 
-__all__ = ["CosineCost", "CosineSinkhornLoss", "SinkhornLoss"]
+__all__ = ["CosineCost", "CosineSinkhornLoss", "FeatureSinkhornLoss", "SinkhornLoss"]
 
 OBJECTIVES = ("transport_cost", "value", "divergence")
 REDUCTIONS = ("mean", "sum", "none")
@@ -21,7 +21,8 @@ REDUCTIONS = ("mean", "sum", "none")
 
 def _divergence(between: SinkhornOutput, xx: SinkhornOutput, yy: SinkhornOutput) -> Tensor:
     """The Sinkhorn divergence ``(B,)`` from the problem between two sets and those within each of them."""
-    return between.value - 0.5 * (xx.value + yy.value)
+    divergence = between.value - 0.5 * (xx.value + yy.value)
+    return divergence + 0.5 * between._mass_bias()
 
 
 class CosineCost(nn.Module):
@@ -47,7 +48,7 @@ class _TransportLoss(nn.Module):
 
     def __init__(
         self,
-        eps: float = 0.05,
+        eps: float | Tensor = 0.05,
         objective: str = "transport_cost",
         max_iter: int = 1000,
         tol: float = 1e-5,
@@ -55,9 +56,15 @@ class _TransportLoss(nn.Module):
         reduction: str = "mean",
         backend: str | None = None,
         solver: str = "auto",
+        rho_a: float | Tensor | None = None,
+        rho_b: float | Tensor | None = None,
     ) -> None:
         super().__init__()
-        check_number("eps", eps, positive=True)
+        for name, strength in (("eps", eps), ("rho_a", rho_a), ("rho_b", rho_b)):
+            if isinstance(strength, Tensor):
+                check_tensor(name, strength, 0, "(B,) or ()")
+            elif strength is not None or name == "eps":
+                check_number(name, strength, positive=True)
         check_choice("objective", objective, OBJECTIVES)
         check_count("max_iter", max_iter)
         check_number("tol", tol, positive=False)
@@ -71,13 +78,18 @@ class _TransportLoss(nn.Module):
                 f"gradient 'none' differentiates objective 'transport_cost' only, got objective {objective!r}; "
                 "take gradient 'implicit'"
             )
+        if objective == "divergence" and rho_a is not rho_b and rho_a != rho_b:
+            raise ValueError(f"objective 'divergence' needs one penalty for both sides, got {rho_a=} and {rho_b=}")
         self.eps, self.objective, self.max_iter, self.tol = eps, objective, max_iter, tol
         self.gradient, self.reduction, self.backend, self.solver = gradient, reduction, backend, solver
+        self.rho_a, self.rho_b = rho_a, rho_b
 
     @property
     def _options(self) -> dict[str, Any]:
         return {
             "eps": self.eps,
+            "rho_a": self.rho_a,
+            "rho_b": self.rho_b,
             "max_iter": self.max_iter,
             "tol": self.tol,
             "gradient": self.gradient,
@@ -95,7 +107,8 @@ class _TransportLoss(nn.Module):
             f"eps={self.eps}, objective={self.objective!r}, max_iter={self.max_iter}, tol={self.tol}, "
             f"gradient={self.gradient!r}, reduction={self.reduction!r}, solver={self.solver!r}"
         )
-        return text if self.backend is None else f"{text}, backend={self.backend!r}"
+        some = {"rho_a": self.rho_a, "rho_b": self.rho_b, "backend": self.backend}
+        return ", ".join([text, *(f"{name}={value!r}" for name, value in some.items() if value is not None)])
 
 
 class SinkhornLoss(_TransportLoss):
@@ -114,7 +127,8 @@ class SinkhornLoss(_TransportLoss):
     Args:
         eps: strength of the entropy, in units of the cost.
         objective: ``"transport_cost"``, ``"value"`` or ``"divergence"``.
-        max_iter, tol, gradient, solver, backend: as in :func:`otloss.sinkhorn`.
+        max_iter, tol, gradient, solver, backend, rho_a, rho_b: as in :func:`otloss.sinkhorn`. A tensor eps may be an
+            ``nn.Parameter``. The divergence needs rho_a = rho_b; it then holds eps (m_a - m_b)^2 / 2 too, m the totals.
         reduction: what to do over problems: ``"mean"``, ``"sum"`` or ``"none"``.
 
     Raises:
@@ -142,10 +156,12 @@ class SinkhornLoss(_TransportLoss):
         *,
         log_a: Tensor | None = None,
         log_b: Tensor | None = None,
+        mask_x: Tensor | None = None,
+        mask_y: Tensor | None = None,
         cost_xx: Tensor | None = None,
         cost_yy: Tensor | None = None,
     ) -> Tensor:
-        """Loss of ``cost (B, n, m)``. The marginals are those of :func:`otloss.sinkhorn`.
+        """Loss of ``cost (B, n, m)``. Marginals and masks are those of :func:`otloss.sinkhorn`.
 
         The objective ``"divergence"`` needs ``cost_xx (B, n, n)`` and ``cost_yy (B, m, m)``; the others take neither.
 
@@ -158,11 +174,13 @@ class SinkhornLoss(_TransportLoss):
         """
         within = {"cost_xx": cost_xx, "cost_yy": cost_yy}
         self._check_within(cost, within)
-        out = sinkhorn(cost, a, b, log_a=log_a, log_b=log_b, **self._options)
+        of_x: dict[str, Any] = {"mask_x": mask_x, "mask_y": mask_x}
+        of_y: dict[str, Any] = {"mask_x": mask_y, "mask_y": mask_y}
+        out = sinkhorn(cost, a, b, log_a=log_a, log_b=log_b, mask_x=mask_x, mask_y=mask_y, **self._options)
         if cost_xx is None or cost_yy is None:
             return self._reduce(getattr(out, self.objective))
-        xx = sinkhorn(cost_xx, a, a, log_a=log_a, log_b=log_a, **self._options)
-        yy = sinkhorn(cost_yy, b, b, log_a=log_b, log_b=log_b, **self._options)
+        xx = sinkhorn(cost_xx, a, a, log_a=log_a, log_b=log_a, **of_x, **self._options)
+        yy = sinkhorn(cost_yy, b, b, log_a=log_b, log_b=log_b, **of_y, **self._options)
         return self._reduce(_divergence(out, xx, yy))
 
     def _check_within(self, cost: object, within: dict[str, Tensor | None]) -> None:
@@ -192,8 +210,8 @@ class SinkhornLoss(_TransportLoss):
         check_device(cost=cost, **within)
 
 
-class CosineSinkhornLoss(_TransportLoss):
-    r"""Entropic optimal-transport loss between two sets of features under the cosine cost.
+class FeatureSinkhornLoss(_TransportLoss):
+    r"""Entropic optimal-transport loss between two sets of features: :func:`otloss.feature_sinkhorn` as a module.
 
     The objectives ``"transport_cost"`` and ``"value"`` are those of `SinkhornLoss`. Let V be the value. The objective
     ``"divergence"`` is the Sinkhorn divergence
@@ -204,9 +222,11 @@ class CosineSinkhornLoss(_TransportLoss):
     solves three problems instead of one.
 
     Args:
+        cost: ``"cosine"``, ``"sqeuclidean"`` or ``"dot"``, as in :func:`otloss.feature_sinkhorn`.
         eps: strength of the entropy, in units of the cost.
         objective: ``"transport_cost"``, ``"value"`` or ``"divergence"``.
-        max_iter, tol, gradient, solver, backend: as in :func:`otloss.sinkhorn`.
+        max_iter, tol, gradient, solver, backend, rho_a, rho_b: as in :func:`otloss.sinkhorn`. A tensor eps may be an
+            ``nn.Parameter``. The divergence needs rho_a = rho_b; it then holds eps (m_a - m_b)^2 / 2 too, m the totals.
         reduction: what to do over problems: ``"mean"``, ``"sum"`` or ``"none"``.
 
     Raises:
@@ -217,10 +237,15 @@ class CosineSinkhornLoss(_TransportLoss):
     Example:
         >>> import torch, otloss
         >>> x = torch.randn(4, 20, 8)
-        >>> loss = otloss.CosineSinkhornLoss(objective="divergence", reduction="none")
-        >>> bool((loss(x, x).abs() < 1e-5).all()), bool((loss(x, torch.randn(4, 20, 8)) > 0).all())
+        >>> loss = otloss.FeatureSinkhornLoss("sqeuclidean", eps=0.5, objective="divergence", reduction="none")
+        >>> bool((loss(x, x).abs() < 1e-4).all()), bool((loss(x, torch.randn(4, 20, 8)) > 0).all())
         (True, True)
     """
+
+    def __init__(self, cost: str = "cosine", eps: float | Tensor = 0.05, **options: Any) -> None:
+        super().__init__(eps, **options)
+        check_choice("cost", cost, tuple(COSTS))
+        self.cost = cost
 
     def forward(
         self,
@@ -231,13 +256,16 @@ class CosineSinkhornLoss(_TransportLoss):
         *,
         log_a: Tensor | None = None,
         log_b: Tensor | None = None,
+        mask_x: Tensor | None = None,
+        mask_y: Tensor | None = None,
     ) -> Tensor:
-        """Loss of ``x (B, n, d)`` and ``y (B, m, d)``. The marginals are those of :func:`otloss.sinkhorn`.
+        """Loss of ``x (B, n, d)`` and ``y (B, m, d)``. Marginals and masks are those of :func:`otloss.sinkhorn`.
 
         Returns:
             A scalar, or ``(B,)`` with ``reduction="none"``. It is float64 for float64 input and float32 otherwise.
         """
-        return self._reduce(self.per_problem(x, y, a, b, log_a=log_a, log_b=log_b)[0])
+        loss, _ = self.per_problem(x, y, a, b, log_a=log_a, log_b=log_b, mask_x=mask_x, mask_y=mask_y)
+        return self._reduce(loss)
 
     def per_problem(
         self,
@@ -248,11 +276,38 @@ class CosineSinkhornLoss(_TransportLoss):
         *,
         log_a: Tensor | None = None,
         log_b: Tensor | None = None,
+        mask_x: Tensor | None = None,
+        mask_y: Tensor | None = None,
     ) -> tuple[Tensor, SinkhornOutput]:
         """The objective ``(B,)`` before reduction, and the solver's output for (x, y), which holds the diagnostics."""
-        out = cosine_sinkhorn(x, y, a, b, log_a=log_a, log_b=log_b, **self._options)
+        options = {"cost": self.cost, **self._options}
+        out = feature_sinkhorn(x, y, a, b, log_a=log_a, log_b=log_b, mask_x=mask_x, mask_y=mask_y, **options)
         if self.objective != "divergence":
             return getattr(out, self.objective), out
-        xx = cosine_sinkhorn(x, x, a, a, log_a=log_a, log_b=log_a, **self._options)
-        yy = cosine_sinkhorn(y, y, b, b, log_a=log_b, log_b=log_b, **self._options)
+        of_x: dict[str, Any] = {"mask_x": mask_x, "mask_y": mask_x}
+        of_y: dict[str, Any] = {"mask_x": mask_y, "mask_y": mask_y}
+        xx = feature_sinkhorn(x, x, a, a, log_a=log_a, log_b=log_a, **of_x, **options)
+        yy = feature_sinkhorn(y, y, b, b, log_a=log_b, log_b=log_b, **of_y, **options)
         return _divergence(out, xx, yy), out
+
+    def extra_repr(self) -> str:
+        return f"cost={self.cost!r}, {super().extra_repr()}"
+
+
+class CosineSinkhornLoss(FeatureSinkhornLoss):
+    """`FeatureSinkhornLoss` under the cosine cost, which is not stored. It takes the same options but ``cost``.
+
+    Example:
+        >>> import torch, otloss
+        >>> x = torch.randn(4, 20, 8)
+        >>> loss = otloss.CosineSinkhornLoss(objective="divergence", reduction="none")
+        >>> bool((loss(x, x).abs() < 1e-5).all()), bool((loss(x, torch.randn(4, 20, 8)) > 0).all())
+        (True, True)
+    """
+
+    def __init__(self, eps: float | Tensor = 0.05, *arguments: Any, **options: Any) -> None:
+        _TransportLoss.__init__(self, eps, *arguments, **options)
+        self.cost = "cosine"
+
+    def extra_repr(self) -> str:
+        return _TransportLoss.extra_repr(self)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from otloss.arguments import Described
 from otloss.assignment import log_plan
 from otloss.backends.protocol import Problem, Solution
 from otloss.backends.reference import shifted, transport_plan, unshifted
@@ -19,14 +21,16 @@ __all__ = ["PlanSource", "SinkhornOutput"]
 
 
 class SinkhornOutput:
-    """What :func:`sinkhorn` and :func:`cosine_sinkhorn` return.
+    """What :func:`sinkhorn` and :func:`feature_sinkhorn` return.
 
     Attributes:
         transport_cost: ``(B,)`` <T, C>, the sharp Sinkhorn loss.
-        value: ``(B,)`` <T, C> + eps KL(T | ab').
-        f: ``(B, n)`` and ``g``: ``(B, m)`` potentials, T_ij = a_i b_j exp((f_i + g_j - C_ij)/eps), <a, f> = <b, g>.
+        value: ``(B,)`` <T, C> + eps KL(T | ab'), and the penalties.
+        f: ``(B, n)`` and ``g``: ``(B, m)`` potentials, T_ij = a_i b_j exp((f_i + g_j - C_ij)/eps). Without penalties a
+            constant between them is free, and <a, f> = <b, g>.
         n_iter: ``(B,)`` iterations that each problem took: sweeps over its cost.
-        marginal_error: ``(B,)`` L1 distance of both marginals of the plan from a and b.
+        marginal_error: ``(B,)`` L1 distance of both marginals of the plan from a and b; with penalties, from
+            a exp(-f / rho_a) and b exp(-g / rho_b), as a share of the plan's mass.
         converged: ``(B,)`` whether that is below ``tol``, but for what the rounding of f and g does to the plan: at
             most 4 u (<a, |f|> + <b, |g|>) / eps + 2 u (1 + log(n m)), with u = 2^-24 (2^-53 in float64), for f and g of
             the cost without the minima of its rows and columns.
@@ -41,21 +45,58 @@ class SinkhornOutput:
     def __init__(self, source: PlanSource, solution: Solution, gradient: str, tol: float) -> None:
         self._source, self._gradient, self._tol = source, gradient, tol
         self._solution = solution
-        self._plan: Tensor | None = None
+        self._made: dict[str, Any] = {}
         self._log_plan: Tensor | None = None
-        shape = source.batch
-        self.transport_cost, self.value = solution.transport_cost.reshape(shape), solution.value.reshape(shape)
-        self.n_iter, self.marginal_error = solution.n_iter.reshape(shape), solution.error.reshape(shape)
+
+    def _once(self, name: str, make: Callable[[], Any]) -> Any:
+        """What ``make`` returns, made on first use.
+
+        What was made under no_grad is not stored where the next use may need a graph.
+        """
+        if name in self._made:
+            return self._made[name]
+        made = make()
+        if torch.is_grad_enabled() or not self._solution.transport_cost.requires_grad:
+            self._made[name] = made
+        return made
+
+    def _of_batch(self, name: str, cost: bool = False) -> Tensor:
+        """A field of the solution that has one number for each problem; ``cost`` says that it has the cost's unit."""
+        field: Tensor = getattr(self._solution, name)
+        batch, unit = self._source.batch, self._source.unit
+        if cost and unit is not None:
+            return self._once(name, lambda: (field * unit).reshape(batch))  # type: ignore[no-any-return]
+        return field if field.shape == batch else self._once(name, lambda: field.reshape(batch))
+
+    @property
+    def transport_cost(self) -> Tensor:
+        """``(B,)`` <T, C>."""
+        return self._of_batch("transport_cost", cost=True)
+
+    @property
+    def value(self) -> Tensor:
+        """``(B,)`` <T, C> + eps KL(T | ab')."""
+        return self._of_batch("value", cost=True)
+
+    @property
+    def n_iter(self) -> Tensor:
+        """``(B,)`` iterations."""
+        return self._of_batch("n_iter")
+
+    @property
+    def marginal_error(self) -> Tensor:
+        """``(B,)`` L1 distance of the plan's marginals from a and b."""
+        return self._of_batch("error")
 
     @property
     def f(self) -> Tensor:
         """Potentials ``(B, n)``."""
-        return self._potentials()[0]
+        return self._once("potentials", self._potentials)[0]  # type: ignore[no-any-return]
 
     @property
     def g(self) -> Tensor:
         """Potentials ``(B, m)``."""
-        return self._potentials()[1]
+        return self._once("potentials", self._potentials)[1]  # type: ignore[no-any-return]
 
     @property
     def converged(self) -> Tensor:
@@ -64,21 +105,20 @@ class SinkhornOutput:
 
     def _potentials(self) -> tuple[Tensor, Tensor]:
         """f and g of the cost as it was given, with <a, f> = <b, g>."""
-        f, g, batch = self._solution.f, self._solution.g, self._source.batch
-        if self._solution.shift is not None:
-            f, g = unshifted(self._solution, *self._source.masses(constant=not f.requires_grad))
-        return f.reshape(*batch, f.shape[-1]), g.reshape(*batch, g.shape[-1])
+        f, g, source = self._solution.f, self._solution.g, self._source
+        if self._solution.shift is not None and not source.problem.relaxed:
+            f, g = unshifted(self._solution, *source.masses(constant=not f.requires_grad))
+        if source.unit is not None:
+            f, g = f * source.unit.unsqueeze(-1), g * source.unit.unsqueeze(-1)
+        f = f if source.mask_x is None else torch.where(source.mask_x, f, 0.0)
+        g = g if source.mask_y is None else torch.where(source.mask_y, g, 0.0)
+        return f.reshape(*source.batch, f.shape[-1]), g.reshape(*source.batch, g.shape[-1])
 
     @property
     def plan(self) -> Tensor:
         """The plan ``(B, n, m)``. Any function of it is differentiable in mode "implicit"."""
-        if self._plan is not None:
-            return self._plan
-        plan = self._source.plan(self._solution, constant=self._gradient != "implicit")
-        # A plan that was built under no_grad is not stored: the next one may need a graph.
-        if plan.requires_grad or not self._solution.f.requires_grad:
-            self._plan = plan
-        return plan
+        constant = self._gradient != "implicit"
+        return self._once("plan", lambda: self._source.plan(self._solution, constant))  # type: ignore[no-any-return]
 
     def __repr__(self) -> str:
         done, total = int(self.converged.sum()), self.converged.numel()
@@ -116,6 +156,15 @@ class SinkhornOutput:
             self._log_plan = result
         return result
 
+    def _mass_bias(self) -> Tensor:
+        """eps (m_a - m_b)^2 ``(B,)`` of the totals of the masses, for the divergence; 0 without penalties."""
+        source = self._source
+        a, b = source.masses(constant=False)
+        if not source.problem.relaxed:
+            return torch.zeros_like(self.value)
+        bias = source.problem.eps * (a.sum(-1) - b.sum(-1)).square()
+        return (bias if source.unit is None else bias * source.unit).reshape(source.batch)
+
     def summary(self) -> Summary:
         """What to look at first: convergence, iterations, perplexities, and the share of the mass that is matched.
 
@@ -132,10 +181,11 @@ class SinkhornOutput:
 
 
 class PlanSource:
-    """A problem that was solved, from which the plan can be built, and the shape of its batch."""
+    """A problem that was solved, from which the plan can be built, and how it was described."""
 
-    def __init__(self, problem: Problem, batch: torch.Size) -> None:
-        self.problem, self.batch = problem, batch
+    def __init__(self, problem: Problem, described: Described) -> None:
+        self.problem, self.batch, self.unit = problem, described.batch, described.unit
+        self.mask_x, self.mask_y = described.mask_x, described.mask_y
         self._versions = None if torch.compiler.is_compiling() else self._count_writes()
         self._tracked = self._tracks_gradients()
 
@@ -145,21 +195,23 @@ class PlanSource:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        # A copy's potentials have no graph, so that its masses must not have one, nor cost or features.
+        self.problem = self.problem.with_masses(*self.masses(constant=True))
+        self.unit = None if self.unit is None else self.unit.detach()
         self._versions = self._count_writes()  # a copy's tensors count from 0 again
-        self._tracked = [False] * len(self._tracked)  # a copy's potentials have no graph
+        self._tracked = [False] * len(self._tracked)
 
-    def _operands(self) -> list[Tensor]:
-        """Cost or features, and the masses."""
-        left, right, a, b, _ = self.problem
-        return [t for t in (left, right, a, b) if t is not None]
+    def _points(self) -> list[Tensor]:
+        """The cost or the features."""
+        return [t for t in (self.problem.left, self.problem.right) if t is not None]
 
     def _tracks_gradients(self) -> list[bool]:
-        """Of each operand, whether what is computed from it now gets a gradient by it."""
-        return [torch.is_grad_enabled() and t.requires_grad for t in self._operands()]
+        """Of cost or features, whether what is computed from them now gets a gradient by them."""
+        return [torch.is_grad_enabled() and t.requires_grad for t in self._points()]
 
     def _count_writes(self) -> list[int]:
         """How often cost or features were written in place; they may share memory with the caller's tensors."""
-        return [t._version for t in (self.problem.left, self.problem.right) if t is not None and not t.is_inference()]
+        return [t._version for t in self._points() if not t.is_inference()]
 
     def _check_unchanged(self) -> None:
         if self._versions is not None and not torch.compiler.is_compiling() and self._count_writes() != self._versions:
@@ -167,17 +219,18 @@ class PlanSource:
             raise RuntimeError(f"{what} changed in place after the problem was solved; read out.plan before that")
 
     def _differentiable(self, constant: bool) -> list[Tensor]:
-        """The operands. One that did not require a gradient when the problem was solved gets none here.
+        """Cost or features, and the masses. What did not require a gradient when the problem was solved gets none here.
 
         Potentials have no graph to it, so its gradient would lack their part.
         """
-        tracked = zip(self._operands(), self._tracks_gradients(), self._tracked, strict=True)
-        return [t.detach() if constant or (now and not then) else t for t, now, then in tracked]
+        tracked = zip(self._points(), self._tracks_gradients(), self._tracked, strict=True)
+        points = [t.detach() if constant or (now and not then) else t for t, now, then in tracked]
+        return [*points, *self.masses(constant)]
 
     def masses(self, constant: bool) -> tuple[Tensor, Tensor]:
-        """The masses a and b."""
-        *_, a, b = self._differentiable(constant)
-        return a, b
+        """The masses a and b of total 1, which ``solve`` has returned together with the potentials."""
+        a, b = self.problem.a, self.problem.b
+        return (a.detach(), b.detach()) if constant else (a, b)
 
     def plan(self, solution: Solution, constant: bool) -> Tensor:
         self._check_unchanged()

@@ -1,131 +1,55 @@
-"""`sinkhorn` and `cosine_sinkhorn`: entropic optimal transport for batches of problems, with exact gradients."""
+"""The verbs: entropic optimal transport for batches of problems, with exact gradients."""
 
 from __future__ import annotations
-
-import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from otloss.backends import choose_backend, get_backend
-from otloss.backends.protocol import Problem, Shift, Solution
-from otloss.checks import (
-    check_choice,
-    check_count,
-    check_device,
-    check_features,
-    check_number,
-    check_tensor,
-    no_autocast,
-    wide,
-    working_dtype,
-)
+from otloss.arguments import Arguments, describe
+from otloss.autograd import solve
+from otloss.backends.protocol import Shift, Solution
+from otloss.checks import check_choice, check_count, check_features, check_number, check_tensor
 from otloss.compat import is_exporting
-from otloss.cost import negligible
-from otloss.gradients import MODES, Sinkhorn
+from otloss.cost import COSTS
+from otloss.gradients import MODES, State
+from otloss.operators import Options
 from otloss.output import PlanSource, SinkhornOutput
 
-__all__ = ["SinkhornOutput", "cosine_sinkhorn", "sinkhorn"]
+__all__ = ["SinkhornOutput", "cosine_sinkhorn", "feature_sinkhorn", "sinkhorn"]
 
 SOLVERS = ("auto", "plain")
-
-#: How far the totals of a and b may lie apart, relatively: a softmax over 10^5 points is off by 1e-5 in float32.
-#: In half precision 2e-2.
-MASS_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}
-
-
-def _one_batch(x: Tensor, dims: int) -> Tensor:
-    """``x`` with all dimensions before the last ``dims`` joined into one."""
-    return x if x.dim() == dims + 1 else x.reshape(math.prod(x.shape[:-dims]), *x.shape[-dims:])
-
-
-def _masses(
-    name: str, mass: Tensor | None, log_mass: Tensor | None, batch: torch.Size, count: int, like: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    """Masses of total 1 ``(B, count)``, with the gradient of that, and the log of the total before ``(B, 1)``."""
-    if mass is not None and log_mass is not None:
-        raise ValueError(f"give {name} or log_{name}, not both")
-    given, label = (mass, name) if mass is not None else (log_mass, f"log_{name}")
-    if given is None:
-        return like.new_full((1, count), 1 / count).expand(math.prod(batch), count), None
-    check_tensor(label, given, 1, f"(B, {count}) or ({count},)")
-    if given.shape[-1] != count or given.dim() > len(batch) + 1:
-        raise ValueError(f"{label} must have shape {(*batch, count)} or ({count},), got {tuple(given.shape)}")
-    given = given.to(like.dtype)
-    try:
-        given = _one_batch(given if given.shape[:-1] == batch else given.expand(*batch, count), 1)
-    except RuntimeError:
-        raise ValueError(
-            f"{label} must have shape {(*batch, count)} or be broadcastable to it, got {tuple(given.shape)}"
-        ) from None
-    # The totals are compared: float32 cannot tell them apart where their logarithms are large.
-    exact = wide(given.detach())
-    if mass is None:
-        return _without_traces(given.softmax(-1)), exact.logsumexp(-1, keepdim=True)
-    return _without_traces(given / given.sum(-1, keepdim=True)), exact.sum(-1, keepdim=True).log()
-
-
-def _without_traces(mass: Tensor) -> Tensor:
-    """``mass``, exactly 0 where there is too little to count. The gradient passes straight through."""
-    trace = (mass > 0) & (mass <= negligible(mass.dtype))
-    return torch.where(trace, mass - mass.detach(), mass)
-
 
 def _solve(
     left: Tensor,
     right: Tensor | None,
-    a: Tensor | None,
-    b: Tensor | None,
-    log_a: Tensor | None,
-    log_b: Tensor | None,
-    eps: float,
+    kind: str,
+    said: Arguments,
     max_iter: int,
     tol: float,
     gradient: str,
     solver: str,
     backend: str | None,
 ) -> SinkhornOutput:
-    check_number("eps", eps, positive=True)
     check_number("tol", tol, positive=False)
     check_count("max_iter", max_iter)
     check_choice("gradient", gradient, MODES)
     check_choice("solver", solver, SOLVERS)
-    named: dict[str, Any] = {"cost": left} if right is None else {"x": left, "y": right}
-    masses = {name: x for name, x in (("a", a), ("log_a", log_a), ("b", b), ("log_b", log_b)) if x is not None}
-    for name, mass in masses.items():
-        check_tensor(name, mass, 1, "(B, n)" if name.endswith("a") else "(B, m)")
-    named = {**named, **masses}
-    check_device(**named)
-    dtype = working_dtype(**named)
-    chosen = choose_backend(backend, left.device.type)
-    batch = left.shape[:-2]
-    n, m = (left.shape[-2], left.shape[-1] if right is None else right.shape[-2])
-    with no_autocast(left):
-        like = left.new_empty(0, dtype=dtype)
-        if not get_backend(chosen).READS_HALF:
-            left, right = left.to(dtype), None if right is None else right.to(dtype)
-        left, right = _one_batch(left, 2), None if right is None else _one_batch(right, 2)
-        p, log_total_a = _masses("a", a, log_a, batch, n, like)
-        q, log_total_b = _masses("b", b, log_b, batch, m, like)
-        if gradient == "none":  # no output is differentiated by the masses
-            p, q = p.detach(), q.detach()
-        totals = [total for total in (log_total_a, log_total_b) if total is not None]
-        totals = totals or [like.new_zeros(left.shape[0], 1)]
-        log_totals = torch.cat((totals[0], totals[-1]), dim=-1)
-        mass_tol = max((MASS_TOLERANCE.get(mass.dtype, 2e-2) for mass in masses.values()), default=0.0)
-        # Whether keeping the cost pays depends on the sizes, which an exported graph may leave open.
-        accelerate = solver == "auto" and gradient != "unroll" and tol > 0
-        keep = gradient != "unroll" and torch.is_grad_enabled() and not is_exporting()
-        problem = Problem(left, right, p, q, float(eps))
-        mass_names = " ".join(masses)
-        *outputs, row_shift, column_shift, _ = Sinkhorn.apply(
-            *problem, log_totals, mass_names, mass_tol, int(max_iter), float(tol), accelerate, keep, gradient, chosen
-        )
-    f, g, cost, value, n_iter, error = outputs
-    shift = Shift(row_shift, column_shift) if right is None else None
-    solution = Solution(f, g, cost, value, n_iter, error, shift)
-    return SinkhornOutput(PlanSource(problem, batch), solution, gradient, float(tol))
+    described = describe(left, right, kind, said, backend)
+    problem, given = described.problem, described.given
+    if problem.relaxed and gradient == "unroll":
+        raise ValueError("gradient 'unroll' has no penalties rho_a and rho_b; take gradient 'implicit'")
+    if gradient == "none":  # no output is differentiated by the masses
+        problem = problem.with_masses(problem.a.detach(), problem.b.detach())
+    accelerate = solver == "auto" and gradient != "unroll" and tol > 0
+    # Whether keeping the cost pays depends on the sizes, which an exported graph may leave open.
+    keep = gradient != "unroll" and torch.is_grad_enabled() and not is_exporting()
+    options = Options(int(max_iter), float(tol), accelerate, keep, gradient, described.backend)
+    cost, value, error, *rest = solve(*problem, *given, *options)
+    state = State(*rest)
+    shift = Shift(state.row_shift, state.column_shift) if problem.right is None else None
+    solution = Solution(state.f, state.g, cost, value, state.n_iter, error, shift)
+    source = PlanSource(problem.with_masses(state.a, state.b), described)
+    return SinkhornOutput(source, solution, gradient, options.tol)
 
 
 def sinkhorn(
@@ -133,9 +57,13 @@ def sinkhorn(
     a: Tensor | None = None,
     b: Tensor | None = None,
     *,
-    eps: float = 0.05,
+    eps: float | Tensor = 0.05,
     log_a: Tensor | None = None,
     log_b: Tensor | None = None,
+    mask_x: Tensor | None = None,
+    mask_y: Tensor | None = None,
+    rho_a: float | Tensor | None = None,
+    rho_b: float | Tensor | None = None,
     max_iter: int = 1000,
     tol: float = 1e-5,
     gradient: str = "implicit",
@@ -147,19 +75,38 @@ def sinkhorn(
     .. math:: T = \arg\min_{T1 = a,\; T^\top 1 = b} \langle T, C \rangle + \varepsilon\, \mathrm{KL}(T \,|\, a b^\top)
 
     Solved by Sinkhorn iterations, f then g, or by steps that need fewer of them, see ``solver``. Each problem stops by
-    itself when the L1 error of its marginals falls below ``tol``.
+    itself when the L1 error of its marginals falls below ``tol``. With penalties in place of constraints,
+
+    .. math:: T = \arg\min_T \langle T, C \rangle + \varepsilon\, \mathrm{KL}(T | a b^\top)
+              + \rho_a \mathrm{KL}(T1 | a) + \rho_b \mathrm{KL}(T^\top 1 | b), \qquad
+              \mathrm{KL}(p | q) = \sum p \log(p/q) - p + q.
+
+    The leading dimensions of all arguments are broadcast against each other, as PyTorch does it: one cost may serve
+    many marginals, and the reverse. It is then copied for each.
 
     Args:
         cost: ``(B, n, m)``; ``B`` is any number of leading dimensions, also none. float16 and bfloat16 are solved in
             float32.
+
         a: masses ``(B, n)``, or ``(n,)`` for all problems; None is uniform. Normalised to total 1, with the
-            gradient of that. Zero, or a share of at most 1e-30 (1e-290 in float64), means that the row takes no part;
-            its mass still has a gradient (in mode "unroll" 0 where rounding of huge costs has lost it).
+            gradient of that, except under penalties. Zero, or a share of at most 1e-30 (1e-290 in float64), means that
+            the row takes no part; its mass still has a gradient (in mode "unroll" 0 where rounding of huge costs has
+            lost it).
         b: masses ``(B, m)`` likewise. The totals of a and b may differ by rounding only: by 1e-6 in float64, 1e-4 in
             float32, 2e-2 in half precision.
-        eps: strength of the entropy, in units of the cost. ``torch.compile`` makes a graph for each value.
         log_a: logarithms of the masses instead of ``a``, as ``log_softmax`` gives them; ``-inf`` means no mass.
         log_b: likewise.
+        mask_x: which rows take part, ``(B, n)`` bool. The others have no mass; what stands in their costs does not
+            matter, and every gradient by it is 0. Uniform marginals are uniform over the rest. Potentials are 0 there.
+        mask_y: likewise, which columns take part, ``(B, m)``.
+
+        eps: strength of the entropy, in units of the cost: a number, or a tensor ``(B,)`` or ``()``, which gets a
+            gradient. ``torch.compile`` makes a graph for each number, and one for all tensors.
+        rho_a: penalty on the marginal a, in units of the cost: a number, or a tensor ``(B,)`` or ``()``, which gets a
+            gradient. None makes it a constraint. With a penalty on either side masses are taken as they are, and their
+            totals are free. Only the reference backend solves such problems, and is chosen for them.
+        rho_b: likewise on the marginal b.
+
         max_iter: most iterations; each is one sweep over the cost.
         tol: bound on the L1 error of the marginals; 0 runs ``max_iter`` plain iterations.
         gradient: "implicit" differentiates the solution itself, for every output; "unroll" the iterations that were
@@ -193,12 +140,76 @@ def sinkhorn(
         0.25
 
     Source: Cuturi 2013 (arXiv 1306.0895); Schmitzer 2019 (1610.06519) for the stabilised iterations and for larger eps
-    first; Liu and Nocedal 1989 for the quasi-Newton steps.
+    first; Liu and Nocedal 1989 for the quasi-Newton steps; Chizat et al. 2018 (1607.05816) for penalties. They are
+    those of POT (``reg_type="kl"``) and of geomloss (``reach**p``), whose value has ``eps (m_a + m_b) / 2`` for
+    ``eps m_a m_b`` here, where m is a total.
     """
     check_tensor("cost", cost, 2, "(B, n, m)")
     if 0 in cost.shape[-2:]:
         raise ValueError(f"cost must have at least one row and one column, got {tuple(cost.shape)}")
-    return _solve(cost, None, a, b, log_a, log_b, eps, max_iter, tol, gradient, solver, backend)
+    said = Arguments(eps, a, b, log_a, log_b, mask_x, mask_y, rho_a, rho_b)
+    return _solve(cost, None, "cosine", said, max_iter, tol, gradient, solver, backend)
+
+
+def feature_sinkhorn(
+    x: Tensor,
+    y: Tensor,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    *,
+    cost: str = "cosine",
+    eps: float | Tensor = 0.05,
+    log_a: Tensor | None = None,
+    log_b: Tensor | None = None,
+    mask_x: Tensor | None = None,
+    mask_y: Tensor | None = None,
+    rho_a: float | Tensor | None = None,
+    rho_b: float | Tensor | None = None,
+    max_iter: int = 1000,
+    tol: float = 1e-5,
+    gradient: str = "implicit",
+    solver: str = "auto",
+    backend: str | None = None,
+) -> SinkhornOutput:
+    r"""Entropic optimal transport between sets of features.
+
+    .. math::
+        C_{ij} = 1 - \cos(x_i, y_j) \;\text{("cosine")}, \qquad
+        \lVert x_i - y_j \rVert^2 \;\text{("sqeuclidean")}, \qquad
+        -\langle x_i, y_j \rangle \;\text{("dot")}
+
+    geomloss and flash-sinkhorn halve the second: for their plan take twice their eps here.
+
+    The cosine costs of the batch are not stored, unless a gradient may follow and they are at most half as large as the
+    features, where n and m are small beside d. (The reference backend stores them. The CPU backend holds that of one
+    problem per thread. The Triton backend holds at most 32 MiB of them at a time, and in the backward as much of their
+    gradient, but in float64 always those of one problem.) The other costs, and those of a tensor eps, are stored.
+
+    Args:
+        x: features ``(B, n, d)``.
+        y: features ``(B, m, d)``.
+        cost: "cosine", "sqeuclidean" or "dot". Any other cost is made by a function of yours, for :func:`sinkhorn`.
+        a, b, log_a, log_b, mask_x, mask_y: as in :func:`sinkhorn`. Features that a mask leaves out do not matter.
+        eps, rho_a, rho_b: as in :func:`sinkhorn`.
+        max_iter, tol, gradient, solver, backend: as in :func:`sinkhorn`.
+
+    Returns:
+        :class:`SinkhornOutput`, differentiable by x and y.
+
+    Raises:
+        TypeError, ValueError: as :func:`sinkhorn`.
+
+    Example:
+        >>> import torch, otloss
+        >>> x = torch.tensor([[0.0, 0.0], [3.0, 4.0]])
+        >>> out = otloss.feature_sinkhorn(x, x + 1, cost="sqeuclidean")
+        >>> round(out.transport_cost.item(), 3)
+        2.0
+    """
+    check_features(x, y)
+    check_choice("cost", cost, tuple(COSTS))
+    said = Arguments(eps, a, b, log_a, log_b, mask_x, mask_y, rho_a, rho_b)
+    return _solve(x, y, cost, said, max_iter, tol, gradient, solver, backend)
 
 
 def cosine_sinkhorn(
@@ -207,28 +218,30 @@ def cosine_sinkhorn(
     a: Tensor | None = None,
     b: Tensor | None = None,
     *,
-    eps: float = 0.05,
+    eps: float | Tensor = 0.05,
     log_a: Tensor | None = None,
     log_b: Tensor | None = None,
+    mask_x: Tensor | None = None,
+    mask_y: Tensor | None = None,
+    rho_a: float | Tensor | None = None,
+    rho_b: float | Tensor | None = None,
     max_iter: int = 1000,
     tol: float = 1e-5,
     gradient: str = "implicit",
     solver: str = "auto",
     backend: str | None = None,
 ) -> SinkhornOutput:
-    r"""Entropic optimal transport between sets of features under the cosine cost.
-
-    The costs of the batch are not stored (the reference backend excepted; the CPU backend holds that of one problem
-    per thread), unless a gradient may follow and they are at most half as large as the features, where n and m are
-    small beside d. The Triton backend stores at most 32 MiB of them at a time (and in the backward as much of their
-    gradient), but in float64 always those of one problem.
+    r"""Entropic optimal transport between sets of features under the cosine cost, which is not stored.
 
     .. math:: C_{ij} = 1 - \cos(x_i, y_j)
+
+    The short form of :func:`feature_sinkhorn` with ``cost="cosine"``. All arguments and errors are those of it.
 
     Args:
         x: features ``(B, n, d)``.
         y: features ``(B, m, d)``.
-        a, b, eps, log_a, log_b, max_iter, tol, gradient, solver, backend: as in :func:`sinkhorn`.
+        a, b, eps, log_a, log_b, mask_x, mask_y, rho_a, rho_b: as in :func:`sinkhorn`.
+        max_iter, tol, gradient, solver, backend: as in :func:`sinkhorn`.
 
     Returns:
         :class:`SinkhornOutput`, differentiable by x and y.
@@ -244,4 +257,5 @@ def cosine_sinkhorn(
         True
     """
     check_features(x, y)
-    return _solve(x, y, a, b, log_a, log_b, eps, max_iter, tol, gradient, solver, backend)
+    said = Arguments(eps, a, b, log_a, log_b, mask_x, mask_y, rho_a, rho_b)
+    return _solve(x, y, "cosine", said, max_iter, tol, gradient, solver, backend)

@@ -37,7 +37,7 @@ class Summary(NamedTuple):
     perplexity_rows: float
     """Of the columns that a row's mass goes to; the mean over the mass of a problem, then over the problems."""
     matched: float
-    """Mass of the plan, of a total of 1; the mean over the problems."""
+    """Mass of the plan, of the mean total of a and b; the mean over the problems."""
 
     def __str__(self) -> str:
         return (
@@ -50,7 +50,9 @@ class Summary(NamedTuple):
         )
 
 
-def _perplexity(shares: Tensor) -> Tensor:
+def _perplexity(mass: Tensor) -> Tensor:
+    total = mass.sum(-1, keepdim=True)
+    shares = mass / torch.where(total > 0, total, 1.0)
     return torch.special.entr(shares).sum(-1).exp()
 
 
@@ -63,8 +65,7 @@ def summarise(out: SinkhornOutput) -> Summary:
     if not iterations:
         return Summary(0, n, m, 0, math.nan, 0, *[math.nan] * 5)
     rows = plan.sum(-1)
-    shares = plan / torch.where(rows > 0, rows, 1.0).unsqueeze(-1)
-    of_rows = (rows * _perplexity(shares)).sum(-1) / rows.sum(-1)
+    of_rows = (rows * _perplexity(plan)).sum(-1) / rows.sum(-1)
     return Summary(
         problems=len(iterations),
         n=n,
@@ -76,5 +77,5 @@ def summarise(out: SinkhornOutput) -> Summary:
         perplexity_a=float(_perplexity(a).mean()),
         perplexity_b=float(_perplexity(b).mean()),
         perplexity_rows=float(of_rows.mean()),
-        matched=float(rows.sum(-1).mean()),
+        matched=float((2 * rows.sum(-1).flatten() / (a.sum(-1) + b.sum(-1))).mean()),
     )

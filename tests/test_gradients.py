@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from otloss import cosine_sinkhorn, operators, sinkhorn
-from otloss.operators import ConvergenceWarning
+from otloss.backends.protocol import Given, Problem
+from otloss.gradients import Incoming, State
+from otloss.operators import ConvergenceWarning, Options
 
 EXACT = {"eps": 0.2, "tol": 1e-13, "max_iter": 10_000}
 OUTPUTS = ("transport_cost", "value", "plan", "f", "g")
@@ -44,6 +46,7 @@ def test_implicit(backend: str, name: str) -> None:
 @pytest.mark.parametrize("name", OUTPUTS)
 def test_implicit_twice(name: str) -> None:
     assert gradgradcheck(by_masses(name, "reference"), inputs(3, 4), atol=1e-4)
+    assert gradgradcheck(by_logs(name, "reference"), inputs(3, 4), atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["transport_cost", "value"])
@@ -170,9 +173,11 @@ def test_unroll_at_zero_mass_has_the_one_sided_derivative(backend: str, name: st
 def test_a_gradient_that_is_not_a_number_is_reported() -> None:
     cost, a, b = random_problem(1, n=3, m=4)
     f, g, w = torch.full_like(a, torch.nan), torch.zeros_like(b), torch.ones_like(a[:, 0])
-    args = (cost, None, a, b, f, g, a * 0, b * 0, cost.new_empty(0), w, None, None, None, 0.1, True, True, "reference")
+    state = State(f, g, torch.ones(1, dtype=torch.int64), a * 0, b * 0, cost.new_empty(0), a, b)
+    incoming, given = Incoming(w, None, None, None, None, None), Given("masses", "masses", 1e-6)
+    options = Options(9, 1e-5, True, True, "implicit", "reference")
     with pytest.warns(ConvergenceWarning, match="linear system"):
-        operators.implicit_gradient(*args)
+        operators.gradient(*Problem(cost, None, a, b, 0.1), *state, *incoming, True, *given, *options)
 
 
 def test_dead_features_get_gradient_zero(backend: str) -> None:

@@ -12,7 +12,9 @@ from torch.library import opcheck
 import otloss
 from otloss import operators
 from otloss.backends import get_backend
-from otloss.backends.protocol import Backend
+from otloss.backends.protocol import Backend, Given, Problem
+from otloss.gradients import Incoming, State
+from otloss.operators import Options
 
 Args = tuple[Tensor, Tensor, Tensor]
 
@@ -183,23 +185,25 @@ def test_autocast_changes_nothing(half: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dimension", [None, 3, 16])
 @pytest.mark.parametrize("permuted", [False, True])
-def test_opcheck(backend: str, dimension: int | None, permuted: bool) -> None:
+@pytest.mark.parametrize("given", [("masses", "logs"), ("uniform", "masses")])
+def test_opcheck(backend: str, dimension: int | None, permuted: bool, given: tuple[str, str]) -> None:
     """With a dense cost, with features whose cost is not kept for the gradient, and where the cpu backend keeps it."""
     cost, a, b = random_problem(2, n=4, m=5, dtype=torch.float32)
+    if given[1] == "logs":
+        b = b.log()
     if permuted:
         a, cost = a.T.contiguous().T, cost.mT.contiguous().mT
     left, right = (torch.randn(2, 4, dimension), torch.randn(2, 5, dimension)) if dimension else (cost, None)
-    totals = torch.zeros(2, 2)
-    args = (left, right, a, b, totals, "a b", 1e-6, 0.1, 50, 1e-5, True, True, backend)
-    opcheck(operators.solve, args)
-    f, g, _, _, n_iter, _, *shift, kept = operators.solve(*args)
-    assert kept.numel() == (40 if dimension == 16 and backend == "cpu" else 0)
+    problem, forms = Problem(left, right, a, b, 0.1), Given(*given, 1e-4)
+    options = Options(50, 1e-5, True, True, "implicit", backend)
+    opcheck(operators.solve, (*problem, *forms, *options))
+    state = State(*operators.solve(*problem, *forms, *options)[3:])
+    assert state.kept.numel() == (40 if dimension == 16 and backend == "cpu" else 0)
     w, p, q = torch.rand(2), torch.rand(2, 4), torch.rand(2, 5)
-    q = q * p.sum(-1, keepdim=True) / q.sum(-1, keepdim=True)
+    unrolled = options._replace(mode="unroll")
     for need_cost in (True, False):
-        upstream = (w, None, p, q, 0.1, True, need_cost, backend)
-        opcheck(operators.implicit_gradient, (left, right, a, b, f, g, *shift, kept, *upstream))
-        opcheck(operators.unrolled_gradient, (left, right, a, b, n_iter, w, w, 0.1, need_cost, 50, backend))
+        for incoming, how in (((w, None, p, q, p, None), options), ((w, w, None, None, None, q), unrolled)):
+            opcheck(operators.gradient, (*problem, *state, *Incoming(*incoming), need_cost, *forms, *how))
 
 
 def test_module_in_a_compiled_training_step() -> None:

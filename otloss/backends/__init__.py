@@ -68,14 +68,19 @@ def check_backend(name: str, device: str | None = None) -> str:
     return name
 
 
-def choose_backend(name: str | None, device: str) -> str:
-    """The backend for a call: the one asked for, else the one forced, else the first that serves the device."""
+def choose_backend(name: str | None, device: str, relaxed: bool = False) -> str:
+    """The backend for a call: the one asked for, else the one forced, else the first that serves device and problem."""
     if name is None:
         name = _forced.get() if reads_context() else _last_forced
     if name is not None:
-        return check_backend(name, device)
+        check_backend(name, device)
+        if relaxed and not _REGISTRY[name][0].RELAXES:
+            able = [repr(other) for other, (module, _) in _REGISTRY.items() if module.RELAXES]
+            raise ValueError(f"backend {name!r} has no penalties rho_a and rho_b; take {' or '.join(able)}")
+        return name
     for candidate, (module, devices) in _REGISTRY.items():
-        if (devices is None or device in devices) and module.status() is None:
+        serves = (devices is None or device in devices) and (module.RELAXES or not relaxed)
+        if serves and module.status() is None:
             return candidate
     raise AssertionError("the reference backend serves every device")
 

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import importlib
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from otloss.backends.protocol import Gradients, Problem, Shift, Solution, Upstream
+from otloss.backends import masses
+from otloss.backends.protocol import Given, Gradients, Problem, Shift, Solution, Upstream
 
 TWICE_DIFFERENTIABLE = False
+RELAXES = False
 KEEPS_COST = True
 READS_HALF = False
 MOST_POINTS = 1 << 30  # rounded up to vectors, in 32 bits
@@ -51,7 +54,7 @@ class _KernelCall:
         reason = status()
         if _C is None or reason is not None:
             raise RuntimeError(f"the cpu backend cannot be used: {reason}")
-        left, right, a, b, eps = problem
+        left, right, a, b, eps = problem.left, problem.right, problem.a, problem.b, problem.eps
         if left.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"the cpu backend takes float32 or float64, not {left.dtype}")
         self.left, self.a, self.b = left.contiguous(), a.contiguous(), b.contiguous()
@@ -80,13 +83,64 @@ class _KernelCall:
 
     def gradients(self, need_cost: bool) -> Gradients:
         """Room for the gradients; what is not asked for is empty."""
-        left, right = self.left.new_empty(0), self.left.new_empty(0)
-        if need_cost:
-            left, right = torch.empty_like(self.left), right if self.right is None else torch.empty_like(self.right)
-        return Gradients(left, right, self.empty(self.n), self.empty(self.m))
+        like, left, right = torch.empty_like, self.left, self.right
+        return Gradients(
+            like(left) if need_cost else left.new_empty(0),
+            like(right) if need_cost and right is not None else left.new_empty(0),
+            like(self.a),
+            like(self.b),
+        )
 
     def run(self, kernel: str, *arguments: object) -> None:
         getattr(_C, f"{kernel}_{self.suffix}")(self.inputs, *arguments, torch.get_num_threads())
+
+
+def _kernel(name: str, like: Tensor) -> Any:
+    return getattr(_C, f"{name}_float64" if like.dtype == torch.float64 else f"{name}_float32")
+
+
+_FORMS = {"uniform": 0, "masses": 1, "logs": 2}  # as in csrc/problem.hpp
+_INVALID, _ALL_LIVE = 0, 2
+
+
+def _side(given: Tensor, form: str, share: Tensor) -> Any:
+    return _C.Side(given.data_ptr(), _FORMS[form], share.shape[1], share.data_ptr())  # type: ignore[union-attr]
+
+
+def normalise(problem: Problem, given: Given, check: bool) -> tuple[Problem, bool]:
+    """The problem with masses of total 1, and whether every point has mass (csrc/masses.hpp).
+
+    Raises:
+        ValueError: masses are invalid, if ``check``.
+    """
+    of_a, of_b = problem.a.contiguous(), problem.b.contiguous()
+    a, b = torch.empty_like(of_a), torch.empty_like(of_b)
+    sides = _side(of_a, given.a, a), _side(of_b, given.b, b)
+    found = _kernel("normalise", a)(*sides, a.shape[0], given.tolerance)
+    if found == _INVALID:
+        return masses.normalise(problem, given, check)  # which says what is wrong
+    return problem.with_masses(a, b), found == _ALL_LIVE
+
+
+def by_given(problem: Problem, given: Given, a: Tensor, b: Tensor, by_a: Tensor, by_b: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients by the masses as they were given, from those by a and b of total 1 (csrc/masses.hpp)."""
+    return _by_given(problem.a, given.a, a, by_a), _by_given(problem.b, given.b, b, by_b)
+
+
+def _by_given(mass: Tensor, form: str, share: Tensor, grad: Tensor) -> Tensor:
+    if form == "uniform":
+        return grad.new_empty(0)
+    mass, share, grad = mass.contiguous(), share.contiguous(), grad.contiguous()
+    out = torch.empty_like(grad)
+    _kernel("by_given", share)(_side(mass, form, share), share.shape[0], grad.data_ptr(), out.data_ptr())
+    return out
+
+
+def worst_error(solution: Solution) -> float:
+    """The largest error of a solution; NaN where a potential or a transport cost is not finite."""
+    f, g, cost, error = solution.f, solution.g, solution.transport_cost, solution.error
+    addresses = f.data_ptr(), f.shape[1], g.data_ptr(), g.shape[1], cost.data_ptr(), error.data_ptr()
+    return _kernel("worst_error", f)(*addresses, f.shape[0])  # type: ignore[no-any-return]
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -102,7 +156,8 @@ def _upstream_addresses(upstream: Upstream) -> object:
 
 
 def _gradient_addresses(gradients: Gradients, residual: Tensor | None) -> object:
-    return _C.GradientAddresses(*map(_address, gradients), _address(residual))  # type: ignore[union-attr]
+    by = (gradients.left, gradients.right, gradients.a, gradients.b)
+    return _C.GradientAddresses(*map(_address, by), _address(residual))  # type: ignore[union-attr]
 
 
 def solve(
@@ -112,12 +167,13 @@ def solve(
 
     The cost of features is written to ``kept (B, n, m)``.
     """
-    (count, n), m, empty = problem.a.shape, problem.b.shape[1], problem.a.new_empty
-    shift = None if problem.right is not None else Shift(empty(count, n), empty(count, m))
+    of_rows, of_columns = problem.a.contiguous(), problem.b.contiguous()
+    shift = None if problem.right is not None else Shift(torch.empty_like(of_rows), torch.empty_like(of_columns))
     call = _KernelCall(problem, kept, shift)
-    f, g, cost, value, error = (call.empty(*shape) for shape in ((n,), (m,), (), (), ()))
-    n_iter = torch.empty(count, dtype=torch.int64)
-    call.run("solve", accelerate, max_iter, tol, *map(_address, (f, g, cost, value, n_iter, error)))
+    f, g, cost = torch.empty_like(of_rows), torch.empty_like(of_columns), call.empty()
+    value, error, n_iter = torch.empty_like(cost), torch.empty_like(cost), torch.empty_like(cost, dtype=torch.int64)
+    addresses = f.data_ptr(), g.data_ptr(), cost.data_ptr(), value.data_ptr(), n_iter.data_ptr(), error.data_ptr()
+    call.run("solve", accelerate, max_iter, tol, *addresses)
     return Solution(f, g, cost, value, n_iter, error, shift)
 
 

@@ -9,23 +9,54 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
-__all__ = ["Backend", "Gradients", "Problem", "Shift", "Solution", "Upstream"]
+__all__ = ["NOTHING", "Backend", "Given", "Gradients", "Problem", "Shift", "Solution", "Upstream"]
+
+
+#: Stands for a gradient that there is not.
+NOTHING = torch.empty(0)
 
 
 class Problem(NamedTuple):
-    """A batch of B problems: a dense cost or two sets of features, masses, and the strength of the entropy."""
+    """A batch of B problems: a dense cost or two sets of features, masses, and the strength of the entropy.
+
+    The operators take its fields in this order, see ``otloss/operators.py``.
+    """
 
     left: Tensor
     """The cost ``(B, n, m)``, or the features x ``(B, n, d)``."""
     right: Tensor | None
     """None for a dense cost, or the features y ``(B, m, d)``; then the cosine cost of x and y is meant."""
     a: Tensor
-    """Masses ``(B, n)`` of total 1."""
+    """Masses ``(B, n)`` of total 1. Before ``normalise`` they are as they were given, see :class:`Given`."""
     b: Tensor
-    """Masses ``(B, m)`` of total 1."""
+    """Masses ``(B, m)`` likewise."""
     eps: float
+    rho_a: Tensor | None = None
+    """Strength ``(B,)`` of the penalty on the marginal a; None makes it a constraint. With a penalty on either marginal
+    the masses have any total."""
+    rho_b: Tensor | None = None
+    """Likewise of the marginal b."""
+
+    @property
+    def relaxed(self) -> bool:
+        """Whether a marginal has a penalty in place of a constraint."""
+        return self.rho_a is not None or self.rho_b is not None
+
+    def with_masses(self, a: Tensor, b: Tensor) -> Problem:
+        """The same with other masses; the compiler of PyTorch 2.6 does not follow ``_replace``."""
+        return Problem(self.left, self.right, a, b, self.eps, self.rho_a, self.rho_b)
+
+
+class Given(NamedTuple):
+    """How the masses of a problem were given: as "masses", as "logs" of masses, or not, as "uniform" ones."""
+
+    a: str
+    b: str
+    tolerance: float
+    """How far the totals of a and b may lie apart, relatively."""
 
 
 class Shift(NamedTuple):
@@ -74,7 +105,7 @@ class Upstream(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Gradients of the loss by the inputs of a solve; those of the masses are not projected."""
+    """Gradients of the loss by the inputs of a solve; those by a and b take them as free, whatever their total."""
 
     left: Tensor
     """By the cost or by x; empty where it was not asked for."""
@@ -82,6 +113,8 @@ class Gradients(NamedTuple):
     """By y; empty for a dense cost, and where it was not asked for."""
     a: Tensor
     b: Tensor
+    rho: Tensor = NOTHING
+    """``(B, 2)`` by the penalties on both marginals; empty for a problem without any, 0 for a constraint."""
 
 
 class Backend(Protocol):
@@ -91,11 +124,28 @@ class Backend(Protocol):
     """Whether the gradients are made of differentiable PyTorch operations."""
     KEEPS_COST: bool
     """Whether ``solve`` and ``implicit_gradient`` make use of ``kept``."""
+    RELAXES: bool
+    """Whether problems may have penalties rho_a, rho_b."""
     READS_HALF: bool
     """Whether cost or features may be float16 or bfloat16 beside float32 masses; if not, they are converted before."""
 
     def status(self) -> str | None:
         """Why the backend cannot be used here, or None."""
+
+    def normalise(self, problem: Problem, given: Given, check: bool) -> tuple[Problem, bool]:
+        """The problem with masses of total 1, and whether every point is known to have mass.
+
+        With penalties masses keep their totals. A share too small to count becomes exactly 0. With ``check``, invalid
+        masses raise a ValueError.
+        """
+
+    def by_given(
+        self, problem: Problem, given: Given, a: Tensor, b: Tensor, by_a: Tensor, by_b: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The gradients by the masses as they were given, from those by a and b of total 1; empty by uniform ones."""
+
+    def worst_error(self, solution: Solution) -> float:
+        """The largest error of a solution, 0 of no problems; NaN where a potential or a cost is not finite."""
 
     def solve(
         self, problem: Problem, max_iter: int, tol: float, kept: Tensor | None = None, accelerate: bool = False

@@ -14,12 +14,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from otloss.backends import quasi_newton
+from otloss.backends import quasi_newton, relaxed
+from otloss.backends.masses import by_given as by_given
+from otloss.backends.masses import normalise as normalise
+from otloss.backends.masses import worst_error as worst_error
 from otloss.backends.protocol import Gradients, Problem, Shift, Solution, Upstream
+from otloss.backends.relaxed import Penalty, bounded_exp
 from otloss.checks import wide
 from otloss.cost import live_rows, negligible, row_norms, unit_rows
 
 TWICE_DIFFERENTIABLE = True
+RELAXES = True
 KEEPS_COST = False
 READS_HALF = False
 
@@ -58,14 +63,9 @@ def _exponent(cost: Tensor, f: Tensor, g: Tensor, eps: float) -> Tensor:
     return ((f.unsqueeze(-1) + g.unsqueeze(-2)) - cost) / eps
 
 
-def _bounded_exp(exponent: Tensor) -> Tensor:
-    """Bounded so that a pair without mass cannot turn 0 * inf into NaN."""
-    return exponent.clamp(max=60.0 if exponent.dtype == torch.float32 else 600.0).exp()
-
-
 def kernel(cost: Tensor, f: Tensor, g: Tensor, eps: float) -> Tensor:
     """k_ij = T_ij / (a_i b_j)."""
-    return _bounded_exp(_exponent(cost, f, g, eps))
+    return bounded_exp(_exponent(cost, f, g, eps))
 
 
 def _normalised_kernel(cost: Tensor, a: Tensor, b: Tensor, f: Tensor, g: Tensor, eps: float) -> Tensor:
@@ -78,7 +78,7 @@ def _normalised_kernel(cost: Tensor, a: Tensor, b: Tensor, f: Tensor, g: Tensor,
     rows = torch.logsumexp(exponent + log_mass(b).unsqueeze(-2), -1)
     columns = torch.logsumexp(exponent + log_mass(a).unsqueeze(-1), -2)
     exponent = exponent - torch.where(live(a), 0.0, rows).unsqueeze(-1)
-    return _bounded_exp(exponent - torch.where(live(b), 0.0, columns).unsqueeze(-2))
+    return bounded_exp(exponent - torch.where(live(b), 0.0, columns).unsqueeze(-2))
 
 
 def transport_plan(cost: Tensor, a: Tensor, b: Tensor, f: Tensor, g: Tensor, eps: float) -> Tensor:
@@ -154,7 +154,9 @@ def solve(
     problem: Problem, max_iter: int, tol: float, kept: Tensor | None = None, accelerate: bool = False
 ) -> Solution:
     """The solution of each problem, with potentials in the gauge <a, f> = <b, g>; ``kept`` is not used."""
-    left, right, a, b, eps = problem
+    if problem.relaxed:
+        return _solve_relaxed(problem, max_iter, tol)
+    left, right, a, b, eps = problem.left, problem.right, problem.a, problem.b, problem.eps
     cost = dense_cost(left, right)
     log_a, log_b = log_mass(a), log_mass(b)
     minima = _minima(cost, a, b)
@@ -179,6 +181,29 @@ def solve(
         taken = (rows * shift.rows).sum(-1) + (columns * shift.columns).sum(-1)
         transport_cost, value = transport_cost + taken, value + taken
     return Solution(f, g, transport_cost, value, n_iter, error, shift)
+
+
+def penalties(problem: Problem) -> tuple[Penalty, Penalty]:
+    """The penalties on both marginals."""
+    rhos = (None if rho is None else rho.unsqueeze(-1) for rho in (problem.rho_a, problem.rho_b))
+    of_a, of_b = (Penalty(rho, problem.eps) for rho in rhos)
+    return of_a, of_b
+
+
+def _solve_relaxed(problem: Problem, max_iter: int, tol: float) -> Solution:
+    """The solution under penalties; its potentials have no gauge, and nothing is taken out of the cost."""
+    left, right, a, b, eps = problem.left, problem.right, problem.a, problem.b, problem.eps
+    cost, log_a, log_b, (of_a, of_b) = dense_cost(left, right), log_mass(a), log_mass(b), penalties(problem)
+    f, g, n_iter = relaxed.iterate(cost, a, b, log_a, log_b, of_a, of_b, max_iter, tol)
+    f = torch.where(live(a), f, of_a.damping * _f_step(cost, log_b, g, eps))
+    g = torch.where(live(b), g, of_b.damping * _g_step(cost, log_a, f, eps))
+    plan = transport_plan(cost, a, b, f, g, eps)
+    rows, columns, total = plan.sum(-1), plan.sum(-2), plan.sum((-1, -2))
+    error = (rows - a * of_a.share(f)).abs().sum(-1) + (columns - b * of_b.share(g)).abs().sum(-1)
+    whole = (rows * f).sum(-1) + (columns * g).sum(-1) - eps * (total - a.sum(-1) * b.sum(-1))
+    value = whole + of_a.divergence(rows, a) + of_b.divergence(columns, b)
+    shift = None if right is not None else Shift(torch.zeros_like(a), torch.zeros_like(b))
+    return Solution(f, g, (plan * cost).sum((-1, -2)), value, n_iter, error / _or_one(total), shift)
 
 
 def _column(weight: Tensor | None, like: Tensor) -> Tensor:
@@ -263,7 +288,12 @@ def implicit_gradient(
     shift: Shift | None = None,
 ) -> tuple[Gradients, Tensor]:
     """Gradients and the adjoint's relative residual; see ``otloss/gradients.py``. ``kept`` is not used."""
-    left, right, a, b, eps = problem
+    left, right, a, b, eps = problem.left, problem.right, problem.a, problem.b, problem.eps
+    if problem.relaxed:
+        sides = (log_mass(a), log_mass(b), f, g, *penalties(problem))
+        by, residual = relaxed.gradients(dense_cost(left, right), a, b, *sides, upstream, adjoint)
+        x, y = _pull_back(by.cost, left, right) if need_cost else (a.new_empty(0), a.new_empty(0))
+        return Gradients(x, y, by.a, by.b, by.rho), residual
     cost = shifted(dense_cost(left, right), shift)
     k = _normalised_kernel(cost, a, b, f, g, eps)
     plan = a.unsqueeze(-1) * k * b.unsqueeze(-2)
@@ -303,7 +333,7 @@ def unrolled_gradient(
     problem: Problem, n_iter: Tensor, upstream: Upstream, need_cost: bool, max_iter: int
 ) -> Gradients:
     """Exact gradient of the iterations that were run: the potentials of each are kept, the kernels made again."""
-    left, right, a, b, eps = problem
+    left, right, a, b, eps = problem.left, problem.right, problem.a, problem.b, problem.eps
     cost = dense_cost(left, right)
     log_a, log_b = log_mass(a), log_mass(b)
     twice = torch.is_grad_enabled()  # then a mass of 0 needs a derivative, which its logarithm does not have

@@ -31,8 +31,8 @@ modules beside it, only when one of them is called.
 =============  ======================================================================================================
 
 Where new parts belong. Other iterations than the plain ones, such as those of ``quasi_newton.py``, stand beside
-``_medium`` and ``_large`` in ``solver``: a sweep is ``DeviceProblem.half_step`` of both views, the rest is vectors. They
-decide on the device, because one look from the host costs as much as many iterations. Unbalanced mass changes the
+``_medium`` and ``_large`` in ``solver``: a sweep is ``DeviceProblem.half_step`` of both views, the rest is
+vectors. They decide on the device, because one look from the host costs as much as many iterations. Unbalanced mass changes the
 half-steps (``stream_step``, and the scalings of ``small`` and ``rows``) and the diagonal of the adjoint system. Another
 cost of features is another branch of ``cost_tile`` and another ``product``, with its way back in ``contract`` and
 ``features``.
@@ -55,9 +55,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from otloss.backends.masses import by_given as by_given
+from otloss.backends.masses import normalise as normalise
+from otloss.backends.masses import worst_error as worst_error
 from otloss.backends.protocol import Gradients, Problem, Shift, Solution, Upstream
 
 TWICE_DIFFERENTIABLE = False
+RELAXES = False
 KEEPS_COST = True
 READS_HALF = True
 
@@ -135,7 +139,7 @@ def _groups(problem: Problem, kept: Tensor | None) -> Iterator[tuple[slice, Prob
         raise RuntimeError(f"the triton backend cannot be used: {reason}")
     from otloss.backends.triton import config
 
-    left, right, a, b, eps = problem
+    left, right, a, b = problem.left, problem.right, problem.a, problem.b
     count, n, m = a.shape[0], a.shape[1], b.shape[1]
     groups = 1 if right is None else config.groups(count, n, m, a.dtype == torch.float64)
     size = -(-count // max(groups, 1))
@@ -143,7 +147,7 @@ def _groups(problem: Problem, kept: Tensor | None) -> Iterator[tuple[slice, Prob
         part = slice(start, start + size)
         yield (
             part,
-            Problem(left[part], None if right is None else right[part], a[part], b[part], eps),
+            problem._replace(left=left[part], right=None if right is None else right[part], a=a[part], b=b[part]),
             None if kept is None else kept[part].contiguous(),
         )
 

@@ -56,7 +56,7 @@ class DeviceProblem:
     def __init__(
         self, problem: Problem, kept: Tensor | None = None, made: bool = False, shift: Shift | None = None
     ) -> None:
-        left, right, a, b, eps = problem
+        left, right, a, b, eps = problem.left, problem.right, problem.a, problem.b, problem.eps
         if a.dtype not in (torch.float32, torch.float64) or b.dtype != a.dtype:
             raise TypeError(
                 f"the triton backend takes float32 or float64 masses of one dtype, not {a.dtype}, {b.dtype}"

@@ -1,0 +1,182 @@
+"""From the arguments of a call to a `Problem`: checks, dtypes, one batch dimension, masks, penalties and eps."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from otloss.backends import choose_backend, get_backend
+from otloss.backends.protocol import Given, Problem
+from otloss.checks import check_device, check_mask, check_number, check_tensor, working_dtype
+from otloss.compat import has_values
+from otloss.cost import COSTS
+
+__all__ = ["Arguments", "Described", "describe"]
+
+#: How far the totals of a and b may lie apart, relatively: a softmax over 10^5 points is off by 1e-5 in float32.
+#: In half precision 2e-2.
+MASS_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}
+MASSES = ("a", "log_a", "b", "log_b")
+#: Arguments whose values are looked at here; those of the others are looked at in the operators.
+VALUES = ("mask_x", "mask_y", "rho_a", "rho_b", "eps")
+
+
+class Arguments(NamedTuple):
+    """What a call says of its problems, beside the cost or the features."""
+
+    eps: float | Tensor
+    a: Tensor | None = None
+    b: Tensor | None = None
+    log_a: Tensor | None = None
+    log_b: Tensor | None = None
+    mask_x: Tensor | None = None
+    mask_y: Tensor | None = None
+    rho_a: float | Tensor | None = None
+    rho_b: float | Tensor | None = None
+
+
+class Described(NamedTuple):
+    """A problem, ready for the operators."""
+
+    problem: Problem
+    given: Given
+    backend: str
+    batch: torch.Size
+    """The leading dimensions of every output."""
+    unit: Tensor | None
+    """What the outputs are to be multiplied by ``(B,)``, where eps is a tensor: costs are then in units of eps."""
+    mask_x: Tensor | None
+    """``(B, n)``: which points take part."""
+    mask_y: Tensor | None
+    """``(B, m)``."""
+
+
+def _named(left: Tensor, right: Tensor | None, said: Arguments) -> dict[str, tuple[Tensor, tuple[int, ...]]]:
+    """Every tensor of a call by its name, with the shape that follows its leading dimensions. All are checked."""
+    n, m = left.shape[-2], left.shape[-1] if right is None else right.shape[-2]
+    named = {"cost" if right is None else "x": (left, tuple(left.shape[-2:]))}
+    if right is not None:
+        named["y"] = (right, tuple(right.shape[-2:]))
+    for side, count, size in (("a", n, "n"), ("b", m, "m")):
+        mass, log_mass = getattr(said, side), getattr(said, f"log_{side}")
+        if mass is not None and log_mass is not None:
+            raise ValueError(f"give {side} or log_{side}, not both")
+        for name, x in ((side, mass), (f"log_{side}", log_mass)):
+            if x is not None:
+                check_tensor(name, x, 1, f"(B, {size})")
+                named[name] = (x, (count,))
+    for name, count, size in (("mask_x", n, "n"), ("mask_y", m, "m")):
+        mask = getattr(said, name)
+        if mask is not None:
+            check_mask(name, mask, f"(B, {size})")
+            named[name] = (mask, (count,))
+    for name in ("rho_a", "rho_b", "eps"):
+        number = getattr(said, name)
+        if isinstance(number, Tensor):
+            check_tensor(name, number, 0, "(B,) or ()")
+            named[name] = (number, ())
+        elif number is not None:
+            check_number(name, number, positive=True)
+    for name, (x, rest) in named.items():
+        if len(rest) == 1 and x.shape[-1] != rest[0]:
+            raise ValueError(f"{name} must have shape (B, {rest[0]}) or ({rest[0]},), got {tuple(x.shape)}")
+    return named
+
+
+def _batch(named: dict[str, tuple[Tensor, tuple[int, ...]]]) -> torch.Size:
+    """The common leading dimensions."""
+    shapes = [x.shape[: x.dim() - len(rest)] for x, rest in named.values()]
+    if all(shape == shapes[0] or not shape for shape in shapes):
+        return shapes[0]
+    try:
+        return torch.broadcast_shapes(*shapes)
+    except RuntimeError:
+        got = ", ".join(f"{name} {tuple(x.shape)}" for name, (x, _) in named.items())
+        raise ValueError(f"the leading dimensions must be broadcastable to each other, got {got}") from None
+
+
+def _spread(x: Tensor, batch: torch.Size, rest: tuple[int, ...]) -> Tensor:
+    """``x`` for every problem of the batch, whose dimensions are joined into one."""
+    if x.dim() != len(batch) + len(rest) or x.shape[: len(batch)] != batch:
+        x = x.expand(*batch, *rest)
+    return x if len(batch) == 1 else x.reshape(math.prod(batch), *rest)
+
+
+def _mass(
+    mass: Tensor | None, log_mass: Tensor | None, mask: Tensor | None, like: Tensor, count: int, n: int
+) -> tuple[Tensor, str]:
+    """Masses ``(B, n)``, and the form in which they were given, see `Given`."""
+    if log_mass is not None:
+        return log_mass if mask is None else torch.where(mask, log_mass, -torch.inf), "logs"
+    if mass is not None:
+        return mass if mask is None else torch.where(mask, mass, 0.0), "masses"
+    if mask is None:
+        return like.new_full((count, n), 1 / n), "uniform"
+    share = mask.to(like.dtype)
+    return share / share.sum(-1, keepdim=True), "masses"
+
+
+def _check_values(tensors: dict[str, Tensor]) -> None:
+    """Raise unless masks keep a point and numbers are positive; only where that waits for no device or compiler."""
+    for name, x in tensors.items():
+        if not has_values(x):
+            continue
+        if x.dtype == torch.bool:
+            kept = x.any(-1).flatten()
+            if not bool(kept.all()):
+                first = int(kept.int().argmin())
+                raise ValueError(f"{name} must keep at least one point in every problem, unlike problem {first}")
+        elif not bool(((x > 0) & x.isfinite()).all()):
+            raise ValueError(f"{name} must be positive and finite in every problem, got {x.detach().tolist()}")
+
+
+def _rho(value: float | Tensor | None, put: Tensor | None, like: Tensor, count: int) -> Tensor | None:
+    """A penalty ``(B,)``, from a number for all problems or from what came as a tensor."""
+    return put if value is None or isinstance(value, Tensor) else like.new_full((count,), float(value))
+
+
+def describe(left: Tensor, right: Tensor | None, kind: str, said: Arguments, backend: str | None) -> Described:
+    """The problem of a cost, or of two sets of features and the kind of their cost."""
+    named = _named(left, right, said)
+    check_device(**{name: x for name, (x, _) in named.items()})
+    dtype = working_dtype(**{name: x for name, (x, _) in named.items() if x.dtype != torch.bool})
+    batch, n, m = _batch(named), left.shape[-2], left.shape[-1] if right is None else right.shape[-2]
+    _check_values({name: x for name, (x, _) in named.items() if name in VALUES})
+    chosen = choose_backend(backend, left.device.type, said.rho_a is not None or said.rho_b is not None)
+
+    makes_cost = kind == "cosine" and "eps" not in named  # the backend makes the cost of features
+    reads_half = makes_cost and get_backend(chosen).READS_HALF
+    put: dict[str, Tensor] = {}
+    for name, (x, rest) in named.items():
+        stays = x.dtype in (dtype, torch.bool) or (reads_half and len(rest) == 2)
+        put[name] = _spread(x if stays else x.to(dtype), batch, rest)
+    mask_x, mask_y, unit = put.get("mask_x"), put.get("mask_y"), put.get("eps")
+    left, right = _only(put["cost" if right is None else "x"], put.get("y"), mask_x, mask_y)
+    if right is not None and not makes_cost:
+        left, right = COSTS[kind](left, right), None
+    like, count = left if left.dtype == dtype else left.new_empty(0, dtype=dtype), left.shape[0]
+    rho_a, rho_b = _rho(said.rho_a, put.get("rho_a"), like, count), _rho(said.rho_b, put.get("rho_b"), like, count)
+    eps = 1.0 if isinstance(said.eps, Tensor) else float(said.eps)
+    if unit is not None:  # the same problem, with costs and penalties in units of eps
+        left = left / unit[:, None, None]
+        rho_a, rho_b = (None if rho is None else rho / unit for rho in (rho_a, rho_b))
+    a, form_a = _mass(put.get("a"), put.get("log_a"), mask_x, like, count, n)
+    b, form_b = _mass(put.get("b"), put.get("log_b"), mask_y, like, count, m)
+    tolerance = max((MASS_TOLERANCE.get(named[k][0].dtype, 2e-2) for k in MASSES if k in named), default=1e-4)
+    given = Given(form_a, form_b, tolerance)
+    return Described(Problem(left, right, a, b, eps, rho_a, rho_b), given, chosen, batch, unit, mask_x, mask_y)
+
+
+def _only(
+    left: Tensor, right: Tensor | None, mask_x: Tensor | None, mask_y: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Cost or features with 0 where a point takes no part, so that it does not matter what stood there."""
+    if right is None:
+        if mask_x is not None:
+            left = torch.where(mask_x.unsqueeze(-1), left, 0.0)
+        return (left if mask_y is None else torch.where(mask_y.unsqueeze(-2), left, 0.0)), None
+    left = left if mask_x is None else torch.where(mask_x.unsqueeze(-1), left, 0.0)
+    return left, right if mask_y is None else torch.where(mask_y.unsqueeze(-1), right, 0.0)
