@@ -140,11 +140,17 @@ class SinkhornOutput:
 
     @property
     def log_plan(self) -> Tensor:
-        """The logarithm of the plan ``(B, n, m)``, built on first use; what holds of ``plan`` holds of it.
+        """log T_ij = log a_i + log b_j + (f_i + g_j - C_ij)/eps ``(B, n, m)``; what holds of ``plan`` holds of it.
 
         It is finite wherever both points have mass, also where the plan underflows, and so is its gradient. It is -inf
         with gradient 0 where a point has none: select the pairs of a loss by an index or ``torch.where``, for
         0 times -inf is NaN.
+
+        Example:
+            >>> import torch, otloss
+            >>> out = otloss.sinkhorn(torch.tensor([[0.0, 9.0], [9.0, 0.0]]), eps=0.05)
+            >>> out.plan[0, 1].item(), round(out.log_plan[0, 1].item(), 1)
+            (0.0, -180.7)
         """
         if self._log_plan is not None:
             return self._log_plan

@@ -115,6 +115,15 @@ def test_huge_costs_without_mass(backend: str, scale: float) -> None:
         assert relative(mine, other) < 1e-4
 
 
+def test_forbidden_pairs(backend: str) -> None:
+    """Rows with and without mass that may not go to some columns: they go to the others."""
+    cost = torch.zeros(4, 4).masked_fill(torch.eye(4, dtype=torch.bool).flip(0), torch.finfo(torch.float32).max)
+    a = torch.tensor([0.3, 0.3, 0.4, 0.0]).requires_grad_()
+    mapped = barycentric(sinkhorn(cost.requires_grad_(), a, backend=backend), torch.eye(4))
+    assert not (mapped * torch.eye(4).flip(0)).any() and torch.allclose(mapped.sum(-1), torch.ones(4))
+    assert all(grad.isfinite().all() for grad in torch.autograd.grad(mapped.square().sum(), (cost, a)))
+
+
 @pytest.mark.parametrize("n, m", [(9, 70), (70, 9)])
 def test_float32_follows_float64(backend: str, n: int, m: int) -> None:
     """An entry of the plan is known to u (|f| + |g| + |C|)/eps and 10 tol, a gradient to 1/eps times that."""
@@ -140,6 +149,20 @@ def test_the_plan_is_a_constant_in_other_modes(backend: str, gradient: str) -> N
     (by_y,) = torch.autograd.grad((weight * barycentric(out, y)).sum(), y)
     share = out.plan / out.plan.sum(-1, keepdim=True)
     assert torch.allclose(by_y, share.mT @ weight, atol=1e-10)
+
+
+def test_under_transforms() -> None:
+    cost, y = torch.rand(3, 5, 4), torch.randn(3, 4, 2)
+
+    def loss(cost: Tensor, y: Tensor) -> Tensor:
+        return barycentric(sinkhorn(cost, eps=0.1), y).square().sum()
+
+    want = torch.func.grad(loss, argnums=(0, 1))(cost, y)
+    each = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1)))(cost, y)
+    assert all(relative(one, other) < 1e-5 for one, other in zip(each, want, strict=True))
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    assert abs(float(compiled(cost, y) / loss(cost, y)) - 1) < 1e-5
 
 
 def test_under_autocast_and_in_half_precision() -> None:

@@ -259,10 +259,12 @@ def _solve_columns(plan: Tensor, r: Tensor, s: Tensor, dtype: torch.dtype) -> tu
     ridge = max(torch.finfo(dtype).eps, m * torch.finfo(plan.dtype).eps)
     factor, failed = torch.linalg.cholesky_ex(laplacian + ridge * diagonal)
     of_rows = (by_rows * r.unsqueeze(-1)).sum(-2)
-    right_side = (unroot * (s - of_rows)).unsqueeze(-1)
+    right_side = _balanced(s - of_rows, plan.sum(-2))
+    right_side = (unroot * right_side).unsqueeze(-1)
     z = torch.cholesky_solve(right_side, factor)
     for _ in range(2):
         z = z + torch.cholesky_solve(right_side - laplacian @ z, factor)
+    z = z - null.unsqueeze(-1) * (null * z.squeeze(-1)).sum(-1)[..., None, None]
     z = torch.where(failed[..., None, None] == 0, z, torch.nan)  # it fails only on input that is not finite
     norm = torch.linalg.vector_norm
     size, terms = norm(right_side, dim=(-1, -2)), norm(unroot * s, dim=-1) + norm(unroot * of_rows, dim=-1)
@@ -270,6 +272,16 @@ def _solve_columns(plan: Tensor, r: Tensor, s: Tensor, dtype: torch.dtype) -> tu
     solved = size <= 8 * torch.finfo(dtype).eps * terms  # the right side is the rounding of terms that cancel
     residual = torch.where(solved, 0.0, left_over / _or_one(size))
     return unroot * z.squeeze(-1), residual.detach()
+
+
+def _balanced(right_side: Tensor, mass: Tensor) -> Tensor:
+    """The right side with total 0, as an exact one has. What rounding left goes to each point by its mass.
+
+    Each entry was rounded in proportion to its mass. Of a heavy point that is more than a light one's whole entry,
+    which would be lost if the rest were spread evenly.
+    """
+    rest = right_side.sum(-1, keepdim=True) / _or_one(mass.sum(-1, keepdim=True))
+    return right_side - mass * rest
 
 
 def _or_one(x: Tensor) -> Tensor:
