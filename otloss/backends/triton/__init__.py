@@ -31,8 +31,8 @@ modules beside it, only when one of them is called.
 =============  ======================================================================================================
 
 Where new parts belong. Other iterations than the plain ones, such as those of ``quasi_newton.py``, stand beside
-``_medium`` and ``_large`` in ``solver``: a sweep is ``DeviceProblem.half_step`` of both views, the rest is
-vectors. They decide on the device, because one look from the host costs as much as many iterations. Unbalanced mass changes the
+``_medium`` and ``_large`` in ``solver``: a sweep is ``DeviceProblem.half_step`` of both views, the rest vectors. They
+decide on the device, because one look from the host costs as much as many iterations. Unbalanced mass changes the
 half-steps (``stream_step``, and the scalings of ``small`` and ``rows``) and the diagonal of the adjoint system. Another
 cost of features is another branch of ``cost_tile`` and another ``product``, with its way back in ``contract`` and
 ``features``.
