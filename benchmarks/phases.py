@@ -10,8 +10,8 @@ thread and on two.
   the masses: reading the features, their norms, forming the gradient of the cost, two products, writing the gradients.
   ``cost_and_values`` is a solve of no iterations, which also computes the outputs; only its product counts as work.
 
-Products are those of the fastest of many runs, since other work on the machine slows some of them. The step is in time of
-the processor, on one thread.
+Products are those of the fastest of many runs, since other work on the machine slows some of them. The step is in time
+of the processor, on one thread.
 """
 
 from __future__ import annotations
