@@ -10,7 +10,8 @@ thread and on two.
   the masses: reading the features, their norms, forming the gradient of the cost, two products, writing the gradients.
   ``cost_and_values`` is a solve of no iterations, which also computes the outputs; only its product counts as work.
 
-Times are those of the fastest of many runs, since other work on the machine slows some of them.
+Products are those of the fastest of many runs, since other work on the machine slows some of them. The step is in time
+of the processor, on one thread.
 """
 
 from __future__ import annotations
@@ -105,18 +106,18 @@ def together(probe: Callable[[], float], threads: int, repeats: int = 3) -> floa
 
 
 def fastest(runs: dict[str, Callable[[], Any]], budget: float) -> dict[str, float]:
-    """Least seconds of each. They run in turn: at least ten times, then while ``budget`` lasts."""
+    """Least seconds of the processor. The runs take turns: at least ten times, then while ``budget`` lasts."""
     least, began, count = dict.fromkeys(runs, float("inf")), time.perf_counter(), 0
     while count < 10 or time.perf_counter() - began < budget:
         count += 1
         for name, run in runs.items():
-            start = time.perf_counter()
+            start = time.process_time()
             run()
-            least[name] = min(least[name], time.perf_counter() - start)
+            least[name] = min(least[name], time.process_time() - start)
     return least
 
 
-def products(shapes: Iterable[Workload], budget: float = 1.0) -> dict[str, Any]:
+def products(shapes: Iterable[Workload], budget: float = 0.5) -> dict[str, Any]:
     """Shares of the rate of multiply-adds, at the level of this process: by dtype, threads, shape and part."""
     found: dict[str, Any] = {}
     before = torch.get_num_threads()
@@ -125,18 +126,20 @@ def products(shapes: Iterable[Workload], budget: float = 1.0) -> dict[str, Any]:
         for threads in (1, 2):
             torch.set_num_threads(threads)
             peak = together(fma, threads)
-            entry: dict[str, Any] = {"fma_gflop_s": peak, "products": {}, "step": {}}
+            entry: dict[str, Any] = {"fma_gflop_s": peak, "products": {}}
             for w in shapes:
                 runs = {part: partial(probe, w.n, w.m, w.d, i) for i, part in enumerate(PARTS)}
                 entry["products"][w.name] = {part: together(run, threads) / peak for part, run in runs.items()}
-                entry["step"][w.name] = {part: rate / peak for part, rate in on_a_batch(w, dtype, budget).items()}
+                if threads == 1:
+                    step = {part: rate / peak for part, rate in on_a_batch(w, dtype, budget).items()}
+                    entry.setdefault("step", {})[w.name] = step
             found.setdefault(dtype, {})[str(threads)] = entry
     torch.set_num_threads(before)
     return found
 
 
 def on_a_batch(w: Workload, dtype: str, budget: float) -> dict[str, float]:
-    """GFLOP/s of the products within the kernels' calls, on PyTorch's threads, with the cost kept for the gradient."""
+    """GFLOP/s of the products within the kernels' calls, on one thread, with the cost kept for the gradient."""
     x, y, logits_a, logits_b = (t.detach() for t in w.leaves(getattr(torch, dtype)))
     problem = Problem(x, y, logits_a.softmax(-1), logits_b.softmax(-1), w.eps)
     kept, ones = x.new_empty(w.batch, w.n, w.m), torch.ones_like(problem.a[:, 0])
