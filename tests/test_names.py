@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from otloss import SinkhornLoss, barycentric, sinkhorn, sqeuclidean_cost
+from otloss import FeatureSinkhornLoss, SinkhornLoss, barycentric, sinkhorn, sqeuclidean_cost
 
 REG, BLUR = 0.1, 0.3
 TIGHT = {"stopThr": 1e-13, "numItermax": 10_000}
@@ -37,7 +37,7 @@ def test_pot(problem: tuple[Tensor, ...]) -> None:
     assert np.allclose(domain.transform(Xs=x.numpy()), mapped, atol=1e-10)
 
 
-def geomloss_peer(scaling: float, **options: bool) -> geomloss.SamplesLoss:
+def geomloss_peer(scaling: float, **options: float) -> geomloss.SamplesLoss:
     """Its number of iterations is set by ``scaling``: as that tends to 1, its error falls in proportion to the rest."""
     return geomloss.SamplesLoss("sinkhorn", p=2, blur=BLUR, scaling=scaling, backend="tensorized", **options)
 
@@ -49,6 +49,16 @@ def test_geomloss(debias: bool, problem: tuple[Tensor, ...]) -> None:
     loss = SinkhornLoss(2 * BLUR**2, "divergence" if debias else "value", tol=1e-12, max_iter=10_000)
     here = loss(sqeuclidean_cost(x, y), a, b, **within) / 2
     far, near = (abs(float(geomloss_peer(s, debias=debias)(a, x, b, y) - here)) for s in (0.99, 0.999))
+    assert near < far / 3 and near < 1e-4 * float(here)
+
+
+def test_unbalanced_divergence_of_geomloss(problem: tuple[Tensor, ...]) -> None:
+    x, y, a, b = problem
+    rho = 2 * 0.8**2
+    options = {"objective": "divergence", "rho_a": rho, "rho_b": rho, "tol": 1e-12, "max_iter": 10_000}
+    here = FeatureSinkhornLoss("sqeuclidean", 2 * BLUR**2, **options)(x, y, 3 * a, b) / 2
+    peers = (geomloss_peer(scaling, debias=True, reach=0.8) for scaling in (0.99, 0.999))
+    far, near = (abs(float(peer(3 * a, x, b, y) - here)) for peer in peers)
     assert near < far / 3 and near < 1e-4 * float(here)
 
 
