@@ -77,7 +77,8 @@ def barycentric(out: SinkhornOutput, y: Tensor) -> Tensor:
     Source: Ferradans et al. 2014 (arXiv 1307.5551); Perrot et al. 2016 for the map between domains.
     """
     check_tensor("y", y, 2, "(B, m, k) or (m, k)")
-    cost, a, b, f, g, eps, batch = out._parts()
+    parts, batch = out._parts(), out._source.batch
+    cost, b = parts.cost, parts.b
     m = cost.shape[-1]
     if y.shape[-2] != m or (y.dim() > 2 and y.shape[:-2] != batch):
         wanted = ", ".join(map(str, (*batch, m, "k")))
@@ -85,7 +86,7 @@ def barycentric(out: SinkhornOutput, y: Tensor) -> Tensor:
     check_device(y=y, plan=cost)
     y = y.to(working_dtype(y=y, plan=cost))
     with no_autocast(cost):
-        weights = _row_kernel(cost, a, b, f, g, eps) * b.unsqueeze(-2)
+        weights = _row_kernel(*parts) * b.unsqueeze(-2)
         points = y if y.dim() == 2 else y.reshape(len(cost), m, y.shape[-1])
         mapped = (weights @ points) / weights.sum(-1, keepdim=True)
     return mapped.reshape(*batch, *mapped.shape[1:])

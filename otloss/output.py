@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,17 @@ from otloss.operators import converged
 from otloss.summary import Summary, summarise
 
 __all__ = ["PlanSource", "SinkhornOutput"]
+
+
+class PlanParts(NamedTuple):
+    """What a plan is made of, with one dimension for all problems. The cost is that after the shift, as f and g are."""
+
+    cost: Tensor
+    a: Tensor
+    b: Tensor
+    f: Tensor
+    g: Tensor
+    eps: float
 
 
 class SinkhornOutput:
@@ -46,7 +57,6 @@ class SinkhornOutput:
         self._source, self._gradient, self._tol = source, gradient, tol
         self._solution = solution
         self._made: dict[str, Any] = {}
-        self._log_plan: Tensor | None = None
 
     def _once(self, name: str, make: Callable[[], Any]) -> Any:
         """What ``make`` returns, made on first use.
@@ -117,26 +127,22 @@ class SinkhornOutput:
     @property
     def plan(self) -> Tensor:
         """The plan ``(B, n, m)``. Any function of it is differentiable in mode "implicit"."""
-        constant = self._gradient != "implicit"
-        return self._once("plan", lambda: self._source.plan(self._solution, constant))  # type: ignore[no-any-return]
+        return self._once("plan", lambda: self._matrix(transport_plan))  # type: ignore[no-any-return]
+
+    def _matrix(self, make: Callable[..., Tensor]) -> Tensor:
+        """What ``make`` returns for the plan's parts, in the shape of the batch."""
+        parts = self._parts()
+        with no_autocast(parts.f):
+            matrix = make(*parts)
+        return matrix.reshape(*self._source.batch, *matrix.shape[1:])
 
     def __repr__(self) -> str:
         done, total = int(self.converged.sum()), self.converged.numel()
         return f"SinkhornOutput(f={tuple(self.f.shape)}, g={tuple(self.g.shape)}, converged={done}/{total})"
 
-    def _parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, float, torch.Size]:
-        """Cost, a, b, f, g and eps of the plan, one dimension for all problems, and the shape of the batch.
-
-        The cost is the one after the shift, which is that of f and g. All have the gradients that this mode gives.
-        """
-        source, solution, constant = self._source, self._solution, self._gradient != "implicit"
-        source._check_unchanged()
-        f, g = (solution.f.detach(), solution.g.detach()) if constant else (solution.f, solution.g)
-        with no_autocast(f):
-            *points, a, b = source._differentiable(constant)
-            points = [t.to(f.dtype) for t in points]
-            cost = shifted(points[0], solution.shift) if len(points) == 1 else cosine_cost(points[0], points[1])
-        return cost, a, b, f, g, source.problem.eps, source.batch
+    def _parts(self) -> PlanParts:
+        """What the plan is made of, with the gradients that this mode gives."""
+        return self._source.parts(self._solution, constant=self._gradient != "implicit")
 
     @property
     def log_plan(self) -> Tensor:
@@ -152,15 +158,7 @@ class SinkhornOutput:
             >>> out.plan[0, 1].item(), round(out.log_plan[0, 1].item(), 1)
             (0.0, -180.7)
         """
-        if self._log_plan is not None:
-            return self._log_plan
-        cost, a, b, f, g, eps, batch = self._parts()
-        with no_autocast(f):
-            result = log_plan(cost, a, b, f, g, eps)
-        result = result.reshape(*batch, *result.shape[1:])
-        if result.requires_grad or not self._solution.f.requires_grad:  # as for the plan
-            self._log_plan = result
-        return result
+        return self._once("log_plan", lambda: self._matrix(log_plan))  # type: ignore[no-any-return]
 
     def _mass_bias(self) -> Tensor:
         """eps (m_a - m_b)^2 ``(B,)`` of the totals of the masses, for the divergence; 0 without penalties."""
@@ -238,14 +236,12 @@ class PlanSource:
         a, b = self.problem.a, self.problem.b
         return (a.detach(), b.detach()) if constant else (a, b)
 
-    def plan(self, solution: Solution, constant: bool) -> Tensor:
+    def parts(self, solution: Solution, constant: bool) -> PlanParts:
+        """What the plan of this solution is made of; with ``constant`` nothing has a gradient."""
         self._check_unchanged()
-        f, g = solution.f, solution.g
+        f, g = (solution.f.detach(), solution.g.detach()) if constant else (solution.f, solution.g)
         with no_autocast(f):
             *points, a, b = self._differentiable(constant)
-            if constant:
-                f, g = f.detach(), g.detach()
             points = [t.to(f.dtype) for t in points]
             cost = shifted(points[0], solution.shift) if len(points) == 1 else cosine_cost(points[0], points[1])
-            plan = transport_plan(cost, a, b, f, g, self.problem.eps)
-        return plan.reshape(*self.batch, *plan.shape[1:])
+        return PlanParts(cost, a, b, f, g, self.problem.eps)
