@@ -10,7 +10,7 @@ from torch import Tensor
 
 from otloss import operators
 from otloss.backends import get_backend
-from otloss.backends.protocol import Given, Problem
+from otloss.backends.protocol import Given, Problem, is_relaxed
 from otloss.checks import no_autocast
 from otloss.compat import is_transformed, plain_apply, records_nothing
 from otloss.gradients import Incoming, State, derive
@@ -77,7 +77,7 @@ class Sinkhorn(torch.autograd.Function):
         else:
             found = OnceDifferentiable.apply(*problem, *state, *incoming, need_cost, *ctx.given, *options)
         by_left, by_right, by_a, by_b, by_rho = found
-        by_rho_a, by_rho_b = by_rho.unbind(-1) if problem.relaxed else (None, None)
+        by_rho_a, by_rho_b = by_rho.unbind(-1) if is_relaxed(problem) else (None, None)
         by = (by_left, by_right, by_a, by_b, None, by_rho_a, by_rho_b)  # as the fields of `Problem`
         wanted = [grad if needed else None for grad, needed in zip(by, need[: len(by)], strict=True)]
         return (*wanted, *no_gradients[len(by) :])

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from otloss.backends import get_backend
-from otloss.backends.protocol import Given, Gradients, Problem, Shift, Upstream
+from otloss.backends.protocol import Given, Gradients, Problem, Shift, Upstream, is_relaxed
 
 MODES = ("implicit", "unroll", "none")
 
@@ -87,7 +87,7 @@ def derive(
         by = module.unrolled_gradient(solved, state.n_iter, upstream, need_cost, longest)
     else:
         slope = None
-        if not problem.relaxed and (upstream.f is not None or upstream.g is not None):
+        if not is_relaxed(problem) and (upstream.f is not None or upstream.g is not None):
             p, q, slope = _project(upstream.f, upstream.g, solved.a, solved.b, state.f, state.g)
             upstream = Upstream(upstream.cost, upstream.value, p, q)
         adjoint = mode == "implicit" and any(grad is not None for grad in (upstream.cost, upstream.f, upstream.g))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from otloss.backends import get_backend
-from otloss.backends.protocol import NOTHING, Given, Gradients, Problem, Shift, Solution
+from otloss.backends.protocol import NOTHING, Given, Gradients, Problem, Shift, Solution, is_relaxed
 from otloss.checks import no_autocast, warn
 from otloss.gradients import Incoming, State, derive
 
@@ -132,7 +132,7 @@ def converged(problem: Problem, solution: Solution, tol: float) -> Tensor:
     sizes = torch.zeros_like(error)
     for mass, potential, rho in ((problem.a, f, problem.rho_a), (problem.b, g, problem.rho_b)):
         size = potential.abs()
-        if problem.relaxed:
+        if is_relaxed(problem):
             asked = mass if rho is None else mass * torch.exp(-potential / rho.unsqueeze(-1))
             mass = asked / asked.sum(-1, keepdim=True)
             size = size if rho is None else size * (1 + problem.eps / rho.unsqueeze(-1))
@@ -223,7 +223,7 @@ def _fake_gradient(*arguments: Any) -> tuple[Tensor, ...]:
         _like(right) if asked.need_cost and right is not None else a.new_empty(0),
         a.new_empty(0) if given.a == "uniform" else _like(a),
         b.new_empty(0) if given.b == "uniform" else _like(b),
-        a.new_empty(len(a), 2) if problem.relaxed else a.new_empty(0),
+        a.new_empty(len(a), 2) if is_relaxed(problem) else a.new_empty(0),
     )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from otloss.arguments import Described
 from otloss.assignment import log_plan
-from otloss.backends.protocol import Problem, Solution
+from otloss.backends.protocol import Problem, Solution, is_relaxed
 from otloss.backends.reference import shifted, transport_plan, unshifted
 from otloss.checks import no_autocast
 from otloss.cost import cosine_cost
@@ -116,7 +116,7 @@ class SinkhornOutput:
     def _potentials(self) -> tuple[Tensor, Tensor]:
         """f and g of the cost as it was given, with <a, f> = <b, g>."""
         f, g, source = self._solution.f, self._solution.g, self._source
-        if self._solution.shift is not None and not source.problem.relaxed:
+        if self._solution.shift is not None and not is_relaxed(source.problem):
             f, g = unshifted(self._solution, *source.masses(constant=not f.requires_grad))
         if source.unit is not None:
             f, g = f * source.unit.unsqueeze(-1), g * source.unit.unsqueeze(-1)
@@ -164,7 +164,7 @@ class SinkhornOutput:
         """eps (m_a - m_b)^2 ``(B,)`` of the totals of the masses, for the divergence; 0 without penalties."""
         source = self._source
         a, b = source.masses(constant=False)
-        if not source.problem.relaxed:
+        if not is_relaxed(source.problem):
             return torch.zeros_like(self.value)
         bias = source.problem.eps * (a.sum(-1) - b.sum(-1)).square()
         return (bias if source.unit is None else bias * source.unit).reshape(source.batch)

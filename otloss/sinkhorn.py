@@ -7,7 +7,7 @@ from torch import Tensor
 
 from otloss.arguments import Arguments, describe
 from otloss.autograd import solve
-from otloss.backends.protocol import Shift, Solution
+from otloss.backends.protocol import Shift, Solution, is_relaxed
 from otloss.checks import check_choice, check_count, check_features, check_number, check_tensor
 from otloss.compat import is_exporting
 from otloss.cost import COSTS
@@ -36,7 +36,7 @@ def _solve(
     check_choice("solver", solver, SOLVERS)
     described = describe(left, right, kind, said, backend)
     problem, given = described.problem, described.given
-    if problem.relaxed and gradient == "unroll":
+    if is_relaxed(problem) and gradient == "unroll":
         raise ValueError("gradient 'unroll' has no penalties rho_a and rho_b; take gradient 'implicit'")
     if gradient == "none":  # no output is differentiated by the masses
         problem = problem.with_masses(problem.a.detach(), problem.b.detach())

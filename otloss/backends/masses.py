@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from otloss.backends.protocol import Given, Problem, Solution
+from otloss.backends.protocol import Given, Problem, Solution, is_relaxed
 from otloss.checks import wide
 from otloss.cost import negligible
 
@@ -28,7 +28,7 @@ def normalise(problem: Problem, given: Given, check: bool) -> tuple[Problem, boo
     Raises:
         ValueError: masses are invalid. Only with ``check``, which waits for the device.
     """
-    take = _as_given if problem.relaxed else _of_total_one
+    take = _as_given if is_relaxed(problem) else _of_total_one
     a, b = take(problem.a, given.a), take(problem.b, given.b)
     all_live = check and _check(problem, given, a, b)
     return problem.with_masses(a, b), all_live
@@ -62,7 +62,7 @@ def _check(problem: Problem, given: Given, a: Tensor, b: Tensor) -> bool:
         return True
     totals = torch.stack([total for _, total in sides.values()])
     gap = totals[0] - totals[-1]
-    if problem.relaxed:
+    if is_relaxed(problem):
         gap = torch.where(totals.isfinite().all(0), 0.0, torch.nan)
     # What is not finite in masses or totals has become NaN in the shares or the gap, and fails every comparison.
     least = float(torch.minimum(a.min(), b.min()))
@@ -86,7 +86,7 @@ def _check(problem: Problem, given: Given, a: Tensor, b: Tensor) -> bool:
 
 def by_given(problem: Problem, given: Given, a: Tensor, b: Tensor, by_a: Tensor, by_b: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients by the masses as they were given, from those by a and b of total 1; empty by uniform ones."""
-    free = problem.relaxed
+    free = is_relaxed(problem)
     return _by_given(problem.a, given.a, a, by_a, free), _by_given(problem.b, given.b, b, by_b, free)
 
 

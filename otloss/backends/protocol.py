@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["NOTHING", "Backend", "Given", "Gradients", "Problem", "Shift", "Solution", "Upstream"]
+__all__ = ["NOTHING", "Backend", "Given", "Gradients", "Problem", "Shift", "Solution", "Upstream", "is_relaxed"]
 
 
 #: Stands for a gradient that there is not.
@@ -40,14 +40,14 @@ class Problem(NamedTuple):
     rho_b: Tensor | None = None
     """Likewise of the marginal b."""
 
-    @property
-    def relaxed(self) -> bool:
-        """Whether a marginal has a penalty in place of a constraint."""
-        return self.rho_a is not None or self.rho_b is not None
-
     def with_masses(self, a: Tensor, b: Tensor) -> Problem:
         """The same with other masses; the compiler of PyTorch 2.6 does not follow ``_replace``."""
         return Problem(self.left, self.right, a, b, self.eps, self.rho_a, self.rho_b)
+
+
+def is_relaxed(problem: Problem) -> bool:
+    """Whether a marginal has a penalty in place of a constraint; the compiler of PyTorch 2.6 follows no property."""
+    return problem.rho_a is not None or problem.rho_b is not None
 
 
 class Given(NamedTuple):

@@ -18,7 +18,7 @@ from otloss.backends import quasi_newton, relaxed
 from otloss.backends.masses import by_given as by_given
 from otloss.backends.masses import normalise as normalise
 from otloss.backends.masses import worst_error as worst_error
-from otloss.backends.protocol import Gradients, Problem, Shift, Solution, Upstream
+from otloss.backends.protocol import Gradients, Problem, Shift, Solution, Upstream, is_relaxed
 from otloss.backends.relaxed import Penalty, bounded_exp
 from otloss.checks import wide
 from otloss.cost import live_rows, negligible, row_norms, unit_rows
@@ -154,7 +154,7 @@ def solve(
     problem: Problem, max_iter: int, tol: float, kept: Tensor | None = None, accelerate: bool = False
 ) -> Solution:
     """The solution of each problem, with potentials in the gauge <a, f> = <b, g>; ``kept`` is not used."""
-    if problem.relaxed:
+    if is_relaxed(problem):
         return _solve_relaxed(problem, max_iter, tol)
     left, right, a, b, eps = problem.left, problem.right, problem.a, problem.b, problem.eps
     cost = dense_cost(left, right)
@@ -301,7 +301,7 @@ def implicit_gradient(
 ) -> tuple[Gradients, Tensor]:
     """Gradients and the adjoint's relative residual; see ``otloss/gradients.py``. ``kept`` is not used."""
     left, right, a, b, eps = problem.left, problem.right, problem.a, problem.b, problem.eps
-    if problem.relaxed:
+    if is_relaxed(problem):
         sides = (log_mass(a), log_mass(b), f, g, *penalties(problem))
         by, residual = relaxed.gradients(dense_cost(left, right), a, b, *sides, upstream, adjoint)
         x, y = _pull_back(by.cost, left, right) if need_cost else (a.new_empty(0), a.new_empty(0))
