@@ -10,7 +10,7 @@ from torch import Tensor
 
 from otloss.backends import choose_backend, get_backend
 from otloss.backends.protocol import Given, Problem
-from otloss.checks import check_device, check_mask, check_number, check_tensor, working_dtype
+from otloss.checks import check_device, check_mask, check_strength, check_tensor, working_dtype
 from otloss.compat import has_values
 from otloss.cost import COSTS
 
@@ -74,12 +74,11 @@ def _named(left: Tensor, right: Tensor | None, said: Arguments) -> dict[str, tup
             check_mask(name, mask, f"(B, {size})")
             named[name] = (mask, (count,))
     for name in ("rho_a", "rho_b", "eps"):
-        number = getattr(said, name)
-        if isinstance(number, Tensor):
-            check_tensor(name, number, 0, "(B,) or ()")
-            named[name] = (number, ())
-        elif number is not None:
-            check_number(name, number, positive=True)
+        strength = getattr(said, name)
+        if strength is not None or name == "eps":
+            check_strength(name, strength)
+        if isinstance(strength, Tensor):
+            named[name] = (strength, ())
     for name, (x, rest) in named.items():
         if len(rest) == 1 and x.shape[-1] != rest[0]:
             raise ValueError(f"{name} must have shape (B, {rest[0]}) or ({rest[0]},), got {tuple(x.shape)}")
@@ -133,6 +132,11 @@ def _check_values(tensors: dict[str, Tensor]) -> None:
             raise ValueError(f"{name} must be positive and finite in every problem, got {x.detach().tolist()}")
 
 
+def _only(x: Tensor, mask: Tensor | None, dim: int) -> Tensor:
+    """``x`` with 0 where a point takes no part, so that it does not matter what stood there."""
+    return x if mask is None else torch.where(mask.unsqueeze(dim), x, 0.0)
+
+
 def _rho(value: float | Tensor | None, put: Tensor | None, like: Tensor, count: int) -> Tensor | None:
     """A penalty ``(B,)``, from a number for all problems or from what came as a tensor."""
     return put if value is None or isinstance(value, Tensor) else like.new_full((count,), float(value))
@@ -154,9 +158,12 @@ def describe(left: Tensor, right: Tensor | None, kind: str, said: Arguments, bac
         stays = x.dtype in (dtype, torch.bool) or (reads_half and len(rest) == 2)
         put[name] = _spread(x if stays else x.to(dtype), batch, rest)
     mask_x, mask_y, unit = put.get("mask_x"), put.get("mask_y"), put.get("eps")
-    left, right = _only(put["cost" if right is None else "x"], put.get("y"), mask_x, mask_y)
-    if right is not None and not makes_cost:
-        left, right = COSTS[kind](left, right), None
+    if right is None:
+        left = _only(_only(put["cost"], mask_x, -1), mask_y, -2)
+    else:
+        left, right = _only(put["x"], mask_x, -1), _only(put["y"], mask_y, -1)
+        if not makes_cost:
+            left, right = COSTS[kind](left, right), None
     like, count = left if left.dtype == dtype else left.new_empty(0, dtype=dtype), left.shape[0]
     rho_a, rho_b = _rho(said.rho_a, put.get("rho_a"), like, count), _rho(said.rho_b, put.get("rho_b"), like, count)
     eps = 1.0 if isinstance(said.eps, Tensor) else float(said.eps)
@@ -168,15 +175,3 @@ def describe(left: Tensor, right: Tensor | None, kind: str, said: Arguments, bac
     tolerance = max((MASS_TOLERANCE.get(named[k][0].dtype, 2e-2) for k in MASSES if k in named), default=1e-4)
     given = Given(form_a, form_b, tolerance)
     return Described(Problem(left, right, a, b, eps, rho_a, rho_b), given, chosen, batch, unit, mask_x, mask_y)
-
-
-def _only(
-    left: Tensor, right: Tensor | None, mask_x: Tensor | None, mask_y: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Cost or features with 0 where a point takes no part, so that it does not matter what stood there."""
-    if right is None:
-        if mask_x is not None:
-            left = torch.where(mask_x.unsqueeze(-1), left, 0.0)
-        return (left if mask_y is None else torch.where(mask_y.unsqueeze(-2), left, 0.0)), None
-    left = left if mask_x is None else torch.where(mask_x.unsqueeze(-1), left, 0.0)
-    return left, right if mask_y is None else torch.where(mask_y.unsqueeze(-1), right, 0.0)

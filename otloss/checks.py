@@ -119,6 +119,14 @@ def check_number(name: str, value: object, *, positive: bool) -> None:
         raise ValueError(f"{name} must be {'positive' if positive else 'at least 0'} and finite, got {value}")
 
 
+def check_strength(name: str, value: object) -> None:
+    """Check that ``value`` is a positive finite number, or a tensor of such numbers, whose values are not looked at."""
+    if isinstance(value, Tensor):
+        check_tensor(name, value, 0, "(B,) or ()")
+    else:
+        check_number(name, value, positive=True)
+
+
 def check_count(name: str, value: object) -> None:
     """Check that ``value`` is a positive integer, NumPy's included."""
     if isinstance(value, bool) or not isinstance(value, Integral):

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from otloss.backends import check_backend
-from otloss.checks import check_choice, check_count, check_device, check_number, check_tensor, working_dtype
+from otloss.checks import (
+    check_choice,
+    check_count,
+    check_device,
+    check_number,
+    check_strength,
+    check_tensor,
+    working_dtype,
+)
 from otloss.cost import COSTS, cosine_cost
 from otloss.gradients import MODES
 from otloss.output import SinkhornOutput
@@ -19,10 +29,12 @@ OBJECTIVES = ("transport_cost", "value", "divergence")
 REDUCTIONS = ("mean", "sum", "none")
 
 
-def _divergence(between: SinkhornOutput, xx: SinkhornOutput, yy: SinkhornOutput) -> Tensor:
-    """The Sinkhorn divergence ``(B,)`` from the problem between two sets and those within each of them."""
-    divergence = between.value - 0.5 * (xx.value + yy.value)
-    return divergence + 0.5 * between._mass_bias()
+class _Side(NamedTuple):
+    """What a call says of one of the two sets."""
+
+    mass: Tensor | None
+    log_mass: Tensor | None
+    mask: Tensor | None
 
 
 class CosineCost(nn.Module):
@@ -61,10 +73,8 @@ class _TransportLoss(nn.Module):
     ) -> None:
         super().__init__()
         for name, strength in (("eps", eps), ("rho_a", rho_a), ("rho_b", rho_b)):
-            if isinstance(strength, Tensor):
-                check_tensor(name, strength, 0, "(B,) or ()")
-            elif strength is not None or name == "eps":
-                check_number(name, strength, positive=True)
+            if strength is not None or name == "eps":
+                check_strength(name, strength)
         check_choice("objective", objective, OBJECTIVES)
         check_count("max_iter", max_iter)
         check_number("tol", tol, positive=False)
@@ -96,6 +106,24 @@ class _TransportLoss(nn.Module):
             "solver": self.solver,
             "backend": self.backend,
         }
+
+    def _objective_of(
+        self, solve: Callable[..., SinkhornOutput], points: Sequence[Sequence[Any]], x: _Side, y: _Side
+    ) -> tuple[Tensor, SinkhornOutput]:
+        """The objective ``(B,)``, and the output of the problem between the sets.
+
+        ``points`` are the first arguments of ``solve`` between the sets, within x and within y.
+        """
+
+        def between(arguments: Sequence[Any], a: _Side, b: _Side) -> SinkhornOutput:
+            masses = {"a": a.mass, "b": b.mass, "log_a": a.log_mass, "log_b": b.log_mass}
+            return solve(*arguments, **masses, mask_x=a.mask, mask_y=b.mask)
+
+        out = between(points[0], x, y)
+        if self.objective != "divergence":
+            return getattr(out, self.objective), out
+        within = between(points[1], x, x).value + between(points[2], y, y).value
+        return out.value - 0.5 * within + 0.5 * out._mass_bias(), out
 
     def _reduce(self, loss: Tensor) -> Tensor:
         if self.reduction == "mean":
@@ -174,14 +202,10 @@ class SinkhornLoss(_TransportLoss):
         """
         within = {"cost_xx": cost_xx, "cost_yy": cost_yy}
         self._check_within(cost, within)
-        of_x: dict[str, Any] = {"mask_x": mask_x, "mask_y": mask_x}
-        of_y: dict[str, Any] = {"mask_x": mask_y, "mask_y": mask_y}
-        out = sinkhorn(cost, a, b, log_a=log_a, log_b=log_b, mask_x=mask_x, mask_y=mask_y, **self._options)
-        if cost_xx is None or cost_yy is None:
-            return self._reduce(getattr(out, self.objective))
-        xx = sinkhorn(cost_xx, a, a, log_a=log_a, log_b=log_a, **of_x, **self._options)
-        yy = sinkhorn(cost_yy, b, b, log_a=log_b, log_b=log_b, **of_y, **self._options)
-        return self._reduce(_divergence(out, xx, yy))
+        solve = partial(sinkhorn, **self._options)
+        costs = (cost,), (cost_xx,), (cost_yy,)
+        loss, _ = self._objective_of(solve, costs, _Side(a, log_a, mask_x), _Side(b, log_b, mask_y))
+        return self._reduce(loss)
 
     def _check_within(self, cost: object, within: dict[str, Tensor | None]) -> None:
         """Check that the costs within the sets are there when they are needed, and that they fit the cost."""
@@ -280,15 +304,8 @@ class FeatureSinkhornLoss(_TransportLoss):
         mask_y: Tensor | None = None,
     ) -> tuple[Tensor, SinkhornOutput]:
         """The objective ``(B,)`` before reduction, and the solver's output for (x, y), which holds the diagnostics."""
-        options = {"cost": self.cost, **self._options}
-        out = feature_sinkhorn(x, y, a, b, log_a=log_a, log_b=log_b, mask_x=mask_x, mask_y=mask_y, **options)
-        if self.objective != "divergence":
-            return getattr(out, self.objective), out
-        of_x: dict[str, Any] = {"mask_x": mask_x, "mask_y": mask_x}
-        of_y: dict[str, Any] = {"mask_x": mask_y, "mask_y": mask_y}
-        xx = feature_sinkhorn(x, x, a, a, log_a=log_a, log_b=log_a, **of_x, **options)
-        yy = feature_sinkhorn(y, y, b, b, log_a=log_b, log_b=log_b, **of_y, **options)
-        return _divergence(out, xx, yy), out
+        solve = partial(feature_sinkhorn, cost=self.cost, **self._options)
+        return self._objective_of(solve, ((x, y), (x, x), (y, y)), _Side(a, log_a, mask_x), _Side(b, log_b, mask_y))
 
     def extra_repr(self) -> str:
         return f"cost={self.cost!r}, {super().extra_repr()}"

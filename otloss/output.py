@@ -116,7 +116,7 @@ class SinkhornOutput:
     def _potentials(self) -> tuple[Tensor, Tensor]:
         """f and g of the cost as it was given, with <a, f> = <b, g>."""
         f, g, source = self._solution.f, self._solution.g, self._source
-        if self._solution.shift is not None and not is_relaxed(source.problem):
+        if self._solution.shift is not None:
             f, g = unshifted(self._solution, *source.masses(constant=not f.requires_grad))
         if source.unit is not None:
             f, g = f * source.unit.unsqueeze(-1), g * source.unit.unsqueeze(-1)

@@ -19,7 +19,8 @@ from otloss.backends.masses import by_given as by_given
 from otloss.backends.masses import normalise as normalise
 from otloss.backends.masses import worst_error as worst_error
 from otloss.backends.protocol import Gradients, Problem, Shift, Solution, Upstream, is_relaxed
-from otloss.backends.relaxed import Penalty, bounded_exp
+from otloss.backends.relaxed import Penalty
+from otloss.backends.steps import bounded_exp, f_step, g_step
 from otloss.checks import wide
 from otloss.cost import live_rows, negligible, row_norms, unit_rows
 
@@ -91,14 +92,6 @@ def dense_cost(left: Tensor, right: Tensor | None) -> Tensor:
     return left if right is None else 1 - unit_rows(left) @ unit_rows(right).transpose(-1, -2)
 
 
-def _f_step(cost: Tensor, log_b: Tensor, g: Tensor, eps: float) -> Tensor:
-    return -eps * torch.logsumexp((g.unsqueeze(-2) - cost) / eps + log_b.unsqueeze(-2), dim=-1)
-
-
-def _g_step(cost: Tensor, log_a: Tensor, f: Tensor, eps: float) -> Tensor:
-    return -eps * torch.logsumexp((f.unsqueeze(-1) - cost) / eps + log_a.unsqueeze(-1), dim=-2)
-
-
 def _row_error(a: Tensor, f: Tensor, f_next: Tensor, eps: float) -> Tensor:
     """L1 error of the row marginals; the next f-step knows the row sums: T1 = a exp((f - f_next)/eps)."""
     drift = torch.where(live(a), (f - f_next) / eps, 0.0)
@@ -139,13 +132,13 @@ def _iterate(
     n_iter = torch.zeros(cost.shape[0], dtype=torch.int64, device=cost.device)
     running = torch.ones_like(n_iter, dtype=torch.bool)
     for iteration in range(max_iter):
-        f_next = _f_step(cost, log_b, g, eps)
+        f_next = f_step(cost, log_b, g, eps)
         if iteration > 0:
             running = running & ~(_row_error(a, f, f_next, eps) < tol)
             if not running.any():
                 break
         f = torch.where(running.unsqueeze(-1), f_next, f)
-        g = torch.where(running.unsqueeze(-1), _g_step(cost, log_a, f, eps), g)
+        g = torch.where(running.unsqueeze(-1), g_step(cost, log_a, f, eps), g)
         n_iter = n_iter + running
     return f, g, n_iter
 
@@ -168,8 +161,8 @@ def solve(
         f, g, n_iter = quasi_newton.solve(cost, a, b, log_a, log_b, g, eps, max_iter, tol)
     else:
         f, g, n_iter = _iterate(cost, a, log_a, log_b, g, eps, max_iter, tol)
-    f = torch.where(live(a), f, _f_step(cost, log_b, g, eps))
-    g = torch.where(live(b), g, _g_step(cost, log_a, f, eps))
+    f = torch.where(live(a), f, f_step(cost, log_b, g, eps))
+    g = torch.where(live(b), g, g_step(cost, log_a, f, eps))
     constant = ((b * g).sum(-1) - (a * f).sum(-1)).unsqueeze(-1) / 2
     f, g = f + constant, g - constant
     plan = transport_plan(cost, a, b, f, g, eps)
@@ -195,8 +188,8 @@ def _solve_relaxed(problem: Problem, max_iter: int, tol: float) -> Solution:
     left, right, a, b, eps = problem.left, problem.right, problem.a, problem.b, problem.eps
     cost, log_a, log_b, (of_a, of_b) = dense_cost(left, right), log_mass(a), log_mass(b), penalties(problem)
     f, g, n_iter = relaxed.iterate(cost, a, b, log_a, log_b, of_a, of_b, max_iter, tol)
-    f = torch.where(live(a), f, of_a.damping * _f_step(cost, log_b, g, eps))
-    g = torch.where(live(b), g, of_b.damping * _g_step(cost, log_a, f, eps))
+    f = torch.where(live(a), f, of_a.damping * f_step(cost, log_b, g, eps))
+    g = torch.where(live(b), g, of_b.damping * g_step(cost, log_a, f, eps))
     plan = transport_plan(cost, a, b, f, g, eps)
     rows, columns, total = plan.sum(-1), plan.sum(-2), plan.sum((-1, -2))
     error = (rows - a * of_a.share(f)).abs().sum(-1) + (columns - b * of_b.share(g)).abs().sum(-1)
@@ -354,11 +347,11 @@ def unrolled_gradient(
     for iteration in range(max_iter):
         running = (iteration < n_iter).unsqueeze(-1)
         f, g = history[-1]
-        f_next = _f_step(cost, log_b, g, eps)
+        f_next = f_step(cost, log_b, g, eps)
         if twice:
             f_next = f_next - eps * (kernel(cost, f_next, g, eps) * of_b).sum(-1)
         f = torch.where(running, f_next, f)
-        g_next = _g_step(cost, log_a, f, eps)
+        g_next = g_step(cost, log_a, f, eps)
         if twice:
             g_next = g_next - eps * (kernel(cost, f, g_next, eps) * of_a).sum(-2)
         history.append((f, torch.where(running, g_next, g)))

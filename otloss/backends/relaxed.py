@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from otloss.backends.protocol import Upstream
+from otloss.backends.steps import bounded_exp, f_step, g_step
 from otloss.checks import wide
 
 
@@ -98,7 +99,7 @@ def iterate(
     n_iter = torch.zeros(len(a), dtype=torch.int64, device=a.device)
     running = torch.ones_like(n_iter, dtype=torch.bool)
     for iteration in range(max_iter):
-        whole = -eps * torch.logsumexp((g.unsqueeze(-2) - cost) / eps + log_b.unsqueeze(-2), -1)
+        whole = f_step(cost, log_b, g, eps)
         if iteration > 0:
             rows = torch.where(a > 0, a * torch.exp((f - whole) / eps), 0.0)
             row_error = torch.where(a > 0, rows - a * of_a.share(f), 0.0).abs().sum(-1)
@@ -106,8 +107,7 @@ def iterate(
             if not running.any():
                 break
         f_next = of_a.damping * whole
-        whole = -eps * torch.logsumexp((f_next.unsqueeze(-1) - cost) / eps + log_a.unsqueeze(-1), -2)
-        g_next = of_b.damping * whole
+        g_next = of_b.damping * g_step(cost, log_a, f_next, eps)
         t = _constant(a, b, torch.where(a > 0, f_next, 0.0), torch.where(b > 0, g_next, 0.0), of_a, of_b)
         columns, asked = of_b.share(g_next), of_b.share(g_next - t)
         changed = torch.where(b > 0, b * (columns - asked), 0.0).abs().sum(-1)
@@ -145,11 +145,6 @@ def _multipliers(plan: Tensor, r: Tensor, s: Tensor, of_a: Penalty, of_b: Penalt
     size = norm(right, dim=(-1, -2))
     residual = torch.where(size > 0, norm(right - matrix @ z, dim=(-1, -2)) / torch.where(size > 0, size, 1.0), 0.0)
     return (unroot * z.squeeze(-1)).to(dtype), residual.detach().to(dtype)
-
-
-def bounded_exp(exponent: Tensor) -> Tensor:
-    """Bounded so that a pair without mass cannot turn 0 * inf into NaN."""
-    return exponent.clamp(max=60.0 if exponent.dtype == torch.float32 else 600.0).exp()
 
 
 class CostGradients(NamedTuple):
