@@ -55,7 +55,8 @@ class Sinkhorn(torch.autograd.Function):
         of_a, of_b = given.a if by_a else "uniform", given.b if by_b else "uniform"
         a, b = problem.a if of_a == "masses" else state[-2], problem.b if of_b == "masses" else state[-1]
         ctx.save_for_backward(problem.left, problem.right, a, b, problem.rho_a, problem.rho_b, *state)
-        ctx.eps, ctx.given, ctx.options = problem.eps, Given(of_a, of_b, given.tolerance), options
+        ctx.eps, ctx.kind = problem.eps, problem.kind
+        ctx.given, ctx.options = Given(of_a, of_b, given.tolerance), options
         ctx.mark_non_differentiable(*[output[place] for place in _CONSTANT[options.mode, by_a, by_b]])
         ctx.set_materialize_grads(False)
 
@@ -66,7 +67,7 @@ class Sinkhorn(torch.autograd.Function):
         if all(grad is None for grad in incoming):
             return no_gradients
         left, right, a, b, rho_a, rho_b, *state = ctx.saved_tensors
-        problem, options = Problem(left, right, a, b, ctx.eps, rho_a, rho_b), ctx.options
+        problem, options = Problem(left, right, a, b, ctx.eps, rho_a, rho_b, ctx.kind), ctx.options
         need_cost = need[0] or need[1]
         if not torch.is_grad_enabled():
             found = operators.gradient(*problem, *state, *incoming, need_cost, *ctx.given, *options)
@@ -78,7 +79,7 @@ class Sinkhorn(torch.autograd.Function):
             found = OnceDifferentiable.apply(*problem, *state, *incoming, need_cost, *ctx.given, *options)
         by_left, by_right, by_a, by_b, by_rho = found
         by_rho_a, by_rho_b = by_rho.unbind(-1) if is_relaxed(problem) else (None, None)
-        by = (by_left, by_right, by_a, by_b, None, by_rho_a, by_rho_b)  # as the fields of `Problem`
+        by = (by_left, by_right, by_a, by_b, None, by_rho_a, by_rho_b, None)  # as the fields of `Problem`
         wanted = [grad if needed else None for grad, needed in zip(by, need[: len(by)], strict=True)]
         return (*wanted, *no_gradients[len(by) :])
 

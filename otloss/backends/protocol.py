@@ -28,7 +28,7 @@ class Problem(NamedTuple):
     left: Tensor
     """The cost ``(B, n, m)``, or the features x ``(B, n, d)``."""
     right: Tensor | None
-    """None for a dense cost, or the features y ``(B, m, d)``; then the cosine cost of x and y is meant."""
+    """None for a dense cost, or the features y ``(B, m, d)``; then the cost of x and y that ``kind`` names is meant."""
     a: Tensor
     """Masses ``(B, n)`` of total 1. Before ``normalise`` they are as they were given, see :class:`Given`."""
     b: Tensor
@@ -39,10 +39,12 @@ class Problem(NamedTuple):
     the masses have any total."""
     rho_b: Tensor | None = None
     """Likewise of the marginal b."""
+    kind: str = "cosine"
+    """The cost of features: "cosine" is 1 - cos(x, y), "sqeuclidean" |x - y|^2, "dot" -<x, y>."""
 
     def with_masses(self, a: Tensor, b: Tensor) -> Problem:
         """The same with other masses; the compiler of PyTorch 2.6 does not follow ``_replace``."""
-        return Problem(self.left, self.right, a, b, self.eps, self.rho_a, self.rho_b)
+        return Problem(self.left, self.right, a, b, self.eps, self.rho_a, self.rho_b, self.kind)
 
 
 def is_relaxed(problem: Problem) -> bool:
