@@ -7,7 +7,7 @@ PY      := $(VENV)/bin/python
 SOURCES := pyproject.toml $(wildcard setup.py MANIFEST.in csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help example example-xray test test-processors bench bench-quick bench-gpu lint clean
+.PHONY: help example example-xray test test-processors bench bench-quick bench-gpu lint docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,6 +32,10 @@ $(VENV)/.examples: $(VENV)/.torch $(SOURCES)
 $(VENV)/.dev: $(VENV)/.torch $(SOURCES)
 	$(INSTALL) ".[dev,examples]"
 	@touch $@ $(VENV)/.examples
+
+$(VENV)/.docs: $(VENV)/.torch $(SOURCES)
+	$(INSTALL) ".[docs]"
+	@touch $@
 
 $(VENV)/.bench: $(VENV)/.torch $(SOURCES)
 	$(INSTALL) ".[bench]"
@@ -66,8 +70,12 @@ lint: $(VENV)/.dev  ## ruff and mypy
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 
+docs: $(VENV)/.docs  ## the documentation site, in build/docs; runs the recipes and draws the figures (1 minute)
+	$(PY) -m sphinx -c docs -W --keep-going -q -b html . build/docs
+	@echo "make: open build/docs/docs/index.html"
+
 clean:  ## remove what was built; environments and results stay
 	rm -rf build dist wheelhouse *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find otloss -name '*.so' -delete
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
-	rm -f $(VENV)/.dev $(VENV)/.examples $(VENV)/.bench
+	rm -f $(VENV)/.dev $(VENV)/.examples $(VENV)/.bench $(VENV)/.docs

@@ -43,8 +43,8 @@ class SinkhornOutput:
         marginal_error: ``(B,)`` L1 distance of both marginals of the plan from a and b; with penalties, from
             a exp(-f / rho_a) and b exp(-g / rho_b), as a share of the plan's mass.
         converged: ``(B,)`` whether that is below ``tol``, but for what the rounding of f and g does to the plan: at
-            most 4 u (<a, |f|> + <b, |g|>) / eps + 2 u (1 + log(n m)), with u = 2^-24 (2^-53 in float64), for f and g of
-            the cost without the minima of its rows and columns.
+            most ``4 u (<a, |f|> + <b, |g|>) / eps + 2 u (1 + log(n m))``, with u = 2^-24 (2^-53 in float64), for f and
+            g of the cost without the minima of its rows and columns.
         plan: ``(B, n, m)``, built on first use, from cost or features as they are then. That these were not changed in
             place is checked, except in a compiled function and of tensors of inference mode, which count no writes. Of
             features the cost is PyTorch's product: see :func:`cosine_cost`.
