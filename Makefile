@@ -70,7 +70,7 @@ lint: $(VENV)/.dev  ## ruff and mypy
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 
-docs: $(VENV)/.docs  ## the documentation site, in build/docs; runs the recipes and draws the figures (1 minute)
+docs: $(VENV)/.docs  ## the documentation site, in build/docs; runs the recipes (1 minute)
 	$(PY) -m sphinx -c docs -W --keep-going -q -b html . build/docs
 	@echo "make: open build/docs/docs/index.html"
 

@@ -45,6 +45,6 @@ autodoc_default_options = {"exclude-members": "count, index, __new__, training"}
 
 
 def setup(app: Any) -> None:
-    """Run the recipes and draw the figures before the pages are read."""
+    """Run the recipes before the pages are read."""
     app.connect("builder-inited", lambda app: gallery.make(HERE / "generated"))
     app.add_directive("mermaid", gallery.Diagram)

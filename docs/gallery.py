@@ -1,4 +1,7 @@
-"""What the site shows of runs, made at every build: the recipes' code with what they print, and figures."""
+"""What the site shows of runs: the recipes with what they print, run at every build, and the pictures of `choose.md`.
+
+``python docs/gallery.py`` draws the pictures anew. They are kept in the repository, so that the page has them there too.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 ROOT = Path(__file__).resolve().parent.parent
+PICTURES = ROOT / "docs" / "pictures"
 LONGEST = 300  # seconds of one recipe
 #: Arguments that make a recipe short, or tell it where to write its picture.
 ARGUMENTS = {"transfer": ["--out", "{picture}"]}
@@ -110,7 +114,7 @@ def _cost_of_eps(path: Path) -> None:
 
 
 def make(folder: Path) -> None:
-    """Write the gallery's pages and the figures into a folder."""
+    """Run the recipes and write their pages into a folder."""
     folder.mkdir(exist_ok=True)
     recipes = sorted(path for path in (ROOT / "examples").glob("*.py") if path.stem != "__init__")
     for recipe in recipes:
@@ -118,5 +122,9 @@ def make(folder: Path) -> None:
     listed = "\n".join(recipe.stem for recipe in recipes)
     text = "# Recipes\n\nShort scripts in `examples/`. They are run when this site is built; their output is shown.\n\n"
     (folder / "index.md").write_text(f"{text}```{{toctree}}\n:maxdepth: 1\n\n{listed}\n```\n")
-    _plans(folder / "plans.png")
-    _cost_of_eps(folder / "eps.png")
+
+
+if __name__ == "__main__":
+    PICTURES.mkdir(exist_ok=True)
+    _plans(PICTURES / "plans.png")
+    _cost_of_eps(PICTURES / "eps.png")
