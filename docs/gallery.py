@@ -1,6 +1,6 @@
 """What the site shows of runs: the recipes with what they print, run at every build, and the pictures of `choose.md`.
 
-``python docs/gallery.py`` draws the pictures anew. They are kept in the repository, so that the page has them there too.
+``python docs/gallery.py`` draws the pictures anew. They are kept in the repository, so that the page shows them there.
 """
 
 from __future__ import annotations
