@@ -95,7 +95,11 @@ def test_gradients_are_those_of_the_reference(n: int, m: int, d: int, kind: str,
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("n", "m", "d"),
-    [*((11, 13, d) for d in (1, 3, 4, 8, 9, 15, 17, 18, 33, 47)), *((70, 49 + k, 40) for k in (1, 3, 5)), (530, 300, 20)],
+    [
+        *((11, 13, d) for d in (1, 3, 4, 8, 9, 15, 17, 18, 33, 47)),
+        *((70, 49 + k, 40) for k in (1, 3, 5)),
+        (530, 300, 20),
+    ],
 )
 def test_gradients_by_features_of_any_dimension(n: int, m: int, d: int, kind: str, dtype: torch.dtype) -> None:
     x, y, a, b = points(kind, n, m, d, dtype, 1)

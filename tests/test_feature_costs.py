@@ -1,14 +1,14 @@
 """Costs of features that are not stored: squared distances, products, and any of them under a tensor eps.
 
-They are compared with the stored cost. In float32, with u = 2^-24, an entry of the plan is known to about u C / eps, for
-costs up to C, and a derivative of it to 1/eps times that.
+They are compared with the stored cost. In float32, with u = 2^-24, an entry of the plan is known to about u C / eps,
+for costs up to C, and a derivative of it to 1/eps times that.
 """
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -42,6 +42,12 @@ def _outputs(out: otloss.SinkhornOutput, mode: str) -> list[Tensor]:
     return [out.transport_cost, out.value] + ([out.f, out.g, out.plan] if mode == "implicit" else [])
 
 
+def _grads(one: Tensor, other: Tensor, by: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The gradients of two outputs in one random direction."""
+    weight = torch.randn_like(one)
+    return zip(*(torch.autograd.grad(v, by, weight, retain_graph=True) for v in (one, other)), strict=True)
+
+
 @pytest.mark.parametrize("mode", ["implicit", "unroll", "none"])
 @pytest.mark.parametrize("tensor", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
@@ -61,9 +67,7 @@ def test_as_with_the_stored_cost(backend: str, kind: str, tensor: bool, mode: st
     assert torch.equal(out.n_iter, dense.n_iter) or mode == "implicit"
     for one, other in zip(_outputs(out, mode), _outputs(dense, mode), strict=True):
         torch.testing.assert_close(one, other, atol=1e-11, rtol=1e-11)
-        weight = torch.randn_like(one)
-        grads = zip(*(torch.autograd.grad(v, by, weight, retain_graph=True) for v in (one, other)), strict=True)
-        for mine, theirs in grads:
+        for mine, theirs in _grads(one, other, by):
             torch.testing.assert_close(mine, theirs, atol=1e-9, rtol=1e-9)
     if kind == "cosine":
         by_x, by_y = torch.autograd.grad(out.transport_cost.sum(), (x, y))
@@ -81,9 +85,7 @@ def test_sizes_across_lanes_and_blocks(kernel_backend: str, kind: str, n: int, m
     dense = otloss.sinkhorn(COSTS[kind](x, y), a, b, **options)
     for one, other in zip(_outputs(out, "implicit")[:4], _outputs(dense, "implicit")[:4], strict=True):
         torch.testing.assert_close(one, other, atol=1e-10, rtol=1e-10)
-        weight = torch.randn_like(one)
-        grads = zip(*(torch.autograd.grad(v, (*leaves, eps), weight, retain_graph=True) for v in (one, other)))
-        for mine, theirs in grads:
+        for mine, theirs in _grads(one, other, [*leaves, eps]):
             torch.testing.assert_close(mine, theirs, atol=1e-8, rtol=1e-8)
 
 
