@@ -77,7 +77,7 @@ class _KernelCall:
             eps,
             _address(kept),
             *((0, 0) if shift is None else map(_address, shift)),
-            KINDS.index(problem.kind),
+            0 if right is None else KINDS.index(problem.kind),
         )
 
     def empty(self, *shape: int) -> Tensor:
