@@ -12,7 +12,7 @@ from otloss.backends import choose_backend, get_backend
 from otloss.backends.protocol import Given, Problem
 from otloss.checks import check_device, check_mask, check_strength, check_tensor, working_dtype
 from otloss.compat import has_values
-from otloss.cost import COSTS, KINDS_IN_UNITS, in_units
+from otloss.cost import COSTS, KINDS_IN_UNITS, centred, in_units
 
 __all__ = ["Arguments", "Described", "describe"]
 
@@ -163,10 +163,14 @@ def describe(left: Tensor, right: Tensor | None, kind: str, said: Arguments, bac
         left = _only(_only(put["cost"], mask_x, -1), mask_y, -2)
     else:
         left, right = _only(put["x"], mask_x, -1), _only(put["y"], mask_y, -1)
+        if kind == "sqeuclidean" and not (unit is None and mask_x is None and mask_y is None):
+            # So points far from 0 are divided by eps without loss, and those left out lie among the others.
+            left, right = centred(left.to(dtype), right.to(dtype), mask_x, mask_y)
+            left, right = _only(left, mask_x, -1), _only(right, mask_y, -1)
         if not makes_cost:
             left, right = COSTS[kind](left, right), None
         elif unit is not None:
-            left, right = in_units(kind, left, right, unit, mask_x, mask_y)
+            left, right = in_units(kind, left, right, unit)
     like, count = left if left.dtype == dtype else left.new_empty(0, dtype=dtype), left.shape[0]
     rho_a, rho_b = _rho(said.rho_a, put.get("rho_a"), like, count), _rho(said.rho_b, put.get("rho_b"), like, count)
     eps = 1.0 if isinstance(said.eps, Tensor) else float(said.eps)

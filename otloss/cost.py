@@ -148,9 +148,7 @@ COSTS = {"cosine": cosine_cost, "sqeuclidean": sqeuclidean_cost, "dot": dot_cost
 KINDS_IN_UNITS = {"cosine": "sqeuclidean", "sqeuclidean": "sqeuclidean", "dot": "dot"}
 
 
-def in_units(
-    kind: str, x: Tensor, y: Tensor, eps: Tensor, mask_x: Tensor | None, mask_y: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def in_units(kind: str, x: Tensor, y: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
     r"""Features whose cost, of the kind in `KINDS_IN_UNITS`, is the cost of x and y divided by eps ``(B,)``.
 
     Distances and products of :math:`x / \sqrt{\varepsilon}` are those of x over :math:`\varepsilon`. Of unit rows,
@@ -162,7 +160,5 @@ def in_units(
         eps, dead_x, dead_y = 2 * eps, (~live_rows(x)).to(x.dtype), (~live_rows(y)).to(y.dtype)
         x = torch.cat((unit_rows(x), dead_x, torch.zeros_like(dead_x)), -1)
         y = torch.cat((unit_rows(y), torch.zeros_like(dead_y), dead_y), -1)
-    elif kind == "sqeuclidean":  # a quotient is rounded in proportion to its size
-        x, y = centred(x, y, mask_x, mask_y)
     root = eps.sqrt()[:, None, None]
     return x / root, y / root
