@@ -71,7 +71,11 @@ template <bool Distances = false, class T> OTLOSS_INLINE void dots(int rows, int
   }
   T total[block > lanes<T> ? block : lanes<T>];
   sums<T, block>(acc, total);
-  for (; k < depth; ++k) repeat<block>(OTLOSS_EACH(r) { add_term<Distances>(total[r], a[r][k], v[k]); });
+  for (; k < depth; ++k)
+    repeat<block>(OTLOSS_EACH(r) {
+      if constexpr (Distances) total[r] += (a[r][k] - v[k]) * (a[r][k] - v[k]);
+      else total[r] += a[r][k] * v[k];
+    });
   for (int r = 0; r < rows; ++r) out[r] = total[r];
 }
 
