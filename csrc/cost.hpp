@@ -119,7 +119,10 @@ template <class T> struct Cost {
   void fill(int i0, int count = block) const {
     const int have = std::max(0, std::min(count, n - i0));
     std::memset(row(i0 + have), 0, sizeof(T) * (count - have) * ld);
-    if (p.right && !p.kept) return p.kind == Kind::sqeuclidean ? multiply<true>(i0, have) : multiply<false>(i0, have);
+    if (p.right && !p.kept) {
+      if (p.kind == Kind::cosine) return multiply<Kind::cosine>(i0, have);
+      return p.kind == Kind::dot ? multiply<Kind::dot>(i0, have) : multiply<Kind::sqeuclidean>(i0, have);
+    }
     for (int i = i0; i < i0 + have; ++i) {
       std::memcpy(row(i), (p.right ? p.kept : p.left) + size_t(i) * m, sizeof(T) * m);
       for (int j = 0; p.row_shift && j < m; ++j) row(i)[j] = shifted(row(i)[j], p.row_shift[i], p.column_shift[j]);
@@ -171,10 +174,11 @@ template <class T> struct Cost {
 
   T* single(int j) const { return panels_ + size_t(j + lanes<T>) * x_.width; }  // scaled row j, one of the few, behind the panels
 
-  // C for rows i0 .. i0 + count - 1: squared distances, or the cost of orthogonal rows less their products.
-  template <bool Distances> void multiply(int i0, int count) const {
+  // C for rows i0 .. i0 + count - 1.
+  template <Kind K> void multiply(int i0, int count) const {
+    constexpr bool Distances = K == Kind::sqeuclidean;
+    constexpr T orthogonal = K == Kind::cosine ? 1 : 0;  // the cost of orthogonal rows, from which products are taken
     const int end = filled(m), depth = p.d;
-    const T orthogonal = p.kind == Kind::cosine ? T(1) : T(0);
     const size_t stride = ld;
     const int width = x_.width;
     const T* const x = x_.units;  // local: a store might change a member, for all that the compiler knows

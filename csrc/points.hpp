@@ -59,9 +59,11 @@ template <class T> struct Points {
     if (d < width || centre) copy(room);
     for (int i = 0; centre && i < count; ++i)
       for (int k = 0; k < d; ++k) room[size_t(i) * width + k] -= centre[k];
-    const bool cosine = kind == Kind::cosine;
-    for (int i = 0; !cosine && i < count; ++i) factor[i] = 1, scale[i] = kind == Kind::sqeuclidean ? 2 : 1;
-    for (int i = 0; cosine && i < count; ++i) {
+    for (int i = 0; i < count; ++i) {
+      if (kind != Kind::cosine) {
+        factor[i] = 1, scale[i] = kind == Kind::sqeuclidean ? 2 : 1;
+        continue;
+      }
       const T total = squared_length(i);
       constexpr T small = sizeof(T) == 4 ? T(1e-20) : T(1e-200), large = 1 / small;
       if (total > small && total < large) factor[i] = scale[i] = 1 / std::sqrt(total);
