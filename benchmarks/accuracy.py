@@ -7,16 +7,18 @@ as the reference needed. An error is the largest difference of an entry, relativ
 * ``transport_cost``, ``value``: their true size, but at least eps, since entropy blurs whatever is smaller;
 * ``potentials`` (f and g, in the gauge <a, f> = <b, g>): the largest of them, but at least eps;
 * ``plan``: the sum of all differences, relative to its mass, which is 1;
-* a gradient: its largest true entry, but by a feature at least the largest ratio of a point's mass to its length, and
-  by the logarithm of a mass at least eps times the largest mass: the size of the terms that cancel where a gradient
-  vanishes, for instance by features of one dimension. By a cost it does not: a shift of the cost moves every output.
+* a gradient: its largest true entry, but by a feature at least the largest ratio of a point's mass to its length (under
+  squared distances and products: the largest mass times the largest derivative of a cost), and by the logarithm of a
+  mass at least eps times the largest mass: the size of the terms that cancel where a gradient vanishes, for instance by
+  features of one dimension. By a cost it does not: a shift of the cost moves every output.
 
 Errors grow with 1/eps, so each eps has a row of its own. The results file holds, for each, the largest error measured
 over all instruction levels that this machine can run, and a bound, which tests/test_accuracy.py holds every later
 commit to. A bound is that error times ``MARGIN``, and at least ``ROUNDINGS`` roundings of the dtype, since another
 processor or compiler rounds differently: a vector level that is left out here exceeds the others by up to 2.3. In
 float64 the truth, made of PyTorch's operations, rounds as much as what is tested, and differently on each processor, so
-the margin counts twice there. The script only lowers bounds; ``--update`` also raises them.
+the margin counts twice there. The script only lowers bounds; ``--update`` also raises them. ``--kinds`` measures some
+kinds of cost alone, and leaves the others as they are.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ import sys
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,8 @@ SIZES = (
     (100, 128), (128, 64), (196, 197), (257, 100), (197, 257), (512, 128), (512, 512),
 )  # fmt: skip
 DIMENSIONS = (1, 7, 49, 64, 65, 384, 512)
+KINDS = ("dense", "features", "sqeuclidean", "dot")  # "features" are those under the cosine cost
+FEW_SIZES = ((8, 3), (31, 49), (64, 65), (100, 128), (196, 197))  # of the last two kinds
 MARGINALS = ("uniform", "random", "peaked", "zeros")
 FEW = 6  # iterations in the modes that need no solution
 Quantities = dict[str, Tensor]
@@ -66,10 +70,7 @@ class Case:
     eps: float
     marginals: str
     seed: int
-
-    @property
-    def kind(self) -> str:
-        return "features" if self.d else "dense"
+    kind: str
 
 
 @cache
@@ -89,14 +90,22 @@ def inputs(case: Case) -> tuple[Tensor, ...]:
 
     if case.d:
         sides = (normal(case.n, case.d), normal(case.m, case.d))
-        problem = tuple(x.relu() for x in sides) if case.d > 7 else sides  # as a network's features are
+        if case.kind == "sqeuclidean":  # distances of about 1, of points that lie around 0 or around 1000
+            problem = tuple(x / math.sqrt(2 * case.d) + 1000 * (case.seed % 2) for x in sides)
+        elif case.kind == "dot":  # products of about 1
+            problem = tuple(x / case.d**0.25 for x in sides)
+        else:
+            problem = tuple(x.relu() for x in sides) if case.d > 7 else sides  # as a network's features are
     else:
         problem = (2 * torch.rand(case.n, case.m, generator=generator, dtype=torch.float64),)
     return tuple(t.float().double() for t in (*problem, log_mass(case.n), log_mass(case.m)))
 
 
 def cases() -> list[Case]:
-    """The fixed set: every size and eps, with a dense cost and with features; dimensions and marginals take turns."""
+    """The fixed set: every size and eps, with a dense cost and with features; dimensions and marginals take turns.
+
+    Some of them follow under the other costs of features.
+    """
     chosen: list[Case] = []
     for n, m in SIZES:
         for eps in (0.005, 0.05, 0.5):
@@ -104,13 +113,22 @@ def cases() -> list[Case]:
                 continue  # the reference would take minutes
             for d in (0, DIMENSIONS[len(chosen) // 2 % len(DIMENSIONS)]):
                 seed = 100 + len(chosen)
-                chosen.append(Case(n, m, d, eps, MARGINALS[(seed + seed // 4) % len(MARGINALS)], seed))
+                kind = "features" if d else "dense"
+                chosen.append(Case(n, m, d, eps, MARGINALS[(seed + seed // 4) % len(MARGINALS)], seed, kind))
+    for place, (n, m) in enumerate(FEW_SIZES):
+        for eps in (0.05, 0.5):
+            for kind in KINDS[2:]:
+                seed = 100 + len(chosen)
+                d = DIMENSIONS[(place + seed // 4) % len(DIMENSIONS)]
+                chosen.append(Case(n, m, d, eps, MARGINALS[(seed // 2 + seed // 8) % len(MARGINALS)], seed, kind))
     return chosen
 
 
 def _solve(case: Case, leaves: tuple[Tensor, ...], **options: Any) -> otloss.SinkhornOutput:
     *problem, log_a, log_b = leaves
-    solver = otloss.cosine_sinkhorn if case.d else otloss.sinkhorn
+    solver = otloss.sinkhorn
+    if case.d:
+        solver = partial(otloss.feature_sinkhorn, cost="cosine" if case.kind == "features" else case.kind)
     return solver(*problem, log_a=log_a, log_b=log_b, eps=case.eps, **options)
 
 
@@ -157,7 +175,11 @@ def _least_size(case: Case, name: str) -> float:
         return 1.0
     by = name.partition(" by ")[2]
     if by in ("x", "y"):
-        side, mass = (problem[0], log_a) if by == "x" else (problem[1], log_b)
+        side, other, mass = (*problem, log_a) if by == "x" else (*reversed(problem), log_b)
+        if case.kind == "sqeuclidean":
+            return float(mass.exp().max() * 2 * (side.unsqueeze(-2) - other.unsqueeze(-3)).abs().max())
+        if case.kind == "dot":
+            return float(mass.exp().max() * other.abs().max())
         length = side.norm(dim=-1)
         return float((mass.exp() / torch.where(length > 0, length, torch.inf)).max())
     if by in ("log_a", "log_b"):
@@ -192,18 +214,18 @@ def measure(chosen: Iterable[Case]) -> Table:
 
 
 _AT_LEVEL = """
-import json, torch
+import json, sys, torch
 from benchmarks import accuracy
 from otloss.backends import cpu
 torch.set_num_threads(1)
-print(json.dumps(cpu.status() or accuracy.measure(accuracy.cases())))
+print(json.dumps(cpu.status() or accuracy.measure(c for c in accuracy.cases() if c.kind in sys.argv[1:])))
 """
 
 
-def measure_at(level: str) -> Table | str:
+def measure_at(level: str, kinds: Iterable[str]) -> Table | str:
     """The errors at one instruction level, from a process of its own; or a text that says why it cannot run here."""
     done = subprocess.run(
-        [sys.executable, "-c", _AT_LEVEL],
+        [sys.executable, "-c", _AT_LEVEL, *kinds],
         env={**os.environ, "OTLOSS_CPU_LEVEL": level},
         cwd=Path(__file__).parent.parent,
         capture_output=True,
@@ -252,10 +274,11 @@ def table(errors: Table, bounds: Table) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--update", action="store_true", help="raise bounds that are exceeded, instead of failing")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="measure these kinds of cost alone")
     args = parser.parse_args()
     from benchmarks.machine import environment
 
-    by_level = {level: measure_at(level) for level in LEVELS}
+    by_level = {level: measure_at(level, args.kinds) for level in LEVELS}
     for level, measured in by_level.items():
         print(f"level {level}: {measured if isinstance(measured, str) else 'measured'}")
     tables = {level: measured for level, measured in by_level.items() if not isinstance(measured, str)}
@@ -265,22 +288,26 @@ def main() -> None:
             for name, error in quantities.items():
                 worst.setdefault(row, {})[name] = float(f"{max(worst.get(row, {}).get(name, 0.0), error):.2e}")
     bounds = {row: {name: _bound(row, error) for name, error in line.items()} for row, line in worst.items()}
-    if RESULTS.exists() and not args.update:
-        known = json.loads(RESULTS.read_text())["bounds"]
-        above = exceeded(worst, known)
+    before = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"errors": {}, "bounds": {}}
+    known = {row: line for row, line in before["bounds"].items() if row in worst}
+    if not args.update:
+        above = exceeded({row: worst[row] for row in known}, known)
         if above:
             print("\n".join(above))
             raise SystemExit("errors have grown, nothing is written; if that is meant: --update")
         bounds = {
-            row: {name: min(known[row][name], bound) for name, bound in line.items()} for row, line in bounds.items()
+            row: {name: min(known.get(row, line)[name], bound) for name, bound in line.items()}
+            for row, line in bounds.items()
         }
     print(table(worst, bounds))
-    results = {
-        "environment": {**environment(), "levels": list(tables)},
-        "margin": MARGIN,
-        "errors": worst,
-        "bounds": bounds,
-    }
+    here = {**environment(), "levels": list(tables)}
+    if set(args.kinds) != set(KINDS):  # rows that are measured alone say where
+        some = {**before.get("environment of some kinds", {}), **dict.fromkeys(args.kinds, here)}
+        head = {"environment": before.get("environment", here), "environment of some kinds": some}
+        worst, bounds = before["errors"] | worst, before["bounds"] | bounds
+    else:
+        head = {"environment": here}
+    results = {**head, "margin": MARGIN, "errors": worst, "bounds": bounds}
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 

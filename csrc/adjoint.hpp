@@ -250,6 +250,7 @@ template <class T> struct Adjoint {
     for (int j = 0; j < cost.cols; ++j) work[j] = solve && up.g && j < cost.m && S[j] > 0 ? up.g[j] / S[j] : T(0);
     T *w_rows = y, *w_columns = h;  // weights, those of the columns by parts
     std::memset(w_columns, 0, sizeof(T) * cost.cols * cost.parts.count);
+    const Weights weights = weights_of(p);
     const bool whole = cost.parts.count == 1;  // then each chunk is contracted both ways while it is in the cache
     team.each(cost.parts.count, [&](int part) {
       T* w = w_columns + size_t(part) * cost.cols;
@@ -257,8 +258,9 @@ template <class T> struct Adjoint {
       for (int i0 = cost.parts.begin(part); i0 < end; i0 += step) {
         const int count = std::min(step, end - i0);
         for (int i = i0; i < i0 + count; i += rows_at_once) {
-          if (solve && (up.f || up.g)) p.right ? gradient_rows<true, true>(i, w_rows, w) : gradient_rows<true, false>(i, w_rows, w);
-          else p.right ? gradient_rows<false, true>(i, w_rows, w) : gradient_rows<false, false>(i, w_rows, w);
+          if (weights == Weights::none) gradient_rows<Weights::none>(i, w_rows, w);
+          else if (weights == Weights::cosines) gradient_rows<Weights::cosines>(i, w_rows, w);
+          else gradient_rows<Weights::totals>(i, w_rows, w);
         }
         const T* G = M + size_t(i0) * cost.ld;
         cost.pull_rows(G, i0, count, w_rows, out);
@@ -272,10 +274,14 @@ template <class T> struct Adjoint {
               [&](int strip) { cost.pull_columns(M, 0, cost.n, strip * width, width, w_columns, out); });
   }
 
-  // Rows i0, .. of M become the gradient of those rows of the cost. Potentials: whether there is a loss on f or g. Weights: whether
-  // the weights of cost.hpp are wanted.
+  // Rows i0, .. of M become the gradient of those rows of the cost. W: the weights of cost.hpp that are wanted. Potentials: whether
+  // there is a loss on f or g.
   static constexpr int rows_at_once = OTLOSS_VECTOR_BYTES == 64 ? 4 : 2;
-  template <bool Potentials, bool Weights> void gradient_rows(int i0, T* w_rows, T* w_columns) {
+  template <Weights W> void gradient_rows(int i0, T* w_rows, T* w_columns) {
+    if (solve && (up.f || up.g)) gradient_rows<W, true>(i0, w_rows, w_columns);
+    else gradient_rows<W, false>(i0, w_rows, w_columns);
+  }
+  template <Weights W, bool Potentials> void gradient_rows(int i0, T* w_rows, T* w_columns) {
     const T ie = solve ? 1 / p.eps : T(0), w = up.cost;
     vec<T> slope[rows_at_once], level[rows_at_once], direct[rows_at_once], near[rows_at_once], weight[rows_at_once] = {};
     repeat<rows_at_once>(OTLOSS_EACH(r) {
@@ -294,11 +300,14 @@ template <class T> struct Adjoint {
         vec<T> bracket = v * slope[r] + (reduced * direct[r] + level[r]);
         if constexpr (Potentials) bracket = (bracket + pf[i0 + r]) * alive + A[i0 + r] * load(work + j);
         else bracket *= alive;
-        const vec<T> gradient = e * bracket, term = gradient * (near[r] - gj - reduced);  // 1 - C is the cosine
+        const vec<T> gradient = e * bracket;
         store<T>(k, gradient);
-        if constexpr (Weights) weight[r] += term, columns += term;
+        if constexpr (W != Weights::none) {
+          const vec<T> term = W == Weights::totals ? gradient : gradient * (near[r] - gj - reduced);  // 1 - C is the cosine
+          weight[r] += term, columns += term;
+        }
       });
-      if constexpr (Weights) store<T>(w_columns + j, load(w_columns + j) + columns);
+      if constexpr (W != Weights::none) store<T>(w_columns + j, load(w_columns + j) + columns);
     }
     repeat<rows_at_once>(OTLOSS_EACH(r) { w_rows[i0 + r] = sum<T>(weight[r]); });
   }

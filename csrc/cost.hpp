@@ -1,10 +1,20 @@
 // The cost of one problem, as padded rows in scratch, and the gradient of the inputs from the gradient of the cost.
 //
-// For features, C = 1 - xh yh' with xh = x/|x| and yh = y/|y|, where zero rows stay zero (points.hpp). With G the gradient of C,
-// the derivative of the normalisation gives
-//   gx_i = (w_i xh_i - sum_j G_ij yh_j) / |x_i|,   w_i = sum_j G_ij <xh_i, yh_j> = sum_j G_ij (1 - C_ij),
-// which is exactly 0 for a zero row; gy likewise, by columns. Whoever forms G also forms the weights w, while C is at hand. The
+// For features, with the scaled rows xh, yh of points.hpp and G the gradient of C,
+//   cosine        C = 1 - xh yh',                       xh = x/|x|, where zero rows stay zero
+//   sqeuclidean   C_ij = sum_k (xh_ik - yh_jk)^2,       xh = x - c, with one c for x and y
+//   dot           C = -xh yh',                          xh = x
+//   gx_i = (w_i xh_i - sum_j G_ij yh_j) s_i, and gy likewise by columns, with
+//   cosine        w_i = sum_j G_ij <xh_i, yh_j> = sum_j G_ij (1 - C_ij),   s_i = 1 / |x_i|
+//   sqeuclidean   w_i = sum_j G_ij,                                        s_i = 2
+//   dot           w_i = 0,                                                 s_i = 1
+// A zero row under the cosine cost has gradient exactly 0. Whoever forms G also forms the weights w, while C is at hand. The
 // products are then finished in registers, and each entry of gx and gy is written once.
+//
+// Rounding, with u = 2^-24 or 2^-53 and sums of d terms: a cosine cost is known to about (d + 4) u; a squared distance to (d + 2) u of
+// itself, so that it is never negative, and 0 between equal points, wherever the points lie; a product to d u sum_k |x_ik y_jk|. The
+// terms of a gradient are known to about u of themselves. Under squared distances those are G_ij (x_i - c) and G_ij (y_j - c): c keeps
+// them as small as the points lie apart, where a difference in each term would double the work.
 //
 // G is contracted in chunks of rows that fit in the second-level cache. A sum over more than `most_depth` terms is taken in chunks
 // too, which add up in the gradient. For features no (n, m) gradient leaves the scratch.
@@ -60,6 +70,13 @@ constexpr int chunk_size(int count, int most, int unit) {
   return ((count + chunks - 1) / chunks + unit - 1) / unit * unit;
 }
 
+// The weights w: none for a dense cost and for products, which take 0.
+enum class Weights { none, cosines, totals };
+template <class T> Weights weights_of(const Problem<T>& p) {
+  if (!p.right || p.kind == Kind::dot) return Weights::none;
+  return p.kind == Kind::cosine ? Weights::cosines : Weights::totals;
+}
+
 template <class T> struct Cost {
   const Problem<T>& p;
   const int n, m;
@@ -72,7 +89,7 @@ template <class T> struct Cost {
     size_t need = Arena::bytes<T>(size_t(round_up<T>(p.n)) * leading<T>(p.m));
     if (!p.right) return need;
     const int width = std::max(p.d, lanes<T>);
-    need += Points<T>::bytes(p.n, p.d) + Points<T>::bytes(p.m, p.d);
+    need += Points<T>::bytes(p.n, p.d) + Points<T>::bytes(p.m, p.d) + 2 * Arena::bytes<T>(p.d);
     need += Arena::bytes<T>(size_t(width) * (round_up<T>(p.m) + lanes<T>));
     if (gradient && p.d < width) need += Arena::bytes<T>(size_t(p.n) * width) + Arena::bytes<T>(size_t(p.m) * width);
     return need;
@@ -85,8 +102,9 @@ template <class T> struct Cost {
     C = place ? place : arena.take<T>(size_t(rows) * ld);
     product = product && !p.kept;
     if (!p.right || !(product || gradient)) return;
-    x_ = Points<T>(p.left, n, p.d, product, gradient, arena);
-    y_ = Points<T>(p.right, m, p.d, false, gradient, arena);
+    const T* centre = p.kind == Kind::sqeuclidean ? centre_of(p, arena) : nullptr;
+    x_ = Points<T>(p.left, n, p.d, p.kind, centre, product, gradient, arena);
+    y_ = Points<T>(p.right, m, p.d, p.kind, centre, false, gradient, arena);
     if (product) {
       panels_ = arena.take<T>(size_t(x_.width) * (cols + lanes<T>));
       for (int j = 0; j < filled(m); j += lanes<T>) y_.pack_transposed(j, panel(j), panel_ld);
@@ -101,7 +119,10 @@ template <class T> struct Cost {
   void fill(int i0, int count = block) const {
     const int have = std::max(0, std::min(count, n - i0));
     std::memset(row(i0 + have), 0, sizeof(T) * (count - have) * ld);
-    if (p.right && !p.kept) return multiply(i0, have);
+    if (p.right && !p.kept) {
+      if (p.kind == Kind::cosine) return multiply<Kind::cosine>(i0, have);
+      return p.kind == Kind::dot ? multiply<Kind::dot>(i0, have) : multiply<Kind::sqeuclidean>(i0, have);
+    }
     for (int i = i0; i < i0 + have; ++i) {
       std::memcpy(row(i), (p.right ? p.kept : p.left) + size_t(i) * m, sizeof(T) * m);
       for (int j = 0; p.row_shift && j < m; ++j) row(i)[j] = shifted(row(i)[j], p.row_shift[i], p.column_shift[j]);
@@ -151,10 +172,12 @@ template <class T> struct Cost {
   static int filled(int count) { return count % lanes<T> <= few<T> ? count / lanes<T> * lanes<T> : round_up<T>(count); }
   T* panel(int j) const { return panels_ + size_t(j / panel_ld * panel_ld) * x_.width + j % panel_ld; }
 
-  T* single(int j) const { return panels_ + size_t(j + lanes<T>) * x_.width; }  // unit row j, one of the few, behind the panels
+  T* single(int j) const { return panels_ + size_t(j + lanes<T>) * x_.width; }  // scaled row j, one of the few, behind the panels
 
-  // C = 1 - xh yh' for rows i0 .. i0 + count - 1.
-  void multiply(int i0, int count) const {
+  // C for rows i0 .. i0 + count - 1.
+  template <Kind K> void multiply(int i0, int count) const {
+    constexpr bool Distances = K == Kind::sqeuclidean;
+    constexpr T orthogonal = K == Kind::cosine ? 1 : 0;  // the cost of orthogonal rows, from which products are taken
     const int end = filled(m), depth = p.d;
     const size_t stride = ld;
     const int width = x_.width;
@@ -164,9 +187,9 @@ template <class T> struct Cost {
       T* to = row(i);
       const auto part = [&](int j, auto NV) __attribute__((always_inline)) {
         const auto write = [&](auto r, auto v, vec<T> sum) __attribute__((always_inline)) {
-          store<T>(to + r * stride + j + v * lanes<T>, T(1) - sum);
+          store<T>(to + r * stride + j + v * lanes<T>, Distances ? sum : orthogonal - sum);
         };
-        tile<R, NV, false>(depth, x + size_t(i) * width, width, panel(j), panel_ld, write);
+        tile<R, NV, false, Distances>(depth, x + size_t(i) * width, width, panel(j), panel_ld, write);
       };
       int j = 0;
       for (; j + panel_ld <= end; j += panel_ld) part(j, std::integral_constant<int, nv>{});
@@ -177,22 +200,24 @@ template <class T> struct Cost {
       for (int r = 0; r < here; ++r) std::memset(row(i + r) + end, 0, sizeof(T) * (cols - end));
       for (int j = end; j < m; ++j) {
         T sums[block];
-        dots(here, depth, x + size_t(i) * width, width, single(j), sums);
-        for (int r = 0; r < here; ++r) row(i + r)[j] = 1 - sums[r];
+        dots<Distances>(here, depth, x + size_t(i) * width, width, single(j), sums);
+        for (int r = 0; r < here; ++r) row(i + r)[j] = Distances ? sums[r] : orthogonal - sums[r];
       }
     }
   }
 
-  // Copies the gradient of a short row. What rounding has left of it along the row is taken out: of one entry it is all.
+  // Copies the gradient of a short row. Under the cosine cost it has no part along the row; what rounding has left of one is taken
+  // out: of one entry it is all.
   void unpad(const Points<T>& of, int i, const T* padded, T* out) const {
     const T *x = of.row(i), *g = padded + size_t(i) * of.width, factor = of.factor[i];
+    if (p.kind != Kind::cosine) return void(std::memcpy(out + size_t(i) * p.d, g, sizeof(T) * p.d));
     T along = 0;
     for (int k = 0; k < p.d; ++k) along += g[k] * (x[k] * factor);
     for (int k = 0; k < p.d; ++k) out[size_t(i) * p.d + k] = g[k] - along * (x[k] * factor);
   }
 
-  // grad_i = (w_i toh_i - sum_k G_ik fromh_k) / |to_i| for rows i0 .. i0 + count - 1 of `to`, over rows first .. first + depth - 1
-  // of `from`; toh and fromh are unit rows. G(i0, first) stands at G, which is read by rows or by columns. If this is not the `end`
+  // grad_i = (w_i toh_i - sum_k G_ik fromh_k) scale_i for rows i0 .. i0 + count - 1 of `to`, over rows first .. first + depth - 1
+  // of `from`; toh and fromh are scaled rows. G(i0, first) stands at G, which is read by rows or by columns. If this is not the `end`
   // of the sum, only the sum is left in grad. If it is not the beginning, the sum before it stands there.
   template <bool Columns>
   void pull(const T* G, const Points<T> to, int i0, int count, const Points<T> from, int first, int depth, const T* w, T* grad,

@@ -1,4 +1,4 @@
-// Register-blocked pieces of a product A B.
+// Register-blocked pieces of a product A B, or of the squared distances between the rows of A and the columns of B.
 //
 // A tile has R rows and NV vectors of columns, whose sums stay in registers while it goes through the depth. A is read as
 // scalars: A(r, k) is A[r lda + k], or A[k lda + r] where A is given by its columns. B is read as rows of vectors from a packed
@@ -12,8 +12,18 @@ constexpr int mr = OTLOSS_VECTOR_BYTES == 64 ? 8 : 6;  // rows of a tile, for 32
 constexpr int nv = 2;                                  // vectors of its columns
 constexpr int block = OTLOSS_VECTOR_BYTES == 64 ? 8 : 4;  // rows that every pass over an (n, m) matrix handles at once
 
+// a b, or with Distances (a - b)^2: what an entry of A and one of B add to a sum.
+template <bool Distances, class V> OTLOSS_INLINE void add_term(V& sum, V a, V b) {
+  if constexpr (Distances) {
+    const V gap = a - b;
+    sum += gap * gap;
+  } else {
+    sum += a * b;
+  }
+}
+
 // Calls out(r, v, sum) for each vector of the tile.
-template <int R, int NV, bool Columns, class T, class Out>
+template <int R, int NV, bool Columns, bool Distances = false, class T, class Out>
 OTLOSS_INLINE void tile(int depth, const T* A, size_t lda, const T* B, size_t ldb, Out out) {
   vec<T> acc[R][NV] = {};
   for (int k = 0; k < depth; ++k) {
@@ -21,7 +31,7 @@ OTLOSS_INLINE void tile(int depth, const T* A, size_t lda, const T* B, size_t ld
     repeat<NV>(OTLOSS_EACH(v) { b[v] = load(B + k * ldb + v * lanes<T>); });
     repeat<R>(OTLOSS_EACH(r) {
       const vec<T> a = splat<T>(Columns ? A[k * lda + r] : A[r * lda + k]);
-      repeat<NV>(OTLOSS_EACH(v) { acc[r][v] += a * b[v]; });
+      repeat<NV>(OTLOSS_EACH(v) { add_term<Distances>(acc[r][v], a, b[v]); });
     });
   }
   repeat<R>(OTLOSS_EACH(r) { repeat<NV>(OTLOSS_EACH(v) { out(r, v, acc[r][v]); }); });
@@ -49,19 +59,23 @@ template <class Strip> OTLOSS_INLINE void strips(int rows, Strip strip) {
 // The few columns that a panel would be wasted on are done one by one. This is how many are few.
 template <class T> constexpr int few = lanes<T> / 4;
 
-// out[r] = sum_k A[r lda + k] v[k] for the rows of a block, of which `rows` exist.
-template <class T> OTLOSS_INLINE void dots(int rows, int depth, const T* A, size_t lda, const T* v, T* out) {
+// out[r] = sum_k A[r lda + k] v[k], or the sum of squared distances, for the rows of a block, of which `rows` exist.
+template <bool Distances = false, class T> OTLOSS_INLINE void dots(int rows, int depth, const T* A, size_t lda, const T* v, T* out) {
   vec<T> acc[block] = {};
   const T* a[block];
   repeat<block>(OTLOSS_EACH(r) { a[r] = A + std::min(int(r), rows - 1) * lda; });
   int k = 0;
   for (; k + lanes<T> <= depth; k += lanes<T>) {
     const vec<T> x = load(v + k);
-    repeat<block>(OTLOSS_EACH(r) { acc[r] += load(a[r] + k) * x; });
+    repeat<block>(OTLOSS_EACH(r) { add_term<Distances>(acc[r], load(a[r] + k), x); });
   }
   T total[block > lanes<T> ? block : lanes<T>];
   sums<T, block>(acc, total);
-  for (; k < depth; ++k) repeat<block>(OTLOSS_EACH(r) { total[r] += a[r][k] * v[k]; });
+  for (; k < depth; ++k)
+    repeat<block>(OTLOSS_EACH(r) {
+      if constexpr (Distances) total[r] += (a[r][k] - v[k]) * (a[r][k] - v[k]);
+      else total[r] += a[r][k] * v[k];
+    });
   for (int r = 0; r < rows; ++r) out[r] = total[r];
 }
 

@@ -142,7 +142,7 @@ template <class T> struct LaneAdjoint : Lanes<T> {
   }
 
   // Turns M into the gradient by the cost. Its weights (cost.hpp) by rows are left in `y`, by columns in `h`.
-  template <bool Weights> void gradient() {
+  template <Weights W> void gradient() {
     const T ie = solve ? 1 / eps : T(0);
     std::memset(h, 0, sizeof(T) * m * L);
     for (int i = 0; i < n; ++i) {
@@ -151,9 +151,11 @@ template <class T> struct LaneAdjoint : Lanes<T> {
       Vec weight{};
       for (int j = 0; j < m; ++j) {
         const Vec reduced = entry(C, i, j), e = entry(M, i, j) * (at(best, j) * slope + (reduced * direct + flat));
-        const Vec term = e * (near - at(g, j) - reduced);  // 1 - C is the cosine
         set(M, i, j, e);
-        if constexpr (Weights) set(h, j, at(h, j) + term), weight += term;
+        if constexpr (W != Weights::none) {
+          const Vec term = W == Weights::totals ? e : e * (near - at(g, j) - reduced);  // 1 - C is the cosine
+          set(h, j, at(h, j) + term), weight += term;
+        }
       }
       set(y, i, weight);
     }
@@ -174,7 +176,10 @@ void implicit_lanes(const Problem<T>* p, int count, Arena& arena, const T* const
     }
     if (adjoint) residual = s.multipliers();
     if (need_cost) {
-      p->right ? s.template gradient<true>() : s.template gradient<false>();
+      const Weights weights = weights_of(*p);
+      if (weights == Weights::none) s.template gradient<Weights::none>();
+      else if (weights == Weights::cosines) s.template gradient<Weights::cosines>();
+      else s.template gradient<Weights::totals>();
       s.stage(s.M);
     }
     fallback = s.fallback;

@@ -41,7 +41,7 @@ template <class T> struct LaneQuasiNewton : LaneSolver<T> {
   void start() {
     using Single = QuasiNewton<T>;
     const bool dense = !this->p->right;
-    if (dense || Single::most_cosine_cost > Single::lost_beyond * this->p->eps) this->find_minima();
+    if (Single::may_lose(*this->p)) this->find_minima();
     if (dense) this->shift_cost();
     Vec most{};
     for (int j = 0; j < m; ++j) most = max(at(column_shift, j), most);

@@ -21,12 +21,13 @@ struct Inputs {
   double eps;
   Address kept;  // where solve leaves the cost of features for the gradient, or 0
   Address row_shift, column_shift;  // where solve leaves what it takes out of a dense cost, or 0
+  int kind;  // of the cost of features
 
   bool short_rows() const { return n <= otloss::short_rows && m <= otloss::short_rows; }
   template <class T> Problem<T> problem(int64_t i) const {
     const int64_t size = right ? n * d : n * m;
     return {at<T>(left, i * size), at<T>(right, i * m * d), at<T>(a, i * n), at<T>(b, i * m), int(n), int(m), int(d), T(eps),
-            at<T>(kept, i * n * m), at<T>(row_shift, i * n), at<T>(column_shift, i * m)};
+            at<T>(kept, i * n * m), at<T>(row_shift, i * n), at<T>(column_shift, i * m), Kind(kind)};
   }
 };
 
@@ -208,8 +209,8 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of otloss; use otloss.backends.cpu.";
   py::class_<Inputs>(m, "Inputs")
       .def(py::init([](Address left, Address right, Address a, Address b, int64_t count, int64_t n, int64_t m, int64_t d,
-                       double eps, Address kept, Address row_shift, Address column_shift) {
-        return Inputs{left, right, a, b, count, n, m, d, eps, kept, row_shift, column_shift};
+                       double eps, Address kept, Address row_shift, Address column_shift, int kind) {
+        return Inputs{left, right, a, b, count, n, m, d, eps, kept, row_shift, column_shift, kind};
       }));
   py::class_<UpstreamAddresses>(m, "UpstreamAddresses").def(py::init([](Address cost, Address value, Address f, Address g) {
     return UpstreamAddresses{cost, value, f, g};

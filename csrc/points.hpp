@@ -1,21 +1,46 @@
 // One of the two sets of features of a problem, as the products read it.
 //
-// The unit row xh_i = x_i / |x_i| is factor_i rows_i. `rows` are the features as they were given. Only where a row is shorter than
-// a vector, or its square overflows or vanishes, are all rows copied; a row that could not be squared is scaled in the copy. Zero
-// rows have factor 0. Unit rows stand where a product reads them, in the order in which it does: one after the other for the left
-// side of a product, transposed in panels for the right side, and in panels for the gradient.
+// Scaled rows xh_i = factor_i rows_i are what cost.hpp computes with: for the cosine cost the unit row x_i / |x_i|, else x_i or
+// x_i - c. `rows` are the features as they were given. Only where there is a centre c, a row is shorter than a vector, or its square
+// overflows or vanishes, are all rows copied; a row that could not be squared is scaled in the copy. Zero rows under the cosine cost
+// have factor 0. Scaled rows stand where a product reads them, in the order in which it does: one after the other for the left side
+// of a product, transposed in panels for the right side, and in panels for the gradient.
 #pragma once
 #include "gemm.hpp"
 
 namespace otloss::OTLOSS_LEVEL {
 
+// The centre c that is taken out of the points under squared distances; null if it is 0. c_k is the middle of the entries k of all
+// points with mass, if these lie between c_k / 2 and 2 c_k, and else 0. So x_ik - c_k is exact for them (Sterbenz), and at most 3/2
+// of the range of the entries k.
+template <class T> const T* centre_of(const Problem<T>& p, Arena& arena) {
+  T *low = arena.take<T>(p.d), *high = arena.take<T>(p.d);
+  for (int k = 0; k < p.d; ++k) low[k] = std::numeric_limits<T>::infinity(), high[k] = -low[k];
+  const auto read = [=, d = p.d](const T* x, const T* mass, int count) {
+    for (int i = 0; i < count; ++i, x += d)
+      for (int k = 0; mass[i] > dead_mass<T> && k < d; ++k) {
+        low[k] = x[k] < low[k] ? x[k] : low[k];
+        high[k] = x[k] > high[k] ? x[k] : high[k];
+      }
+  };
+  read(p.left, p.a, p.n), read(p.right, p.b, p.m);
+  bool any = false;
+  for (int k = 0; k < p.d; ++k) {
+    const T lo = low[k], hi = high[k];
+    const bool far = lo > 0 ? hi <= 3 * lo : hi < 0 && lo >= 3 * hi;
+    low[k] = far ? lo / 2 + hi / 2 : T(0);
+    any |= far;
+  }
+  return any ? low : nullptr;
+}
+
 template <class T> struct Points {
   const T* rows;
   size_t stride;
   int count, d, width;  // width: entries of a row that may be read; those beyond d are 0
-  T *factor, *scale;    // scale_i = 1 / |x_i|
+  T *factor, *scale;    // scale_i = 1 / |x_i|, or what cost.hpp says of the other kinds
 
-  T *units = nullptr, *packed = nullptr;  // unit rows, one after the other and in panels
+  T *units = nullptr, *packed = nullptr;  // scaled rows, one after the other and in panels
 
   static size_t bytes(int count, int d) {
     const size_t width = std::max(d, lanes<T>);
@@ -23,16 +48,22 @@ template <class T> struct Points {
   }
 
   Points() = default;
-  // `unpacked` and `pack`: which unit rows are wanted.
-  Points(const T* x, int count, int d, bool unpacked, bool pack, Arena& arena)
+  // `unpacked` and `pack`: which scaled rows are wanted.
+  Points(const T* x, int count, int d, Kind kind, const T* centre, bool unpacked, bool pack, Arena& arena)
       : rows(x), stride(d), count(count), d(d), width(std::max(d, lanes<T>)), factor(arena.take<T>(padded(count))),
         scale(arena.take<T>(padded(count))) {
     for (int i = count; i < padded(count); ++i) factor[i] = 0;
     T* room = arena.take<T>(size_t(count) * width);
     if (unpacked) units = arena.take<T>(size_t(count) * width);
     if (pack) packed = arena.take<T>(size_t(count) * (width + lanes<T>));
-    if (d < width) copy(room);
+    if (d < width || centre) copy(room);
+    for (int i = 0; centre && i < count; ++i)
+      for (int k = 0; k < d; ++k) room[size_t(i) * width + k] -= centre[k];
     for (int i = 0; i < count; ++i) {
+      if (kind != Kind::cosine) {
+        factor[i] = 1, scale[i] = kind == Kind::sqeuclidean ? 2 : 1;
+        continue;
+      }
       const T total = squared_length(i);
       constexpr T small = sizeof(T) == 4 ? T(1e-20) : T(1e-200), large = 1 / small;
       if (total > small && total < large) factor[i] = scale[i] = 1 / std::sqrt(total);
@@ -45,11 +76,11 @@ template <class T> struct Points {
 
   const T* row(int i) const { return rows + size_t(i) * stride; }
 
-  // Entries k .. of unit row i, in the panel of NV vectors of columns that starts at column k. The next row follows. In the last
+  // Entries k .. of scaled row i, in the panel of NV vectors of columns that starts at column k. The next row follows. In the last
   // panel of a width that is no multiple of the lanes stand the last entries of the row.
   template <int NV> OTLOSS_INLINE T* unit(int k, int i) const { return packed + size_t(k) * count + size_t(i) * NV * lanes<T>; }
 
-  // panel[k ld + r] = entry k of unit row first + r, for `lanes` rows; 0 where there is no such row.
+  // panel[k ld + r] = entry k of scaled row first + r, for `lanes` rows; 0 where there is no such row.
   void pack_transposed(int first, T* panel, size_t ld) const {
     const vec<T> factors = load(factor + first);
     const auto square = [&](int k) __attribute__((always_inline)) {
@@ -64,7 +95,7 @@ template <class T> struct Points {
     if (k < width) square(width - lanes<T>);
   }
 
-  // Writes unit row i to where place(k, number of vectors) says. The last vector holds the last entries of the row.
+  // Writes scaled row i to where place(k, number of vectors) says. The last vector holds the last entries of the row.
   template <class Place> OTLOSS_INLINE void write_row(int i, Place place) const {
     const T* x = row(i);
     int k = 0;

@@ -1,7 +1,7 @@
 // What goes in and what comes out, for one problem. Plain pointers, no level, no Python.
 //
 // A problem is a dense cost (right == nullptr, left = C of n x m) or a pair of feature sets (left = x of n x d,
-// right = y of m x d, C_ij = 1 - cos(x_i, y_j)), with masses a, b that sum to 1. In the KL gauge its plan is
+// right = y of m x d) with a kind of cost between them, with masses a, b that sum to 1. In the KL gauge its plan is
 //   T_ij = a_i b_j exp((f_i + g_j - C_ij) / eps).
 // A constant of a row or column of C changes f_i or g_j alone. The minima of the rows, then of the columns, are taken out of a dense
 // cost first: an offset of the cost is then no part of any sum, and costs no digits. Potentials are those of the cost that is left.
@@ -25,12 +25,16 @@
 
 namespace otloss {
 
+// The cost C_ij of features: 1 - cos(x_i, y_j), |x_i - y_j|^2 or -<x_i, y_j>.
+enum class Kind : int { cosine, sqeuclidean, dot };
+
 template <class T> struct Problem {
   const T *left, *right, *a, *b;
   int n, m, d;
   T eps;
   const T* kept;  // the cost n x m of the features, or null
   const T *row_shift = nullptr, *column_shift = nullptr;  // what solve took out of a dense cost, or null
+  Kind kind = Kind::cosine;
 };
 
 template <class T> struct Solution {

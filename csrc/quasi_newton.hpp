@@ -32,6 +32,11 @@ template <class T> struct QuasiNewton : Solver<T> {
     return Base::bytes(p) + (7 + 2 * memory) * Arena::bytes<T>(m) + 2 * Arena::bytes<T>(m * Parts(int(n), int(m)).count);
   }
 
+  // Whether the sum of a column may be lost where plain iterations start. A cosine cost is at most 2, others have no bound.
+  static bool may_lose(const Problem<T>& p) {
+    return !p.right || p.kind != Kind::cosine || most_cosine_cost > lost_beyond * p.eps;
+  }
+
   QuasiNewton(const Cost<T>& cost, Arena& arena, const Team& team) : Base(cost, arena, team) {
     for (T** x : {&point, &plain}) *x = arena.take<T>(size_t(cost.cols) * cost.parts.count);  // these take turns with psi
     for (T** x : {&residual, &gradient, &trial, &trial_gradient, &dir, &root, &unroot}) *x = arena.take<T>(cost.cols);
@@ -47,7 +52,7 @@ template <class T> struct QuasiNewton : Solver<T> {
   // the sum of a column would be lost there.
   void start() {
     const bool dense = !this->p.right;
-    this->read_cost(dense || most_cosine_cost > lost_beyond * eps);
+    this->read_cost(may_lose(this->p));
     if (dense) this->shift_cost();
     T most = 0;
     for (int j = 0; j < cost.m; ++j)

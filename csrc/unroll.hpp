@@ -119,16 +119,23 @@ void unrolled_gradient(const Problem<T>& p, Arena& arena, int64_t n_iter, const 
   for (int j = 0; j < p.m; ++j) out.b[j] = by_mass(s.b[j], gk[j], db[j]);
   if (!out.left) return;
   T *w_rows = lambda, *w_columns = kappa;  // the weights of cost.hpp
+  for (int i = 0; i < cost.n; ++i) w_rows[i] = 0;
   for (size_t j = 0; j < cols; ++j) w_columns[j] = 0;
-  by_parts(p.right ? cost.n : 0, w_columns, nullptr, [&](int i) __attribute__((always_inline)) {
-    vec<T> weight{};
-    for (int j = 0; j < cost.cols; j += lanes<T>) {
-      const vec<T> term = load(D + size_t(i) * cost.ld + j) * (1 - load(cost.row(i) + j));
-      weight += term;
-      store<T>(some + j, load(some + j) + term);
-    }
-    w_rows[i] = sum<T>(weight);
-  });
+  // term(gradient, cost) is what an entry adds to the weights.
+  const auto weigh = [&](auto term) __attribute__((always_inline)) {
+    by_parts(cost.n, w_columns, nullptr, [&](int i) __attribute__((always_inline)) {
+      vec<T> weight{};
+      for (int j = 0; j < cost.cols; j += lanes<T>) {
+        const vec<T> t = term(load(D + size_t(i) * cost.ld + j), load(cost.row(i) + j));
+        weight += t;
+        store<T>(some + j, load(some + j) + t);
+      }
+      w_rows[i] = sum<T>(weight);
+    });
+  };
+  const Weights weights = weights_of(p);
+  if (weights == Weights::cosines) weigh([](vec<T> gradient, vec<T> c) __attribute__((always_inline)) { return gradient * (1 - c); });
+  if (weights == Weights::totals) weigh([](vec<T> gradient, vec<T>) __attribute__((always_inline)) { return gradient; });
   const int step = cost.chunk_rows();
   for (int i0 = 0; i0 < cost.n; i0 += step) {
     const T* G = D + size_t(i0) * cost.ld;

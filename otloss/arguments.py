@@ -12,7 +12,7 @@ from otloss.backends import choose_backend, get_backend
 from otloss.backends.protocol import Given, Problem
 from otloss.checks import check_device, check_mask, check_strength, check_tensor, working_dtype
 from otloss.compat import has_values
-from otloss.cost import COSTS
+from otloss.cost import COSTS, KINDS_IN_UNITS, centred, in_units
 
 __all__ = ["Arguments", "Described", "describe"]
 
@@ -151,8 +151,9 @@ def describe(left: Tensor, right: Tensor | None, kind: str, said: Arguments, bac
     _check_values({name: x for name, (x, _) in named.items() if name in VALUES})
     chosen = choose_backend(backend, left.device.type, said.rho_a is not None or said.rho_b is not None)
 
-    makes_cost = kind == "cosine" and "eps" not in named  # the backend makes the cost of features
-    reads_half = makes_cost and get_backend(chosen).READS_HALF
+    made = KINDS_IN_UNITS[kind] if "eps" in named else kind
+    makes_cost = made in get_backend(chosen).KINDS  # the backend makes the cost of features
+    reads_half = makes_cost and "eps" not in named and get_backend(chosen).READS_HALF
     put: dict[str, Tensor] = {}
     for name, (x, rest) in named.items():
         stays = x.dtype in (dtype, torch.bool) or (reads_half and len(rest) == 2)
@@ -162,16 +163,23 @@ def describe(left: Tensor, right: Tensor | None, kind: str, said: Arguments, bac
         left = _only(_only(put["cost"], mask_x, -1), mask_y, -2)
     else:
         left, right = _only(put["x"], mask_x, -1), _only(put["y"], mask_y, -1)
+        if kind == "sqeuclidean" and not (unit is None and mask_x is None and mask_y is None):
+            # So points far from 0 are divided by eps without loss, and those left out lie among the others.
+            left, right = centred(left.to(dtype), right.to(dtype), mask_x, mask_y)
+            left, right = _only(left, mask_x, -1), _only(right, mask_y, -1)
         if not makes_cost:
             left, right = COSTS[kind](left, right), None
+        elif unit is not None:
+            left, right = in_units(kind, left, right, unit)
     like, count = left if left.dtype == dtype else left.new_empty(0, dtype=dtype), left.shape[0]
     rho_a, rho_b = _rho(said.rho_a, put.get("rho_a"), like, count), _rho(said.rho_b, put.get("rho_b"), like, count)
     eps = 1.0 if isinstance(said.eps, Tensor) else float(said.eps)
     if unit is not None:  # the same problem, with costs and penalties in units of eps
-        left = left / unit[:, None, None]
+        left = left / unit[:, None, None] if right is None else left
         rho_a, rho_b = (None if rho is None else rho / unit for rho in (rho_a, rho_b))
     a, form_a = _mass(put.get("a"), put.get("log_a"), mask_x, like, count, n)
     b, form_b = _mass(put.get("b"), put.get("log_b"), mask_y, like, count, m)
     tolerance = max((MASS_TOLERANCE.get(named[k][0].dtype, 2e-2) for k in MASSES if k in named), default=1e-4)
-    given = Given(form_a, form_b, tolerance)
-    return Described(Problem(left, right, a, b, eps, rho_a, rho_b), given, chosen, batch, unit, mask_x, mask_y)
+    given = Given(form_a, form_b, tolerance, unit is not None)
+    problem = Problem(left, right, a, b, eps, rho_a, rho_b, made)
+    return Described(problem, given, chosen, batch, unit, mask_x, mask_y)

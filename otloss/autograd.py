@@ -56,7 +56,7 @@ class Sinkhorn(torch.autograd.Function):
         a, b = problem.a if of_a == "masses" else state[-2], problem.b if of_b == "masses" else state[-1]
         ctx.save_for_backward(problem.left, problem.right, a, b, problem.rho_a, problem.rho_b, *state)
         ctx.eps, ctx.kind = problem.eps, problem.kind
-        ctx.given, ctx.options = Given(of_a, of_b, given.tolerance), options
+        ctx.given, ctx.options = Given(of_a, of_b, given.tolerance, given.tensor_eps), options
         ctx.mark_non_differentiable(*[output[place] for place in _CONSTANT[options.mode, by_a, by_b]])
         ctx.set_materialize_grads(False)
 

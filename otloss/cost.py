@@ -80,6 +80,21 @@ def cosine_cost(x: Tensor, y: Tensor) -> Tensor:
         return cost + (cost.clamp(0, 2) - cost).detach()
 
 
+def centred(
+    x: Tensor, y: Tensor, mask_x: Tensor | None = None, mask_y: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Both sets of points, moved to their common mean. Points that a mask leaves out are 0, and do not count.
+
+    No distance depends on the centre, so the derivative treats it as a constant.
+    """
+    means = []
+    for points, mask in ((x.detach(), mask_x), (y.detach(), mask_y)):
+        total = points.sum(-2, keepdim=True)
+        means.append(total / (points.shape[-2] if mask is None else mask.sum(-1)[..., None, None]))
+    centre = 0.5 * (means[0] + means[1])
+    return x - centre, y - centre
+
+
 def sqeuclidean_cost(x: Tensor, y: Tensor) -> Tensor:
     r"""Squared Euclidean distance between every row of ``x`` and every row of ``y``.
 
@@ -114,10 +129,7 @@ def sqeuclidean_cost(x: Tensor, y: Tensor) -> Tensor:
     check_features(x, y)
     dtype = working_dtype(x=x, y=y)
     with no_autocast(x):
-        points, others = wide(x), wide(y)
-        # The distance does not depend on the centre, so the derivative treats it as a constant.
-        centre = 0.5 * (points.detach().mean(-2, keepdim=True) + others.detach().mean(-2, keepdim=True))
-        points, others = points - centre, others - centre
+        points, others = centred(wide(x), wide(y))
         squares = points.square().sum(-1).unsqueeze(-1) + others.square().sum(-1).unsqueeze(-2)
         cost = (squares - 2 * (points @ others.transpose(-1, -2))).to(dtype)
         return cost + (cost.clamp(min=0) - cost).detach()
@@ -131,3 +143,22 @@ def dot_cost(x: Tensor, y: Tensor) -> Tensor:
 
 #: The kinds of cost between features, by the name that :func:`otloss.feature_sinkhorn` takes.
 COSTS = {"cosine": cosine_cost, "sqeuclidean": sqeuclidean_cost, "dot": dot_cost}
+
+#: For each kind, the kind of cost that the features of `in_units` have.
+KINDS_IN_UNITS = {"cosine": "sqeuclidean", "sqeuclidean": "sqeuclidean", "dot": "dot"}
+
+
+def in_units(kind: str, x: Tensor, y: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Features whose cost, of the kind in `KINDS_IN_UNITS`, is the cost of x and y divided by eps ``(B,)``.
+
+    Distances and products of :math:`x / \sqrt{\varepsilon}` are those of x over :math:`\varepsilon`. Of unit rows,
+    :math:`1 - \cos = \lVert u - v \rVert^2 / 2`, so the cosine cost is the squared distance of
+    :math:`u / \sqrt{2 \varepsilon}`. A zero row has cost 1 to every row, as if it were a unit row orthogonal to all:
+    two more entries, one for each side, hold the 1 of such rows.
+    """
+    if kind == "cosine":
+        eps, dead_x, dead_y = 2 * eps, (~live_rows(x)).to(x.dtype), (~live_rows(y)).to(y.dtype)
+        x = torch.cat((unit_rows(x), dead_x, torch.zeros_like(dead_x)), -1)
+        y = torch.cat((unit_rows(y), torch.zeros_like(dead_y), dead_y), -1)
+    root = eps.sqrt()[:, None, None]
+    return x / root, y / root

@@ -91,6 +91,11 @@ def _finite(x: Tensor) -> bool:
     )  # aminmax gives NaN twice if any entry is
 
 
+def _eps(problem: Problem, given: Given) -> str:
+    """The eps of the call, for messages."""
+    return "an eps given as a tensor" if given.tensor_eps else f"eps={problem.eps:g}"
+
+
 def _explain_nonfinite(problem: Problem, given: Given) -> str:
     left, right = problem.left, problem.right
     named = (("cost", left),) if right is None else (("x", left), ("y", right))
@@ -101,7 +106,7 @@ def _explain_nonfinite(problem: Problem, given: Given) -> str:
     for name, form, share in (("a", given.a, problem.a), ("b", given.b, problem.b)):
         if form == "masses" and (share == 0).all(-1).any():  # divided by a total that has overflowed
             return f"{name} must be masses whose total is finite in {share.dtype}; rescale them"
-    return f"the cost is too large for {left.dtype} at eps {problem.eps:g}, results are not finite; rescale both"
+    return f"the cost is too large for {left.dtype} at {_eps(problem, given)}, results are not finite; rescale both"
 
 
 def room_to_keep(problem: Problem, keep: bool, backend: str) -> Tensor:
@@ -169,7 +174,7 @@ def _check(
         # The text holds no figures of this call, so that Python shows it once.
         warn(
             f"problems did not reach tol={options.tol:g} in max_iter={options.max_iter} iterations at "
-            f"eps={problem.eps:g} (see converged and marginal_error); raise max_iter, tol or eps",
+            f"{_eps(problem, given)} (see converged and marginal_error); raise max_iter, tol or eps",
             ConvergenceWarning,
         )
 
@@ -208,7 +213,7 @@ def _gradient(*arguments: Any) -> tuple[Tensor, ...]:
     worst = float(residual.max()) if residual is not None and residual.numel() and _checks_on(residual) else 0.0
     if not worst <= 1e-2:  # so written, NaN warns too
         warn(
-            f"the gradient's linear system was left with a relative residual above 1e-2 at eps={problem.eps:g}: "
+            f"the gradient's linear system was left with a relative residual above 1e-2 at {_eps(problem, given)}: "
             "the plan is close to a permutation of blocks; raise eps or use float64",
             ConvergenceWarning,
         )

@@ -13,7 +13,7 @@ from otloss.assignment import log_plan
 from otloss.backends.protocol import Problem, Solution, is_relaxed
 from otloss.backends.reference import shifted, transport_plan, unshifted
 from otloss.checks import no_autocast
-from otloss.cost import cosine_cost
+from otloss.cost import COSTS
 from otloss.operators import converged
 from otloss.summary import Summary, summarise
 
@@ -47,7 +47,7 @@ class SinkhornOutput:
             g of the cost without the minima of its rows and columns.
         plan: ``(B, n, m)``, built on first use, from cost or features as they are then. That these were not changed in
             place is checked, except in a compiled function and of tensors of inference mode, which count no writes. Of
-            features the cost is PyTorch's product: see :func:`cosine_cost`.
+            features the cost is PyTorch's: see :func:`cosine_cost` and :func:`sqeuclidean_cost`.
 
     Each output that requires a gradient carries its own exact one; what the mode cannot differentiate does not require
     any, nor does anything of a problem that was solved under ``torch.no_grad``.
@@ -243,5 +243,6 @@ class PlanSource:
         with no_autocast(f):
             *points, a, b = self._differentiable(constant)
             points = [t.to(f.dtype) for t in points]
-            cost = shifted(points[0], solution.shift) if len(points) == 1 else cosine_cost(points[0], points[1])
+            make = COSTS[self.problem.kind]
+            cost = shifted(points[0], solution.shift) if len(points) == 1 else make(points[0], points[1])
         return PlanParts(cost, a, b, f, g, self.problem.eps)

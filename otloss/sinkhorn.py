@@ -180,10 +180,13 @@ def feature_sinkhorn(
 
     geomloss and flash-sinkhorn halve the second: for their plan take twice their eps here.
 
-    The cosine costs of the batch are not stored, unless a gradient may follow and they are at most half as large as the
-    features, where n and m are small beside d. (The reference backend stores them. The CPU backend holds that of one
-    problem per thread. The Triton backend holds at most 32 MiB of them at a time, and in the backward as much of their
-    gradient, but in float64 always those of one problem.) The other costs, and those of a tensor eps, are stored.
+    The costs of the batch are not stored, unless a gradient may follow and they are at most half as large as the
+    features, where n and m are small beside d. The reference backend stores them. The CPU backend holds that of one
+    problem per thread. The Triton backend holds at most 32 MiB of cosine costs at a time, and in the backward as much
+    of their gradient, but in float64 always those of one problem; it stores the other costs, and those of a tensor eps.
+
+    Squared distances are sums of squared differences, so they keep their digits wherever the points lie. A tensor eps
+    is divided out of the features, of which it makes a copy.
 
     Args:
         x: features ``(B, n, d)``.

@@ -102,10 +102,12 @@ def cosine(x: Tensor, y: Tensor) -> Tensor:
     return reference.dense_cost(x.double(), y.double())
 
 
-def everything(left: Tensor, right: Tensor | None, a: Tensor, b: Tensor, eps: float = EPS) -> list[Tensor]:
+def everything(
+    left: Tensor, right: Tensor | None, a: Tensor, b: Tensor, eps: float = EPS, kind: str = "cosine"
+) -> list[Tensor]:
     """Every output and gradient of the kernels that there is, one row a problem."""
     kept = None if right is None else left.new_empty(len(a), a.shape[1], b.shape[1])
-    problem, by_cost = Problem(left, right, a, b, eps), Upstream(torch.ones_like(a[:, 0]))
+    problem, by_cost = Problem(left, right, a, b, eps, kind=kind), Upstream(torch.ones_like(a[:, 0]))
     out = cpu.solve(problem, 40, 1e-4, kept)
     fast = cpu.solve(problem, 60, 1e-4, None, True)
     implicit = (problem, out, by_cost, True, True)
@@ -132,7 +134,9 @@ ODD_SIZES = [
 ]
 
 
-def unsteady(n: int, m: int, d: int, dtype: torch.dtype) -> list[str]:
+def unsteady(
+    n: int, m: int, d: int, dtype: torch.dtype, kinds: tuple[str, ...] = ("cosine", "dense")
+) -> list[str]:
     """What changes, bit for bit, with the number of threads or with the problems around one."""
     count = max(13, 7000 // (n * m) + 1)  # enough work to be given to several threads
     x, y, a, b = features(n, m, dtype, count, d)
@@ -142,11 +146,15 @@ def unsteady(n: int, m: int, d: int, dtype: torch.dtype) -> list[str]:
     b = b / b.sum(-1, keepdim=True)
     threads, changed = torch.get_num_threads(), []
     try:
-        for kind, left, right in (("features", x, y), ("dense", cosine(x, y).to(dtype), None)):
+        for kind in kinds:
+            left, right = (cosine(x, y).to(dtype), None) if kind == "dense" else (x, y)
+            of_features = "cosine" if kind == "dense" else kind
 
-            def part(start: int, stop: int, left: Tensor = left, right: Tensor | None = right) -> list[Tensor]:
+            def part(
+                start: int, stop: int, left: Tensor = left, right: Tensor | None = right, kind: str = of_features
+            ) -> list[Tensor]:
                 inputs = (None if t is None else t[start:stop].clone() for t in (left, right, a, b))
-                return everything(*inputs, eps=0.02)  # type: ignore[arg-type]
+                return everything(*inputs, eps=0.02, kind=kind)  # type: ignore[arg-type]
 
             torch.set_num_threads(1)
             want = part(0, count)

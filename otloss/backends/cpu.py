@@ -20,6 +20,7 @@ from otloss.backends.protocol import Given, Gradients, Problem, Shift, Solution,
 TWICE_DIFFERENTIABLE = False
 RELAXES = False
 KEEPS_COST = True
+KINDS: tuple[str, ...] = ("cosine", "sqeuclidean", "dot")  # in the order of csrc/problem.hpp
 READS_HALF = False
 MOST_POINTS = 1 << 30  # rounded up to vectors, in 32 bits
 
@@ -76,6 +77,7 @@ class _KernelCall:
             eps,
             _address(kept),
             *((0, 0) if shift is None else map(_address, shift)),
+            0 if right is None else KINDS.index(problem.kind),
         )
 
     def empty(self, *shape: int) -> Tensor:

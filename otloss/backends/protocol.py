@@ -53,12 +53,14 @@ def is_relaxed(problem: Problem) -> bool:
 
 
 class Given(NamedTuple):
-    """How the masses of a problem were given: as "masses", as "logs" of masses, or not, as "uniform" ones."""
+    """How a problem was given. Masses came as "masses", as "logs" of masses, or not, as "uniform" ones."""
 
     a: str
     b: str
     tolerance: float
     """How far the totals of a and b may lie apart, relatively."""
+    tensor_eps: bool = False
+    """Whether eps came as a tensor: the problem is then in units of it, and its own eps is 1."""
 
 
 class Shift(NamedTuple):
@@ -128,6 +130,8 @@ class Backend(Protocol):
     """Whether ``solve`` and ``implicit_gradient`` make use of ``kept``."""
     RELAXES: bool
     """Whether problems may have penalties rho_a, rho_b."""
+    KINDS: tuple[str, ...]
+    """The kinds of cost that are made from features inside, see `Problem.kind`; others are made before, and stored."""
     READS_HALF: bool
     """Whether cost or features may be float16 or bfloat16 beside float32 masses; if not, they are converted before."""
 

@@ -22,11 +22,12 @@ from otloss.backends.protocol import Gradients, Problem, Shift, Solution, Upstre
 from otloss.backends.relaxed import Penalty
 from otloss.backends.steps import bounded_exp, f_step, g_step
 from otloss.checks import wide
-from otloss.cost import live_rows, negligible, row_norms, unit_rows
+from otloss.cost import COSTS, centred, live_rows, negligible, row_norms, unit_rows
 
 TWICE_DIFFERENTIABLE = True
 RELAXES = True
 KEEPS_COST = False
+KINDS: tuple[str, ...] = ("cosine", "sqeuclidean", "dot")
 READS_HALF = False
 
 
@@ -87,9 +88,13 @@ def transport_plan(cost: Tensor, a: Tensor, b: Tensor, f: Tensor, g: Tensor, eps
     return a.unsqueeze(-1) * kernel(cost, f, g, eps) * b.unsqueeze(-2)
 
 
-def dense_cost(left: Tensor, right: Tensor | None) -> Tensor:
-    """The cost itself, or the cosine cost of two feature sets."""
-    return left if right is None else 1 - unit_rows(left) @ unit_rows(right).transpose(-1, -2)
+def dense_cost(left: Tensor, right: Tensor | None, kind: str = "cosine") -> Tensor:
+    """The cost itself, or the cost of this kind between two feature sets."""
+    if right is None:
+        return left
+    if kind == "cosine":
+        return 1 - unit_rows(left) @ unit_rows(right).transpose(-1, -2)
+    return COSTS[kind](left, right)
 
 
 def _row_error(a: Tensor, f: Tensor, f_next: Tensor, eps: float) -> Tensor:
@@ -149,11 +154,11 @@ def solve(
     """The solution of each problem, with potentials in the gauge <a, f> = <b, g>; ``kept`` is not used."""
     if is_relaxed(problem):
         return _solve_relaxed(problem, max_iter, tol)
-    left, right, a, b, eps = problem.left, problem.right, problem.a, problem.b, problem.eps
-    cost = dense_cost(left, right)
+    a, b, eps = problem.a, problem.b, problem.eps
+    cost = dense_cost(problem.left, problem.right, problem.kind)
     log_a, log_b = log_mass(a), log_mass(b)
     minima = _minima(cost, a, b)
-    shift = minima if right is None else None
+    shift = minima if problem.right is None else None
     cost = shifted(cost, shift)
     g = torch.zeros_like(b) if shift is None else -shift.columns  # potentials 0 of the cost given
     if accelerate:
@@ -185,8 +190,9 @@ def penalties(problem: Problem) -> tuple[Penalty, Penalty]:
 
 def _solve_relaxed(problem: Problem, max_iter: int, tol: float) -> Solution:
     """The solution under penalties; its potentials have no gauge, and nothing is taken out of the cost."""
-    left, right, a, b, eps = problem.left, problem.right, problem.a, problem.b, problem.eps
-    cost, log_a, log_b, (of_a, of_b) = dense_cost(left, right), log_mass(a), log_mass(b), penalties(problem)
+    right, a, b, eps = problem.right, problem.a, problem.b, problem.eps
+    cost = dense_cost(problem.left, right, problem.kind)
+    log_a, log_b, (of_a, of_b) = log_mass(a), log_mass(b), penalties(problem)
     f, g, n_iter = relaxed.iterate(cost, a, b, log_a, log_b, of_a, of_b, max_iter, tol)
     f = torch.where(live(a), f, of_a.damping * f_step(cost, log_b, g, eps))
     g = torch.where(live(b), g, of_b.damping * g_step(cost, log_a, f, eps))
@@ -204,12 +210,23 @@ def _column(weight: Tensor | None, like: Tensor) -> Tensor:
     return torch.zeros_like(like[..., 0, 0])[..., None, None] if weight is None else weight[..., None, None]
 
 
-def _pull_back(grad_cost: Tensor, left: Tensor, right: Tensor | None) -> tuple[Tensor, Tensor]:
+def _pull_back(grad_cost: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
     """From the gradient of the cost to that of the cost itself or of the two feature sets."""
+    left, right = problem.left, problem.right
     if right is None:
         return grad_cost, grad_cost.new_empty(0)
-    x, y = unit_rows(left), unit_rows(right)
-    return _through_unit_rows(left, x, -grad_cost @ y), _through_unit_rows(right, y, -grad_cost.transpose(-1, -2) @ x)
+    if problem.kind == "cosine":
+        x, y = unit_rows(left), unit_rows(right)
+        by_x, by_y = -grad_cost @ y, -grad_cost.transpose(-1, -2) @ x
+        return _through_unit_rows(left, x, by_x), _through_unit_rows(right, y, by_y)
+    grad, x, y = wide(grad_cost), wide(left), wide(right)
+    if problem.kind == "dot":
+        by_x, by_y = -grad @ y, -grad.transpose(-1, -2) @ x
+    else:
+        x, y = centred(x, y)
+        by_x = 2 * (grad.sum(-1).unsqueeze(-1) * x - grad @ y)
+        by_y = 2 * (grad.sum(-2).unsqueeze(-1) * y - grad.transpose(-1, -2) @ x)
+    return by_x.to(left.dtype), by_y.to(right.dtype)
 
 
 def _through_unit_rows(x: Tensor, unit: Tensor, grad: Tensor) -> Tensor:
@@ -293,13 +310,14 @@ def implicit_gradient(
     shift: Shift | None = None,
 ) -> tuple[Gradients, Tensor]:
     """Gradients and the adjoint's relative residual; see ``otloss/gradients.py``. ``kept`` is not used."""
-    left, right, a, b, eps = problem.left, problem.right, problem.a, problem.b, problem.eps
+    a, b, eps = problem.a, problem.b, problem.eps
+    made = dense_cost(problem.left, problem.right, problem.kind)
     if is_relaxed(problem):
         sides = (log_mass(a), log_mass(b), f, g, *penalties(problem))
-        by, residual = relaxed.gradients(dense_cost(left, right), a, b, *sides, upstream, adjoint)
-        x, y = _pull_back(by.cost, left, right) if need_cost else (a.new_empty(0), a.new_empty(0))
+        by, residual = relaxed.gradients(made, a, b, *sides, upstream, adjoint)
+        x, y = _pull_back(by.cost, problem) if need_cost else (a.new_empty(0), a.new_empty(0))
         return Gradients(x, y, by.a, by.b, by.rho), residual
-    cost = shifted(dense_cost(left, right), shift)
+    cost = shifted(made, shift)
     k = _normalised_kernel(cost, a, b, f, g, eps)
     plan = a.unsqueeze(-1) * k * b.unsqueeze(-2)
     w, w_value = _column(upstream.cost, cost), _column(upstream.value, cost)
@@ -325,7 +343,7 @@ def implicit_gradient(
         grad = grad + plan * (u.unsqueeze(-1) + v.unsqueeze(-2) - reduced) / eps
         grad = grad + k * (b.unsqueeze(-2) * (p / rows).unsqueeze(-1) + a.unsqueeze(-1) * (q / columns).unsqueeze(-2))
         grad_a, grad_b = grad_a + u + w[..., 0] * whole_f, grad_b + v + w[..., 0] * whole_g
-    grad_left, grad_right = _pull_back(grad, left, right) if need_cost else (cost.new_empty(0), cost.new_empty(0))
+    grad_left, grad_right = _pull_back(grad, problem) if need_cost else (cost.new_empty(0), cost.new_empty(0))
     return Gradients(grad_left, grad_right, grad_a, grad_b), residual
 
 
@@ -338,8 +356,8 @@ def unrolled_gradient(
     problem: Problem, n_iter: Tensor, upstream: Upstream, need_cost: bool, max_iter: int
 ) -> Gradients:
     """Exact gradient of the iterations that were run: the potentials of each are kept, the kernels made again."""
-    left, right, a, b, eps = problem.left, problem.right, problem.a, problem.b, problem.eps
-    cost = dense_cost(left, right)
+    a, b, eps = problem.a, problem.b, problem.eps
+    cost = dense_cost(problem.left, problem.right, problem.kind)
     log_a, log_b = log_mass(a), log_mass(b)
     twice = torch.is_grad_enabled()  # then a mass of 0 needs a derivative, which its logarithm does not have
     of_a, of_b = _tangent_of_no_mass(a).unsqueeze(-1), _tangent_of_no_mass(b).unsqueeze(-2)
@@ -384,5 +402,5 @@ def unrolled_gradient(
         grad_g = torch.where(running[..., 0], -step.sum(-2), grad_g)
         grad_f = torch.where(running[..., 0], 0.0, grad_f)
     grad_a, grad_b = unrolled_by_mass(grad_a, a, f_last, eps), unrolled_by_mass(grad_b, b, g_last, eps)
-    grad_left, grad_right = _pull_back(grad, left, right) if need_cost else (cost.new_empty(0), cost.new_empty(0))
+    grad_left, grad_right = _pull_back(grad, problem) if need_cost else (cost.new_empty(0), cost.new_empty(0))
     return Gradients(grad_left, grad_right, grad_a, grad_b)

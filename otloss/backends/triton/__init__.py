@@ -63,6 +63,7 @@ from otloss.backends.protocol import Gradients, Problem, Shift, Solution, Upstre
 TWICE_DIFFERENTIABLE = False
 RELAXES = False
 KEEPS_COST = True
+KINDS: tuple[str, ...] = ("cosine",)
 READS_HALF = True
 
 # Read once, as Triton itself does at its import.
