@@ -168,7 +168,9 @@ def describe(left: Tensor, right: Tensor | None, kind: str, said: Arguments, bac
     rho_a, rho_b = _rho(said.rho_a, put.get("rho_a"), like, count), _rho(said.rho_b, put.get("rho_b"), like, count)
     eps = 1.0 if isinstance(said.eps, Tensor) else float(said.eps)
     if unit is not None:  # the same problem, with costs and penalties in units of eps
-        left = left / unit[:, None, None]
+        # A forbidden pair must not make the gradient by eps NaN.
+        allowed = left != torch.inf
+        left = torch.where(allowed, torch.where(allowed, left, 0.0) / unit[:, None, None], torch.inf)
         rho_a, rho_b = (None if rho is None else rho / unit for rho in (rho_a, rho_b))
     a, form_a = _mass(put.get("a"), put.get("log_a"), mask_x, like, count, n)
     b, form_b = _mass(put.get("b"), put.get("log_b"), mask_y, like, count, m)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from otloss.backends.reference import live, log_mass
+from otloss.backends.reference import live, log_mass, log_sum
 from otloss.checks import check_device, check_tensor, no_autocast, working_dtype
 
 if TYPE_CHECKING:
@@ -17,16 +17,16 @@ __all__ = ["assign", "barycentric", "log_plan"]
 
 
 def log_plan(cost: Tensor, a: Tensor, b: Tensor, f: Tensor, g: Tensor, eps: float) -> Tensor:
-    """log T_ij = log a_i + log b_j + (f_i + g_j - C_ij)/eps, and -inf with gradient 0 where a_i or b_j is no mass.
+    """log T_ij = log a_i + log b_j + (f_i + g_j - C_ij)/eps, and -inf with gradient 0 where there is no mass to send.
 
-    A pair that is forbidden by a huge cost may be beyond the dtype. It gets the least finite number, so that nothing
-    that multiplies it becomes NaN.
+    That is where a_i or b_j is no mass, and where C_ij is inf. What a huge cost puts beyond the dtype gets the least
+    finite number, so that nothing that multiplies it becomes NaN.
     """
     exponent = ((f.unsqueeze(-1) + g.unsqueeze(-2)) - cost) / eps
     exponent = torch.where(exponent == -torch.inf, torch.finfo(exponent.dtype).min, exponent)
     log_a, log_b = (torch.where(live(mass), mass, 1.0).log() for mass in (a, b))
-    both = live(a).unsqueeze(-1) & live(b).unsqueeze(-2)
-    return torch.where(both, exponent + (log_a.unsqueeze(-1) + log_b.unsqueeze(-2)), -torch.inf)
+    allowed = live(a).unsqueeze(-1) & live(b).unsqueeze(-2) & (cost != torch.inf)
+    return torch.where(allowed, exponent + (log_a.unsqueeze(-1) + log_b.unsqueeze(-2)), -torch.inf)
 
 
 def _row_kernel(cost: Tensor, a: Tensor, b: Tensor, f: Tensor, g: Tensor, eps: float) -> Tensor:
@@ -38,9 +38,9 @@ def _row_kernel(cost: Tensor, a: Tensor, b: Tensor, f: Tensor, g: Tensor, eps: f
     """
     exponent = ((f.detach().unsqueeze(-1) + g.unsqueeze(-2)) - cost) / eps
     with torch.no_grad():
-        columns = torch.logsumexp(exponent + log_mass(a).unsqueeze(-1), -2)
+        columns = log_sum(exponent + log_mass(a).unsqueeze(-1), -2)
         scale = torch.where(live(b), 0.0, columns).unsqueeze(-2)
-        scale = scale + torch.logsumexp(exponent + log_mass(b).unsqueeze(-2), -1, keepdim=True)
+        scale = scale + log_sum(exponent + log_mass(b).unsqueeze(-2), -1).unsqueeze(-1)
     # A kernel is at most the reciprocal of a mass, 1e30 (1e290). The bound stops what rounding makes of lost columns.
     return (exponent - scale).clamp(max=70.0 if exponent.dtype == torch.float32 else 668.0).exp()
 
@@ -51,7 +51,7 @@ def barycentric(out: SinkhornOutput, y: Tensor) -> Tensor:
     .. math:: z_i = \frac{(T y)_i}{(T 1)_i}
 
     A row without mass gets the limit for a vanishing mass, the mean weighted by the row-normalised kernel, however far
-    it is from every column.
+    it is from every column; 0 if it is forbidden to every column with mass.
 
     Args:
         out: what :func:`otloss.sinkhorn` or :func:`otloss.cosine_sinkhorn` returned.
@@ -88,7 +88,8 @@ def barycentric(out: SinkhornOutput, y: Tensor) -> Tensor:
     with no_autocast(cost):
         weights = _row_kernel(*parts) * b.unsqueeze(-2)
         points = y if y.dim() == 2 else y.reshape(len(cost), m, y.shape[-1])
-        mapped = (weights @ points) / weights.sum(-1, keepdim=True)
+        total = weights.sum(-1, keepdim=True)
+        mapped = (weights @ points) / torch.where(total == 0, 1.0, total)
     return mapped.reshape(*batch, *mapped.shape[1:])
 
 

@@ -149,8 +149,8 @@ class SinkhornOutput:
         """log T_ij = log a_i + log b_j + (f_i + g_j - C_ij)/eps ``(B, n, m)``; what holds of ``plan`` holds of it.
 
         It is finite wherever both points have mass, also where the plan underflows, and so is its gradient. It is -inf
-        with gradient 0 where a point has none: select the pairs of a loss by an index or ``torch.where``, for
-        0 times -inf is NaN.
+        with gradient 0 where a point has none and where the cost is inf: select the pairs of a loss by an index or
+        ``torch.where``, for 0 times -inf is NaN.
 
         Example:
             >>> import torch, otloss

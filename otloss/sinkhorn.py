@@ -86,7 +86,10 @@ def sinkhorn(
 
     Args:
         cost: ``(B, n, m)``; ``B`` is any number of leading dimensions, also none. float16 and bfloat16 are solved in
-            float32.
+            float32. ``inf`` forbids a pair: there the plan is 0, ``log_plan`` is -inf and the gradient is 0. (What has
+            overflowed in half precision is inf, too.) Pairs that are left may admit no plan with these marginals, or
+            one in blocks that share no mass. The first does not converge; in the second the potentials of each block
+            have a constant of their own.
 
         a: masses ``(B, n)``, or ``(n,)`` for all problems; None is uniform. Normalised to total 1, with the
             gradient of that, except under penalties. Zero, or a share of at most 1e-30 (1e-290 in float64), means that
@@ -123,9 +126,9 @@ def sinkhorn(
 
     Raises:
         TypeError: an argument is of the wrong type or dtype; float64 is mixed with another dtype.
-        ValueError: shapes, devices or options do not fit; a mass is negative, totals differ, the cost is not finite.
-            The values are looked at on a CPU; on a GPU that would stop its queue, so there only if the environment
-            sets ``OTLOSS_CHECK_VALUES=1``.
+        ValueError: shapes, devices or options do not fit; a mass is negative, totals differ, the cost is NaN or -inf,
+            or inf in all pairs with mass of a row or column with mass. The values are looked at on a CPU; on a GPU that
+            would stop its queue, so there only if the environment sets ``OTLOSS_CHECK_VALUES=1``.
 
     Warns:
         ConvergenceWarning: a problem did not reach ``tol``; ``converged`` says which. Given where values are looked at.
