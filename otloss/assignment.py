@@ -29,16 +29,18 @@ def log_plan(cost: Tensor, a: Tensor, b: Tensor, f: Tensor, g: Tensor, eps: floa
     return torch.where(allowed, exponent + (log_a.unsqueeze(-1) + log_b.unsqueeze(-2)), -torch.inf)
 
 
-def _row_kernel(cost: Tensor, a: Tensor, b: Tensor, f: Tensor, g: Tensor, eps: float) -> Tensor:
+def _row_kernel(cost: Tensor, a: Tensor, b: Tensor, f: Tensor, g: Tensor, eps: float, slack: int) -> Tensor:
     """k_ij = T_ij / (a_i b_j), each row times a factor that brings its sum with the masses b to about 1.
 
-    The factor is a constant of the gradient, for what divides by that sum does not depend on it. Columns without mass
+    The last ``slack`` rows and columns are left out. The factor is a constant of the gradient, for what divides by that sum does not depend on it. Columns without mass
     have a kernel too: it is the derivative by their mass. There the definition of g, that the sum with a is 1, takes
     back what rounding of a huge potential does.
     """
-    exponent = ((f.detach().unsqueeze(-1) + g.unsqueeze(-2)) - cost) / eps
+    exponent, (n, m) = ((f.detach().unsqueeze(-1) + g.unsqueeze(-2)) - cost) / eps, cost.shape[-2:]
     with torch.no_grad():
         columns = log_sum(exponent + log_mass(a).unsqueeze(-1), -2)
+        b, columns = b[:, : m - slack], columns[:, : m - slack]
+        exponent = exponent[:, : n - slack, : m - slack]
         scale = torch.where(live(b), 0.0, columns).unsqueeze(-2)
         scale = scale + log_sum(exponent + log_mass(b).unsqueeze(-2), -1).unsqueeze(-1)
     # A kernel is at most the reciprocal of a mass, 1e30 (1e290). The bound stops what rounding makes of lost columns.
@@ -78,15 +80,15 @@ def barycentric(out: SinkhornOutput, y: Tensor) -> Tensor:
     """
     check_tensor("y", y, 2, "(B, m, k) or (m, k)")
     parts, batch = out._parts(), out._source.batch
-    cost, b = parts.cost, parts.b
-    m = cost.shape[-1]
+    slack = 0 if out._source.slack is None else 1
+    cost, m = parts.cost, parts.cost.shape[-1] - slack
     if y.shape[-2] != m or (y.dim() > 2 and y.shape[:-2] != batch):
         wanted = ", ".join(map(str, (*batch, m, "k")))
         raise ValueError(f"y must have shape ({wanted}) or ({m}, k), got {tuple(y.shape)}")
     check_device(y=y, plan=cost)
     y = y.to(working_dtype(y=y, plan=cost))
     with no_autocast(cost):
-        weights = _row_kernel(*parts) * b.unsqueeze(-2)
+        weights = _row_kernel(*parts, slack) * parts.b[:, :m].unsqueeze(-2)
         points = y if y.dim() == 2 else y.reshape(len(cost), m, y.shape[-1])
         total = weights.sum(-1, keepdim=True)
         mapped = (weights @ points) / torch.where(total == 0, 1.0, total)
@@ -106,8 +108,9 @@ def assign(out: SinkhornOutput, *, mutual: bool = False) -> Tensor:
         mutual: whether to keep only the matches in which each point is the other's best.
 
     Returns:
-        ``(B, n)`` int64: the column of each row, and -1 where there is none: for a row without mass, and with
-        ``mutual`` for a row whose best column prefers another row. It has no gradient.
+        ``(B, n)`` int64: the column of each row, and -1 where there is none: for a row without mass, with ``mutual``
+        for a row whose best column prefers another row, and under ``partial`` for a row that leaves more of its mass
+        than any column gets (``mutual``: also where the best column does). It has no gradient.
 
     Example:
         >>> import torch, otloss
@@ -116,10 +119,11 @@ def assign(out: SinkhornOutput, *, mutual: bool = False) -> Tensor:
         >>> otloss.assign(out).tolist(), otloss.assign(out, mutual=True).tolist()
         ([0, 0, 1], [0, -1, 1])
     """
-    log_t = out.log_plan
+    log_t = out._matrix(log_plan)
+    n, m = (size - (out._source.slack is not None) for size in log_t.shape[-2:])
     best = log_t.argmax(-1)
     matched = log_t.amax(-1) > -torch.inf
     if mutual:
         back = log_t.argmax(-2).gather(-1, best)
         matched = matched & (back == torch.arange(log_t.shape[-2], device=back.device))
-    return torch.where(matched, best, -1)
+    return torch.where(matched & (best < m), best, -1)[..., :n]

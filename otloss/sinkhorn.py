@@ -35,11 +35,11 @@ def _solve(
     check_choice("gradient", gradient, MODES)
     check_choice("solver", solver, SOLVERS)
     described = describe(left, right, kind, said, backend)
-    problem, given = described.problem, described.given
+    problem, given, slack = described.problem, described.given, described.slack
     if is_relaxed(problem) and gradient == "unroll":
         raise ValueError("gradient 'unroll' has no penalties rho_a and rho_b; take gradient 'implicit'")
     if gradient == "none":  # no output is differentiated by the masses
-        problem = problem.with_masses(problem.a.detach(), problem.b.detach())
+        problem, slack = problem.with_masses(problem.a.detach(), problem.b.detach()), slack and slack.detach()
     accelerate = solver == "auto" and gradient != "unroll" and tol > 0
     # Whether keeping the cost pays depends on the sizes, which an exported graph may leave open.
     keep = gradient != "unroll" and torch.is_grad_enabled() and not is_exporting()
@@ -48,7 +48,7 @@ def _solve(
     state = State(*rest)
     shift = Shift(state.row_shift, state.column_shift) if problem.right is None else None
     solution = Solution(state.f, state.g, cost, value, state.n_iter, error, shift)
-    source = PlanSource(problem.with_masses(state.a, state.b), described)
+    source = PlanSource(problem.with_masses(state.a, state.b), described, slack)
     return SinkhornOutput(source, solution, gradient, options.tol)
 
 
@@ -64,6 +64,7 @@ def sinkhorn(
     mask_y: Tensor | None = None,
     rho_a: float | Tensor | None = None,
     rho_b: float | Tensor | None = None,
+    partial: float | Tensor | None = None,
     max_iter: int = 1000,
     tol: float = 1e-5,
     gradient: str = "implicit",
@@ -80,6 +81,15 @@ def sinkhorn(
     .. math:: T = \arg\min_T \langle T, C \rangle + \varepsilon\, \mathrm{KL}(T | a b^\top)
               + \rho_a \mathrm{KL}(T1 | a) + \rho_b \mathrm{KL}(T^\top 1 | b), \qquad
               \mathrm{KL}(p | q) = \sum p \log(p/q) - p + q.
+
+    With ``partial`` = s, T1 <= a, T'1 <= b and the total of T is s. What is not sent goes to one more column, and from
+    one more row to b. Their cost is a constant, their common pair is forbidden, and outputs do not show them. But the
+    entropy counts them: with the plan T' and masses a', b' that include them, and M = 1'a + 1'b - s,
+
+    .. math:: T' = \arg\min \langle T, C \rangle + \varepsilon\, \mathrm{KL}(T' \,|\, a' b'^\top / M).
+
+    POT's ``entropic_partial_wasserstein`` counts the sum of T log T over what is sent alone, so that its plan is
+    another one at the same eps. For eps to 0 both become the exact partial transport.
 
     The leading dimensions of all arguments are broadcast against each other, as PyTorch does it: one cost may serve
     many marginals, and the reverse. It is then copied for each.
@@ -109,6 +119,9 @@ def sinkhorn(
             gradient. None makes it a constraint. With a penalty on either side masses are taken as they are, and their
             totals are free. Only the reference backend solves such problems, and is chosen for them.
         rho_b: likewise on the marginal b.
+        partial: how much mass is sent: a number, or a tensor ``(B,)`` or ``()``, which gets a gradient; positive, and
+            at most the smaller of the totals of a and b. Masses are then taken as they are, and what a point sends or
+            gets is at most its mass. None is a constraint on every point. It does not go with rho_a and rho_b.
 
         max_iter: most iterations; each is one sweep over the cost.
         tol: bound on the L1 error of the marginals; 0 runs ``max_iter`` plain iterations.
@@ -150,7 +163,7 @@ def sinkhorn(
     check_tensor("cost", cost, 2, "(B, n, m)")
     if 0 in cost.shape[-2:]:
         raise ValueError(f"cost must have at least one row and one column, got {tuple(cost.shape)}")
-    said = Arguments(eps, a, b, log_a, log_b, mask_x, mask_y, rho_a, rho_b)
+    said = Arguments(eps, a, b, log_a, log_b, mask_x, mask_y, rho_a, rho_b, partial)
     return _solve(cost, None, "cosine", said, max_iter, tol, gradient, solver, backend)
 
 
@@ -168,6 +181,7 @@ def feature_sinkhorn(
     mask_y: Tensor | None = None,
     rho_a: float | Tensor | None = None,
     rho_b: float | Tensor | None = None,
+    partial: float | Tensor | None = None,
     max_iter: int = 1000,
     tol: float = 1e-5,
     gradient: str = "implicit",
@@ -186,14 +200,15 @@ def feature_sinkhorn(
     The cosine costs of the batch are not stored, unless a gradient may follow and they are at most half as large as the
     features, where n and m are small beside d. (The reference backend stores them. The CPU backend holds that of one
     problem per thread. The Triton backend holds at most 32 MiB of them at a time, and in the backward as much of their
-    gradient, but in float64 always those of one problem.) The other costs, and those of a tensor eps, are stored.
+    gradient, but in float64 always those of one problem.) The other costs are stored, and so are those of a tensor eps
+    and under ``partial``.
 
     Args:
         x: features ``(B, n, d)``.
         y: features ``(B, m, d)``.
         cost: "cosine", "sqeuclidean" or "dot". Any other cost is made by a function of yours, for :func:`sinkhorn`.
         a, b, log_a, log_b, mask_x, mask_y: as in :func:`sinkhorn`. Features that a mask leaves out do not matter.
-        eps, rho_a, rho_b: as in :func:`sinkhorn`.
+        eps, rho_a, rho_b, partial: as in :func:`sinkhorn`.
         max_iter, tol, gradient, solver, backend: as in :func:`sinkhorn`.
 
     Returns:
@@ -211,7 +226,7 @@ def feature_sinkhorn(
     """
     check_features(x, y)
     check_choice("cost", cost, tuple(COSTS))
-    said = Arguments(eps, a, b, log_a, log_b, mask_x, mask_y, rho_a, rho_b)
+    said = Arguments(eps, a, b, log_a, log_b, mask_x, mask_y, rho_a, rho_b, partial)
     return _solve(x, y, cost, said, max_iter, tol, gradient, solver, backend)
 
 
