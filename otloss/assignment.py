@@ -32,9 +32,9 @@ def log_plan(cost: Tensor, a: Tensor, b: Tensor, f: Tensor, g: Tensor, eps: floa
 def _row_kernel(cost: Tensor, a: Tensor, b: Tensor, f: Tensor, g: Tensor, eps: float, slack: int) -> Tensor:
     """k_ij = T_ij / (a_i b_j), each row times a factor that brings its sum with the masses b to about 1.
 
-    The last ``slack`` rows and columns are left out. The factor is a constant of the gradient, for what divides by that sum does not depend on it. Columns without mass
-    have a kernel too: it is the derivative by their mass. There the definition of g, that the sum with a is 1, takes
-    back what rounding of a huge potential does.
+    The last ``slack`` rows and columns are left out. The factor is a constant of the gradient, for what divides by that
+    sum does not depend on it. Columns without mass have a kernel too: it is the derivative by their mass. There the
+    definition of g, that the sum with a is 1, takes back what rounding of a huge potential does.
     """
     exponent, (n, m) = ((f.detach().unsqueeze(-1) + g.unsqueeze(-2)) - cost) / eps, cost.shape[-2:]
     with torch.no_grad():

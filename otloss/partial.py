@@ -4,8 +4,8 @@ r"""Partial transport: of the masses only a given total s is sent, and where it 
 
 is a balanced problem with one more row and one more column, the *slack*, which take what is not sent. The column has
 the mass :math:`1^\top a - s`, the row :math:`1^\top b - s`, and the pair of both is forbidden. All other pairs of the
-slack have the same cost. Which one does not matter to the plan, as they always hold the same total. Here it is the least
-cost of the problem, so that a constant of the cost takes no digits.
+slack have the same cost. Which one does not matter to the plan, as they always hold the same total. Here it is the
+least cost of the problem, so that a constant of the cost takes no digits.
 
 Source: Caffarelli and McCann 2010; Chapel, Alaya and Gasso 2020 (arXiv 2002.08276) for the extension.
 """

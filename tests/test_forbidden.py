@@ -44,7 +44,9 @@ def results(cost: Tensor, a: Tensor, b: Tensor, mode: str, **options: Any) -> li
     return [t.detach() for t in shown] + [g for g in grads if g is not None]
 
 
-@pytest.mark.parametrize("solver, mode", [("auto", "implicit"), ("plain", "implicit"), ("plain", "unroll"), ("auto", "none")])
+@pytest.mark.parametrize(
+    "solver, mode", [("auto", "implicit"), ("plain", "implicit"), ("plain", "unroll"), ("auto", "none")]
+)
 @pytest.mark.parametrize("size", [(3, 3), (17, 31), (40, 70), (70, 40)])  # lanes and their remainders, single problems
 def test_is_the_limit_of_a_large_cost(backend: str, size: tuple[int, int], solver: str, mode: str) -> None:
     cost, a, b = problem(*size)
