@@ -39,7 +39,8 @@ def _solve(
     if is_relaxed(problem) and gradient == "unroll":
         raise ValueError("gradient 'unroll' has no penalties rho_a and rho_b; take gradient 'implicit'")
     if gradient == "none":  # no output is differentiated by the masses
-        problem, slack = problem.with_masses(problem.a.detach(), problem.b.detach()), slack and slack.detach()
+        problem = problem.with_masses(problem.a.detach(), problem.b.detach())
+        slack = None if slack is None else slack.detach()
     accelerate = solver == "auto" and gradient != "unroll" and tol > 0
     # Whether keeping the cost pays depends on the sizes, which an exported graph may leave open.
     keep = gradient != "unroll" and torch.is_grad_enabled() and not is_exporting()
