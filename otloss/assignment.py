@@ -36,12 +36,12 @@ def _row_kernel(cost: Tensor, a: Tensor, b: Tensor, f: Tensor, g: Tensor, eps: f
     sum does not depend on it. Columns without mass have a kernel too: it is the derivative by their mass. There the
     definition of g, that the sum with a is 1, takes back what rounding of a huge potential does.
     """
-    exponent, (n, m) = ((f.detach().unsqueeze(-1) + g.unsqueeze(-2)) - cost) / eps, cost.shape[-2:]
+    exponent = ((f.detach().unsqueeze(-1) + g.unsqueeze(-2)) - cost) / eps
     with torch.no_grad():
-        columns = log_sum(exponent + log_mass(a).unsqueeze(-1), -2)
-        b, columns = b[:, : m - slack], columns[:, : m - slack]
-        exponent = exponent[:, : n - slack, : m - slack]
-        scale = torch.where(live(b), 0.0, columns).unsqueeze(-2)
+        scale = torch.where(live(b), 0.0, log_sum(exponent + log_mass(a).unsqueeze(-1), -2)).unsqueeze(-2)
+    if slack:
+        exponent, scale, b = exponent[:, :-slack, :-slack], scale[..., :-slack], b[:, :-slack]
+    with torch.no_grad():
         scale = scale + log_sum(exponent + log_mass(b).unsqueeze(-2), -1).unsqueeze(-1)
     # A kernel is at most the reciprocal of a mass, 1e30 (1e290). The bound stops what rounding makes of lost columns.
     return (exponent - scale).clamp(max=70.0 if exponent.dtype == torch.float32 else 668.0).exp()

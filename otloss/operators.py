@@ -105,11 +105,11 @@ def _explain_nonfinite(problem: Problem, given: Given) -> str:
             forbid = "inf forbids a pair; " if right is None else ""
             leave_out = "to leave a point out, give it no mass and entries such as 0"
             return f"{name} must be finite, got {kind}; {forbid}{leave_out}"
-    if right is None and (stranded := _stranded(problem)):
-        return stranded
     for name, form, share in (("a", given.a, problem.a), ("b", given.b, problem.b)):
         if form == "masses" and (share == 0).all(-1).any():  # divided by a total that has overflowed
             return f"{name} must be masses whose total is finite in {share.dtype}; rescale them"
+    if right is None and (stranded := _stranded(problem)):
+        return stranded
     return f"the cost is too large for {left.dtype} at eps {problem.eps:g}, results are not finite; rescale both"
 
 

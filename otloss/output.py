@@ -135,12 +135,12 @@ class SinkhornOutput:
         return self._once("plan", self._plan)  # type: ignore[no-any-return]
 
     def _plan(self) -> Tensor:
-        plan, slack = self._matrix(transport_plan), self._slack()
-        return plan if slack is None else plan[..., :-1, :-1] * slack.total.reshape(*self._source.batch, 1, 1)
+        plan, total = self._matrix(transport_plan), self._total()
+        return plan if total is None else plan[..., :-1, :-1] * total
 
     def _log_plan(self) -> Tensor:
-        matrix, slack = self._matrix(log_plan), self._slack()
-        return matrix if slack is None else matrix[..., :-1, :-1] + slack.total.log().reshape(*self._source.batch, 1, 1)
+        logs, total = self._matrix(log_plan), self._total()
+        return logs if total is None else logs[..., :-1, :-1] + total.log()
 
     def _matrix(self, make: Callable[..., Tensor]) -> Tensor:
         """What ``make`` returns for the plan's parts, in the shape of the batch; with a slack, of the extension."""
@@ -149,10 +149,12 @@ class SinkhornOutput:
             matrix = make(*parts)
         return matrix.reshape(*self._source.batch, *matrix.shape[1:])
 
-    def _slack(self) -> Slack | None:
-        """The slack, with the gradients that the plan has."""
-        slack = self._source.slack
-        return slack.detach() if slack is not None and self._gradient != "implicit" else slack
+    def _total(self) -> Tensor | None:
+        """Of a partial problem the total of the masses of its extension, with the gradients that the plan has."""
+        slack, batch = self._source.slack, self._source.batch
+        if slack is None:
+            return None
+        return (slack.total if self._gradient == "implicit" else slack.total.detach()).reshape(*batch, 1, 1)
 
     def __repr__(self) -> str:
         done, total = int(self.converged.sum()), self.converged.numel()
@@ -220,7 +222,7 @@ class PlanSource:
         # A copy's potentials have no graph, so that its masses must not have one, nor cost or features.
         self.problem = self.problem.with_masses(*self.masses(constant=True))
         self.unit = None if self.unit is None else self.unit.detach()
-        self.slack = None if self.slack is None else self.slack.detach()
+        self.slack = None if self.slack is None else Slack(*(t.detach() for t in self.slack))
         self._versions = self._count_writes()  # a copy's tensors count from 0 again
         self._tracked = [False] * len(self._tracked)
 
@@ -252,7 +254,8 @@ class PlanSource:
 
     def in_units(self, cost: Tensor) -> Tensor:
         """What the transport of the masses as they were given costs ``(B,)``, from what it costs the solver."""
-        cost = cost if self.slack is None else cost * self.slack.total - self.slack.fee
+        if self.slack is not None:
+            cost = cost * self.slack.total - self.slack.price * self.slack.rest
         return cost if self.unit is None else cost * self.unit
 
     def masses(self, constant: bool) -> tuple[Tensor, Tensor]:

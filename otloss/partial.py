@@ -27,12 +27,10 @@ class Slack(NamedTuple):
 
     total: Tensor
     """``(B,)``: the total of the extension's masses, of which the solver sees shares."""
-    fee: Tensor
-    """``(B,)``: what the pairs of the slack cost."""
-
-    def detach(self) -> Slack:
-        """The same without gradients."""
-        return Slack(self.total.detach(), self.fee.detach())
+    rest: Tensor
+    """``(B,)``: how much of that the slack sends or gets."""
+    price: Tensor
+    """``(B,)``: the cost of the slack's pairs."""
 
 
 def with_slack(
@@ -41,19 +39,24 @@ def with_slack(
     """Cost, masses and slack of the extension of a problem that sends ``sent (B,)``.
 
     Raises:
-        ValueError: more is to be sent than there is. Only where that can be seen at once; else totals differ.
+        ValueError: more is to be sent than there is. Only where that can be seen at once; else a mass is negative.
     """
     total_a, total_b = a.sum(-1), b.sum(-1)
     _check(sent, total_a, total_b, tolerance)
-    # Rounding may leave a little less than 0.
-    left_a, left_b = (total_a - sent).clamp(min=0), (total_b - sent).clamp(min=0)
-    least = cost.detach().amin((-1, -2))
-    least = torch.where(least.isfinite(), least, 0.0)[:, None, None]
-    column, row = least.expand(-1, cost.shape[-2], 1), least.expand(-1, 1, cost.shape[-1])
-    corner = torch.full_like(least, torch.inf)
+    left_a, left_b = _left(total_a, sent, tolerance), _left(total_b, sent, tolerance)
+    least = cost.amin((-1, -2))
+    price = torch.where(least.isfinite(), least, 0.0)[:, None, None]
+    column, row = price.expand(-1, cost.shape[-2], 1), price.expand(-1, 1, cost.shape[-1])
+    corner = torch.full_like(price, torch.inf)
     cost = torch.cat((torch.cat((cost, column), -1), torch.cat((row, corner), -1)), -2)
     a, b = torch.cat((a, left_b.unsqueeze(-1)), -1), torch.cat((b, left_a.unsqueeze(-1)), -1)
-    return cost, a, b, Slack(total_a + total_b - sent, least[:, 0, 0] * (left_a + left_b))
+    return cost, a, b, Slack(total_a + total_b - sent, left_a + left_b, price[:, 0, 0])
+
+
+def _left(total: Tensor, sent: Tensor, tolerance: float) -> Tensor:
+    """What is not sent. Rounding may leave a little less than 0; more is refused, as negative mass, by the operators."""
+    left = total - sent
+    return torch.where((left < 0) & (left > -tolerance * total), 0.0, left)
 
 
 def without_slack(f: Tensor, g: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

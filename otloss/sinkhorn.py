@@ -14,6 +14,7 @@ from otloss.cost import COSTS
 from otloss.gradients import MODES, State
 from otloss.operators import Options
 from otloss.output import PlanSource, SinkhornOutput
+from otloss.partial import Slack
 
 __all__ = ["SinkhornOutput", "cosine_sinkhorn", "feature_sinkhorn", "sinkhorn"]
 
@@ -40,7 +41,7 @@ def _solve(
         raise ValueError("gradient 'unroll' has no penalties rho_a and rho_b; take gradient 'implicit'")
     if gradient == "none":  # no output is differentiated by the masses
         problem = problem.with_masses(problem.a.detach(), problem.b.detach())
-        slack = None if slack is None else slack.detach()
+        slack = None if slack is None else Slack(slack.total.detach(), slack.rest.detach(), slack.price)
     accelerate = solver == "auto" and gradient != "unroll" and tol > 0
     # Whether keeping the cost pays depends on the sizes, which an exported graph may leave open.
     keep = gradient != "unroll" and torch.is_grad_enabled() and not is_exporting()
@@ -100,7 +101,8 @@ def sinkhorn(
             float32. ``inf`` forbids a pair: there the plan is 0, ``log_plan`` is -inf and the gradient is 0. (What has
             overflowed in half precision is inf, too.) Pairs that are left may admit no plan with these marginals, or
             one in blocks that share no mass. The first does not converge; in the second the potentials of each block
-            have a constant of their own.
+            have a constant of their own. The gradient by the mass of a point that has none and is forbidden to all that
+            have is finite, but means nothing.
 
         a: masses ``(B, n)``, or ``(n,)`` for all problems; None is uniform. Normalised to total 1, with the
             gradient of that, except under penalties. Zero, or a share of at most 1e-30 (1e-290 in float64), means that

@@ -78,7 +78,7 @@ def test_becomes_exact_partial_transport(backend: str, part: float) -> None:
     exact, total = float((torch.from_numpy(want) * cost[0]).sum()), 1.8 - sent
     masses = torch.cat((a[0], b[0], torch.tensor([1 - sent, 0.8 - sent], dtype=torch.float64)))
     most = total * float(torch.log(total / masses[masses > 1e-9].min()))
-    for eps in (1e-2, 1e-3):
+    for eps in (1e-2, 2e-4):
         options = {"eps": eps, "partial": sent, "tol": 1e-9, "max_iter": 100_000, "backend": backend}
         out = sinkhorn(cost, a, b, **options)
         assert -1e-8 < float(out.transport_cost) - exact < most * eps
@@ -202,7 +202,7 @@ def test_bad_input_is_named() -> None:
         sinkhorn(cost, a, b, partial="0.5")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="give partial, or rho_a and rho_b, not both"):
         sinkhorn(cost, a, b, partial=0.1, rho_a=1.0)
-    with pytest.raises(ValueError, match="same total mass"):  # not looked at before, under vmap
+    with pytest.raises(ValueError, match="must not hold negative mass"):  # not looked at before, under vmap
         torch.func.vmap(lambda c, s: sinkhorn(c, partial=s).value)(cost, torch.tensor([0.5, 1.5], dtype=torch.float64))
     with pytest.raises(ValueError, match=r"broadcastable.* partial \(3,\)"):
         sinkhorn(cost, a, b, partial=torch.ones(3, dtype=torch.float64))
