@@ -255,7 +255,8 @@ class PlanSource:
     def in_units(self, cost: Tensor) -> Tensor:
         """What the transport of the masses as they were given costs ``(B,)``, from what it costs the solver."""
         if self.slack is not None:
-            cost = cost * self.slack.total - self.slack.price * self.slack.rest
+            price = self.slack.price if cost.requires_grad else self.slack.price.detach()
+            cost = cost * self.slack.total - price * self.slack.rest
         return cost if self.unit is None else cost * self.unit
 
     def masses(self, constant: bool) -> tuple[Tensor, Tensor]:

@@ -54,7 +54,7 @@ def with_slack(
 
 
 def _left(total: Tensor, sent: Tensor, tolerance: float) -> Tensor:
-    """What is not sent. Rounding may leave a little less than 0; more is refused, as negative mass, by the operators."""
+    """What is not sent. Rounding may leave a little less than 0. More is negative mass, which the operators refuse."""
     left = total - sent
     return torch.where((left < 0) & (left > -tolerance * total), 0.0, left)
 
