@@ -114,7 +114,7 @@ template <class T> struct Adjoint {
         store<T>(R + j, reduced);
         store<T>(k + j, e);
         total += alive;
-        cost_sum += alive * reduced;
+        cost_sum += alive * masked(alive, reduced);
       }
       T row = sum<T>(total), sharp = sum<T>(cost_sum);
       rho[i] = row;
@@ -143,9 +143,6 @@ template <class T> struct Adjoint {
     }
   }
 
-  // The reduced cost where the kernel is not 0. Elsewhere it may overflow, and 0 * inf is not a number.
-  static vec<T> masked(vec<T> kernel, vec<T> reduced) { return kernel != 0 ? reduced : vec<T>{}; }
-
   // Computes a row again, scaled by its largest entry with mass. Its sum has overflowed or was lost in rounding.
   void rescue(int i, T& row, T& sharp) {
     const T scale = exponent_scale(p.eps);
@@ -153,11 +150,15 @@ template <class T> struct Adjoint {
     vec<T> top = splat<T>(none), total{}, cost_sum{};
     for (int j = 0; j < cost.cols; j += lanes<T>) top = max(load(log_b + j) - load(R + j) * scale, top);
     const T peak = max_of<T>(top);
+    if (row == 0 && peak == none) {  // forbidden to every column with mass: the row stays 0
+      row = 1;
+      return;
+    }
     for (int j = 0; j < cost.cols; j += lanes<T>) {
       const vec<T> e = exp2<T>(min(splat(bound<T>), load(log_c + j) - load(R + j) * scale - peak)), alive = e * load(live + j);
       store<T>(k + j, e);
       total += alive;
-      cost_sum += alive * load(R + j);
+      cost_sum += alive * masked(alive, load(R + j));
     }
     row = sum<T>(total);
     sharp = sum<T>(cost_sum);

@@ -58,11 +58,19 @@ struct Parts {
   int end(int part) const { return std::min(rows, (part + 1) * size); }
 };
 
-// c - row - column, rounded once: what the first difference loses (Knuth's TwoSum) is put back.
-template <class V> OTLOSS_INLINE V shifted(V c, V row, V column) {
+template <class T> constexpr T forbidden = std::numeric_limits<T>::infinity();
+
+// c - row - column, rounded once: what the first difference loses (Knuth's TwoSum) is put back. V is T or a vector of it.
+template <class T, class V> OTLOSS_INLINE V shifted(V c, V row, V column) {
   const V left = c - row, back = left - c, lost = (c - (left - back)) - (row + back);
-  return (left - column) + lost;
+  return c == forbidden<T> ? c : (left - column) + lost;
 }
+
+// The cost where the kernel is not 0. Elsewhere it may be +inf, and 0 * inf is not a number.
+template <class V> OTLOSS_INLINE V masked(V kernel, V cost) { return kernel != 0 ? cost : V{}; }
+
+// A minimum over pairs with mass; 0 if all of them are forbidden.
+template <class T, class V> OTLOSS_INLINE V minimum(V least) { return least == forbidden<T> ? V{} : least; }
 
 // `count` in equal chunks of at most about `most`, each but the last a multiple of `unit`: the size of one.
 constexpr int chunk_size(int count, int most, int unit) {
@@ -125,7 +133,7 @@ template <class T> struct Cost {
     }
     for (int i = i0; i < i0 + have; ++i) {
       std::memcpy(row(i), (p.right ? p.kept : p.left) + size_t(i) * m, sizeof(T) * m);
-      for (int j = 0; p.row_shift && j < m; ++j) row(i)[j] = shifted(row(i)[j], p.row_shift[i], p.column_shift[j]);
+      for (int j = 0; p.row_shift && j < m; ++j) row(i)[j] = shifted<T>(row(i)[j], p.row_shift[i], p.column_shift[j]);
       for (int j = m; j < cols; ++j) row(i)[j] = 0;
     }
   }

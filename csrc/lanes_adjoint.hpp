@@ -44,14 +44,14 @@ template <class T> struct LaneAdjoint : Lanes<T> {
         set(C, i, j, reduced);
         set(M, i, j, e);
         total += e;
-        sharp += e * reduced;
+        sharp += e * masked(e, reduced);
       }
       fallback |= ~((total > Adjoint<T>::least) & (total < 1 / Adjoint<T>::least));
       const Vec factor = 1 / total, mass = at(a, i) * total, average = w * sharp * factor, slope = mass * w, rest = mass * average;
       set(A, i, mass);
       set(y, i, average);
       for (int j = 0; j < m; ++j) {
-        const Vec e = entry(M, i, j) * factor, reduced = Adjoint<T>::masked(e, entry(C, i, j));
+        const Vec e = entry(M, i, j) * factor, reduced = masked(e, entry(C, i, j));
         set(M, i, j, e);
         set(C, i, j, reduced);
         set(S, j, at(S, j) + mass * e);

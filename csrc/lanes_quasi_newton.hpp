@@ -115,7 +115,10 @@ template <class T> struct LaneQuasiNewton : LaneSolver<T> {
     for (int i = 0; i < n; ++i) {
       const Vec f = potential(F, phi, i);
       Vec row{};
-      for (int j = 0; j < m; ++j) row += ((entry(C, i, j) - f) - at(v, j)) * at(b, j);
+      for (int j = 0; j < m; ++j) {
+        const Vec c = entry(C, i, j);
+        row += (c == forbidden<T> ? Vec{} : (c - f) - at(v, j)) * at(b, j);
+      }
       mean += row * at(a, i);
     }
     for (int lane = 0; lane < L; ++lane)

@@ -26,13 +26,14 @@ template <class T> struct LaneSolver : Lanes<T> {
     for (int i = 0; i < n; ++i) {
       Vec top = -entry(C, i, 0);
       for (int j = 1; j < m; ++j) top = max(-entry(C, i, j), top);
-      set(row_shift, i, -top);
+      set(row_shift, i, minimum<T>(-top));
       for (int j = 0; j < m; ++j) set(column_shift, j, min(entry(C, i, j) + top, at(column_shift, j)));
     }
+    for (int j = 0; j < m; ++j) set(column_shift, j, minimum<T>(at(column_shift, j)));
   }
   void shift_cost() {
     for (int i = 0; i < n; ++i)
-      for (int j = 0; j < m; ++j) set(C, i, j, shifted(entry(C, i, j), at(row_shift, i), at(column_shift, j)));
+      for (int j = 0; j < m; ++j) set(C, i, j, shifted<T>(entry(C, i, j), at(row_shift, i), at(column_shift, j)));
   }
 
   // See Solver::run. n_iter by lane.
@@ -178,7 +179,7 @@ template <class T> void write_solutions(LaneSolver<T>& s, int count, const Solut
     for (int j = 0; j < s.m; ++j) {
       const Vec c = s.entry(s.C, i, j), k = exp2<T>(((fi + s.at(g, j)) - c) * s.scale), kb = k * s.at(s.b, j);
       t += kb;
-      tc += kb * c;
+      tc += kb * masked(kb, c);
       s.set(sigma, j, s.at(sigma, j) + k * ai);
     }
     const Wide a = wide(ai), row = a * wide(t), r = wide(s.at(s.row_shift, i));

@@ -5,6 +5,7 @@
 //             Floor: n m sizeof(T) bytes at the rate of the cache that holds K, 2 n m fused multiply-adds.
 //   log_rows  f_i = -eps log sum_j b_j exp((g_j - C_ij)/eps)   a half-step in the log-domain, for every row, dead or not
 //   log_cols  g_j = -eps log sum_i a_i exp((f_i - C_ij)/eps)   likewise for every column
+// Both give +inf to a point that is forbidden to every point with mass; no_reach makes it 0 where the point itself has none.
 #pragma once
 #include "cost.hpp"
 
@@ -81,7 +82,7 @@ template <class T> void log_rows(const Team& team, const Cost<T>& cost, T eps, c
       const T* c = cost.row(i);
       vec<T> top = splat<T>(-std::numeric_limits<T>::infinity()), total{};
       for (int j = 0; j < cost.cols; j += lanes<T>) top = max(exponent(c, g, j, T(0), scale) + load(log_b + j), top);
-      const T peak = max_of<T>(top);
+      const T most = max_of<T>(top), peak = most == -forbidden<T> ? T(0) : most;
       for (int j = 0; j < cost.cols; j += lanes<T>) total += exp2<T>(exponent(c, g, j, T(0), scale) + load(log_b + j) - peak);
       f[i] = -back * (peak + std::log2(sum<T>(total)));
     }
@@ -103,6 +104,7 @@ template <class T> void log_cols(const Team& team, const Cost<T>& cost, T eps, c
       }
     };
     each(0, cost.n, [&](int j, vec<T> z) __attribute__((always_inline)) { store<T>(peak + j, max(z, load(peak + j))); });
+    for (int j = begin; j < end; ++j) peak[j] = peak[j] == none ? T(0) : peak[j];
     for (int i0 = 0; i0 < cost.n; i0 += chain_rows) {
       alignas(64) T some[width] = {};
       each(i0, std::min(cost.n, i0 + chain_rows), [&](int j, vec<T> z) __attribute__((always_inline)) {
@@ -112,6 +114,12 @@ template <class T> void log_cols(const Team& team, const Cost<T>& cost, T eps, c
     }
     for (int j = begin; j < end; ++j) g[j] = j < cost.m ? -back * (peak[j] + std::log2(total[j])) : T(0);
   });
+}
+
+// Potentials of points without mass that are forbidden to every point with mass become 0.
+template <class T> void no_reach(T* potential, const T* log_mass, int count) {
+  for (int i = 0; i < count; ++i)
+    if (potential[i] == forbidden<T> && log_mass[i] == -forbidden<T>) potential[i] = 0;
 }
 
 // log2 of a mass, -inf where there is none or in the padding. Returns whether a real entry is dead.

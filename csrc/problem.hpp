@@ -5,6 +5,9 @@
 //   T_ij = a_i b_j exp((f_i + g_j - C_ij) / eps).
 // A constant of a row or column of C changes f_i or g_j alone. The minima of the rows, then of the columns, are taken out of a dense
 // cost first: an offset of the cost is then no part of any sum, and costs no digits. Potentials are those of the cost that is left.
+// A dense cost of +inf forbids a pair, and stays +inf. Its kernel is exactly 0, by exp2; wherever the cost itself is a factor, the
+// kernel decides whether it counts. The minimum of a row or column is 0 if every point with mass is forbidden. If such a point has no
+// mass itself, its potential is 0 before the gauge; if it has, the outputs are not finite.
 // A solve may keep the cost of features for the gradient, which then spares a product.
 #pragma once
 #include <algorithm>

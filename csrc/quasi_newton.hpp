@@ -77,12 +77,20 @@ template <class T> struct QuasiNewton : Solver<T> {
   }
 
  private:
-  // The mean of (C - f - g)/eps under a b'.
+  // The mean of (C - f - g)/eps under a b', but for forbidden pairs.
   T way() {
     this->potentials(next_phi, next_psi);
     double mean = 0;
-    for (int i = 0; i < cost.n; ++i)
-      if (a[i] > 0) mean += double(a[i]) * (double(dot(cost.row(i), b, cost.cols)) - next_phi[i]);
+    for (int i = 0; i < cost.n; ++i) {
+      if (!(a[i] > 0)) continue;
+      const T *c = cost.row(i), whole = dot(c, b, cost.cols);
+      if (std::isfinite(whole)) {
+        mean += double(a[i]) * (double(whole) - next_phi[i]);
+        continue;
+      }
+      for (int j = 0; j < cost.m; ++j)  // what a forbidden pair has of g is taken out below
+        mean += double(a[i]) * b[j] * (c[j] == forbidden<T> ? double(next_psi[j]) : double(c[j]) - next_phi[i]);
+    }
     for (int j = 0; j < cost.m; ++j)
       if (b[j] > 0) mean -= double(b[j]) * next_psi[j];
     return T(mean / eps);

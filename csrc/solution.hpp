@@ -15,8 +15,8 @@ template <class T> void write_solution(Solver<T>& s, const Solution<T>& out) {
   s.potentials(f, g);
   for (int j = cost.m; j < cost.cols; ++j) g[j] = 0;
   T *f_all = s.next_phi, *g_all = s.next_psi;
-  if (s.dead_rows) log_rows(team, cost, p.eps, g, s.log_b, f_all);
-  if (s.dead_cols) log_cols(team, cost, p.eps, f, s.log_a, g_all, s.peak, s.total);
+  if (s.dead_rows) log_rows(team, cost, p.eps, g, s.log_b, f_all), no_reach(f_all, s.log_a, cost.n);
+  if (s.dead_cols) log_cols(team, cost, p.eps, f, s.log_a, g_all, s.peak, s.total), no_reach(g_all, s.log_b, cost.m);
   double shift = 0;
   for (int i = 0; i < cost.n; ++i) {
     if (s.a[i] == 0) f[i] = f_all[i];
@@ -48,7 +48,7 @@ template <class T> void write_solution(Solver<T>& s, const Solution<T>& out) {
         repeat<block>(OTLOSS_EACH(r) {
           const vec<T> c = load(cost.row(i0 + r) + j), k = exp2<T>(min(splat(bound<T>), ((f[i0 + r] + gj) - c) * s.scale));
           t[r] += k * b;
-          tc[r] += k * b * c;
+          tc[r] += k * b * masked(k, c);
           down += s.a[i0 + r] * k;
         });
         store<T>(columns + j, down);

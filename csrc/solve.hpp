@@ -53,7 +53,7 @@ template <class T> struct Solver {
           T* c = cost.row(i);
           vec<T> top = splat<T>(none);  // -inf in G keeps dead columns and the padding out of the minimum
           for (int j = 0; j < cost.cols; j += lanes<T>) top = max(load(G + j) - load(c + j), top);
-          row_shift[i] = -max_of<T>(top);
+          row_shift[i] = minimum<T>(-max_of<T>(top));
           const bool counts = live_row(i);
           for (int j = 0; counts && j < cost.cols; j += lanes<T>) store<T>(low + j, min(load(c + j) - row_shift[i], load(low + j)));
         }
@@ -62,7 +62,7 @@ template <class T> struct Solver {
     if (!minima) return;
     for (int part = 1; part < cost.parts.count; ++part)
       for (int j = 0; j < cost.cols; ++j) column_shift[j] = std::min(column_shift[j], column_shift[size_t(part) * cost.cols + j]);
-    for (int j = cost.m; j < cost.cols; ++j) column_shift[j] = 0;
+    for (int j = 0; j < cost.cols; ++j) column_shift[j] = j < cost.m ? minimum<T>(column_shift[j]) : T(0);
   }
 
   // Takes the minima out of the cost.
@@ -70,7 +70,7 @@ template <class T> struct Solver {
     each_block([&](int i0) {
       for (int i = i0; i < std::min(i0 + block, cost.n); ++i)
         for (int j = 0; j < cost.cols; j += lanes<T>)
-          store<T>(cost.row(i) + j, shifted(load(cost.row(i) + j), splat<T>(row_shift[i]), load(column_shift + j)));
+          store<T>(cost.row(i) + j, shifted<T>(load(cost.row(i) + j), splat<T>(row_shift[i]), load(column_shift + j)));
     });
   }
 

@@ -35,7 +35,9 @@ void unrolled_gradient(const Problem<T>& p, Arena& arena, int64_t n_iter, const 
   if (s.dead_rows || s.dead_cols || n_iter == 0) {
     for (int64_t k = 1; k <= n_iter; ++k) {
       log_rows(alone, cost, p.eps, g + (k - 1) * cols, s.log_b, f + k * rows);
+      no_reach(f + k * rows, s.log_a, cost.n);
       log_cols(alone, cost, p.eps, f + k * rows, s.log_a, g + k * cols, s.peak, s.total);
+      no_reach(g + k * cols, s.log_b, cost.m);
     }
   } else {
     int64_t ran;

@@ -13,6 +13,7 @@ from otloss.backends.protocol import Given, Problem
 from otloss.checks import check_device, check_mask, check_strength, check_tensor, working_dtype
 from otloss.compat import has_values
 from otloss.cost import COSTS, KINDS_IN_UNITS, centred, in_units
+from otloss.partial import Slack, with_slack
 
 __all__ = ["Arguments", "Described", "describe"]
 
@@ -21,7 +22,7 @@ __all__ = ["Arguments", "Described", "describe"]
 MASS_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}
 MASSES = ("a", "log_a", "b", "log_b")
 #: Arguments whose values are looked at here; those of the others are looked at in the operators.
-VALUES = ("mask_x", "mask_y", "rho_a", "rho_b", "eps")
+VALUES = ("mask_x", "mask_y", "rho_a", "rho_b", "partial", "eps")
 
 
 class Arguments(NamedTuple):
@@ -36,6 +37,7 @@ class Arguments(NamedTuple):
     mask_y: Tensor | None = None
     rho_a: float | Tensor | None = None
     rho_b: float | Tensor | None = None
+    partial: float | Tensor | None = None
 
 
 class Described(NamedTuple):
@@ -52,6 +54,8 @@ class Described(NamedTuple):
     """``(B, n)``: which points take part."""
     mask_y: Tensor | None
     """``(B, m)``."""
+    slack: Slack | None = None
+    """Of a partial problem, whose extension ``problem`` is."""
 
 
 def _named(left: Tensor, right: Tensor | None, said: Arguments) -> dict[str, tuple[Tensor, tuple[int, ...]]]:
@@ -73,7 +77,7 @@ def _named(left: Tensor, right: Tensor | None, said: Arguments) -> dict[str, tup
         if mask is not None:
             check_mask(name, mask, f"(B, {size})")
             named[name] = (mask, (count,))
-    for name in ("rho_a", "rho_b", "eps"):
+    for name in ("rho_a", "rho_b", "partial", "eps"):
         strength = getattr(said, name)
         if strength is not None or name == "eps":
             check_strength(name, strength)
@@ -137,8 +141,8 @@ def _only(x: Tensor, mask: Tensor | None, dim: int) -> Tensor:
     return x if mask is None else torch.where(mask.unsqueeze(dim), x, 0.0)
 
 
-def _rho(value: float | Tensor | None, put: Tensor | None, like: Tensor, count: int) -> Tensor | None:
-    """A penalty ``(B,)``, from a number for all problems or from what came as a tensor."""
+def _each(value: float | Tensor | None, put: Tensor | None, like: Tensor, count: int) -> Tensor | None:
+    """A number ``(B,)`` for each problem, from one for all problems or from what came as a tensor."""
     return put if value is None or isinstance(value, Tensor) else like.new_full((count,), float(value))
 
 
@@ -149,10 +153,14 @@ def describe(left: Tensor, right: Tensor | None, kind: str, said: Arguments, bac
     dtype = working_dtype(**{name: x for name, (x, _) in named.items() if x.dtype != torch.bool})
     batch, n, m = _batch(named), left.shape[-2], left.shape[-1] if right is None else right.shape[-2]
     _check_values({name: x for name, (x, _) in named.items() if name in VALUES})
-    chosen = choose_backend(backend, left.device.type, said.rho_a is not None or said.rho_b is not None)
+    relaxed = said.rho_a is not None or said.rho_b is not None
+    if relaxed and said.partial is not None:
+        raise ValueError("give partial, or rho_a and rho_b, not both")
+    chosen = choose_backend(backend, left.device.type, relaxed)
 
     made = KINDS_IN_UNITS[kind] if "eps" in named else kind
-    makes_cost = made in get_backend(chosen).KINDS  # the backend makes the cost of features
+    # Whether the backend makes the cost of features.
+    makes_cost = made in get_backend(chosen).KINDS and said.partial is None
     reads_half = makes_cost and "eps" not in named and get_backend(chosen).READS_HALF
     put: dict[str, Tensor] = {}
     for name, (x, rest) in named.items():
@@ -172,14 +180,22 @@ def describe(left: Tensor, right: Tensor | None, kind: str, said: Arguments, bac
         elif unit is not None:
             left, right = in_units(kind, left, right, unit)
     like, count = left if left.dtype == dtype else left.new_empty(0, dtype=dtype), left.shape[0]
-    rho_a, rho_b = _rho(said.rho_a, put.get("rho_a"), like, count), _rho(said.rho_b, put.get("rho_b"), like, count)
+    rho_a, rho_b, sent = (_each(getattr(said, k), put.get(k), like, count) for k in ("rho_a", "rho_b", "partial"))
     eps = 1.0 if isinstance(said.eps, Tensor) else float(said.eps)
     if unit is not None:  # the same problem, with costs and penalties in units of eps
-        left = left / unit[:, None, None] if right is None else left
+        if right is None:
+            # A forbidden pair must not make the gradient by eps NaN.
+            allowed = left != torch.inf
+            left = torch.where(allowed, torch.where(allowed, left, 0.0) / unit[:, None, None], torch.inf)
         rho_a, rho_b = (None if rho is None else rho / unit for rho in (rho_a, rho_b))
     a, form_a = _mass(put.get("a"), put.get("log_a"), mask_x, like, count, n)
     b, form_b = _mass(put.get("b"), put.get("log_b"), mask_y, like, count, m)
     tolerance = max((MASS_TOLERANCE.get(named[k][0].dtype, 2e-2) for k in MASSES if k in named), default=1e-4)
+    slack = None
+    if sent is not None:
+        a, b = (mass.exp() if form == "logs" else mass for mass, form in ((a, form_a), (b, form_b)))
+        left, a, b, slack = with_slack(left, a, b, sent, tolerance)
+        form_a = form_b = "masses"
     given = Given(form_a, form_b, tolerance, unit is not None)
     problem = Problem(left, right, a, b, eps, rho_a, rho_b, made)
-    return Described(problem, given, chosen, batch, unit, mask_x, mask_y)
+    return Described(problem, given, chosen, batch, unit, mask_x, mask_y, slack)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from otloss.backends import get_backend
 from otloss.backends.protocol import NOTHING, Given, Gradients, Problem, Shift, Solution, is_relaxed
+from otloss.backends.reference import live
 from otloss.checks import no_autocast, warn
 from otloss.gradients import Incoming, State, derive
 
@@ -85,10 +86,13 @@ def _checks_on(x: Tensor) -> bool:
     return x.device.type == "cpu" or os.environ.get("OTLOSS_CHECK_VALUES") == "1"
 
 
-def _finite(x: Tensor) -> bool:
-    return not x.numel() or all(
-        math.isfinite(float(end)) for end in x.aminmax()
-    )  # aminmax gives NaN twice if any entry is
+def _usable(problem: Problem) -> bool:
+    """Whether a cost holds neither NaN nor -inf, or features nothing that is not finite."""
+    left, right = problem.left, problem.right
+    # An end is NaN if any entry is.
+    if right is None:
+        return not left.numel() or float(left.amin()) > -math.inf
+    return all(not x.numel() or all(math.isfinite(float(end)) for end in x.aminmax()) for x in (left, right))
 
 
 def _eps(problem: Problem, given: Given) -> str:
@@ -100,13 +104,33 @@ def _explain_nonfinite(problem: Problem, given: Given) -> str:
     left, right = problem.left, problem.right
     named = (("cost", left),) if right is None else (("x", left), ("y", right))
     for name, value in named:
-        if not torch.isfinite(value).all():
-            kind = "NaN" if torch.isnan(value).any() else "inf"
-            return f"{name} must be finite, got {kind}; to leave a point out, give it no mass and entries such as 0"
+        bad = ~torch.isfinite(value) if right is not None else (value == -math.inf) | value.isnan()
+        if bad.any():
+            kind = "NaN" if value.isnan().any() else "inf" if right is not None else "-inf"
+            forbid = "inf forbids a pair; " if right is None else ""
+            leave_out = "to leave a point out, give it no mass and entries such as 0"
+            return f"{name} must be finite, got {kind}; {forbid}{leave_out}"
     for name, form, share in (("a", given.a, problem.a), ("b", given.b, problem.b)):
         if form == "masses" and (share == 0).all(-1).any():  # divided by a total that has overflowed
             return f"{name} must be masses whose total is finite in {share.dtype}; rescale them"
+    if right is None and (stranded := _stranded(problem)):
+        return stranded
     return f"the cost is too large for {left.dtype} at {_eps(problem, given)}, results are not finite; rescale both"
+
+
+def _stranded(problem: Problem) -> str | None:
+    """What is wrong with the first point whose mass no allowed pair can take; None if there is no such point."""
+    barred, live_a, live_b = problem.left == math.inf, live(problem.a), live(problem.b)
+    rows = live_a & (barred | ~live_b.unsqueeze(-2)).all(-1)
+    columns = live_b & (barred | ~live_a.unsqueeze(-1)).all(-2)
+    for line, other, found in (("row", "columns", rows), ("column", "rows", columns)):
+        if found.any():
+            first, point = found.nonzero()[0].tolist()
+            return (
+                f"cost must be finite for one pair with mass in every row and column with mass, but {line} {point} of "
+                f"problem {first} is forbidden (inf) to all {other} with mass; give it no mass, or allow a pair"
+            )
+    return None
 
 
 def room_to_keep(problem: Problem, keep: bool, backend: str) -> Tensor:
@@ -165,10 +189,12 @@ def _solve(*arguments: Any) -> tuple[Tensor, ...]:
 def _check(
     problem: Problem, given: Given, solution: Solution, worst: float, all_live: bool, options: Options
 ) -> None:
-    """Raise unless the solution is finite; warn unless it has converged. ``worst`` is its largest error."""
+    """Raise unless the solution is finite; warn unless it has converged. ``worst`` is its largest error.
+
+    The solution of a point with mass that is forbidden to all others with mass is not finite.
+    """
     # An entry between two points without mass appears in no output, but it does in gradients.
-    hidden = () if all_live else (problem.left,) if problem.right is None else (problem.left, problem.right)
-    if math.isnan(worst) or not all(map(_finite, hidden)):
+    if math.isnan(worst) or not (all_live or _usable(problem)):
         raise ValueError(_explain_nonfinite(problem, given))
     if 0 < options.tol <= worst and not converged(problem, solution, options.tol).all():
         # The text holds no figures of this call, so that Python shows it once.

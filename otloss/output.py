@@ -15,6 +15,7 @@ from otloss.backends.reference import shifted, transport_plan, unshifted
 from otloss.checks import no_autocast
 from otloss.cost import COSTS
 from otloss.operators import converged
+from otloss.partial import Slack, without_slack
 from otloss.summary import Summary, summarise
 
 __all__ = ["PlanSource", "SinkhornOutput"]
@@ -36,15 +37,17 @@ class SinkhornOutput:
 
     Attributes:
         transport_cost: ``(B,)`` <T, C>, the sharp Sinkhorn loss.
-        value: ``(B,)`` <T, C> + eps KL(T | ab'), and the penalties.
+        value: ``(B,)`` <T, C> + eps KL(T | ab'), and the penalties; with ``partial`` see :func:`sinkhorn`.
         f: ``(B, n)`` and ``g``: ``(B, m)`` potentials, T_ij = a_i b_j exp((f_i + g_j - C_ij)/eps). Without penalties a
-            constant between them is free, and <a, f> = <b, g>.
+            constant between them is free, and <a, f> = <b, g>. With ``partial`` T_ij is that divided by the total of a
+            and b less what is sent.
         n_iter: ``(B,)`` iterations that each problem took: sweeps over its cost.
         marginal_error: ``(B,)`` L1 distance of both marginals of the plan from a and b; with penalties, from
             a exp(-f / rho_a) and b exp(-g / rho_b), as a share of the plan's mass.
         converged: ``(B,)`` whether that is below ``tol``, but for what the rounding of f and g does to the plan: at
             most ``4 u (<a, |f|> + <b, |g|>) / eps + 2 u (1 + log(n m))``, with u = 2^-24 (2^-53 in float64), for f and
             g of the cost without the minima of its rows and columns.
+            With ``partial`` it is a share of the total of a and b less what is sent, and counts what is not sent.
         plan: ``(B, n, m)``, built on first use, from cost or features as they are then. That these were not changed in
             place is checked, except in a compiled function and of tensors of inference mode, which count no writes. Of
             features the cost is PyTorch's: see :func:`cosine_cost` and :func:`sqeuclidean_cost`.
@@ -73,9 +76,9 @@ class SinkhornOutput:
     def _of_batch(self, name: str, cost: bool = False) -> Tensor:
         """A field of the solution that has one number for each problem; ``cost`` says that it has the cost's unit."""
         field: Tensor = getattr(self._solution, name)
-        batch, unit = self._source.batch, self._source.unit
-        if cost and unit is not None:
-            return self._once(name, lambda: (field * unit).reshape(batch))  # type: ignore[no-any-return]
+        source, batch = self._source, self._source.batch
+        if cost and (source.unit is not None or source.slack is not None):
+            return self._once(name, lambda: source.in_units(field).reshape(batch))  # type: ignore[no-any-return]
         return field if field.shape == batch else self._once(name, lambda: field.reshape(batch))
 
     @property
@@ -118,6 +121,8 @@ class SinkhornOutput:
         f, g, source = self._solution.f, self._solution.g, self._source
         if self._solution.shift is not None:
             f, g = unshifted(self._solution, *source.masses(constant=not f.requires_grad))
+        if source.slack is not None:
+            f, g = without_slack(f, g, *source.masses(constant=not f.requires_grad))
         if source.unit is not None:
             f, g = f * source.unit.unsqueeze(-1), g * source.unit.unsqueeze(-1)
         f = f if source.mask_x is None else torch.where(source.mask_x, f, 0.0)
@@ -127,14 +132,29 @@ class SinkhornOutput:
     @property
     def plan(self) -> Tensor:
         """The plan ``(B, n, m)``. Any function of it is differentiable in mode "implicit"."""
-        return self._once("plan", lambda: self._matrix(transport_plan))  # type: ignore[no-any-return]
+        return self._once("plan", self._plan)  # type: ignore[no-any-return]
+
+    def _plan(self) -> Tensor:
+        plan, total = self._matrix(transport_plan), self._total()
+        return plan if total is None else plan[..., :-1, :-1] * total
+
+    def _log_plan(self) -> Tensor:
+        logs, total = self._matrix(log_plan), self._total()
+        return logs if total is None else logs[..., :-1, :-1] + total.log()
 
     def _matrix(self, make: Callable[..., Tensor]) -> Tensor:
-        """What ``make`` returns for the plan's parts, in the shape of the batch."""
+        """What ``make`` returns for the plan's parts, in the shape of the batch; with a slack, of the extension."""
         parts = self._parts()
         with no_autocast(parts.f):
             matrix = make(*parts)
         return matrix.reshape(*self._source.batch, *matrix.shape[1:])
+
+    def _total(self) -> Tensor | None:
+        """Of a partial problem the total of the masses of its extension, with the gradients that the plan has."""
+        slack, batch = self._source.slack, self._source.batch
+        if slack is None:
+            return None
+        return (slack.total if self._gradient == "implicit" else slack.total.detach()).reshape(*batch, 1, 1)
 
     def __repr__(self) -> str:
         done, total = int(self.converged.sum()), self.converged.numel()
@@ -149,8 +169,8 @@ class SinkhornOutput:
         """log T_ij = log a_i + log b_j + (f_i + g_j - C_ij)/eps ``(B, n, m)``; what holds of ``plan`` holds of it.
 
         It is finite wherever both points have mass, also where the plan underflows, and so is its gradient. It is -inf
-        with gradient 0 where a point has none: select the pairs of a loss by an index or ``torch.where``, for
-        0 times -inf is NaN.
+        with gradient 0 where a point has none and where the cost is inf: select the pairs of a loss by an index or
+        ``torch.where``, for 0 times -inf is NaN.
 
         Example:
             >>> import torch, otloss
@@ -158,7 +178,7 @@ class SinkhornOutput:
             >>> out.plan[0, 1].item(), round(out.log_plan[0, 1].item(), 1)
             (0.0, -180.7)
         """
-        return self._once("log_plan", lambda: self._matrix(log_plan))  # type: ignore[no-any-return]
+        return self._once("log_plan", self._log_plan)  # type: ignore[no-any-return]
 
     def _mass_bias(self) -> Tensor:
         """eps (m_a - m_b)^2 ``(B,)`` of the totals of the masses, for the divergence; 0 without penalties."""
@@ -187,9 +207,9 @@ class SinkhornOutput:
 class PlanSource:
     """A problem that was solved, from which the plan can be built, and how it was described."""
 
-    def __init__(self, problem: Problem, described: Described) -> None:
+    def __init__(self, problem: Problem, described: Described, slack: Slack | None) -> None:
         self.problem, self.batch, self.unit = problem, described.batch, described.unit
-        self.mask_x, self.mask_y = described.mask_x, described.mask_y
+        self.mask_x, self.mask_y, self.slack = described.mask_x, described.mask_y, slack
         self._versions = None if torch.compiler.is_compiling() else self._count_writes()
         self._tracked = self._tracks_gradients()
 
@@ -202,6 +222,7 @@ class PlanSource:
         # A copy's potentials have no graph, so that its masses must not have one, nor cost or features.
         self.problem = self.problem.with_masses(*self.masses(constant=True))
         self.unit = None if self.unit is None else self.unit.detach()
+        self.slack = None if self.slack is None else Slack(*(t.detach() for t in self.slack))
         self._versions = self._count_writes()  # a copy's tensors count from 0 again
         self._tracked = [False] * len(self._tracked)
 
@@ -230,6 +251,13 @@ class PlanSource:
         tracked = zip(self._points(), self._tracks_gradients(), self._tracked, strict=True)
         points = [t.detach() if constant or (now and not then) else t for t, now, then in tracked]
         return [*points, *self.masses(constant)]
+
+    def in_units(self, cost: Tensor) -> Tensor:
+        """What the transport of the masses as they were given costs ``(B,)``, from what it costs the solver."""
+        if self.slack is not None:
+            price = self.slack.price if cost.requires_grad else self.slack.price.detach()
+            cost = cost * self.slack.total - price * self.slack.rest
+        return cost if self.unit is None else cost * self.unit
 
     def masses(self, constant: bool) -> tuple[Tensor, Tensor]:
         """The masses a and b of total 1, which ``solve`` has returned together with the potentials."""

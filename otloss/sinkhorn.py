@@ -14,6 +14,7 @@ from otloss.cost import COSTS
 from otloss.gradients import MODES, State
 from otloss.operators import Options
 from otloss.output import PlanSource, SinkhornOutput
+from otloss.partial import Slack
 
 __all__ = ["SinkhornOutput", "cosine_sinkhorn", "feature_sinkhorn", "sinkhorn"]
 
@@ -35,11 +36,12 @@ def _solve(
     check_choice("gradient", gradient, MODES)
     check_choice("solver", solver, SOLVERS)
     described = describe(left, right, kind, said, backend)
-    problem, given = described.problem, described.given
+    problem, given, slack = described.problem, described.given, described.slack
     if is_relaxed(problem) and gradient == "unroll":
         raise ValueError("gradient 'unroll' has no penalties rho_a and rho_b; take gradient 'implicit'")
     if gradient == "none":  # no output is differentiated by the masses
         problem = problem.with_masses(problem.a.detach(), problem.b.detach())
+        slack = None if slack is None else Slack(slack.total.detach(), slack.rest.detach(), slack.price)
     accelerate = solver == "auto" and gradient != "unroll" and tol > 0
     # Whether keeping the cost pays depends on the sizes, which an exported graph may leave open.
     keep = gradient != "unroll" and torch.is_grad_enabled() and not is_exporting()
@@ -48,7 +50,7 @@ def _solve(
     state = State(*rest)
     shift = Shift(state.row_shift, state.column_shift) if problem.right is None else None
     solution = Solution(state.f, state.g, cost, value, state.n_iter, error, shift)
-    source = PlanSource(problem.with_masses(state.a, state.b), described)
+    source = PlanSource(problem.with_masses(state.a, state.b), described, slack)
     return SinkhornOutput(source, solution, gradient, options.tol)
 
 
@@ -64,6 +66,7 @@ def sinkhorn(
     mask_y: Tensor | None = None,
     rho_a: float | Tensor | None = None,
     rho_b: float | Tensor | None = None,
+    partial: float | Tensor | None = None,
     max_iter: int = 1000,
     tol: float = 1e-5,
     gradient: str = "implicit",
@@ -81,12 +84,25 @@ def sinkhorn(
               + \rho_a \mathrm{KL}(T1 | a) + \rho_b \mathrm{KL}(T^\top 1 | b), \qquad
               \mathrm{KL}(p | q) = \sum p \log(p/q) - p + q.
 
+    With ``partial`` = s, T1 <= a, T'1 <= b and the total of T is s. What is not sent goes to one more column, and from
+    one more row to b. Their cost is a constant, their common pair is forbidden, and outputs do not show them. But the
+    entropy counts them: with the plan T' and masses a', b' that include them, and M = 1'a + 1'b - s,
+
+    .. math:: T' = \arg\min \langle T, C \rangle + \varepsilon\, \mathrm{KL}(T' \,|\, a' b'^\top / M).
+
+    POT's ``entropic_partial_wasserstein`` counts the sum of T log T over what is sent alone, so that its plan is
+    another one at the same eps. For eps to 0 both become the exact partial transport.
+
     The leading dimensions of all arguments are broadcast against each other, as PyTorch does it: one cost may serve
     many marginals, and the reverse. It is then copied for each.
 
     Args:
         cost: ``(B, n, m)``; ``B`` is any number of leading dimensions, also none. float16 and bfloat16 are solved in
-            float32.
+            float32. ``inf`` forbids a pair: there the plan is 0, ``log_plan`` is -inf and the gradient is 0. (What has
+            overflowed in half precision is inf, too.) Pairs that are left may admit no plan with these marginals, or
+            one in blocks that share no mass. The first does not converge; in the second the potentials of each block
+            have a constant of their own. The gradient by the mass of a point that has none and is forbidden to all that
+            have is finite, but means nothing.
 
         a: masses ``(B, n)``, or ``(n,)`` for all problems; None is uniform. Normalised to total 1, with the
             gradient of that, except under penalties. Zero, or a share of at most 1e-30 (1e-290 in float64), means that
@@ -106,6 +122,9 @@ def sinkhorn(
             gradient. None makes it a constraint. With a penalty on either side masses are taken as they are, and their
             totals are free. Only the reference backend solves such problems, and is chosen for them.
         rho_b: likewise on the marginal b.
+        partial: how much mass is sent: a number, or a tensor ``(B,)`` or ``()``, which gets a gradient; positive, and
+            at most the smaller of the totals of a and b. Masses are then taken as they are, and what a point sends or
+            gets is at most its mass. None is a constraint on every point. It does not go with rho_a and rho_b.
 
         max_iter: most iterations; each is one sweep over the cost.
         tol: bound on the L1 error of the marginals; 0 runs ``max_iter`` plain iterations.
@@ -123,9 +142,9 @@ def sinkhorn(
 
     Raises:
         TypeError: an argument is of the wrong type or dtype; float64 is mixed with another dtype.
-        ValueError: shapes, devices or options do not fit; a mass is negative, totals differ, the cost is not finite.
-            The values are looked at on a CPU; on a GPU that would stop its queue, so there only if the environment
-            sets ``OTLOSS_CHECK_VALUES=1``.
+        ValueError: shapes, devices or options do not fit; a mass is negative, totals differ, the cost is NaN or -inf,
+            or inf in all pairs with mass of a row or column with mass. The values are looked at on a CPU; on a GPU that
+            would stop its queue, so there only if the environment sets ``OTLOSS_CHECK_VALUES=1``.
 
     Warns:
         ConvergenceWarning: a problem did not reach ``tol``; ``converged`` says which. Given where values are looked at.
@@ -147,7 +166,7 @@ def sinkhorn(
     check_tensor("cost", cost, 2, "(B, n, m)")
     if 0 in cost.shape[-2:]:
         raise ValueError(f"cost must have at least one row and one column, got {tuple(cost.shape)}")
-    said = Arguments(eps, a, b, log_a, log_b, mask_x, mask_y, rho_a, rho_b)
+    said = Arguments(eps, a, b, log_a, log_b, mask_x, mask_y, rho_a, rho_b, partial)
     return _solve(cost, None, "cosine", said, max_iter, tol, gradient, solver, backend)
 
 
@@ -165,6 +184,7 @@ def feature_sinkhorn(
     mask_y: Tensor | None = None,
     rho_a: float | Tensor | None = None,
     rho_b: float | Tensor | None = None,
+    partial: float | Tensor | None = None,
     max_iter: int = 1000,
     tol: float = 1e-5,
     gradient: str = "implicit",
@@ -182,8 +202,8 @@ def feature_sinkhorn(
 
     The costs of the batch are not stored, unless a gradient may follow and they are at most half as large as the
     features, where n and m are small beside d. The reference backend stores them. The CPU backend holds that of one
-    problem per thread. The Triton backend holds at most 32 MiB of cosine costs at a time, and in the backward as much
-    of their gradient, but in float64 always those of one problem; it stores the other costs, and those of a tensor eps.
+    problem per thread. The Triton backend holds at most 32 MiB of them at a time, and in the backward as much of their
+    gradient, but in float64 always those of one problem. Under ``partial`` the costs are stored.
 
     Squared distances are sums of squared differences, so they keep their digits wherever the points lie. A tensor eps
     is divided out of the features, of which it makes a copy.
@@ -193,7 +213,7 @@ def feature_sinkhorn(
         y: features ``(B, m, d)``.
         cost: "cosine", "sqeuclidean" or "dot". Any other cost is made by a function of yours, for :func:`sinkhorn`.
         a, b, log_a, log_b, mask_x, mask_y: as in :func:`sinkhorn`. Features that a mask leaves out do not matter.
-        eps, rho_a, rho_b: as in :func:`sinkhorn`.
+        eps, rho_a, rho_b, partial: as in :func:`sinkhorn`.
         max_iter, tol, gradient, solver, backend: as in :func:`sinkhorn`.
 
     Returns:
@@ -211,7 +231,7 @@ def feature_sinkhorn(
     """
     check_features(x, y)
     check_choice("cost", cost, tuple(COSTS))
-    said = Arguments(eps, a, b, log_a, log_b, mask_x, mask_y, rho_a, rho_b)
+    said = Arguments(eps, a, b, log_a, log_b, mask_x, mask_y, rho_a, rho_b, partial)
     return _solve(x, y, cost, said, max_iter, tol, gradient, solver, backend)
 
 

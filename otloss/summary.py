@@ -60,6 +60,8 @@ def _perplexity(mass: Tensor) -> Tensor:
 def summarise(out: SinkhornOutput) -> Summary:
     """See :meth:`otloss.SinkhornOutput.summary`."""
     plan, a, b = out.plan.detach(), *out._source.masses(constant=True)
+    if out._source.slack is not None:
+        a, b = (mass[:, :-1] * out._source.slack.total.detach().unsqueeze(-1) for mass in (a, b))
     n, m = plan.shape[-2:]
     iterations = out.n_iter.flatten().tolist()
     if not iterations:

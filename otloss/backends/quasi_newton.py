@@ -136,12 +136,13 @@ class _Batch:
         return self.watching & (self.sweeps - self.first >= PATIENCE) & slow
 
     def _find_the_way(self, kept: Tensor) -> None:
-        """The way that crawling problems have to go: the mean of (C - f - g) / eps under a b'."""
+        """The way that crawling problems have to go: the mean of (C - f - g) / eps under a b', where it is allowed."""
         asks = kept & (self.way < 0) & self._crawls()
         if not asks.any():
             return
         weights = self.a.unsqueeze(-1) * (self.root**2).unsqueeze(-2)
-        left = torch.where(weights > 0, self.cost - self.f.unsqueeze(-1) - self.g.unsqueeze(-2), 0.0)
+        counts = (weights > 0) & (self.cost < torch.inf)
+        left = torch.where(counts, self.cost - self.f.unsqueeze(-1) - self.g.unsqueeze(-2), 0.0)
         way = ((weights * left).sum((-1, -2)).unsqueeze(-1) / self.eps).clamp(min=0)
         self.way = torch.where(asks, way, self.way)
         for count in range(16):

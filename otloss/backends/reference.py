@@ -5,8 +5,10 @@ With :math:`T_{ij} = a_i b_j k_{ij}`, :math:`k_{ij} = \exp((f_i + g_j - C_{ij})/
 .. math:: f_i = -\varepsilon \log \sum_j b_j e^{(g_j - C_{ij})/\varepsilon}, \qquad
           g_j = -\varepsilon \log \sum_i a_i e^{(f_i - C_{ij})/\varepsilon}, \qquad f = g = 0 \text{ at the start.}
 
-Rows and columns without mass take no part; their potentials follow from the final ones. Everything here is made of
-differentiable PyTorch operations, so the gradients of this module can be differentiated again.
+Rows and columns without mass take no part; their potentials follow from the final ones. A cost of +inf forbids a pair:
+there :math:`k_{ij} = 0`. A point without mass that is forbidden to every point with mass has the potential 0 before the
+gauge. Everything here is made of differentiable PyTorch operations, so the gradients of this module can be
+differentiated again.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from otloss.backends.masses import normalise as normalise
 from otloss.backends.masses import worst_error as worst_error
 from otloss.backends.protocol import Gradients, Problem, Shift, Solution, Upstream, is_relaxed
 from otloss.backends.relaxed import Penalty
-from otloss.backends.steps import bounded_exp, f_step, g_step
+from otloss.backends.steps import bounded_exp, f_step, g_step, without_forbidden
 from otloss.checks import wide
 from otloss.cost import COSTS, centred, live_rows, negligible, row_norms, unit_rows
 
@@ -61,6 +63,17 @@ def log_mass(mass: Tensor) -> Tensor:
     return torch.where(alive, torch.where(alive, mass, 1.0).log(), -torch.inf)
 
 
+def _opened(cost: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The cost for half-steps, and which rows and columns have no mass and are forbidden to all that have.
+
+    Their own cost is 0 here, so that a half-step gives them a finite number. It reaches nobody.
+    """
+    barred = cost == torch.inf
+    rows = (barred | ~live(b).unsqueeze(-2)).all(-1) & ~live(a)
+    columns = (barred | ~live(a).unsqueeze(-1)).all(-2) & ~live(b)
+    return cost.masked_fill(rows.unsqueeze(-1) | columns.unsqueeze(-2), 0.0), rows, columns
+
+
 def _exponent(cost: Tensor, f: Tensor, g: Tensor, eps: float) -> Tensor:
     return ((f.unsqueeze(-1) + g.unsqueeze(-2)) - cost) / eps
 
@@ -70,6 +83,12 @@ def kernel(cost: Tensor, f: Tensor, g: Tensor, eps: float) -> Tensor:
     return bounded_exp(_exponent(cost, f, g, eps))
 
 
+def log_sum(exponent: Tensor, dim: int) -> Tensor:
+    """``logsumexp``, but 0 with gradient 0 where every term is exp(-inf)."""
+    nothing = (exponent == -torch.inf).all(dim, keepdim=True)
+    return torch.logsumexp(exponent.masked_fill(nothing, 0.0), dim).masked_fill(nothing.squeeze(dim), 0.0)
+
+
 def _normalised_kernel(cost: Tensor, a: Tensor, b: Tensor, f: Tensor, g: Tensor, eps: float) -> Tensor:
     """k_ij, scaled where a row or column has no mass, so that the sum with the others' masses is 1.
 
@@ -77,8 +96,8 @@ def _normalised_kernel(cost: Tensor, a: Tensor, b: Tensor, f: Tensor, g: Tensor,
     then rounding of the potential changes the sum by any factor, which this takes back.
     """
     exponent = _exponent(cost, f, g, eps)
-    rows = torch.logsumexp(exponent + log_mass(b).unsqueeze(-2), -1)
-    columns = torch.logsumexp(exponent + log_mass(a).unsqueeze(-1), -2)
+    rows = log_sum(exponent + log_mass(b).unsqueeze(-2), -1)
+    columns = log_sum(exponent + log_mass(a).unsqueeze(-1), -2)
     exponent = exponent - torch.where(live(a), 0.0, rows).unsqueeze(-1)
     return bounded_exp(exponent - torch.where(live(b), 0.0, columns).unsqueeze(-2))
 
@@ -104,20 +123,26 @@ def _row_error(a: Tensor, f: Tensor, f_next: Tensor, eps: float) -> Tensor:
 
 
 def _minima(cost: Tensor, a: Tensor, b: Tensor) -> Shift:
-    """The minima of the rows of a cost, then those of the columns of what is left, over points with mass."""
-    rows = cost.masked_fill(~live(b).unsqueeze(-2), torch.inf).amin(-1)
+    """The minima of the rows of a cost, then those of the columns of what is left, over points with mass.
+
+    The minimum is 0 where every one of these is forbidden.
+    """
+    rows = without_forbidden(cost.masked_fill(~live(b).unsqueeze(-2), torch.inf).amin(-1))
     left = cost - rows.unsqueeze(-1)
-    return Shift(rows, left.masked_fill(~live(a).unsqueeze(-1), torch.inf).amin(-2))
+    return Shift(rows, without_forbidden(left.masked_fill(~live(a).unsqueeze(-1), torch.inf).amin(-2)))
 
 
 def shifted(cost: Tensor, shift: Shift | None) -> Tensor:
-    """What is left of a cost after a shift, rounded once: what the first difference loses is put back (TwoSum)."""
+    """What is left of a cost after a shift, rounded once: what the first difference loses is put back (TwoSum).
+
+    A forbidden pair stays forbidden.
+    """
     if shift is None:
         return cost
     rows, columns = shift.rows.unsqueeze(-1), shift.columns.unsqueeze(-2)
     left = cost - rows
     back = left - cost
-    return (left - columns) + ((cost - (left - back)) - (rows + back))
+    return torch.where(cost == torch.inf, torch.inf, (left - columns) + ((cost - (left - back)) - (rows + back)))
 
 
 def unshifted(solution: Solution, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,20 +185,21 @@ def solve(
     minima = _minima(cost, a, b)
     shift = minima if problem.right is None else None
     cost = shifted(cost, shift)
+    opened, lost_a, lost_b = _opened(cost, a, b)
     g = torch.zeros_like(b) if shift is None else -shift.columns  # potentials 0 of the cost given
     if accelerate:
         g = quasi_newton.start(g, torch.where(live(b), minima.columns, 0.0), eps)
-        f, g, n_iter = quasi_newton.solve(cost, a, b, log_a, log_b, g, eps, max_iter, tol)
+        f, g, n_iter = quasi_newton.solve(opened, a, b, log_a, log_b, g, eps, max_iter, tol)
     else:
-        f, g, n_iter = _iterate(cost, a, log_a, log_b, g, eps, max_iter, tol)
-    f = torch.where(live(a), f, f_step(cost, log_b, g, eps))
-    g = torch.where(live(b), g, g_step(cost, log_a, f, eps))
+        f, g, n_iter = _iterate(opened, a, log_a, log_b, g, eps, max_iter, tol)
+    f = torch.where(live(a), f, f_step(opened, log_b, g, eps)).masked_fill(lost_a, 0.0)
+    g = torch.where(live(b), g, g_step(opened, log_a, f, eps)).masked_fill(lost_b, 0.0)
     constant = ((b * g).sum(-1) - (a * f).sum(-1)).unsqueeze(-1) / 2
     f, g = f + constant, g - constant
     plan = transport_plan(cost, a, b, f, g, eps)
     rows, columns = plan.sum(-1), plan.sum(-2)
     error = (rows - a).abs().sum(-1) + (columns - b).abs().sum(-1)
-    transport_cost = (plan * cost).sum((-1, -2))
+    transport_cost = (plan * without_forbidden(cost)).sum((-1, -2))
     value = (rows * f).sum(-1) + (columns * g).sum(-1) - eps * (plan.sum((-1, -2)) - 1)
     if shift is not None:
         taken = (rows * shift.rows).sum(-1) + (columns * shift.columns).sum(-1)
@@ -193,16 +219,18 @@ def _solve_relaxed(problem: Problem, max_iter: int, tol: float) -> Solution:
     right, a, b, eps = problem.right, problem.a, problem.b, problem.eps
     cost = dense_cost(problem.left, right, problem.kind)
     log_a, log_b, (of_a, of_b) = log_mass(a), log_mass(b), penalties(problem)
-    f, g, n_iter = relaxed.iterate(cost, a, b, log_a, log_b, of_a, of_b, max_iter, tol)
-    f = torch.where(live(a), f, of_a.damping * f_step(cost, log_b, g, eps))
-    g = torch.where(live(b), g, of_b.damping * g_step(cost, log_a, f, eps))
+    opened, lost_a, lost_b = _opened(cost, a, b)
+    f, g, n_iter = relaxed.iterate(opened, a, b, log_a, log_b, of_a, of_b, max_iter, tol)
+    f = torch.where(live(a), f, of_a.damping * f_step(opened, log_b, g, eps)).masked_fill(lost_a, 0.0)
+    g = torch.where(live(b), g, of_b.damping * g_step(opened, log_a, f, eps)).masked_fill(lost_b, 0.0)
     plan = transport_plan(cost, a, b, f, g, eps)
     rows, columns, total = plan.sum(-1), plan.sum(-2), plan.sum((-1, -2))
     error = (rows - a * of_a.share(f)).abs().sum(-1) + (columns - b * of_b.share(g)).abs().sum(-1)
     whole = (rows * f).sum(-1) + (columns * g).sum(-1) - eps * (total - a.sum(-1) * b.sum(-1))
     value = whole + of_a.divergence(rows, a) + of_b.divergence(columns, b)
     shift = None if right is not None else Shift(torch.zeros_like(a), torch.zeros_like(b))
-    return Solution(f, g, (plan * cost).sum((-1, -2)), value, n_iter, error / _or_one(total), shift)
+    transport_cost = (plan * without_forbidden(cost)).sum((-1, -2))
+    return Solution(f, g, transport_cost, value, n_iter, error / _or_one(total), shift)
 
 
 def _column(weight: Tensor | None, like: Tensor) -> Tensor:
@@ -314,7 +342,8 @@ def implicit_gradient(
     made = dense_cost(problem.left, problem.right, problem.kind)
     if is_relaxed(problem):
         sides = (log_mass(a), log_mass(b), f, g, *penalties(problem))
-        by, residual = relaxed.gradients(made, a, b, *sides, upstream, adjoint)
+        opened, *_ = _opened(made, a, b)
+        by, residual = relaxed.gradients(made, opened, a, b, *sides, upstream, adjoint)
         x, y = _pull_back(by.cost, problem) if need_cost else (a.new_empty(0), a.new_empty(0))
         return Gradients(x, y, by.a, by.b, by.rho), residual
     cost = shifted(made, shift)
@@ -328,9 +357,9 @@ def implicit_gradient(
     if adjoint:
         p = torch.zeros_like(f) if upstream.f is None else upstream.f
         q = torch.zeros_like(g) if upstream.g is None else upstream.g
-        rows = (k * b.unsqueeze(-2)).sum(-1)
-        columns = (k * a.unsqueeze(-1)).sum(-2)
-        reduced = torch.where(k > 0, w * (cost - f.unsqueeze(-1) - g.unsqueeze(-2)), 0.0)  # not 0 * inf
+        rows = _or_one((k * b.unsqueeze(-2)).sum(-1))
+        columns = _or_one((k * a.unsqueeze(-1)).sum(-2))
+        reduced = w * torch.where(k > 0, cost - f.unsqueeze(-1) - g.unsqueeze(-2), 0.0)  # not 0 * inf
         from_q = eps * (k * q.unsqueeze(-2)).sum(-1)
         from_p = eps * (k * p.unsqueeze(-1)).sum(-2)
         r = (reduced * plan).sum(-1) - a * from_q
@@ -358,6 +387,7 @@ def unrolled_gradient(
     """Exact gradient of the iterations that were run: the potentials of each are kept, the kernels made again."""
     a, b, eps = problem.a, problem.b, problem.eps
     cost = dense_cost(problem.left, problem.right, problem.kind)
+    opened, *_ = _opened(cost, a, b)
     log_a, log_b = log_mass(a), log_mass(b)
     twice = torch.is_grad_enabled()  # then a mass of 0 needs a derivative, which its logarithm does not have
     of_a, of_b = _tangent_of_no_mass(a).unsqueeze(-1), _tangent_of_no_mass(b).unsqueeze(-2)
@@ -365,11 +395,11 @@ def unrolled_gradient(
     for iteration in range(max_iter):
         running = (iteration < n_iter).unsqueeze(-1)
         f, g = history[-1]
-        f_next = f_step(cost, log_b, g, eps)
+        f_next = f_step(opened, log_b, g, eps)
         if twice:
             f_next = f_next - eps * (kernel(cost, f_next, g, eps) * of_b).sum(-1)
         f = torch.where(running, f_next, f)
-        g_next = g_step(cost, log_a, f, eps)
+        g_next = g_step(opened, log_a, f, eps)
         if twice:
             g_next = g_next - eps * (kernel(cost, f, g_next, eps) * of_a).sum(-2)
         history.append((f, torch.where(running, g_next, g)))
@@ -379,7 +409,7 @@ def unrolled_gradient(
     w, w_value = _column(upstream.cost, cost), _column(upstream.value, cost)
     k = kernel(cost, f_last, g_last, eps)
     plan = a.unsqueeze(-1) * k * b.unsqueeze(-2)
-    outer = w * cost + w_value * (f_last.unsqueeze(-1) + g_last.unsqueeze(-2))
+    outer = w * without_forbidden(cost) + w_value * (f_last.unsqueeze(-1) + g_last.unsqueeze(-2))
     both = live(a).unsqueeze(-1) & live(b).unsqueeze(-2)
     outer = torch.where((k > 0) & (both | outer.isfinite()), outer, 0.0)  # not 0 * inf
     by_b, by_a, lift = k * b.unsqueeze(-2), k * a.unsqueeze(-1), outer * plan / eps

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from otloss.backends.protocol import Upstream
-from otloss.backends.steps import bounded_exp, f_step, g_step
+from otloss.backends.steps import bounded_exp, f_step, g_step, without_forbidden
 from otloss.checks import wide
 
 
@@ -158,6 +158,7 @@ class CostGradients(NamedTuple):
 
 def gradients(
     cost: Tensor,
+    opened: Tensor,
     a: Tensor,
     b: Tensor,
     log_a: Tensor,
@@ -186,11 +187,11 @@ def gradients(
         \partial \rho_a = \big\langle a e^{-f/\rho_a} \circ f, w f + U \big\rangle / \rho_a^2
                           + \varepsilon \langle p, f \rangle / (m_a \rho_a^2) + w_V \mathrm{KL}(T1 | a)
 
-    and likewise for b. P and Q are the plan, normalised by rows and by columns.
+    and likewise for b. P and Q are the plan, normalised by rows and by columns. ``opened`` is the cost for half-steps.
     """
     eps = of_a.eps
-    of_row = (g.unsqueeze(-2) - cost) / eps + log_b.unsqueeze(-2)
-    of_column = (f.unsqueeze(-1) - cost) / eps + log_a.unsqueeze(-1)
+    of_row = (g.unsqueeze(-2) - opened) / eps + log_b.unsqueeze(-2)
+    of_column = (f.unsqueeze(-1) - opened) / eps + log_a.unsqueeze(-1)
     by_rows, by_columns = of_row.softmax(-1), of_column.softmax(-2)
     rows = a * torch.exp(f / eps + torch.logsumexp(of_row, -1))
     plan = rows.unsqueeze(-1) * by_rows
@@ -208,7 +209,7 @@ def gradients(
     if adjoint:
         p = torch.zeros_like(f) if upstream.f is None else upstream.f / of_a.stiffness
         q = torch.zeros_like(g) if upstream.g is None else upstream.g / of_b.stiffness
-        reduced = w.unsqueeze(-1) * (cost - f.unsqueeze(-1) - g.unsqueeze(-2))
+        reduced = w.unsqueeze(-1) * without_forbidden(cost - f.unsqueeze(-1) - g.unsqueeze(-2))
         # T_ij / ((T1)_i (T'1)_j), which never divides by a mass.
         sides = (of_a.stiffness * f).unsqueeze(-1) + (of_b.stiffness * g).unsqueeze(-2)
         k = bounded_exp((sides - cost) / eps)
@@ -228,6 +229,7 @@ def gradients(
         by_b = by_b + share_b * of_b.stiffness * (v + w * g)
         by_rho_a = by_rho_a + ((rows * (w * f + u) + eps * p) * f * of_a.inverse**2).sum(-1)
         by_rho_b = by_rho_b + ((columns * (w * g + v) + eps * q) * g * of_b.inverse**2).sum(-1)
+        by_cost = by_cost.masked_fill(cost == torch.inf, 0.0)
     both = ((of_a, by_rho_a), (of_b, by_rho_b))
     by_rho = torch.stack([torch.zeros_like(by) if penalty.rho is None else by for penalty, by in both], -1)
     return CostGradients(by_cost, by_a, by_b, by_rho), residual

@@ -1,4 +1,8 @@
-"""The half-steps of the reference backend in the log-domain, with constraints and with penalties alike."""
+"""The half-steps of the reference backend in the log-domain, with constraints and with penalties alike.
+
+A cost of +inf forbids a pair: its kernel is 0. Beside the kernel the cost itself counts as 0 there, since 0 times inf
+is NaN.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,11 @@ def f_step(cost: Tensor, log_b: Tensor, g: Tensor, eps: float) -> Tensor:
 def g_step(cost: Tensor, log_a: Tensor, f: Tensor, eps: float) -> Tensor:
     """g that gives every column its marginal."""
     return -eps * torch.logsumexp((f.unsqueeze(-1) - cost) / eps + log_a.unsqueeze(-1), dim=-2)
+
+
+def without_forbidden(cost: Tensor) -> Tensor:
+    """The cost with 0 for forbidden pairs, for sums in which it is multiplied by their plan of 0."""
+    return cost.masked_fill(cost == torch.inf, 0.0)
 
 
 def bounded_exp(exponent: Tensor) -> Tensor:

@@ -236,6 +236,8 @@ def unrolled_gradient(
     for t in range(1, longest + 1):
         problem.half_step(problem.rows, g[t - 1], problem.b, f[t], n_iter, t, 1)
         problem.half_step(problem.columns, f[t], problem.a, g[t], n_iter, t, 1)
+    if problem.right is None:  # points without mass that are forbidden to all others are at +inf
+        f, g = known(f, live_a), known(g, live_b)
 
     sharp, value = w.unsqueeze(-1), w_value.unsqueeze(-1)
     last = n_iter.reshape(1, count, 1)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from otloss.backends.protocol import Problem, Shift
+from otloss.backends.steps import without_forbidden
 from otloss.backends.triton import config, features, product, stream
 
 MOST_BLOCKS = 65535  # of a grid's second and third dimension
@@ -103,7 +104,7 @@ class DeviceProblem:
             view.left, min_j, mass, part, self.count, view.n, view.m, view.si, view.sj, splits,
             I=tile.rows, J=tile.cols, tile=tile,
         )  # fmt: skip
-        return part[0] if splits == 1 else part.amin(0)
+        return without_forbidden(part[0] if splits == 1 else part.amin(0))
 
     def _tune(self, view: View, timer: Callable[[Callable[[], None]], float]) -> None:
         """Remember the fastest tile of a half-step, unless its bucket is known or the caller captures a graph."""
@@ -189,11 +190,12 @@ class DeviceProblem:
         )  # fmt: skip
 
     def potential(self, view: View, g: Tensor, mass: Tensor) -> Tensor:
-        """One half-step in the log-domain of every row of a view, dead or not."""
+        """One half-step in the log-domain of every row of a view, dead or not; 0 where all with mass is forbidden."""
         splits = self.split(view, config.stream(view.n, view.m, view.d, self.double))
         part = self.empty(splits, self.count, view.n)
         self.half_step(view, g, mass, part, None, 0, splits)
-        return part[0] if splits == 1 else -self.eps * torch.logsumexp(part / -self.eps, 0)
+        potential = part[0] if splits == 1 else -self.eps * torch.logsumexp(part / -self.eps, 0)
+        return potential if self.right is not None else without_forbidden(potential)
 
     def sums(
         self, view: View, f: Tensor, g: Tensor, alpha: Tensor, beta: Tensor | None = None, gamma: Tensor | None = None,

@@ -119,7 +119,7 @@ def iterate_rows(
         underflow = tl.min(tl.where(live, t, 1.0), 0) < TINY
         gj -= tl.where(live, tl.log2(tl.where(live, t / mass, 1.0)), 0.0) / inv
     elif todo == LOG:
-        gj = add_splits(shares, p, j, m, count, blocks, inv)
+        gj = tl.where(live, add_splits(shares, p, j, m, count, blocks, inv), 0.0)
     tl.store(state + 1, launches + 1)
     if underflow:
         f += ((done + 1) % 2 * count + p) * n
@@ -147,13 +147,15 @@ def iterate_rows(
                 column = vector(g, j, m, DTYPE) * inv + log2_mass(vector(b, j, m, DTYPE))
                 exponent = column[None, :] - scaled
                 top = tl.max(exponent, 1)
+                top = tl.where(top == -float("inf"), 0.0, top)  # forbidden to every column with mass
                 e = tl.exp2(exponent - top[:, None])
                 s = tl.sum(e, 1)
                 fi = -(top + tl.log2(s)) / inv
                 row = vector(a, i, n, DTYPE)
                 row = tl.where(is_live(row), row, 0.0)
                 tl.store(new + i, fi, mask=i < n)
-                accumulate(own, j, tl.sum(e * (row / s)[:, None], 0), m, start > first)
+                share_of_e = tl.where(row == 0.0, 0.0, row / s)  # not 0 / 0
+                accumulate(own, j, tl.sum(e * share_of_e[:, None], 0), m, start > first)
                 drift = (vector(old, i, n, DTYPE) - vector(new, i, n, DTYPE)) * inv
                 off += tl.sum(row_error(vector(a, i, n, DTYPE), drift), 0)
             fresh = (tl.load(state + 1) + 1) % 2  # read again: a register less in the loop

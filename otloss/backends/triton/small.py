@@ -32,6 +32,7 @@ from otloss.backends.triton.tiles import (
     is_live,
     kernel_tile,
     known,
+    reached,
     row_step,
     stored_tile,
     vector,
@@ -73,9 +74,9 @@ def solve_small(
         min_i += p * n
         min_j += p * m
         whole = stored_tile(cost, None, None, i, j, n, m, DTYPE)
-        least = tl.min(tl.where((mass_b > 0.0)[None, :], whole, float("inf")), 1)
+        least = reached(tl.min(tl.where((mass_b > 0.0)[None, :], whole, float("inf")), 1))
         tl.store(min_i + i, least, mask=i < n)
-        least_j = tl.min(tl.where((mass_a > 0.0)[:, None], whole - least[:, None], float("inf")), 0)
+        least_j = reached(tl.min(tl.where((mass_a > 0.0)[:, None], whole - least[:, None], float("inf")), 0))
         tl.store(min_j + j, least_j, mask=j < m)
         tl.store(g_out + j, -least_j, mask=j < m)  # potentials 0 of the cost as given
     tl.debug_barrier()
@@ -87,10 +88,10 @@ def solve_small(
         tl.debug_barrier()  # several warps may hold an entry: all have read it before one stores
         tl.store(g_out + j, g, mask=j < m)
         tl.debug_barrier()
-        f = row_step(cost, min_i, min_j, i, g_out, b, n, m, inv, N, J)
+        f = known(row_step(cost, min_i, min_j, i, g_out, b, n, m, inv, N, J), mass_a > 0.0)
         tl.store(f_out + i, f, mask=i < n)
         tl.debug_barrier()
-        g = column_step(cost, min_i, min_j, j, f_out, a, n, m, 0, n, inv, M, J)
+        g = known(column_step(cost, min_i, min_j, j, f_out, a, n, m, 0, n, inv, M, J), mass_b > 0.0)
         tl.store(g_out + j, g, mask=j < m)
         tl.debug_barrier()
         k = kernel_tile(stored_tile(cost, min_i, min_j, i, j, n, m, DTYPE), f, g, inv)
@@ -120,11 +121,11 @@ def solve_small(
     tl.store(g_out + j, g, mask=j < m)
     tl.debug_barrier()
     if tl.min(tl.where(i < n, mass_a, 1.0), 0) == 0.0:  # without mass: from the final potentials of the others
-        f = tl.where(mass_a > 0.0, f, row_step(cost, min_i, min_j, i, g_out, b, n, m, inv, N, J))
+        f = tl.where(mass_a > 0.0, f, reached(row_step(cost, min_i, min_j, i, g_out, b, n, m, inv, N, J)))
         tl.store(f_out + i, f, mask=i < n)
         tl.debug_barrier()
     if tl.min(tl.where(j < m, mass_b, 1.0), 0) == 0.0:
-        g = tl.where(mass_b > 0.0, g, column_step(cost, min_i, min_j, j, f_out, a, n, m, 0, n, inv, M, J))
+        g = tl.where(mass_b > 0.0, g, reached(column_step(cost, min_i, min_j, j, f_out, a, n, m, 0, n, inv, M, J)))
     shift = (tl.sum(mass_b * g, 0) - tl.sum(mass_a * f, 0)) * 0.5
     f, g = f + shift, g - shift
     tl.debug_barrier()
@@ -143,7 +144,7 @@ def solve_small(
         k = kernel_tile(tile, f, gc, inv)
         share = k * mass[None, :]
         row += tl.sum(share, 1)
-        by_cost += tl.sum(share * tile, 1)
+        by_cost += tl.sum(tl.where(share == 0.0, 0.0, share * tile), 1)  # not 0 * inf
         column = mass * tl.sum(k * mass_a[:, None], 0)
         missed += tl.abs(column - mass)
         by_g += known(column * gc, live)
@@ -209,7 +210,7 @@ def adjoint_small(
         k = tl.where(real_i[:, None], kernel_tile(tile, pf, gc, inv), 0.0)
         rho += tl.sum(k * mass[None, :], 1)
         tl.store(v_out + c, tl.sum(k * mass_a[:, None], 0), mask=c < m)
-        reduced = tile - pf[:, None] - gc[None, :]
+        reduced = tl.where(k == 0.0, 0.0, tile - pf[:, None] - gc[None, :])  # not 0 * inf
         by_cost += tl.sum((k * mass[None, :]) * reduced, 1)  # in this order: k of a pair without mass is huge
         tl.store(h_out + c, tl.sum((k * mass_a[:, None]) * reduced, 0), mask=c < m)
     tl.debug_barrier()

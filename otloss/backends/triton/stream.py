@@ -174,6 +174,8 @@ def sums(
         if beta is not None:
             if REDUCED:
                 cost = cost - fi[:, None] - gj[None, :]
+            if right is None:
+                cost = tl.where(k == 0.0, 0.0, cost)  # not 0 * inf
             by_beta += tl.sum(k * vector(beta + p * m, j, end, DTYPE)[None, :] * cost, 1)
         if gamma is not None:
             by_gamma += tl.sum(k * vector(gamma + p * m, j, end, DTYPE)[None, :], 1)

@@ -6,7 +6,11 @@ is the same view with left and right, min_i and min_j, n and m, si and sj exchan
 rows alone.
 
 ``min_i`` and ``min_j`` are the minima of rows and columns, which are taken out of a dense cost wherever it is read;
-None where nothing is. That takes six float32 operations per entry, and no memory but the two vectors.
+None where nothing is. That takes eight float32 operations per entry, and no memory but the two vectors.
+
+A cost of +inf forbids a pair: its kernel is 0, and where the cost is a factor beside the kernel it counts as 0. The
+half-step of a point that is forbidden to every point with mass is +inf. If the point has no mass itself, it gets 0 in
+the end. What stands there before does not matter: half-steps read no potential of a point without mass.
 
 Exponents are kept in base 2: with inv = log2(e)/eps, exp((f_i + g_j - C_ij)/eps) = 2^((f_i + g_j - C_ij) inv), one
 ``ex2`` instruction. A mass that does not exceed 1e-30 (1e-290 in float64) is no mass; padding has mass 0 too.
@@ -57,7 +61,13 @@ def shifted(cost, by_row, by_column):
     rows, columns = by_row[:, None], by_column[None, :]
     left = cost - rows
     back = left - cost
-    return (left - columns) + ((cost - (left - back)) - (rows + back))
+    return tl.where(cost == float("inf"), cost, (left - columns) + ((cost - (left - back)) - (rows + back)))
+
+
+@triton.jit
+def reached(x):
+    """A minimum over pairs with mass, or a half-step; 0 where all of these pairs are forbidden."""
+    return tl.where(x == float("inf"), 0.0, x)
 
 
 @triton.jit
@@ -109,7 +119,8 @@ def stream_step(
         j = start + tl.arange(0, J).to(tl.int64)
         cost = cost_tile(left, right, min_i, min_j, i, j, n, m, d, si, sj, I, J, K, DTYPE)
         lb = tl.where(j < end, log2_mass(vector(b, j, m, DTYPE)), -float("inf"))
-        exponent = (vector(g, j, m, DTYPE)[None, :] - cost) * inv + lb[None, :]
+        gj = tl.where(lb > -float("inf"), vector(g, j, m, DTYPE), 0.0)
+        exponent = (gj[None, :] - cost) * inv + lb[None, :]
         peak = tl.maximum(top, tl.max(exponent, 1))
         finite = tl.where(peak == -float("inf"), 0.0, peak)  # no mass so far
         total = total * tl.exp2(top - finite) + tl.sum(tl.exp2(exponent - finite[:, None]), 1)
