@@ -45,14 +45,14 @@ template <class T> struct Relaxed : Solver<T> {
     int count, padded;
     const T *mass, *log_mass;
     T *origin, *from, *x, *next_x, *level;
-    double whole = 0;  // the mass
+    double slack, whole = 0;  // eps/rho, the mass
     T soft, lean;      // a half-step is x = lean from - soft level
     T tilt, bend;      // the log2 of the share that is asked for is tilt from + bend x
     int lost = 0;
 
     Side(T inverse, T eps, int count, int padded, const T* mass, const T* log_mass, T* origin)
-        : penalty(inverse, eps), count(count), padded(padded), mass(mass), log_mass(log_mass), origin(origin), soft(T(penalty.soft)),
-          lean(T(-log2e * penalty.inverse * penalty.soft)), tilt(T(-log2e * penalty.inverse)), bend(T(-eps * penalty.inverse)) {
+        : penalty(inverse, eps), count(count), padded(padded), mass(mass), log_mass(log_mass), origin(origin), slack(eps * penalty.inverse),
+          soft(T(penalty.soft)), lean(T(-log2e * penalty.inverse * penalty.soft)), tilt(T(-log2e * penalty.inverse)), bend(T(-slack)) {
       for (int i = 0; i < count; ++i) whole += mass[i];
     }
     // The largest mass 2^x of these scalings, in bits.
@@ -64,8 +64,11 @@ template <class T> struct Relaxed : Solver<T> {
     void keep_origin() {
       for (int i = 0; i < padded; ++i) from[i] = mass[i] != 0 ? origin[i] : T(0);
     }
-    void move(T bits) {
-      for (int i = 0; i < padded; i += lanes<T>) store<T>(x + i, load(x + i) + bits);
+    void move(T* scalings, T bits) const {
+      for (int i = 0; i < padded; i += lanes<T>) store<T>(scalings + i, load(scalings + i) + bits);
+    }
+    void move_by(T* scalings, const T* bits) const {
+      for (int i = 0; i < padded; i += lanes<T>) store<T>(scalings + i, load(scalings + i) + load(bits + i));
     }
   };
   Side rows, columns;
@@ -74,6 +77,7 @@ template <class T> struct Relaxed : Solver<T> {
   double gap = 0;       // by how much the columns' marginal differs from what g asks for, divided likewise
   T lift = 0;           // about the largest a 2^x
   int tolerated = 0;    // how many sums were lost just after K was built
+  bool renewed = false; // whether K was built again after the last sweep
 
   static size_t bytes(const Problem<T>& p) {
     return Base::bytes(p) + 5 * Arena::bytes<T>(round_up<T>(p.n)) + 4 * Arena::bytes<T>(round_up<T>(p.m));
@@ -90,7 +94,6 @@ template <class T> struct Relaxed : Solver<T> {
   // Runs to the error `tol` or for max_iter iterations.
   void run(int64_t max_iter, T tol, int64_t& k) {
     start();
-    bool fresh = false;  // whether K was built again after the last sweep
     for (k = 0; k < max_iter; ++k) {
       iterate();
       if (k > 0 && error() < tol) return;
@@ -98,10 +101,7 @@ template <class T> struct Relaxed : Solver<T> {
         ++k;
         return;  // not finite: the outputs say so
       }
-      const int lost = rows.lost + columns.lost;
-      if (fresh) tolerated = lost;
-      fresh = lost > tolerated;
-      if (fresh) absorb();
+      renew();
     }
   }
 
@@ -111,7 +111,7 @@ template <class T> struct Relaxed : Solver<T> {
     potential(columns, columns.x, g);
   }
 
- private:
+ protected:
   T back() const { return T(ln2) * eps; }
 
   void potential(const Side& side, const T* x, T* f) const {
@@ -195,9 +195,9 @@ template <class T> struct Relaxed : Solver<T> {
   }
 
   // The total of the marginal that the potentials of a side ask for, in bits, and its largest share. The marginal over 2^share is left
-  // in `marginal`, if that is not null.
-  double ask(const Side& side, T& share, T* marginal) const {
-    const auto bits = [&](int i) __attribute__((always_inline)) { return side.tilt * load(side.from + i) + side.bend * load(side.x + i); };
+  // in `marginal`, if that is not null. The scalings are x.
+  double ask(const Side& side, const T* x, T& share, T* marginal) const {
+    const auto bits = [&](int i) __attribute__((always_inline)) { return side.tilt * load(side.from + i) + side.bend * load(x + i); };
     vec<T> top = splat<T>(none);
     for (int i = 0; i < side.padded; i += lanes<T>) top = max(load(side.mass + i) != 0 ? bits(i) : splat<T>(none), top);
     share = max_of<T>(top);
@@ -218,17 +218,23 @@ template <class T> struct Relaxed : Solver<T> {
   bool take() {
     for (Side* side : {&rows, &columns}) std::swap(side->x, side->next_x);
     T of_columns;
-    const double row_total = ask(rows, asked_peak, asked), column_total = ask(columns, of_columns, nullptr);
-    const double slack_a = eps * rows.penalty.inverse, slack_b = eps * columns.penalty.inverse;
-    const double move = (row_total - column_total) / (slack_a + slack_b);
-    asked_peak = T(asked_peak - move * slack_a);
-    gap = std::exp2(column_total - asked_peak) * std::fabs(std::expm1(move * ln2 * slack_b));
-    rows.move(T(move)), columns.move(T(-move));
+    const double row_total = ask(rows, rows.x, asked_peak, asked), column_total = ask(columns, columns.x, of_columns, nullptr);
+    const double move = (row_total - column_total) / (rows.slack + columns.slack);
+    asked_peak = T(asked_peak - move * rows.slack);
+    gap = std::exp2(column_total - asked_peak) * std::fabs(std::expm1(move * ln2 * columns.slack));
+    rows.move(rows.x, T(move)), columns.move(columns.x, T(-move));
     lift = rows.top(rows.x);
     return std::isfinite(move);
   }
 
-  // Builds K again around the state.
+  // Builds K again around the state, if more sums were lost than just after it was built.
+  void renew() {
+    const int lost = rows.lost + columns.lost;
+    if (renewed) tolerated = lost;
+    renewed = lost > tolerated;
+    if (renewed) absorb();
+  }
+
   void absorb() {
     T* f = this->next_phi;
     potential(rows, rows.x, f);
@@ -279,15 +285,6 @@ template <class T> void write_relaxed(Relaxed<T>& s, const Solution<T>& out) {
   *out.cost = T(sharp);
   *out.value = T(potential - p.eps * (mass - s.rows.whole * s.columns.whole) + penalty);
   *out.error = T(missed / (mass <= dead_mass<T> ? 1 : mass));
-}
-
-template <class T>
-void solve_relaxed(const Problem<T>& p, Arena& arena, const Team& team, int64_t max_iter, T tol, const Solution<T>& out) {
-  arena.reset(Cost<T>::bytes(p, false) + Relaxed<T>::bytes(p));
-  const Cost<T> cost(p, arena, true, false);
-  Relaxed<T> s(cost, arena, team);
-  s.run(max_iter, tol, *out.n_iter);
-  write_relaxed(s, out);
 }
 
 }  // namespace otloss::OTLOSS_LEVEL

@@ -1,7 +1,7 @@
 // Solving one problem: which iterations, and the outputs.
 #pragma once
 #include "quasi_newton.hpp"
-#include "relaxed.hpp"
+#include "relaxed_newton.hpp"
 
 namespace otloss::OTLOSS_LEVEL {
 
@@ -62,7 +62,7 @@ template <class T> void write_solution(Solver<T>& s, const Solution<T>& out) {
 
 template <class T>
 void solve(const Problem<T>& p, Arena& arena, const Team& team, bool accelerate, int64_t max_iter, T tol, const Solution<T>& out) {
-  if (p.relaxed) return solve_relaxed(p, arena, team, max_iter, tol, out);
+  if (p.relaxed) return solve_relaxed(p, arena, team, accelerate, max_iter, tol, out);
   arena.reset(Cost<T>::bytes(p, false) + (accelerate ? QuasiNewton<T>::bytes(p) : Solver<T>::bytes(p)));
   const Cost<T> cost(p, arena, true, false);
   if (accelerate) {

@@ -104,7 +104,7 @@ def sinkhorn(
             gradient. ``torch.compile`` makes a graph for each number, and one for all tensors.
         rho_a: penalty on the marginal a, in units of the cost: a number, or a tensor ``(B,)`` or ``()``, which gets a
             gradient. None makes it a constraint. With a penalty on either side masses are taken as they are, and their
-            totals are free. The backends "cpu" and "reference" solve such problems, by plain iterations.
+            totals are free. The backends "cpu" and "reference" solve such problems, the latter by plain iterations.
         rho_b: likewise on the marginal b.
 
         max_iter: most iterations; each is one sweep over the cost.

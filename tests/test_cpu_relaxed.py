@@ -106,6 +106,25 @@ def test_float32(n: int, m: int, rhos: tuple[float | None, float | None]) -> Non
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rhos", [*RHOS, (1e3, 1e3), (None, 1e3)])
+@pytest.mark.parametrize(("n", "m", "eps"), [(1, 1, 0.1), (5, 7, 0.1), (64, 64, 0.02), (65, 130, 0.005), (130, 65, 0.005)])
+def test_quasi_newton_steps_lead_to_the_same_solution(
+    n: int, m: int, eps: float, rhos: tuple[float | None, float | None], dtype: torch.dtype
+) -> None:
+    x, y, a, b = _masses(n, m, dtype)
+    if rhos[0] is None or rhos[1] is None or min(rhos) > 100:
+        b = b / b.sum(-1, keepdim=True) * a.sum(-1, keepdim=True)
+    problem = _problem(x, y, a, b, rhos, eps)
+    tol = 1e-5 if dtype == torch.float32 else 1e-11
+    plain, fast = cpu.solve(problem, 20000, tol), cpu.solve(problem, 20000, tol, None, True)
+    assert bool((fast.n_iter <= 1.2 * plain.n_iter + 5).all()), (fast.n_iter, plain.n_iter)
+    rounding = slack(dtype, eps, 2.0, 4.0)
+    assert float(fast.error.max()) < tol + rounding
+    for mine, theirs in zip(fast[2:4], plain[2:4], strict=True):
+        close(mine, theirs.double(), 100 * tol + rounding)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("total", [1e-3, 1e3])
 def test_any_total(total: float, dtype: torch.dtype) -> None:
     x, y, a, b = _masses(9, 17, dtype)

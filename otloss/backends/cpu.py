@@ -174,8 +174,8 @@ def solve(
 ) -> Solution:
     """The solution after ``max_iter`` sweeps or at an L1 error below ``tol`` (csrc/solve.hpp, csrc/quasi_newton.hpp).
 
-    Under penalties the iterations are the plain ones (csrc/relaxed.hpp), and nothing is taken out of the cost. The cost
-    of features is written to ``kept (B, n, m)``.
+    Problems with penalties have kernels of their own (csrc/relaxed.hpp, csrc/relaxed_newton.hpp), and nothing is taken
+    out of their costs. The cost of features is written to ``kept (B, n, m)``.
     """
     of_rows, of_columns = problem.a.contiguous(), problem.b.contiguous()
     shifts = problem.right is None and not is_relaxed(problem)
