@@ -258,17 +258,15 @@ template <class T> struct Adjoint {
     return start;
   }
 
-  // The share of V along the vector of ones, under penalties: sum_j h_j over that of the system, with eps divided out of both.
-  T along_ones() const {
-    double of_rows = 0, of_columns = 0, by_p = 0, by_q = 0, mass = 0;
-    for (int i = 0; i < cost.n; ++i) of_rows += double(A[i]) * (double(fu[i]) + f[i]), by_p += pf[i];
-    for (int j = 0; j < cost.m; ++j) {
-      of_columns += double(live[j] * S[j]) * g[j], mass += live[j] * S[j];
-      if (solve && up.g) by_q += of_b.soft * up.g[j];
-    }
-    const double of_a_share = of_a.inverse * of_a.soft, weight = of_b.inverse + of_a_share;
-    const double sum = up.cost * (of_a_share * of_rows - of_b.inverse * of_columns) - by_p + of_a.soft * by_q;
-    return mass > 0 ? T(sum / (weight * mass)) : T(0);
+  // The share of V along the vector of ones, under penalties.
+  T along_ones() {
+    Ones<T> ones;
+    for (int j = 0; j < cost.m; ++j) work[j] = live[j] * S[j];
+    ones.add_rows(cost.n, 1, A, fu, f);
+    ones.add_columns(cost.m, 1, work, g);
+    for (int i = 0; i < cost.n; ++i) ones.by_p += pf[i];
+    for (int j = 0; solve && up.g && j < cost.m; ++j) ones.by_q += of_b.soft * up.g[j];
+    return ones.share(of_a, of_b, up.cost);
   }
 
   // V by conjugate gradients, then U and the V of dead columns by one more sweep, which also shows the true residual.
@@ -351,25 +349,15 @@ template <class T> struct Adjoint {
   }
 
   // The gradients by masses and penalties of a problem with penalties.
-  void by_masses(const Gradient<T>& out) const {
-    const double w = solve ? up.cost : T(0), eps = p.eps;
+  void by_masses(const Gradient<T>& out) {
     double whole_a = 0, whole_b = 0;
     for (int i = 0; i < cost.n; ++i) whole_a += p.a[i];
     for (int j = 0; j < cost.m; ++j) whole_b += p.b[j];
-    const auto side = [&](int count, const Penalty<T>& of, const T* mass, const T* log_mass, const T* marginal, const T* potential,
-                          const T* multiplier, const T* upstream, double other, T* by_mass, T& by_rho) {
-      double total = 0;
-      for (int i = 0; i < count; ++i) {
-        const double x = potential[i], share = of.share(x), pull = w * x + multiplier[i];
-        by_mass[i] = T((share == 0 ? 0 : share / of.soft * pull) + up.value * (of.slope(x) - eps * (share - other)));
-        const double direct = solve && upstream ? eps * of.soft * upstream[i] : 0, sent = log_mass[i] != none ? double(marginal[i]) : 0;
-        total += ((sent > 0 ? sent * pull : 0) + direct) * x * of.inverse * of.inverse;
-        if (mass[i] > dead_mass<T>) total += up.value * mass[i] * Penalty<T>::divergence(sent / mass[i]);
-      }
-      by_rho = of.inverse > 0 ? T(total) : T(0);
-    };
-    side(cost.n, of_a, p.a, log_a, A, f, fu, up.f, whole_b, out.a, out.rho[0]);
-    side(cost.m, of_b, p.b, log_b, S, g, V, up.g, whole_a, out.b, out.rho[1]);
+    for (int j = 0; j < cost.m; ++j) z[j] = live[j] * S[j];
+    const T w = solve ? up.cost : T(0);
+    const T *by_f = solve ? up.f : nullptr, *by_g = solve ? up.g : nullptr;
+    by_side(cost.n, 1, of_a, p.a, A, f, fu, by_f, w, up.value, p.eps, whole_b, out.a, out.rho);
+    by_side(cost.m, 1, of_b, p.b, z, g, V, by_g, w, up.value, p.eps, whole_a, out.b, out.rho + 1);
   }
 
  private:

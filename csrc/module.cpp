@@ -23,7 +23,7 @@ struct Inputs {
   Address row_shift, column_shift;  // where solve leaves what it takes out of a dense cost, or 0
   Address rho_a, rho_b;  // penalties on the marginals, each 0 for a constraint
 
-  bool by_lanes() const { return n <= short_rows && m <= short_rows && !rho_a && !rho_b; }
+  bool short_rows() const { return n <= otloss::short_rows && m <= otloss::short_rows; }
   template <class T> Problem<T> problem(int64_t i) const {
     const int64_t size = right ? n * d : n * m;
     const auto inverse = [i](Address rho) { return rho ? 1 / *at<T>(rho, i) : T(0); };
@@ -98,7 +98,7 @@ void solve(const Inputs& in, bool accelerate, int64_t max_iter, double tol, Addr
     p.kept = p.row_shift = p.column_shift = nullptr;  // still to be written
     return p;
   };
-  if (in.by_lanes())
+  if (in.short_rows())
     return each_group(in, kernel.lanes, threads, double(max_iter + 10), [&](int64_t first, int count, Arena& scratch) {
       Problem<T> problems[most_lanes];
       Solution<T> solutions[most_lanes];
@@ -115,7 +115,7 @@ void implicit(const Inputs& in, Address f, Address g, const UpstreamAddresses& u
               int threads) {
   const auto& kernel = kernels_of<T>(level());
   out.expect<T>(in);
-  if (in.by_lanes() && !up.f && !up.g)
+  if (in.short_rows() && !up.f && !up.g)
     return each_group(in, kernel.lanes, threads, 30, [&](int64_t first, int count, Arena& scratch) {
       Problem<T> problems[most_lanes];
       const T *fs[most_lanes], *gs[most_lanes];

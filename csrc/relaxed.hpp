@@ -36,7 +36,8 @@ template <class T> struct Relaxed : Solver<T> {
   using Base::a, Base::b, Base::cost, Base::eps, Base::scale, Base::F, Base::G, Base::K, Base::log_a, Base::log_b, Base::v, Base::team,
       Base::next_psi, Base::peak, Base::total, Base::none;
 
-  static constexpr T lost_bits = sizeof(T) == 4 ? 66 : 332;  // a sum below 2^-lost_bits is lost
+  // A sum below `least`, which is 2^-lost_bits, is lost.
+  static constexpr T lost_bits = sizeof(T) == 4 ? 66 : 332, least = sizeof(T) == 4 ? T(0x1p-66) : T(0x1p-332);
 
   // One side of the problem. `from` is F or G, and 0 without mass; x and next_x are the scalings; level_i is the log2 of the sum that
   // a half-step of the side has, sum_j K_ij b_j 2^y_j for a row.
@@ -45,14 +46,14 @@ template <class T> struct Relaxed : Solver<T> {
     int count, padded;
     const T *mass, *log_mass;
     T *origin, *from, *x, *next_x, *level;
-    double slack, whole = 0;  // eps/rho, the mass
+    double whole = 0;  // the mass
     T soft, lean;      // a half-step is x = lean from - soft level
     T tilt, bend;      // the log2 of the share that is asked for is tilt from + bend x
     int lost = 0;
 
     Side(T inverse, T eps, int count, int padded, const T* mass, const T* log_mass, T* origin)
-        : penalty(inverse, eps), count(count), padded(padded), mass(mass), log_mass(log_mass), origin(origin), slack(eps * penalty.inverse),
-          soft(T(penalty.soft)), lean(T(-log2e * penalty.inverse * penalty.soft)), tilt(T(-log2e * penalty.inverse)), bend(T(-slack)) {
+        : penalty(inverse, eps), count(count), padded(padded), mass(mass), log_mass(log_mass), origin(origin), soft(T(penalty.soft)),
+          lean(T(-log2e * penalty.inverse * penalty.soft)), tilt(T(-log2e * penalty.inverse)), bend(T(-penalty.slack)) {
       for (int i = 0; i < count; ++i) whole += mass[i];
     }
     // The largest mass 2^x of these scalings, in bits.
@@ -72,8 +73,8 @@ template <class T> struct Relaxed : Solver<T> {
     }
   };
   Side rows, columns;
-  T* asked;             // the rows' marginal that f asks for, divided by 2^asked_peak
-  T asked_peak = 0;
+  T* asked;             // the rows' marginal that f asks for, divided by 2^asked_share
+  T asked_share = 0;
   double gap = 0;       // by how much the columns' marginal differs from what g asks for, divided likewise
   T lift = 0;           // about the largest a 2^x
   int tolerated = 0;    // how many sums were lost just after K was built
@@ -132,7 +133,6 @@ template <class T> struct Relaxed : Solver<T> {
 
   // One iteration from columns.x into next_x, but for the constant.
   void iterate() {
-    constexpr T least = sizeof(T) == 4 ? T(0x1p-66) : T(0x1p-332);
     const T above = columns.top(columns.x), lifted = lift;
     for (int j = 0; j < cost.cols; j += lanes<T>) store<T>(v + j, exp2<T>(load(columns.x + j) + load(log_b + j) - above));
     this->up = !this->up;
@@ -141,9 +141,9 @@ template <class T> struct Relaxed : Solver<T> {
       for (int r = 0; r < block; r += lanes<T>) store<T>(level + r, log2<T, fine<T>>(load(s + r)) + above);
       for (int r = 0; r < block; ++r)
         if (this->live_row(i0 + r) && !(s[r] >= least)) level[r] = log_row(i0 + r);
-      const band<T> total = load_band(level), next = rows.lean * load_band(rows.from + i0) - rows.soft * total;
+      const band<T> bits = load_band(level), next = rows.lean * load_band(rows.from + i0) - rows.soft * bits;
       const band<T> x = load_band(a + i0) != 0 ? next : band<T>{};
-      store_band(rows.level + i0, total);
+      store_band(rows.level + i0, bits);
       store_band(rows.next_x + i0, x);
       store_band(weight, x + load_band(log_a + i0) - lifted);
       for (int r = 0; r < block; r += lanes<T>) store<T>(weight + r, exp2<T>(load(weight + r)));
@@ -154,7 +154,7 @@ template <class T> struct Relaxed : Solver<T> {
     for (int i = 0; i < cost.n; ++i) rows.lost += a[i] != 0 && !(rows.level[i] - above >= -lost_bits);
     for (int j = 0; j < cost.m; ++j) columns.lost += b[j] != 0 && (all || !(next_psi[j] >= least));
     for (int j = 0; j < cost.cols; j += lanes<T>) store<T>(columns.level + j, log2<T, fine<T>>(load(next_psi + j)) + lifted);
-    if (columns.lost) find_columns(all, least);
+    if (columns.lost) find_columns(all);
     for (int j = 0; j < cost.cols; j += lanes<T>) {
       const vec<T> next = columns.lean * load(columns.from + j) - columns.soft * load(columns.level + j);
       store<T>(columns.next_x + j, load(b + j) != 0 ? next : vec<T>{});
@@ -175,7 +175,7 @@ template <class T> struct Relaxed : Solver<T> {
   }
 
   // The levels of columns whose sums are lost, or of all.
-  void find_columns(bool all, T least) {
+  void find_columns(bool all) {
     T *f = this->next_phi, *g = this->psi;
     potential(rows, rows.next_x, f);
     log_cols(team, cost, eps, f, log_a, g, peak, total);
@@ -187,22 +187,21 @@ template <class T> struct Relaxed : Solver<T> {
   T error() const {
     double off, mass;
     two_sums<T>(cost.rows, off, mass, [&](int i, vec<T>& missed, vec<T>& whole) __attribute__((always_inline)) {
-      const vec<T> row = exp2<T>((load(rows.x + i) + load(rows.level + i)) + (load(log_a + i) - asked_peak)), away = row - load(asked + i);
+      const vec<T> row = exp2<T>((load(rows.x + i) + load(rows.level + i)) + (load(log_a + i) - asked_share)), away = row - load(asked + i);
       missed += away < 0 ? -away : away;
       whole += row;
     });
     return T((off + gap) / mass);
   }
 
-  // The total of the marginal that the potentials of a side ask for, in bits, and its largest share. The marginal over 2^share is left
-  // in `marginal`, if that is not null. The scalings are x.
-  double ask(const Side& side, const T* x, T& share, T* marginal) const {
+  // What a side asks for with the scalings x. The marginal over 2^share is left in `marginal`, if that is not null.
+  Asked ask(const Side& side, const T* x, T* marginal) const {
     const auto bits = [&](int i) __attribute__((always_inline)) { return side.tilt * load(side.from + i) + side.bend * load(x + i); };
     vec<T> top = splat<T>(none);
     for (int i = 0; i < side.padded; i += lanes<T>) top = max(load(side.mass + i) != 0 ? bits(i) : splat<T>(none), top);
-    share = max_of<T>(top);
-    double most, less;  // sums of mass times the power, and times the power less one: a large rho leaves nothing but the latter
-    two_sums<T>(side.padded, most, less, [&](int i, vec<T>& one, vec<T>& other) __attribute__((always_inline)) {
+    const T share = max_of<T>(top);
+    Asked all{share, 0, 0};
+    two_sums<T>(side.padded, all.most, all.less, [&](int i, vec<T>& one, vec<T>& other) __attribute__((always_inline)) {
       vec<T> power, below;
       exp2_less_one<T>(bits(i) - share, power, below);
       const vec<T> mass = load(side.mass + i), part = mass * power;
@@ -210,21 +209,18 @@ template <class T> struct Relaxed : Solver<T> {
       other += mass * below;
       if (marginal) store<T>(marginal + i, part);
     });
-    const double change = less / side.whole;
-    return share + (change > -0.5 ? std::log1p(change) * log2e + std::log2(side.whole) : std::log2(most));
+    return all;
   }
 
   // Takes the iteration, and adds the constant. False if something is not finite.
   bool take() {
     for (Side* side : {&rows, &columns}) std::swap(side->x, side->next_x);
-    T of_columns;
-    const double row_total = ask(rows, rows.x, asked_peak, asked), column_total = ask(columns, columns.x, of_columns, nullptr);
-    const double move = (row_total - column_total) / (rows.slack + columns.slack);
-    asked_peak = T(asked_peak - move * rows.slack);
-    gap = std::exp2(column_total - asked_peak) * std::fabs(std::expm1(move * ln2 * columns.slack));
-    rows.move(rows.x, T(move)), columns.move(columns.x, T(-move));
+    const Asked of_rows = ask(rows, rows.x, asked), of_columns = ask(columns, columns.x, nullptr);
+    const Constant t = Constant::of(of_rows, rows.whole, rows.penalty, of_columns, columns.whole, columns.penalty);
+    asked_share = T(t.share), gap = t.gap;
+    rows.move(rows.x, T(t.bits)), columns.move(columns.x, T(-t.bits));
     lift = rows.top(rows.x);
-    return std::isfinite(move);
+    return std::isfinite(t.bits);
   }
 
   // Builds K again around the state, if more sums were lost than just after it was built.
@@ -266,25 +262,10 @@ template <class T> void write_relaxed(Relaxed<T>& s, const Solution<T>& out) {
   for (int i = 0; i < cost.n; ++i) out.f[i] = f[i] = s.a[i] == 0 ? T(of_a.soft) * f_all[i] : f[i];
   for (int j = 0; j < cost.m; ++j) out.g[j] = g[j] = s.b[j] == 0 ? T(of_b.soft) * g_all[j] : g[j];
 
-  // <T, C> + eps KL(T|ab') = <T1, f> + <T'1, g> - eps (sum T - sum a sum b)
   s.sum_plan(f, g);
-  double sharp = 0, potential = 0, mass = 0, missed = 0, penalty = 0;
-  const auto side = [&](int count, const T* masses, const T* sums, const T* potentials, const Penalty<T>& of) {
-    for (int i = 0; i < count; ++i) {
-      if (masses[i] == 0) continue;  // its sums may have overflowed
-      const double ratio = sums[i], marginal = masses[i] * ratio;
-      potential += marginal * potentials[i];
-      missed += masses[i] * std::fabs(ratio - of.share(potentials[i]));
-      if (of.inverse > 0) penalty += masses[i] * Penalty<T>::divergence(ratio) / of.inverse;
-    }
-  };
-  side(cost.n, s.a, s.phi, f, of_a);
-  side(cost.m, s.b, s.psi, g, of_b);
-  for (int i = 0; i < cost.n; ++i)
-    if (s.a[i] != 0) sharp += s.a[i] * double(s.sharp[i]), mass += s.a[i] * double(s.phi[i]);
-  *out.cost = T(sharp);
-  *out.value = T(potential - p.eps * (mass - s.rows.whole * s.columns.whole) + penalty);
-  *out.error = T(missed / (mass <= dead_mass<T> ? 1 : mass));
+  const SideSums of_rows = SideSums::of<T>(cost.n, 1, s.a, s.phi, s.sharp, f, of_a);
+  const SideSums of_columns = SideSums::of<T>(cost.m, 1, s.b, s.psi, nullptr, g, of_b);
+  write_sums(of_rows, of_columns, s.rows.whole, s.columns.whole, p.eps, out);
 }
 
 }  // namespace otloss::OTLOSS_LEVEL

@@ -78,16 +78,16 @@ template <class T> struct RelaxedNewton : Relaxed<T> {
   // A sweep at the trial point, to which the constant is added. False if something is not finite.
   bool evaluate(T& error, T& slope, T& range) {
     this->iterate();
-    T of_rows, of_columns;
-    const double row_total = this->ask(rows, rows.next_x, of_rows, nullptr);
-    const double column_total = this->ask(columns, columns.x, of_columns, trial.weight);
-    const double move = (row_total - column_total) / (rows.slack * rows.penalty.soft + columns.slack);
-    const T lifted = T(rows.penalty.soft * move);
+    const Penalty<T>&of_a = rows.penalty, &of_b = columns.penalty;
+    const Asked asked_of_columns = this->ask(columns, columns.x, trial.weight);
+    const double column_total = asked_of_columns.total(columns.whole), row_total = this->ask(rows, rows.next_x, nullptr).total(rows.whole);
+    const double move = (row_total - column_total) / (of_a.slack * of_a.soft + of_b.slack);
+    const T lifted = T(of_a.soft * move);
     rows.move(rows.next_x, lifted);
     columns.move(columns.x, T(-move));
     columns.move(columns.level, lifted);
-    trial.mass = column_total + move * columns.slack;
-    const T share = T(std::exp2(of_columns - column_total)), mass = T(trial.mass);
+    trial.mass = column_total + move * of_b.slack;
+    const T share = T(std::exp2(asked_of_columns.share - column_total)), mass = T(trial.mass);
     vec<T> missed{}, along{}, top{}, bottom{};
     for (int j = 0; j < cost.cols; j += lanes<T>) {
       const vec<T> at = load(columns.x + j), level = load(columns.level + j), asked = load(trial.weight + j) * share;
@@ -108,14 +108,14 @@ template <class T> struct RelaxedNewton : Relaxed<T> {
   }
 
   // Of a step in bits: by how much the exponentials of the dual move, at most.
-  T width(vec<T> top, vec<T> bottom) const { return T(ln2 * std::max(1., columns.slack)) * (max_of<T>(top) - min_of<T>(bottom)); }
+  T width(vec<T> top, vec<T> bottom) const { return T(ln2 * std::max(1., columns.penalty.slack)) * (max_of<T>(top) - min_of<T>(bottom)); }
 
   // That of the dual over eps by the step to the trial point, as a share of the mass.
   T raise() const {
     double total = 0, growth = trial.mass - state.mass, rate = 1;
     const auto side = [&](const typename Base::Side& of, const T* before, const T* after) {
-      if (of.slack > 0) {
-        rate += 1 / of.slack;
+      if (of.penalty.slack > 0) {
+        rate += 1 / of.penalty.slack;
         return;
       }
       growth = 0;
