@@ -205,9 +205,11 @@ template <class T> struct Adjoint {
     });
   }
 
-  void project(T* x) const {
-    const T along = dot(x, root, cost.cols) / dot(root, root, cost.cols);
+  // Takes the share along root out of x, and returns it.
+  T project(T* x) const {
+    const T size = dot(root, root, cost.cols), along = size > 0 ? dot(x, root, cost.cols) / size : T(0);
     for (int j = 0; j < cost.cols; ++j) x[j] -= along * root[j];
+    return along;
   }
 
   static constexpr T cg_target = sizeof(T) == 4 ? T(5e-7) : T(1e-12), cg_noise = 8 * std::numeric_limits<T>::epsilon();
@@ -224,7 +226,7 @@ template <class T> struct Adjoint {
       unroot[j] = root[j] > 0 ? 1 / root[j] : T(0);
       res[j] = h[j] * unroot[j];
     }
-    project(res);
+    T along = project(res);
     rhs_scale = 0;
     for (int j = 0; j < m; ++j) rhs_scale = std::max(rhs_scale, std::fabs(res[j]));
     if (rhs_scale == 0) rhs_scale = 1;
@@ -232,7 +234,10 @@ template <class T> struct Adjoint {
     const T start = dot(res, res, m);
     T norm = start, least = start, terms = 0;
     for (int i = 0; i < cost.n; ++i) terms += A[i] * (y[i] / rhs_scale) * (y[i] / rhs_scale);
-    if (p.relaxed) terms *= T(of_b.soft * of_b.soft);
+    if (p.relaxed) {
+      along /= rhs_scale;
+      terms = T(of_b.soft * of_b.soft) * terms + along * along * dot(root, root, m);
+    }
     if (start <= cg_noise * cg_noise * terms) return 0;  // h is the rounding of terms that cancel: V = 0 solves it
     for (int j = 0; j < m; ++j) dir[j] = res[j];
     for (int k = 0, last = 0; k < cap && norm > cg_target * cg_target * start && k - last < cg_patience; ++k) {

@@ -121,9 +121,10 @@ template <class T> struct LaneAdjoint : Lanes<T> {
     return total[0] + total[1];
   }
 
-  void project(T* x) const {
+  Vec project(T* x) const {
     const Vec along = inner(x, root) / inner(root, root);
     for (int j = 0; j < m; ++j) set(x, j, at(x, j) - along * at(root, j));
+    return along;
   }
 
   // Adjoint::conjugate_gradients, lane by lane. Returns the squared sizes of the right-hand sides; the multipliers V are in
@@ -137,13 +138,16 @@ template <class T> struct LaneAdjoint : Lanes<T> {
       set(unroot, j, mass > 0 ? 1 / mass : Vec{});
       set(res, j, at(h, j) * at(unroot, j));
     }
-    project(res);
+    Vec along = project(res);
     for (int j = 0; j < m; ++j) rhs_scale = max(max(at(res, j), -at(res, j)), rhs_scale);
     rhs_scale = rhs_scale == 0 ? rhs_scale + 1 : rhs_scale;
     for (int j = 0; j < m; ++j) set(res, j, at(res, j) / rhs_scale);
     Vec terms{};
     for (int i = 0; i < n; ++i) terms += at(A, i) * (at(y, i) / rhs_scale) * (at(y, i) / rhs_scale);
-    if (relaxed) terms *= soft_b * soft_b;
+    if (relaxed) {
+      along /= rhs_scale;
+      terms = soft_b * soft_b * terms + along * along * inner(root, root);
+    }
     Vec start = inner(res, res);
     const mask<T> trivial = start <= noise * noise * terms;
     start = trivial ? Vec{} : start;

@@ -22,7 +22,10 @@ template <class T> struct Penalty {
   // The derivative by the mass of the penalty's part of the dual: rho (1 - exp(-f/rho)), or f.
   double slope(double f) const { return inverse > 0 ? -std::expm1(-f * inverse) / inverse : f; }
   // KL(p | q) per q, from p/q.
-  static double divergence(double ratio) { return ratio > 0 ? ratio * std::log1p(ratio - 1) - (ratio - 1) : 1 - ratio; }
+  static double divergence(double ratio) {
+    if (!(ratio > 0)) return 1 - ratio;
+    return ratio * (ratio < 0.5 ? std::log(ratio) : std::log1p(ratio - 1)) - (ratio - 1);
+  }
 };
 
 // The marginal that a side asks for: the largest share of a point, in bits; and the sums over points of mass times 2^(share_i - share),
