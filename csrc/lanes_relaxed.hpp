@@ -159,7 +159,17 @@ template <class T> struct LaneRelaxed : LaneSolver<T> {
     }
     for (int i = 0; i < n; ++i) set(by_rows.x, i, active ? at(by_rows.next_x, i) + bits : at(by_rows.x, i));
     for (int j = 0; j < m; ++j) set(by_columns.x, j, active ? at(by_columns.next_x, j) - bits : at(by_columns.x, j));
+    centre(active);
     lift = by_rows.top(by_rows.x);
+  }
+
+  // See Relaxed::centre.
+  void centre(Mask active) {
+    const Vec top = by_columns.top(by_columns.x), bits = active & (Base::absolute(top) > Relaxed<T>::most_drift) ? top : Vec{};
+    if (!any<T>(bits != 0)) return;
+    const Vec by = T(ln2) * eps * bits;
+    for (int i = 0; i < n; ++i) set(F, i, at(F, i) - by), set(by_rows.x, i, at(by_rows.x, i) + bits);
+    for (int j = 0; j < m; ++j) set(G, j, at(G, j) + by), set(by_columns.x, j, at(by_columns.x, j) - bits);
   }
 };
 

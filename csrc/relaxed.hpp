@@ -62,16 +62,18 @@ template <class T> struct Relaxed : Solver<T> {
       for (int i = 0; i < padded; i += lanes<T>) most = max(load(scalings + i) + load(log_mass + i), most);
       return max_of<T>(most);
     }
-    void keep_origin() {
-      for (int i = 0; i < padded; ++i) from[i] = mass[i] != 0 ? origin[i] : T(0);
-    }
     void move(T* scalings, T bits) const {
       for (int i = 0; i < padded; i += lanes<T>) store<T>(scalings + i, load(scalings + i) + bits);
+    }
+    void move_origin(T by) {
+      for (int i = 0; i < padded; ++i) origin[i] += by, from[i] = mass[i] != 0 ? origin[i] : T(0);
     }
     void move_by(T* scalings, const T* bits) const {
       for (int i = 0; i < padded; i += lanes<T>) store<T>(scalings + i, load(scalings + i) + load(bits + i));
     }
   };
+  static constexpr T most_drift = 32;
+
   Side rows, columns;
   T* asked;             // the rows' marginal that f asks for, divided by 2^asked_share
   T asked_share = 0;
@@ -125,7 +127,7 @@ template <class T> struct Relaxed : Solver<T> {
     for (int j = 0; j < cost.m; ++j)
       if (this->live_col(j)) G[j] = this->column_shift[j];
     this->first_rows();
-    for (Side* side : {&rows, &columns}) side->keep_origin();
+    for (Side* side : {&rows, &columns}) side->move_origin(0);
     for (int j = 0; j < cost.cols; ++j) columns.x[j] = -columns.from[j] * scale;
     for (int i = 0; i < cost.rows; ++i) rows.x[i] = rows.lean * rows.from[i];
     lift = rows.top(rows.x);
@@ -219,8 +221,18 @@ template <class T> struct Relaxed : Solver<T> {
     const Constant t = Constant::of(of_rows, rows.whole, rows.penalty, of_columns, columns.whole, columns.penalty);
     asked_share = T(t.share), gap = t.gap;
     rows.move(rows.x, T(t.bits)), columns.move(columns.x, T(-t.bits));
-    lift = rows.top(rows.x);
+    centre();
     return std::isfinite(t.bits);
+  }
+
+  // Moves a large constant of the scalings into F and G, where it costs them no digits. K stays.
+  void centre() {
+    const T bits = columns.top(columns.x);
+    if (std::fabs(bits) > most_drift) {
+      columns.move(columns.x, -bits), columns.move_origin(back() * bits);
+      rows.move(rows.x, bits), rows.move_origin(-back() * bits);
+    }
+    lift = rows.top(rows.x);
   }
 
   // Builds K again around the state, if more sums were lost than just after it was built.
@@ -241,7 +253,7 @@ template <class T> struct Relaxed : Solver<T> {
         G[j] = next;
       }
     this->first_rows();
-    for (Side* side : {&rows, &columns}) side->keep_origin();
+    for (Side* side : {&rows, &columns}) side->move_origin(0);
     for (int i = 0; i < cost.n; ++i)
       if (a[i] != 0) rows.x[i] = (f[i] - F[i]) * scale;
     lift = rows.top(rows.x);

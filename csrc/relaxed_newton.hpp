@@ -20,7 +20,7 @@ namespace otloss::OTLOSS_LEVEL {
 
 template <class T> struct RelaxedNewton : Relaxed<T> {
   using Base = Relaxed<T>;
-  using Base::cost, Base::eps, Base::rows, Base::columns, Base::log_b, Base::b, Base::lift;
+  using Base::cost, Base::eps, Base::rows, Base::columns, Base::log_b, Base::b;
 
   // Of the state, and of the trial point, which is columns.x: the plain step in bits, the gradient, the weights s, log2 of the mass.
   struct Point {
@@ -61,7 +61,7 @@ template <class T> struct RelaxedNewton : Relaxed<T> {
       course.plain_range = range;
       std::swap(rows.x, rows.next_x);
       std::swap(state, trial);
-      lift = rows.top(rows.x);
+      this->centre();
       if (verdict != Course<T>::lost) this->renew();
       std::memcpy(y, columns.x, sizeof(T) * cost.cols);
       if (verdict == Course<T>::lost) break;  // not finite: the outputs say so
