@@ -227,6 +227,7 @@ template <class T> struct Adjoint {
       res[j] = h[j] * unroot[j];
     }
     T along = project(res);
+    if (p.relaxed) project(res);  // what is taken out may be larger by far than what is left, and so may its rounding
     rhs_scale = 0;
     for (int j = 0; j < m; ++j) rhs_scale = std::max(rhs_scale, std::fabs(res[j]));
     if (rhs_scale == 0) rhs_scale = 1;
@@ -234,9 +235,11 @@ template <class T> struct Adjoint {
     const T start = dot(res, res, m);
     T norm = start, least = start, terms = 0;
     for (int i = 0; i < cost.n; ++i) terms += A[i] * (y[i] / rhs_scale) * (y[i] / rhs_scale);
+    T size = start;
     if (p.relaxed) {
       along /= rhs_scale;
-      terms = T(of_b.soft * of_b.soft) * terms + along * along * dot(root, root, m);
+      size += along * along * dot(root, root, m);
+      terms = T(of_b.soft * of_b.soft) * terms + size;
     }
     if (start <= cg_noise * cg_noise * terms) return 0;  // h is the rounding of terms that cancel: V = 0 solves it
     for (int j = 0; j < m; ++j) dir[j] = res[j];
@@ -260,7 +263,7 @@ template <class T> struct Adjoint {
       }
     }
     for (int j = 0; j < m; ++j) V[j] = unroot[j] * best[j] * rhs_scale;
-    return start;
+    return size;
   }
 
   // The share of V along the vector of ones, under penalties.

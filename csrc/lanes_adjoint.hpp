@@ -139,18 +139,21 @@ template <class T> struct LaneAdjoint : Lanes<T> {
       set(res, j, at(h, j) * at(unroot, j));
     }
     Vec along = project(res);
+    if (relaxed) project(res);
     for (int j = 0; j < m; ++j) rhs_scale = max(max(at(res, j), -at(res, j)), rhs_scale);
     rhs_scale = rhs_scale == 0 ? rhs_scale + 1 : rhs_scale;
     for (int j = 0; j < m; ++j) set(res, j, at(res, j) / rhs_scale);
     Vec terms{};
     for (int i = 0; i < n; ++i) terms += at(A, i) * (at(y, i) / rhs_scale) * (at(y, i) / rhs_scale);
+    Vec start = inner(res, res), size = start;
     if (relaxed) {
       along /= rhs_scale;
-      terms = soft_b * soft_b * terms + along * along * inner(root, root);
+      size += along * along * inner(root, root);
+      terms = soft_b * soft_b * terms + size;
     }
-    Vec start = inner(res, res);
     const mask<T> trivial = start <= noise * noise * terms;
     start = trivial ? Vec{} : start;
+    size = trivial ? Vec{} : size;
     Vec norm = start, least = start;
     mask<T> active = ~(trivial | fallback), last{}, steps{};
     std::memcpy(dir, res, sizeof(T) * m * L);
@@ -179,7 +182,7 @@ template <class T> struct LaneAdjoint : Lanes<T> {
     }
     for (int lane = 0; lane < Base::L; ++lane) __atomic_fetch_add(&adjoint_steps, int64_t(steps[lane]), __ATOMIC_RELAXED);
     for (int j = 0; j < m; ++j) set(best, j, at(unroot, j) * at(best, j) * rhs_scale);
-    return start;
+    return size;
   }
 
   // Computes the multipliers, V in `best` and U in `fu`, and returns the residual of each lane.
