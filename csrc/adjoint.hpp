@@ -15,8 +15,16 @@
 //   (S - M' A M) V = h,   h = s - M' A y,   y_i = r_i / A_i,
 // which conjugate gradients solve as (I - L'L) z = S^-1/2 h, L = A^1/2 M S^-1/2, in the complement of the null vector
 // S^1/2; one step is one sweep over M. Dead rows have A_i = 0, dead columns are left out.
+//
+// With penalties on the marginals (penalty.hpp) let d = rho/(rho + eps), 1 for a constraint, p' = d_a p and q' = d_b q. Then
+//   [diag A/d_a  T; T'  diag S/d_b] [U; V] = [r; s],   r_i = w (sum_j T_ij R_ij - eps A_i f_i/rho_a) - eps A_i sum_j T_ij q'_j/(A_i S_j),
+// s likewise, and p', q' stand for p, q in dL/dC. The multipliers are U = d_a (y - M V) and (S - d_a d_b M' A M) V = d_b h, with
+// h = s - d_a M' A y. Of this system the vector of ones is an eigenvector: that share of V is in closed form, and conjugate gradients
+// find the rest, in the same complement. A column that sends next to nothing counts as dead; its c_j is b_j over the share
+// exp(-g_j/rho_b) that it asks for, 1/exp(-g_j/rho_b) without mass.
 #pragma once
 #include "passes.hpp"
+#include "penalty.hpp"
 
 namespace otloss::OTLOSS_LEVEL {
 
@@ -28,6 +36,7 @@ template <class T> struct Adjoint {
   const Team& team;
   const Upstream<T>& up;
   const bool solve;
+  const Penalty<T> of_a, of_b;
   T *M, *A, *rho, *y, *log_a, *f, *fu, *pf;                                                        // rows
   T *S, *h, *V, *g, *log_b, *log_c, *live, *qg, *root, *unroot, *z, *res, *dir, *work, *v, *best;  // columns
 
@@ -38,7 +47,7 @@ template <class T> struct Adjoint {
   }
 
   Adjoint(const Cost<T>& cost, Arena& arena, const Team& team, const T* f_in, const T* g_in, const Upstream<T>& up, bool solve)
-      : p(cost.p), cost(cost), team(team), up(up), solve(solve) {
+      : p(cost.p), cost(cost), team(team), up(up), solve(solve), of_a(p.inverse_rho_a, p.eps), of_b(p.inverse_rho_b, p.eps) {
     M = arena.take<T>(size_t(cost.rows) * cost.ld);
     for (T** x : {&A, &rho, &y, &log_a, &f, &fu, &pf}) *x = arena.take<T>(cost.rows);
     const auto columns = [&](int parts, std::initializer_list<T**> vectors) {
@@ -53,7 +62,7 @@ template <class T> struct Adjoint {
     log_masses(p.b, cost.m, cost.cols, log_b);
     for (int i = 0; i < cost.rows; ++i) {
       f[i] = i < cost.n ? f_in[i] : T(0);
-      pf[i] = solve && up.f && i < cost.n ? up.f[i] : T(0);
+      pf[i] = solve && up.f && i < cost.n ? T(of_a.soft) * up.f[i] : T(0);
       A[i] = rho[i] = y[i] = fu[i] = 0;
     }
     for (int j = 0; j < cost.m; ++j) {
@@ -62,7 +71,21 @@ template <class T> struct Adjoint {
       g[j] = g_in[j];
       qg[j] = solve && up.g ? (live[j] != 0 ? up.g[j] / p.b[j] : up.g[j]) : T(0);
     }
+    if (p.relaxed) relax_columns();
     for (int j = cost.m; j < cost.cols; ++j) log_c[j] = none;
+  }
+
+  void relax_columns() {
+    const double tilt = log2e * of_b.inverse;
+    T top = none;
+    for (int j = 0; j < cost.m; ++j) top = std::max(top, T(log_b[j] - tilt * g[j]));  // of the masses asked for, in bits
+    for (int j = 0; j < cost.m; ++j) {
+      const T lifted = T(tilt * g[j]), asked = log_b[j] - lifted;
+      if (!(asked - top > std::log2(dead_mass<T>))) live[j] = 0, log_b[j] = none;
+      if (live[j] == 0) log_c[j] = lifted;
+      const T mass = live[j] != 0 ? std::exp2(asked) : T(1);
+      qg[j] = solve && up.g && mass > dead_mass<T> ? T(of_b.soft) * up.g[j] / mass : T(0);
+    }
   }
 
   // Computes M, A, S and the right-hand side, block by block as the rows of the cost are filled. C becomes R.
@@ -74,6 +97,8 @@ template <class T> struct Adjoint {
     });
     add_parts(S, cost.parts.count, cost.cols);
     add_parts(h, cost.parts.count, cost.cols);
+    const double pull = up.cost * p.eps * of_b.inverse;
+    for (int j = 0; p.relaxed && j < cost.m; ++j) h[j] = T(of_b.soft * (h[j] - pull * S[j] * g[j]));
   }
 
   // g_j of a dead column is such that sum_i a_i k_ij = 1. Rounding of huge costs puts it, hence that sum, off by any factor; c_j
@@ -127,6 +152,11 @@ template <class T> struct Adjoint {
       Aw[r] = A[i] * w;
       // In a row without mass rho_i is 1 by definition. The computed one may be anything, by rounding of huge costs.
       rest[r] = A[i] * y[i] + p.eps * (log_a[i] != none ? rho[i] : T(1)) * pf[i];
+      if (p.relaxed) {
+        if (solve) fu[i] = sharp * factor[r];
+        y[i] -= T(w * p.eps * of_a.inverse) * f[i];
+        rest[r] = T(of_a.soft) * A[i] * y[i] + p.eps * pf[i];
+      }
     }
     T *R = cost.row(i0), *k = M + size_t(i0) * cost.ld;
     for (int j = 0; j < cost.cols; j += lanes<T>) {
@@ -176,9 +206,11 @@ template <class T> struct Adjoint {
     });
   }
 
-  void project(T* x) const {
-    const T along = dot(x, root, cost.cols) / dot(root, root, cost.cols);
+  // Takes the share along root out of x, and returns it.
+  T project(T* x) const {
+    const T size = dot(root, root, cost.cols), along = size > 0 ? dot(x, root, cost.cols) / size : T(0);
     for (int j = 0; j < cost.cols; ++j) x[j] -= along * root[j];
+    return along;
   }
 
   static constexpr T cg_target = sizeof(T) == 4 ? T(5e-7) : T(1e-12), cg_noise = 8 * std::numeric_limits<T>::epsilon();
@@ -189,12 +221,14 @@ template <class T> struct Adjoint {
   // its largest entry, `rhs_scale`: its square might not exist. Returns its squared size, 0 if there is nothing to solve.
   T conjugate_gradients() {
     const int m = cost.cols, cap = cg_cap(cost.n, cost.m);
+    const T shrink = T(of_a.soft * of_b.soft);
     for (int j = 0; j < m; ++j) {
       root[j] = std::sqrt(S[j]) * live[j];
       unroot[j] = root[j] > 0 ? 1 / root[j] : T(0);
       res[j] = h[j] * unroot[j];
     }
-    project(res);
+    T along = project(res);
+    if (p.relaxed) project(res);  // what is taken out may be larger by far than what is left, and so may its rounding
     rhs_scale = 0;
     for (int j = 0; j < m; ++j) rhs_scale = std::max(rhs_scale, std::fabs(res[j]));
     if (rhs_scale == 0) rhs_scale = 1;
@@ -202,13 +236,19 @@ template <class T> struct Adjoint {
     const T start = dot(res, res, m);
     T norm = start, least = start, terms = 0;
     for (int i = 0; i < cost.n; ++i) terms += A[i] * (y[i] / rhs_scale) * (y[i] / rhs_scale);
+    T size = start;
+    if (p.relaxed) {
+      along /= rhs_scale;
+      size += along * along * dot(root, root, m);
+      terms = T(of_b.soft * of_b.soft) * terms + size;
+    }
     if (start <= cg_noise * cg_noise * terms) return 0;  // h is the rounding of terms that cancel: V = 0 solves it
     for (int j = 0; j < m; ++j) dir[j] = res[j];
     for (int k = 0, last = 0; k < cap && norm > cg_target * cg_target * start && k - last < cg_patience; ++k) {
       for (int j = 0; j < m; ++j) v[j] = unroot[j] * dir[j];
       normal(v, work);
       __atomic_fetch_add(&adjoint_steps, 1, __ATOMIC_RELAXED);
-      for (int j = 0; j < m; ++j) work[j] = dir[j] - unroot[j] * work[j];
+      for (int j = 0; j < m; ++j) work[j] = dir[j] - unroot[j] * (shrink * work[j]);
       project(work);
       const T curvature = dot(dir, work, m);
       if (!(curvature > 0)) break;
@@ -224,31 +264,44 @@ template <class T> struct Adjoint {
       }
     }
     for (int j = 0; j < m; ++j) V[j] = unroot[j] * best[j] * rhs_scale;
-    return start;
+    return size;
+  }
+
+  // The share of V along the vector of ones, under penalties.
+  T along_ones() {
+    Ones<T> ones;
+    for (int j = 0; j < cost.m; ++j) work[j] = live[j] * S[j];
+    ones.add_rows(cost.n, 1, A, fu, f);
+    ones.add_columns(cost.m, 1, work, g);
+    for (int i = 0; i < cost.n; ++i) ones.by_p += pf[i];
+    for (int j = 0; solve && up.g && j < cost.m; ++j) ones.by_q += of_b.soft * up.g[j];
+    return ones.share(of_a, of_b, up.cost);
   }
 
   // V by conjugate gradients, then U and the V of dead columns by one more sweep, which also shows the true residual.
   T multipliers() {
-    const T start = conjugate_gradients();
+    const T ones = p.relaxed ? along_ones() : T(0), start = conjugate_gradients(), shrink = T(of_a.soft * of_b.soft);
+    for (int j = 0; p.relaxed && j < cost.m; ++j) V[j] += live[j] * ones;
     normal(V, work);
     T left = 0;
     for (int j = 0; j < cost.cols; ++j) {
       if (live[j] != 0) {
-        res[j] = (h[j] + work[j] - S[j] * V[j]) * unroot[j];
+        res[j] = (h[j] + shrink * work[j] - S[j] * V[j]) * unroot[j];
         res[j] /= rhs_scale;
       } else {
         res[j] = 0;
-        if (S[j] > 0) V[j] = (h[j] + work[j]) / S[j];
+        if (S[j] > 0) V[j] = (h[j] + shrink * work[j]) / S[j];
       }
     }
     project(res);
     left = dot(res, res, cost.cols);
-    for (int i = 0; i < cost.n; ++i) fu[i] = y[i] - fu[i];  // U
+    for (int i = 0; i < cost.n; ++i) fu[i] = T(of_a.soft) * (y[i] - fu[i]);  // U
     return start == 0 ? T(0) : std::sqrt(left / start);
   }
 
   void contract(const Gradient<T>& out) {
-    for (int j = 0; j < cost.cols; ++j) work[j] = solve && up.g && j < cost.m && S[j] > 0 ? up.g[j] / S[j] : T(0);
+    for (int j = 0; j < cost.cols; ++j)
+      work[j] = solve && up.g && j < cost.m && S[j] > 0 ? T(of_b.soft) * up.g[j] / S[j] : T(0);
     T *w_rows = y, *w_columns = h;  // weights, those of the columns by parts
     std::memset(w_columns, 0, sizeof(T) * cost.cols * cost.parts.count);
     const Weights weights = weights_of(p);
@@ -313,6 +366,18 @@ template <class T> struct Adjoint {
     repeat<rows_at_once>(OTLOSS_EACH(r) { w_rows[i0 + r] = sum<T>(weight[r]); });
   }
 
+  // The gradients by masses and penalties of a problem with penalties.
+  void by_masses(const Gradient<T>& out) {
+    double whole_a = 0, whole_b = 0;
+    for (int i = 0; i < cost.n; ++i) whole_a += p.a[i];
+    for (int j = 0; j < cost.m; ++j) whole_b += p.b[j];
+    for (int j = 0; j < cost.m; ++j) z[j] = live[j] * S[j];
+    const T w = solve ? up.cost : T(0);
+    const T *by_f = solve ? up.f : nullptr, *by_g = solve ? up.g : nullptr;
+    by_side(cost.n, 1, of_a, p.a, A, f, fu, by_f, w, up.value, p.eps, whole_b, out.a, out.rho);
+    by_side(cost.m, 1, of_b, p.b, z, g, V, by_g, w, up.value, p.eps, whole_a, out.b, out.rho + 1);
+  }
+
  private:
   T rhs_scale = 0;
   static constexpr T none = -std::numeric_limits<T>::infinity();
@@ -323,12 +388,18 @@ template <class T>
 void implicit_gradient(const Problem<T>& p, Arena& arena, const Team& team, const T* f, const T* g, const Upstream<T>& up,
                        bool adjoint, const Gradient<T>& out) {
   arena.reset(Cost<T>::bytes(p, out.left) + Adjoint<T>::bytes(p));
-  const Cost<T> cost(p, arena, adjoint || out.left, out.left);
+  const bool needs_plan = adjoint || out.left || p.relaxed;
+  const Cost<T> cost(p, arena, needs_plan, out.left);
   Adjoint<T> s(cost, arena, team, f, g, up, adjoint);
   const T w = (adjoint ? up.cost : T(0)) + up.value;
   *out.residual = 0;
-  if (adjoint || out.left) s.assemble();
+  if (needs_plan) s.assemble();
   if (adjoint) *out.residual = s.multipliers();
+  if (p.relaxed) {
+    s.by_masses(out);
+    if (out.left) s.contract(out);
+    return;
+  }
   for (int i = 0; i < p.n; ++i) out.a[i] = s.fu[i] + w * (f[i] + (p.row_shift ? p.row_shift[i] : T(0)));
   for (int j = 0; j < p.m; ++j) out.b[j] = s.V[j] + w * (g[j] + (p.row_shift ? p.column_shift[j] : T(0)));
   if (out.left) s.contract(out);

@@ -11,14 +11,17 @@ template <class T> struct LaneAdjoint : Lanes<T> {
   using Base::L, Base::n, Base::m, Base::a, Base::b, Base::C, Base::fallback, Base::at, Base::get, Base::put, Base::set, Base::entry;
   using Vec = vec<T>;
   const T eps, scale;
-  const bool solve;
+  const bool solve, relaxed;
+  Penalty<T> of_a[L], of_b[L];
+  Vec soft_a = splat<T>(1), soft_b = soft_a, shrink = soft_a;  // d_a, d_b and d_a d_b
+  Vec pull_a{}, pull_b{};                                      // w eps/rho
   Vec w{}, level{};  // upstream, by lane: of the transport cost, and of it and the value
   Vec rhs_scale{};  // the largest entry of the right-hand side, by which it is divided
   // As in adjoint.hpp; for columns `best` becomes the multiplier V, for rows `fu` becomes U.
   T *M, *A, *y, *f, *fu, *S, *h, *v, *g, *root, *unroot, *z, *res, *dir, *work, *best;
 
   LaneAdjoint(const Problem<T>* p, int count, Arena& arena, const T* const* f_in, const T* const* g_in, const Upstream<T>* up, bool solve)
-      : Base(p, count, arena), eps(p->eps), scale(exponent_scale(p->eps)), solve(solve) {
+      : Base(p, count, arena), eps(p->eps), scale(exponent_scale(p->eps)), solve(solve), relaxed(p->relaxed) {
     M = this->matrix();
     for (T** x : {&A, &y, &f, &fu}) *x = this->rows();
     for (T** x : {&S, &h, &g, &root, &unroot, &z, &res, &dir, &work, &best, &v}) {
@@ -31,6 +34,12 @@ template <class T> struct LaneAdjoint : Lanes<T> {
       for (int i = 0; i < n; ++i) put(f, i, lane, used ? f_in[lane][i] : T(0));
       for (int j = 0; j < m; ++j) put(g, j, lane, used ? g_in[lane][j] : T(0));
       if (used) w[lane] = up[lane].cost, level[lane] = up[lane].cost + up[lane].value;
+      if (used && relaxed) {
+        const Penalty<T> a(p[lane].inverse_rho_a, eps), b(p[lane].inverse_rho_b, eps);
+        soft_a[lane] = T(a.soft), soft_b[lane] = T(b.soft), shrink[lane] = T(a.soft * b.soft);
+        pull_a[lane] = T(w[lane] * a.slack), pull_b[lane] = T(w[lane] * b.slack);
+        of_a[lane] = a, of_b[lane] = b;
+      }
     }
   }
 
@@ -47,7 +56,13 @@ template <class T> struct LaneAdjoint : Lanes<T> {
         sharp += e * masked(e, reduced);
       }
       fallback |= ~((total > Adjoint<T>::least) & (total < 1 / Adjoint<T>::least));
-      const Vec factor = 1 / total, mass = at(a, i) * total, average = w * sharp * factor, slope = mass * w, rest = mass * average;
+      const Vec factor = 1 / total, mass = at(a, i) * total, slope = mass * w;
+      Vec average = w * sharp * factor, rest = mass * average;
+      if (relaxed) {
+        if (solve) set(fu, i, sharp * factor);
+        average -= pull_a * fi;
+        rest = soft_a * (mass * average);
+      }
       set(A, i, mass);
       set(y, i, average);
       for (int j = 0; j < m; ++j) {
@@ -58,6 +73,37 @@ template <class T> struct LaneAdjoint : Lanes<T> {
         set(h, j, at(h, j) + e * (slope * reduced - rest));
       }
     }
+    if (!relaxed) return;
+    Vec top{};
+    for (int j = 0; j < m; ++j) top = max(at(S, j), top);
+    for (int j = 0; j < m; ++j) {
+      fallback |= ~(at(S, j) > dead_mass<T> * top);  // it counts as a column without mass
+      set(h, j, soft_b * (at(h, j) - pull_b * at(S, j) * at(g, j)));
+    }
+  }
+
+  // See Adjoint::along_ones.
+  Vec along_ones() const {
+    Vec share{};
+    for (int lane = 0; lane < L; ++lane) {
+      if (fallback[lane]) continue;
+      Ones<T> ones;
+      ones.add_rows(n, L, A + lane, fu + lane, f + lane);
+      ones.add_columns(m, L, S + lane, g + lane);
+      share[lane] = ones.share(of_a[lane], of_b[lane], w[lane]);
+    }
+    return share;
+  }
+
+  // See Adjoint::by_masses.
+  void by_masses(int lane, const T* f_in, const T* g_in, T value, const Gradient<T>& out) const {
+    const Problem<T>& q = this->p[lane];
+    double whole_a = 0, whole_b = 0;
+    for (int i = 0; i < n; ++i) whole_a += q.a[i];
+    for (int j = 0; j < m; ++j) whole_b += q.b[j];
+    const T w_cost = solve ? w[lane] : T(0);
+    by_side<T>(n, L, of_a[lane], q.a, A + lane, f_in, fu + lane, nullptr, w_cost, value, eps, whole_b, out.a, out.rho);
+    by_side<T>(m, L, of_b[lane], q.b, S + lane, g_in, best + lane, nullptr, w_cost, value, eps, whole_a, out.b, out.rho + 1);
   }
 
   void normal(const T* x, T* to) {
@@ -75,9 +121,10 @@ template <class T> struct LaneAdjoint : Lanes<T> {
     return total[0] + total[1];
   }
 
-  void project(T* x) const {
+  Vec project(T* x) const {
     const Vec along = inner(x, root) / inner(root, root);
     for (int j = 0; j < m; ++j) set(x, j, at(x, j) - along * at(root, j));
+    return along;
   }
 
   // Adjoint::conjugate_gradients, lane by lane. Returns the squared sizes of the right-hand sides; the multipliers V are in
@@ -91,15 +138,22 @@ template <class T> struct LaneAdjoint : Lanes<T> {
       set(unroot, j, mass > 0 ? 1 / mass : Vec{});
       set(res, j, at(h, j) * at(unroot, j));
     }
-    project(res);
+    Vec along = project(res);
+    if (relaxed) project(res);
     for (int j = 0; j < m; ++j) rhs_scale = max(max(at(res, j), -at(res, j)), rhs_scale);
     rhs_scale = rhs_scale == 0 ? rhs_scale + 1 : rhs_scale;
     for (int j = 0; j < m; ++j) set(res, j, at(res, j) / rhs_scale);
     Vec terms{};
     for (int i = 0; i < n; ++i) terms += at(A, i) * (at(y, i) / rhs_scale) * (at(y, i) / rhs_scale);
-    Vec start = inner(res, res);
+    Vec start = inner(res, res), size = start;
+    if (relaxed) {
+      along /= rhs_scale;
+      size += along * along * inner(root, root);
+      terms = soft_b * soft_b * terms + size;
+    }
     const mask<T> trivial = start <= noise * noise * terms;
     start = trivial ? Vec{} : start;
+    size = trivial ? Vec{} : size;
     Vec norm = start, least = start;
     mask<T> active = ~(trivial | fallback), last{}, steps{};
     std::memcpy(dir, res, sizeof(T) * m * L);
@@ -109,7 +163,7 @@ template <class T> struct LaneAdjoint : Lanes<T> {
       steps -= active;
       for (int j = 0; j < m; ++j) set(v, j, at(unroot, j) * at(dir, j));
       normal(v, work);
-      for (int j = 0; j < m; ++j) set(work, j, at(dir, j) - at(unroot, j) * at(work, j));
+      for (int j = 0; j < m; ++j) set(work, j, at(dir, j) - at(unroot, j) * (shrink * at(work, j)));
       project(work);
       const Vec curvature = inner(dir, work);
       active &= curvature > 0;
@@ -128,16 +182,17 @@ template <class T> struct LaneAdjoint : Lanes<T> {
     }
     for (int lane = 0; lane < Base::L; ++lane) __atomic_fetch_add(&adjoint_steps, int64_t(steps[lane]), __ATOMIC_RELAXED);
     for (int j = 0; j < m; ++j) set(best, j, at(unroot, j) * at(best, j) * rhs_scale);
-    return start;
+    return size;
   }
 
   // Computes the multipliers, V in `best` and U in `fu`, and returns the residual of each lane.
   Vec multipliers() {
-    const Vec start = conjugate_gradients();
+    const Vec ones = relaxed ? along_ones() : Vec{}, start = conjugate_gradients();
+    for (int j = 0; relaxed && j < m; ++j) set(best, j, at(best, j) + ones);
     normal(best, work);
-    for (int j = 0; j < m; ++j) set(res, j, (at(h, j) + at(work, j) - at(S, j) * at(best, j)) * at(unroot, j) / rhs_scale);
+    for (int j = 0; j < m; ++j) set(res, j, (at(h, j) + shrink * at(work, j) - at(S, j) * at(best, j)) * at(unroot, j) / rhs_scale);
     project(res);
-    for (int i = 0; i < n; ++i) set(fu, i, at(y, i) - at(fu, i));
+    for (int i = 0; i < n; ++i) set(fu, i, soft_a * (at(y, i) - at(fu, i)));
     return start == 0 ? Vec{} : Base::square_root(inner(res, res) / start);
   }
 
@@ -170,7 +225,7 @@ void implicit_lanes(const Problem<T>* p, int count, Arena& arena, const T* const
   {
     LaneAdjoint<T> s(p, count, arena, f, g, up, adjoint);
     vec<T> residual{};
-    if (adjoint || need_cost) {
+    if (adjoint || need_cost || p->relaxed) {
       s.fill([](int, const Cost<T>&) {});
       s.assemble();
     }
@@ -188,8 +243,9 @@ void implicit_lanes(const Problem<T>* p, int count, Arena& arena, const T* const
       const Gradient<T>& grad = grads[lane];
       const T value = (adjoint ? up[lane].cost : T(0)) + up[lane].value;
       const Problem<T>& q = p[lane];
-      for (int i = 0; i < s.n; ++i) grad.a[i] = s.get(s.fu, i, lane) + value * (f[lane][i] + (q.row_shift ? q.row_shift[i] : T(0)));
-      for (int j = 0; j < s.m; ++j) grad.b[j] = s.get(s.best, j, lane) + value * (g[lane][j] + (q.row_shift ? q.column_shift[j] : T(0)));
+      if (q.relaxed) s.by_masses(lane, f[lane], g[lane], up[lane].value, grad);
+      for (int i = 0; !q.relaxed && i < s.n; ++i) grad.a[i] = s.get(s.fu, i, lane) + value * (f[lane][i] + (q.row_shift ? q.row_shift[i] : T(0)));
+      for (int j = 0; !q.relaxed && j < s.m; ++j) grad.b[j] = s.get(s.best, j, lane) + value * (g[lane][j] + (q.row_shift ? q.column_shift[j] : T(0)));
       *grad.residual = residual[lane];
       if (!need_cost) continue;
       const size_t mark = arena.used();

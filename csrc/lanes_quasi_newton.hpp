@@ -1,6 +1,6 @@
 // quasi_newton.hpp for problems with short rows, one to a lane (lanes.hpp). Each lane has its own course, hence its own stage and eps.
 #pragma once
-#include "lanes_solve.hpp"
+#include "lanes_relaxed.hpp"
 #include "solution.hpp"
 
 namespace otloss::OTLOSS_LEVEL {
@@ -300,8 +300,11 @@ template <class T> struct LaneQuasiNewton : LaneSolver<T> {
 template <class T>
 void solve_lanes(const Problem<T>* p, int count, Arena& arena, bool accelerate, int64_t max_iter, T tol, const Solution<T>* outs) {
   mask<T> fallback;
+  int64_t n_iter[lanes<T>] = {};
   const auto keep = [&](int lane, const Cost<T>& cost) { cost.copy_cost_to(outs[lane].kept); };
-  if (accelerate) {
+  if (p->relaxed) {
+    solve_relaxed_lanes(p, count, arena, accelerate, max_iter, tol, outs, fallback, n_iter);
+  } else if (accelerate) {
     LaneQuasiNewton<T> s(p, count, arena);
     s.fill(keep);
     s.start();
@@ -315,7 +318,6 @@ void solve_lanes(const Problem<T>* p, int count, Arena& arena, bool accelerate, 
       s.find_minima();
       s.shift_cost();
     }
-    int64_t n_iter[lanes<T>];
     s.run(max_iter, tol, n_iter);
     for (int lane = 0; lane < count; ++lane) *outs[lane].n_iter = n_iter[lane];
     fallback = s.fallback;
@@ -323,7 +325,11 @@ void solve_lanes(const Problem<T>* p, int count, Arena& arena, bool accelerate, 
   }
   const Team alone;
   for (int lane = 0; lane < count; ++lane)
-    if (fallback[lane]) solve(p[lane], arena, alone, accelerate, max_iter, tol, outs[lane]);
+    if (fallback[lane]) {
+      const int64_t spent = p->relaxed ? n_iter[lane] : 0;
+      solve(p[lane], arena, alone, accelerate, max_iter - spent, tol, outs[lane]);
+      *outs[lane].n_iter += spent;
+    }
 }
 
 }  // namespace otloss::OTLOSS_LEVEL

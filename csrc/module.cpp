@@ -22,12 +22,15 @@ struct Inputs {
   Address kept;  // where solve leaves the cost of features for the gradient, or 0
   Address row_shift, column_shift;  // where solve leaves what it takes out of a dense cost, or 0
   int kind;  // of the cost of features
+  Address rho_a, rho_b;  // penalties on the marginals, each 0 for a constraint
 
   bool short_rows() const { return n <= otloss::short_rows && m <= otloss::short_rows; }
   template <class T> Problem<T> problem(int64_t i) const {
     const int64_t size = right ? n * d : n * m;
+    const auto inverse = [i](Address rho) { return rho ? 1 / *at<T>(rho, i) : T(0); };
     return {at<T>(left, i * size), at<T>(right, i * m * d), at<T>(a, i * n), at<T>(b, i * m), int(n), int(m), int(d), T(eps),
-            at<T>(kept, i * n * m), at<T>(row_shift, i * n), at<T>(column_shift, i * m), Kind(kind)};
+            at<T>(kept, i * n * m), at<T>(row_shift, i * n), at<T>(column_shift, i * m), Kind(kind), rho_a || rho_b, inverse(rho_a),
+            inverse(rho_b)};
   }
 };
 
@@ -44,10 +47,11 @@ struct UpstreamAddresses {
 // residual where there is no linear system.
 struct GradientAddresses {
   Address left, right, a, b, residual;
+  Address rho;  // B x 2, 0 where there are no penalties
 
   template <class T> Gradient<T> gradient(const Inputs& in, int64_t i) const {
     return {at<T>(left, i * in.n * (in.right ? in.d : in.m)), at<T>(right, i * in.m * in.d), at<T>(a, i * in.n), at<T>(b, i * in.m),
-            at<T>(residual, i)};
+            at<T>(residual, i), at<T>(rho, 2 * i)};
   }
   // Gradients by cost or features are usually fresh memory, written once.
   template <class T> void expect(const Inputs& in) const {
@@ -209,15 +213,15 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of otloss; use otloss.backends.cpu.";
   py::class_<Inputs>(m, "Inputs")
       .def(py::init([](Address left, Address right, Address a, Address b, int64_t count, int64_t n, int64_t m, int64_t d,
-                       double eps, Address kept, Address row_shift, Address column_shift, int kind) {
-        return Inputs{left, right, a, b, count, n, m, d, eps, kept, row_shift, column_shift, kind};
+                       double eps, Address kept, Address row_shift, Address column_shift, int kind, Address rho_a, Address rho_b) {
+        return Inputs{left, right, a, b, count, n, m, d, eps, kept, row_shift, column_shift, kind, rho_a, rho_b};
       }));
   py::class_<UpstreamAddresses>(m, "UpstreamAddresses").def(py::init([](Address cost, Address value, Address f, Address g) {
     return UpstreamAddresses{cost, value, f, g};
   }));
   py::class_<GradientAddresses>(m, "GradientAddresses")
-      .def(py::init([](Address left, Address right, Address a, Address b, Address residual) {
-        return GradientAddresses{left, right, a, b, residual};
+      .def(py::init([](Address left, Address right, Address a, Address b, Address residual, Address rho) {
+        return GradientAddresses{left, right, a, b, residual, rho};
       }));
   py::class_<Side>(m, "Side").def(py::init([](Address given, int form, int64_t n, Address share) {
     return Side{given, form, n, share};

@@ -38,13 +38,15 @@ template <class T> struct Problem {
   const T* kept;  // the cost n x m of the features, or null
   const T *row_shift = nullptr, *column_shift = nullptr;  // what solve took out of a dense cost, or null
   Kind kind = Kind::cosine;
+  bool relaxed = false;  // whether a marginal has a penalty in place of a constraint (penalty.hpp); masses then have any totals
+  T inverse_rho_a = 0, inverse_rho_b = 0;  // 0 for a constraint
 };
 
 template <class T> struct Solution {
   T *f, *g, *cost, *value, *error;
   int64_t* n_iter;
   T* kept;  // n x m, or null
-  T *row_shift, *column_shift;  // null for features
+  T *row_shift, *column_shift;  // null where nothing is taken out of the cost
 };
 
 // Gradients of the loss by each output; a null vector stands for zero.
@@ -56,6 +58,7 @@ template <class T> struct Upstream {
 template <class T> struct Gradient {
   T *left, *right, *a, *b;  // left == nullptr: the gradient of the cost is not wanted
   T* residual;
+  T* rho = nullptr;  // by both penalties, 0 for a constraint; null where there is none
 };
 
 // Conjugate-gradient steps of all adjoint systems so far, each one sweep. The benchmarks read it.

@@ -136,17 +136,32 @@ template <class T> OTLOSS_INLINE vec<T> exp2(vec<T> x) {
   return (horner<T, 0>(r) * r + T(1)) * (vec<T>)scale;
 }
 
+// 2^x and 2^x - 1, the latter to about an ulp of itself.
+template <class T> OTLOSS_INLINE void exp2_less_one(vec<T> x, vec<T>& power, vec<T>& less) {
+  using S = Simd<T>;
+  using I = typename vec_of<T>::ints;
+  const vec<T> c = min(splat<T>(S::high), max(splat<T>(S::low), x)), t = c + S::magic, r = c - (t - S::magic);
+  const vec<T> scale = (vec<T>)(((I)t + S::bias) << S::mantissa), grown = scale * (horner<T, 0>(r) * r);
+  power = grown + scale;
+  less = grown + (scale - 1);
+}
+
+// sum_k u^(k - K) / (2 k + 1) for K <= k < Terms
+template <class T, int Terms, int K = 0> OTLOSS_INLINE vec<T> odd_series(vec<T> u) {
+  if constexpr (K == Terms - 1) return splat<T>(T(1. / (2 * K + 1)));
+  else return odd_series<T, Terms, K + 1>(u) * u + T(1. / (2 * K + 1));
+}
 // log2(x) of a positive normal number, by the series of log((1 + t)/(1 - t)) for a mantissa in [sqrt(1/2), sqrt(2)): absolute
-// error 3e-8. Other arguments give some finite number.
-template <class T> OTLOSS_INLINE vec<T> log2(vec<T> x) {
+// error 3e-8 with 5 terms. Other arguments give some finite number. `fine` terms leave only rounding.
+template <class T> constexpr int fine = sizeof(T) == 4 ? 5 : 11;
+template <class T, int Terms = 5> OTLOSS_INLINE vec<T> log2(vec<T> x) {
   using S = Simd<T>;
   using I = typename vec_of<T>::ints;
   const I bits = (I)x, fraction = bits & ((typename S::I(1) << S::mantissa) - 1);
   const vec<T> whole = (vec<T>)(fraction | (I{} + (typename S::I(S::bias) << S::mantissa)));
   const I upper = whole > T(1.4142135), exponent = ((bits >> S::mantissa) & (2 * S::bias + 1)) - S::bias - upper;  // true is -1
   const vec<T> m = upper ? whole * T(0.5) : whole, t = (m - 1) / (m + 1), u = t * t;
-  return __builtin_convertvector(exponent, vec<T>) +
-         t * T(2 / ln2) * ((((u * T(1. / 9) + T(1. / 7)) * u + T(1. / 5)) * u + T(1. / 3)) * u + 1);
+  return __builtin_convertvector(exponent, vec<T>) + t * T(2 / ln2) * odd_series<T, Terms>(u);
 }
 
 template <class T> OTLOSS_INLINE T dot(const T* x, const T* y, int n) {  // n is a multiple of the lanes

@@ -1,6 +1,7 @@
 // Solving one problem: which iterations, and the outputs.
 #pragma once
 #include "quasi_newton.hpp"
+#include "relaxed_newton.hpp"
 
 namespace otloss::OTLOSS_LEVEL {
 
@@ -36,32 +37,8 @@ template <class T> void write_solution(Solver<T>& s, const Solution<T>& out) {
   // With rho and sigma, the sums of b k by rows and of a k by columns, and C without its minima r and c:
   //   <T, C> + <T1, r> + <T'1, c>;   <T, C> + eps KL(T|ab') = <T1, f + r> + <T'1, g + c> - eps (sum T - 1);
   //   the marginals' error |T1 - a| + |T'1 - b|.
-  T *rho = s.phi, *sharp_of = s.sharp, *sigma = s.psi;
-  team.each(cost.parts.count, [&](int part) {
-    T* columns = sigma + size_t(part) * cost.cols;
-    std::memset(columns, 0, sizeof(T) * cost.cols);
-    for (int i0 = cost.parts.begin(part); i0 < cost.parts.end(part); i0 += block) {
-      vec<T> t[block] = {}, tc[block] = {};
-      for (int j = 0; j < cost.cols; j += lanes<T>) {
-        const vec<T> b = load(s.b + j), gj = load(g + j);
-        vec<T> down = load(columns + j);
-        repeat<block>(OTLOSS_EACH(r) {
-          const vec<T> c = load(cost.row(i0 + r) + j), k = exp2<T>(min(splat(bound<T>), ((f[i0 + r] + gj) - c) * s.scale));
-          t[r] += k * b;
-          tc[r] += k * b * masked(k, c);
-          down += s.a[i0 + r] * k;
-        });
-        store<T>(columns + j, down);
-      }
-      T all[pad_to<T>];
-      const auto keep = [&](vec<T>* sum, T* to) {
-        sums<T, block>(sum, all);
-        std::memcpy(to + i0, all, sizeof(T) * block);
-      };
-      keep(t, rho), keep(tc, sharp_of);
-    }
-  });
-  add_parts(sigma, cost.parts.count, cost.cols);
+  s.sum_plan(f, g);
+  const T *rho = s.phi, *sharp_of = s.sharp, *sigma = s.psi;
   double sharp = 0, potential = 0, mass = 0, missed = 0;
   for (int i = 0; i < cost.n; ++i) {
     if (s.a[i] == 0) continue;  // its sums may have overflowed
@@ -85,6 +62,7 @@ template <class T> void write_solution(Solver<T>& s, const Solution<T>& out) {
 
 template <class T>
 void solve(const Problem<T>& p, Arena& arena, const Team& team, bool accelerate, int64_t max_iter, T tol, const Solution<T>& out) {
+  if (p.relaxed) return solve_relaxed(p, arena, team, accelerate, max_iter, tol, out);
   arena.reset(Cost<T>::bytes(p, false) + (accelerate ? QuasiNewton<T>::bytes(p) : Solver<T>::bytes(p)));
   const Cost<T> cost(p, arena, true, false);
   if (accelerate) {

@@ -101,6 +101,37 @@ template <class T> struct Solver {
     for (int j = 0; j < cost.m; ++j) g[j] = live_col(j) ? G[j] + eps * std::log(psi[j]) : T(0);
   }
 
+  // The sums over the plan of f and g: of b k and b k C by rows in phi and sharp, of a k by columns in psi. Those of a point without
+  // mass may overflow.
+  void sum_plan(const T* f, const T* g) {
+    T *rho = phi, *sharp_of = sharp, *sigma = psi;
+    team.each(cost.parts.count, [&](int part) {
+      T* columns = sigma + size_t(part) * cost.cols;
+      std::memset(columns, 0, sizeof(T) * cost.cols);
+      for (int i0 = cost.parts.begin(part); i0 < cost.parts.end(part); i0 += block) {
+        vec<T> t[block] = {}, tc[block] = {};
+        for (int j = 0; j < cost.cols; j += lanes<T>) {
+          const vec<T> mass = load(b + j), gj = load(g + j);
+          vec<T> down = load(columns + j);
+          repeat<block>(OTLOSS_EACH(r) {
+            const vec<T> c = load(cost.row(i0 + r) + j), k = exp2<T>(min(splat(bound<T>), ((f[i0 + r] + gj) - c) * scale));
+            t[r] += k * mass;
+            tc[r] += k * mass * masked(k, c);
+            down += a[i0 + r] * k;
+          });
+          store<T>(columns + j, down);
+        }
+        T all[pad_to<T>];
+        const auto keep = [&](vec<T>* sum, T* to) {
+          sums<T, block>(sum, all);
+          std::memcpy(to + i0, all, sizeof(T) * block);
+        };
+        keep(t, rho), keep(tc, sharp_of);
+      }
+    });
+    add_parts(sigma, cost.parts.count, cost.cols);
+  }
+
   // task(first row) for every block of rows, part by part.
   template <class Row> void each_block(Row task) {
     team.each(cost.parts.count, [&](int part) {

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from cpu_problems import needs_cpu
 from torch import Tensor
 
 import otloss
+from otloss.backends import choose_backend, cpu
 
 EXACT = {"tol": 1e-12, "max_iter": 5000}
 ROWS, COLUMNS = [0, 1, 3, 4], [0, 2, 3, 4]
@@ -91,8 +93,6 @@ def test_a_mask_for_each_problem() -> None:
 
 @pytest.mark.parametrize("verb", ["dense", "features", "relaxed"])
 def test_eps_for_each_problem_and_its_gradient(backend: str, verb: str) -> None:
-    if verb == "relaxed" and backend != "reference":
-        pytest.skip("penalties are the reference's")
     x, y, a, b = _problem()
     cost = otloss.cosine_cost(x, y)
     eps = torch.tensor([0.05, 0.1, 0.4], dtype=torch.float64, requires_grad=True)
@@ -205,7 +205,6 @@ REFUSED: list[tuple[Callable[[Tensor, Tensor], object], type[Exception], str]] =
     (lambda x, y: otloss.cosine_sinkhorn(x, y, eps=torch.ones(2)), ValueError, r"broadcastable.* eps \(2,\)"),
     (lambda x, y: otloss.feature_sinkhorn(x, y, cost="l1"), ValueError, "cost must be one of 'cosine', 'sqeuclidean'"),
     (lambda x, y: otloss.cosine_sinkhorn(x, y, rho_a=True), TypeError, "rho_a must be a number"),
-    (lambda x, y: otloss.cosine_sinkhorn(x, y, rho_a=1.0, backend="cpu"), ValueError, "take 'reference'"),
 ]
 
 
@@ -214,3 +213,12 @@ def test_refusals(call: Callable[[Tensor, Tensor], object], kind: type[Exception
     x, y, _, _ = _problem(torch.float32)
     with pytest.raises(kind, match=message):
         call(x, y)
+
+
+@needs_cpu
+def test_a_backend_without_penalties_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "RELAXES", False)
+    x, y, _, _ = _problem()
+    with pytest.raises(ValueError, match="'cpu' has no penalties rho_a and rho_b; take .*'reference'"):
+        otloss.cosine_sinkhorn(x, y, rho_a=1.0, backend="cpu")
+    assert choose_backend(None, "cpu", relaxed=True) == "reference"

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from otloss.backends import masses
-from otloss.backends.protocol import Given, Gradients, Problem, Shift, Solution, Upstream
+from otloss.backends.protocol import NOTHING, Given, Gradients, Problem, Shift, Solution, Upstream, is_relaxed
 
 TWICE_DIFFERENTIABLE = False
-RELAXES = False
+RELAXES = True
 KEEPS_COST = True
 KINDS: tuple[str, ...] = ("cosine", "sqeuclidean", "dot")  # in the order of csrc/problem.hpp
 READS_HALF = False
@@ -64,6 +64,8 @@ class _KernelCall:
         self.m, d = (last, 0) if right is None else (right.shape[1], last)
         if max(self.n, self.m, d) >= MOST_POINTS:
             raise ValueError(f"the cpu backend takes less than 2^30 points and features, got {(self.n, self.m, d)}")
+        self.rho_a, self.rho_b = (None if rho is None else rho.contiguous() for rho in (problem.rho_a, problem.rho_b))
+        self.relaxed = is_relaxed(problem)
         self.suffix = "float32" if left.dtype == torch.float32 else "float64"
         self.inputs = _C.Inputs(
             self.left.data_ptr(),
@@ -78,6 +80,8 @@ class _KernelCall:
             _address(kept),
             *((0, 0) if shift is None else map(_address, shift)),
             0 if right is None else KINDS.index(problem.kind),
+            _address(self.rho_a),
+            _address(self.rho_b),
         )
 
     def empty(self, *shape: int) -> Tensor:
@@ -91,6 +95,7 @@ class _KernelCall:
             like(right) if need_cost and right is not None else left.new_empty(0),
             like(self.a),
             like(self.b),
+            self.empty(2) if self.relaxed else NOTHING,
         )
 
     def run(self, kernel: str, *arguments: object) -> None:
@@ -115,6 +120,8 @@ def normalise(problem: Problem, given: Given, check: bool) -> tuple[Problem, boo
     Raises:
         ValueError: masses are invalid, if ``check``.
     """
+    if is_relaxed(problem):
+        return masses.normalise(problem, given, check)
     of_a, of_b = problem.a.contiguous(), problem.b.contiguous()
     a, b = torch.empty_like(of_a), torch.empty_like(of_b)
     sides = _side(of_a, given.a, a), _side(of_b, given.b, b)
@@ -126,6 +133,8 @@ def normalise(problem: Problem, given: Given, check: bool) -> tuple[Problem, boo
 
 def by_given(problem: Problem, given: Given, a: Tensor, b: Tensor, by_a: Tensor, by_b: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients by the masses as they were given, from those by a and b of total 1 (csrc/masses.hpp)."""
+    if is_relaxed(problem):
+        return masses.by_given(problem, given, a, b, by_a, by_b)
     return _by_given(problem.a, given.a, a, by_a), _by_given(problem.b, given.b, b, by_b)
 
 
@@ -158,8 +167,8 @@ def _upstream_addresses(upstream: Upstream) -> object:
 
 
 def _gradient_addresses(gradients: Gradients, residual: Tensor | None) -> object:
-    by = (gradients.left, gradients.right, gradients.a, gradients.b)
-    return _C.GradientAddresses(*map(_address, by), _address(residual))  # type: ignore[union-attr]
+    by = (gradients.left, gradients.right, gradients.a, gradients.b, residual, gradients.rho)
+    return _C.GradientAddresses(*map(_address, by))  # type: ignore[union-attr]
 
 
 def solve(
@@ -167,10 +176,12 @@ def solve(
 ) -> Solution:
     """The solution after ``max_iter`` sweeps or at an L1 error below ``tol`` (csrc/solve.hpp, csrc/quasi_newton.hpp).
 
-    The cost of features is written to ``kept (B, n, m)``.
+    Problems with penalties have kernels of their own (csrc/relaxed.hpp, csrc/relaxed_newton.hpp), and nothing is taken
+    out of their costs. The cost of features is written to ``kept (B, n, m)``.
     """
     of_rows, of_columns = problem.a.contiguous(), problem.b.contiguous()
-    shift = None if problem.right is not None else Shift(torch.empty_like(of_rows), torch.empty_like(of_columns))
+    shifts = problem.right is None and not is_relaxed(problem)
+    shift = None if not shifts else Shift(torch.empty_like(of_rows), torch.empty_like(of_columns))
     call = _KernelCall(problem, kept, shift)
     f, g, cost = torch.empty_like(of_rows), torch.empty_like(of_columns), call.empty()
     value, error, n_iter = torch.empty_like(cost), torch.empty_like(cost), torch.empty_like(cost, dtype=torch.int64)
@@ -194,7 +205,7 @@ def implicit_gradient(
     ``kept`` is what ``solve`` wrote there, ``shift`` that of its solution.
     """
     kept = None if kept is None else kept.contiguous()
-    shift = None if shift is None else Shift(shift.rows.contiguous(), shift.columns.contiguous())
+    shift = None if shift is None or is_relaxed(problem) else Shift(shift.rows.contiguous(), shift.columns.contiguous())
     call = _KernelCall(problem, kept, shift)
     f, g, upstream = f.contiguous(), g.contiguous(), _contiguous(upstream)
     gradients, residual = call.gradients(need_cost), call.empty()
