@@ -157,18 +157,21 @@ def _contract(
     problem: DeviceProblem, row: Side, column: Side, w: Tensor, w_value: Tensor, n_iter: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the cost, or of both feature sets."""
+    of_x, of_y = None, None  # sums of the gradient's rows and columns
     if problem.cost is None:
-        unit_x = _contract_features(problem, problem.rows, row, column, w, w_value, n_iter, swapped=False)
-        unit_y = _contract_features(problem, problem.columns, column, row, w, w_value, n_iter, swapped=True)
+        by_x, of_x = _contract_features(problem, problem.rows, row, column, w, w_value, n_iter, swapped=False)
+        by_y, of_y = _contract_features(problem, problem.columns, column, row, w, w_value, n_iter, swapped=True)
     else:
         cost = _contract_dense(problem, problem.cost, row, column, w, w_value, n_iter)
         if problem.right is None:
             return cost, problem.empty(0)
-        unit_x, unit_y = problem.product(cost, problem.y, 0.0), problem.product(cost.mT, problem.x, 0.0)
+        by_x, by_y = problem.product(cost, problem.y, 0.0), problem.product(cost.mT, problem.x, 0.0)
+        if problem.kind == "sqeuclidean":
+            of_x, of_y = cost.sum(2), cost.sum(1)
     assert problem.right is not None
     return (
-        problem.unit_rows_back(problem.left, problem.x, problem.x_inverse, unit_x),
-        problem.unit_rows_back(problem.right, problem.y, problem.y_inverse, unit_y),
+        problem.features_back(problem.left, problem.x, problem.of_x, by_x, of_x),
+        problem.features_back(problem.right, problem.y, problem.of_y, by_y, of_y),
     )
 
 
@@ -206,16 +209,18 @@ def _contract_features(
     n_iter: Tensor | None,
     *,
     swapped: bool,
-) -> Tensor:
+) -> tuple[Tensor, Tensor | None]:
+    """The gradient of what was made of a side's features, and for squared distances the sums of dC over its rows."""
     out = problem.empty(problem.count, view.n, view.d)
+    sums = problem.empty(problem.count, view.n) if view.kind == "sqeuclidean" else None
     tile, held = config.contract(view.n, view.m, view.d, problem.double)
     launch(
         contract.contract_features, (problem.count, -(-view.n // tile.rows), -(-view.d // held)),
-        view.left, view.right, out, *_sides(row, column), w, w_value, n_iter, problem.count, view.n, view.m, view.d,
-        problem.eps, SWAPPED=swapped and n_iter is not None, I=tile.rows, J=tile.cols, K=tile.depth, D=held,
-        tile=tile,
+        *view[:4], out, sums, *_sides(row, column), w, w_value, n_iter, problem.count, view.n, view.m, view.d,
+        problem.eps, SWAPPED=swapped and n_iter is not None, KIND=view.kind, I=tile.rows, J=tile.cols, K=tile.depth,
+        D=held, tile=tile,
     )  # fmt: skip
-    return out
+    return out, sums
 
 
 def unrolled_gradient(
@@ -272,7 +277,7 @@ def _reverse(
     tile = config.stream(view.n, view.m, view.d, problem.double)
     launch(
         stream.unroll_step, (problem.count, -(-view.n // tile.rows)),
-        *view[:4], f, g, mass, multiplier, out, grad, n_iter, step, *view[4:], problem.eps,
-        I=tile.rows, J=tile.cols, K=tile.depth,
+        *view[:4], f, g, mass, multiplier, out, grad, n_iter, step, *view[4:9], problem.eps,
+        KIND=view.kind, I=tile.rows, J=tile.cols, K=tile.depth,
         tile=tile,
     )  # fmt: skip

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from otloss.backends.protocol import Problem, Shift
+from otloss.backends.protocol import Problem, Shift, is_relaxed
+from otloss.backends.reference import penalties
 from otloss.backends.triton import config, features, product, stream
 
 MOST_BLOCKS = 65535  # of a grid's second and third dimension
@@ -28,6 +29,7 @@ class View(NamedTuple):
     d: int
     si: int
     sj: int
+    kind: str
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, tile: config.Tile, **options: Any) -> None:
@@ -46,11 +48,12 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, tile: config.Tile, **
 
 
 class DeviceProblem:
-    """Inputs made contiguous, features normalised, both views; half-precision cost or features are read as they are.
+    """Inputs made contiguous, what the cost takes of features, both views; half precision is read as it is.
 
     The cost of features is stored in ``cost``, or in ``kept`` if that is given, which holds it already if it is
     ``made``. ``cost`` is None where it would be too large (``config.STORED_BYTES``): then both views are of features.
-    The views are of the cost less ``shift``, if one is given or taken out.
+    The views are of the cost less ``shift``, if one is given or taken out. ``penalties`` and ``soft`` (count, 2), which
+    is eps/rho and 0 for a constraint, are None unless a marginal has a penalty.
     """
 
     def __init__(
@@ -66,12 +69,17 @@ class DeviceProblem:
         self.count, self.n, last = left.shape
         self.m, self.d = (last, 0) if right is None else (right.shape[1], last)
         self.dtype, self.double = a.dtype, a.dtype == torch.float64
+        self.kind = problem.kind
+        self.penalties, self.soft = None, None
+        if is_relaxed(problem):
+            self.penalties, rhos = penalties(problem), (problem.rho_a, problem.rho_b)
+            self.soft = torch.stack([self.zeros(self.count) if rho is None else eps / rho for rho in rhos], -1)
         self.cost = self.left if self.right is None else kept
         if self.right is not None:
-            self.x, self.x_inverse = self._unit_rows(self.left)
-            self.y, self.y_inverse = self._unit_rows(self.right)
+            self._make_of_features(self.left, self.right)
             if not made and (kept is not None or config.groups(1, self.n, self.m, self.double)):
-                self.cost = self.product(self.x, self.y.mT, 1.0, kept)
+                constant = 1.0 if self.kind == "cosine" else 0.0
+                self.cost = self.product(self.x, self.y.mT, constant, self._squares(), kept)
         self._set_views(shift)
         self.regime = "large" if self.cost is None else config.regime(self.n, self.m, self.double)
         if os.environ.get("OTLOSS_TRITON_AUTOTUNE") == "1" and self.count:
@@ -82,11 +90,12 @@ class DeviceProblem:
         self.shift = None if shift is None else Shift(shift.rows.contiguous(), shift.columns.contiguous())
         by_rows, by_columns = self.shift or (None, None)
         if self.cost is None:
-            self.rows = View(self.x, self.y, None, None, self.n, self.m, self.d, 0, 0)
-            self.columns = View(self.y, self.x, None, None, self.m, self.n, self.d, 0, 0)
+            of_x, of_y = self._squares() or (None, None)
+            self.rows = View(self.x, self.y, of_x, of_y, self.n, self.m, self.d, 0, 0, self.kind)
+            self.columns = View(self.y, self.x, of_y, of_x, self.m, self.n, self.d, 0, 0, self.kind)
         else:
-            self.rows = View(self.cost, None, by_rows, by_columns, self.n, self.m, 0, self.m, 1)
-            self.columns = View(self.cost, None, by_columns, by_rows, self.m, self.n, 0, 1, self.m)
+            self.rows = View(self.cost, None, by_rows, by_columns, self.n, self.m, 0, self.m, 1, "stored")
+            self.columns = View(self.cost, None, by_columns, by_rows, self.m, self.n, 0, 1, self.m, "stored")
 
     def take_minima_out(self) -> None:
         """Take the minima of rows, then of columns, out of a dense cost: two launches, each reads the cost once."""
@@ -123,35 +132,61 @@ class DeviceProblem:
             times[tile] = timer(lambda: self.half_step(view, g, mass, out, None, 0, 1))
         config.TUNED[key] = min(times, key=times.__getitem__)
 
-    def _unit_rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        unit, inverse = x.new_empty(x.shape, dtype=self.dtype), x.new_empty(x.shape[:2], dtype=self.dtype)
-        block, count = config.FEATURE_ROWS, inverse.numel()
-        launch(
-            features.unit_rows, (-(-count // block),), x, unit, inverse, count, self.d,
-            I=block, K=config.feature_depth(self.d), tile=config.VECTORS,
-        )  # fmt: skip
-        return unit, inverse
+    def _make_of_features(self, left: Tensor, right: Tensor) -> None:
+        """``x``, ``y``, which are multiplied, and a number of each row: ``of_x``, ``of_y``; see ``features.py``."""
+        if self.kind == "dot":
+            (self.x, self.of_x), (self.y, self.of_y) = ((side.to(self.dtype), None) for side in (left, right))
+            return
+        centre = None
+        if self.kind == "sqeuclidean":
+            centre = (left.mean(1, dtype=self.dtype) + right.mean(1, dtype=self.dtype)) / 2
+        (self.x, self.of_x), (self.y, self.of_y) = (self._rows_of(side, centre) for side in (left, right))
 
-    def unit_rows_back(self, x: Tensor, unit: Tensor, inverse: Tensor, grad: Tensor) -> Tensor:
-        """The gradient of ``x`` from that of its unit rows."""
-        out, block, count = torch.empty_like(x), config.FEATURE_ROWS, inverse.numel()
-        launch(
-            features.unit_rows_back, (-(-count // block),), unit, inverse, grad, out, count, self.d,
-            I=block, K=config.feature_depth(self.d), tile=config.VECTORS,
-        )  # fmt: skip
+    def _rows_of(self, x: Tensor, centre: Tensor | None) -> tuple[Tensor, Tensor]:
+        made, number = x.new_empty(x.shape, dtype=self.dtype), x.new_empty(x.shape[:2], dtype=self.dtype)
+        block, count = config.FEATURE_ROWS, number.numel()
+        grid, options = (-(-count // block),), {"I": block, "K": config.feature_depth(self.d), "tile": config.VECTORS}
+        if centre is None:
+            launch(features.unit_rows, grid, x, made, number, count, self.d, **options)
+        else:
+            launch(features.centred_rows, grid, x, centre, made, number, count, x.shape[1], self.d, **options)
+        return made, number
+
+    def _squares(self) -> tuple[Tensor, Tensor] | None:
+        """Squares of the lengths of both sides' points, where the cost is made of them."""
+        return (self.of_x, self.of_y) if self.kind == "sqeuclidean" else None
+
+    def features_back(self, x: Tensor, made: Tensor, number: Tensor, grad: Tensor, weight: Tensor | None) -> Tensor:
+        """The gradient of ``x`` from that of what was made of it; ``weight`` holds the sums of dC over its rows."""
+        if self.kind == "dot":
+            return grad.to(x.dtype)
+        out, block, count = torch.empty_like(x), config.FEATURE_ROWS, number.numel()
+        grid, options = (-(-count // block),), {"I": block, "K": config.feature_depth(self.d), "tile": config.VECTORS}
+        if self.kind == "cosine":
+            launch(features.unit_rows_back, grid, made, number, grad, out, count, self.d, **options)
+        else:
+            launch(features.centred_rows_back, grid, made, weight, grad, out, count, self.d, **options)
         return out
 
-    def product(self, left: Tensor, right: Tensor, shift: float, out: Tensor | None = None) -> Tensor:
-        """``shift`` - left right of each problem; an operand may be transposed."""
+    def product(
+        self, left: Tensor, right: Tensor, shift: float, squares: tuple[Tensor, Tensor] | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """``shift`` - left right of each problem, or a squared distance; an operand may be transposed."""
         (_, rows, depth), cols = left.shape, right.shape[2]
+        of_left, of_right = squares or (None, None)
         if self.double:  # Triton multiplies no float64 before 3.6, and PyTorch has no lower precision for it
-            made = (left @ right).neg_().add_(shift)
+            made = left @ right
+            if of_left is None or of_right is None:
+                made.neg_().add_(shift)
+            else:
+                made.mul_(-2).add_(of_left.unsqueeze(2)).add_(of_right.unsqueeze(1)).clamp_(min=0)
             return made if out is None else out.copy_(made)
         out = self.empty(self.count, rows, cols) if out is None else out
         tile = config.product(rows, cols)
         launch(
             product.product, (self.count, -(-rows // tile.rows), -(-cols // tile.cols)),
-            left, right, out, rows, cols, depth, *left.stride()[1:], *right.stride()[1:],
+            left, right, of_left, of_right, out, rows, cols, depth, *left.stride()[1:], *right.stride()[1:],
             SHIFT=shift, I=tile.rows, J=tile.cols, K=tile.depth,
             tile=tile,
         )  # fmt: skip
@@ -184,8 +219,8 @@ class DeviceProblem:
         tile = config.stream(view.n, view.m, view.d, self.double)
         launch(
             stream.half_step, (self.count, -(-view.n // tile.rows), splits),
-            *view[:4], g, mass, out, gate, least, self.count, *view[4:], self.eps, splits,
-            I=tile.rows, J=tile.cols, K=tile.depth, tile=tile,
+            *view[:4], g, mass, out, gate, least, self.count, *view[4:9], self.eps, splits,
+            KIND=view.kind, I=tile.rows, J=tile.cols, K=tile.depth, tile=tile,
         )  # fmt: skip
 
     def potential(self, view: View, g: Tensor, mass: Tensor) -> Tensor:
@@ -213,8 +248,8 @@ class DeviceProblem:
         tile = config.stream(view.n, view.m, view.d, self.double)
         launch(
             stream.sums, (self.count, -(-view.n // tile.rows), splits),
-            *view[:4], f, g, alpha, scale, parts, beta, gamma, out, gate, self.count, *view[4:], self.eps, splits,
-            REDUCED=reduced, I=tile.rows, J=tile.cols, K=tile.depth,
+            *view[:4], f, g, alpha, scale, parts, beta, gamma, out, gate, self.count, *view[4:9], self.eps, splits,
+            REDUCED=reduced, KIND=view.kind, I=tile.rows, J=tile.cols, K=tile.depth,
             tile=tile,
         )  # fmt: skip
 

@@ -52,7 +52,7 @@ def minima(left, min_j, mass, out, count, n, m, si, sj, splits, I: tl.constexpr,
     least = tl.full([I], float("inf"), DTYPE)
     for start in range(split * width, end, J):
         j = start + tl.arange(0, J).to(tl.int64)
-        cost = cost_tile(left, None, None, None, i, j, n, m, 0, si, sj, I, J, 16, DTYPE)
+        cost = cost_tile(left, None, None, None, i, j, n, m, 0, si, sj, "stored", I, J, 16, DTYPE)
         if min_j is not None:
             cost -= vector(min_j + p * m, j, m, DTYPE)[None, :]
         live = is_live(vector(mass, j, end, DTYPE))
@@ -63,7 +63,7 @@ def minima(left, min_j, mass, out, count, n, m, si, sj, splits, I: tl.constexpr,
 @jit(do_not_specialize=["least", "count", "splits"], do_not_specialize_on_alignment=["g", "out"])
 def half_step(
     left, right, min_i, min_j, g, b, out, gate, least, count, n, m, d, si, sj, eps: tl.float64, splits,
-    I: tl.constexpr, J: tl.constexpr, K: tl.constexpr,
+    KIND: tl.constexpr, I: tl.constexpr, J: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """out[s, p, i] = -eps log sum_j b_j exp((g_j - C_ij)/eps) over split s of the columns, where gate[p] >= least.
 
@@ -86,7 +86,7 @@ def half_step(
     inv = base2(eps, g.dtype.element_ty)
     f = stream_step(
         left, right, min_i, min_j, i, g + p * m, b + p * m, n, m, d, si, sj, begin, tl.minimum(begin + width, m), inv,
-        I, J, K,
+        KIND, I, J, K,
     )
     tl.store(out + (split.to(tl.int64) * count + p) * n + i, f, mask=i < n)
 
@@ -133,7 +133,8 @@ def commit(part, f, gate, count, n, eps: tl.float64, splits, I: tl.constexpr):
 @jit(do_not_specialize=["alpha_parts", "count", "splits"])
 def sums(
     left, right, min_i, min_j, f, g, alpha, alpha_scale, alpha_parts, beta, gamma, out, gate, count,
-    n, m, d, si, sj, eps: tl.float64, splits, REDUCED: tl.constexpr, I: tl.constexpr, J: tl.constexpr, K: tl.constexpr,
+    n, m, d, si, sj, eps: tl.float64, splits, REDUCED: tl.constexpr, KIND: tl.constexpr,
+    I: tl.constexpr, J: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """sum_j k_ij alpha_j, sum_j k_ij C_ij beta_j (C - f - g if REDUCED) and sum_j k_ij gamma_j, of each split.
 
@@ -162,7 +163,7 @@ def sums(
     by_gamma = tl.zeros([I], DTYPE)
     for start in range(split * width, end, J):
         j = start + tl.arange(0, J).to(tl.int64)
-        cost = cost_tile(left, right, min_i, min_j, i, j, n, m, d, si, sj, I, J, K, DTYPE)
+        cost = cost_tile(left, right, min_i, min_j, i, j, n, m, d, si, sj, KIND, I, J, K, DTYPE)
         gj = vector(g + p * m, j, m, DTYPE)
         k = kernel_tile(cost, fi, gj, inv)
         weight = vector(alpha + p * m, j, end, DTYPE)
@@ -189,7 +190,7 @@ def sums(
 @jit(do_not_specialize=["step"], do_not_specialize_on_alignment=["f", "g", "multiplier", "out"])
 def unroll_step(
     left, right, min_i, min_j, f, g, a, multiplier, out, grad, n_iter, step, n, m, d, si, sj, eps: tl.float64,
-    I: tl.constexpr, J: tl.constexpr, K: tl.constexpr,
+    KIND: tl.constexpr, I: tl.constexpr, J: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """One half-iteration in reverse: with t_i = sum_j k_ij multiplier_j, out_i -= a_i t_i and grad_i -= eps t_i.
 
@@ -211,7 +212,7 @@ def unroll_step(
     total = tl.zeros([I], DTYPE)
     for start in range(0, m, J):
         j = start + tl.arange(0, J).to(tl.int64)
-        cost = cost_tile(left, right, min_i, min_j, i, j, n, m, d, si, sj, I, J, K, DTYPE)
+        cost = cost_tile(left, right, min_i, min_j, i, j, n, m, d, si, sj, KIND, I, J, K, DTYPE)
         k = kernel_tile(cost, fi, vector(g + p * m, j, m, DTYPE), inv)
         total += tl.sum(k * vector(multiplier + p * m, j, m, DTYPE)[None, :], 1)
     mass = vector(a + p * n, i, n, DTYPE)
