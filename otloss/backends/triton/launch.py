@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -96,6 +97,12 @@ class DeviceProblem:
         else:
             self.rows = View(self.cost, None, by_rows, by_columns, self.n, self.m, 0, self.m, 1, "stored")
             self.columns = View(self.cost, None, by_columns, by_rows, self.m, self.n, 0, 1, self.m, "stored")
+
+    def with_masses(self, a: Tensor, b: Tensor) -> DeviceProblem:
+        """The same cost with other masses."""
+        other = copy.copy(self)
+        other.a, other.b = a.contiguous(), b.contiguous()
+        return other
 
     def take_minima_out(self) -> None:
         """Take the minima of rows, then of columns, out of a dense cost: two launches, each reads the cost once."""

@@ -1,6 +1,7 @@
 r"""Streaming passes: the large problems, and what every size needs once per call.
 
-``half_step`` is one half-iteration in the log-domain. ``sums`` are weighted row sums of k. Both go through the cost
+``half_step`` is one half-iteration in the log-domain, without the damping of a penalty: whoever takes it over divides
+(``commit_rows`` here, ``balance`` in ``relaxed.py``). ``sums`` are weighted row sums of k. Both go through the cost
 tile by tile, stored or made anew from features. ``minima`` reads a dense cost once for the minima of its rows, and once
 for those of its columns. The columns are the rows of the exchanged view. With few rows the
 columns are split over programs too. Whoever reads the parts adds them in a fixed order, without atomics, so that
@@ -25,6 +26,7 @@ import triton.language as tl
 from otloss.backends.triton.compat import jit
 from otloss.backends.triton.tiles import (
     add_splits,
+    asked_error,
     base2,
     cost_tile,
     is_live,
@@ -93,9 +95,13 @@ def half_step(
 
 @jit(do_not_specialize=["count", "n", "max_iter", "splits"])
 def commit_rows(
-    part, f, a, running, n_iter, count, n, eps: tl.float64, tol: tl.float64, max_iter, splits, I: tl.constexpr
-):
-    """Takes the rows' half-step over, unless it shows that the state before it is good enough; grid: problems."""
+    part, f, a, running, n_iter, soft, columns, count, n, eps: tl.float64, tol: tl.float64, max_iter, splits,
+    I: tl.constexpr,
+):  # fmt: skip
+    """Takes the rows' half-step over, unless it shows that the state before it is good enough; grid: problems.
+
+    With penalties ``soft`` (count, 2) is eps/rho of both sides, and ``columns`` (count) the error of the columns.
+    """
     DTYPE: tl.constexpr = a.dtype.element_ty
     p = tl.program_id(0).to(tl.int64)
     if tl.load(running + p) == 0:
@@ -106,13 +112,22 @@ def commit_rows(
     for start in range(0, n, I):
         i = start + tl.arange(0, I)
         f_next = add_splits(part, p, i, n, count, splits, inv)
-        missed += row_error(vector(a + p * n, i, n, DTYPE), (vector(f + p * n, i, n, DTYPE) - f_next) * inv)
+        if soft is None:
+            missed += row_error(vector(a + p * n, i, n, DTYPE), (vector(f + p * n, i, n, DTYPE) - f_next) * inv)
+        else:
+            before, soft_a = vector(f + p * n, i, n, DTYPE), tl.load(soft + 2 * p)
+            missed += asked_error(a + p * n, before, f_next, i, n, soft_a, inv, tol)
     error = tl.sum(missed, 0)
+    if soft is not None:
+        error += tl.load(columns + p)
     tl.debug_barrier()  # every warp has read what the first will write
-    if ((done == 0) | (error >= tol)) & (done < max_iter):  # NaN stops
+    if ((done == 0) | (error >= (tol if soft is None else 0.0))) & (done < max_iter):  # NaN stops
         for start in range(0, n, I):
             i = start + tl.arange(0, I)
-            tl.store(f + p * n + i, add_splits(part, p, i, n, count, splits, inv), mask=i < n)
+            f_next = add_splits(part, p, i, n, count, splits, inv)
+            if soft is not None:
+                f_next /= 1.0 + tl.load(soft + 2 * p)
+            tl.store(f + p * n + i, f_next, mask=i < n)
         tl.store(n_iter + p, done + 1)
     else:
         tl.store(running + p, 0)

@@ -198,3 +198,13 @@ def add_splits(part, p, i, n, count, splits, inv):
 def row_error(a, drift):
     """a_i |(T1)_i / a_i - 1|: the next half-step knows the row sums, T1 = a 2^drift, drift = (f - f_next) inv."""
     return tl.where(is_live(a), a * tl.abs(tl.exp2(drift) - 1.0), 0.0)
+
+
+@triton.jit
+def asked_error(a, f, f_next, i, n, soft, inv, tol):
+    """|(T1)_i - a_i exp(-f_i/rho)| - tol (T1)_i with penalties; ``f_next`` is the half-step without its damping."""
+    DTYPE: tl.constexpr = a.dtype.element_ty
+    of_mass = log2_mass(vector(a, i, n, DTYPE))
+    rows = tl.exp2(of_mass + (f - f_next) * inv)
+    asked = tl.exp2(of_mass - f * (soft * inv))
+    return tl.where(of_mass == -float("inf"), 0.0, tl.abs(rows - asked) - tl.full([], tol, DTYPE) * rows)
