@@ -148,14 +148,13 @@ def _groups(problem: Problem, kept: Tensor | None) -> Iterator[tuple[slice, Prob
         part = slice(start, start + size)
         yield (
             part,
-            Problem(
-                left[part],
-                None if right is None else right[part],
-                a[part],
-                b[part],
-                problem.eps,
-                *(None if rho is None else rho[part] for rho in (problem.rho_a, problem.rho_b)),
-                kind=problem.kind,
+            problem._replace(
+                left=left[part],
+                right=None if right is None else right[part],
+                a=a[part],
+                b=b[part],
+                rho_a=None if problem.rho_a is None else problem.rho_a[part],
+                rho_b=None if problem.rho_b is None else problem.rho_b[part],
             ),
             None if kept is None else kept[part].contiguous(),
         )
@@ -179,8 +178,8 @@ def solve(
     """The solution after ``max_iter`` iterations or at an L1 error below ``tol``.
 
     The minima of rows and columns are taken out of a dense cost first, unless there are penalties; ``solver.solve``
-    says what that and the rest cost. The cost of features is written to ``kept (B, n, m)``. Iterations are the plain ones, ``accelerate`` is not
-    used.
+    says what that and the rest cost. The cost of features is written to ``kept (B, n, m)``. Iterations are the plain
+    ones, ``accelerate`` is not used.
     """
     with _on(problem.left):
         parts = []
@@ -210,8 +209,8 @@ def implicit_gradient(
         for part, group, made in _groups(problem, kept):
             from otloss.backends.triton import gradient, launch, penalties
 
-            shifted = shift is not None and problem.right is None and not is_relaxed(problem)
-            taken = Shift(*(x[part] for x in shift)) if shifted else None
+            whole = shift is None or problem.right is not None or is_relaxed(problem)  # nothing was taken out
+            taken = None if whole else Shift(*(x[part] for x in shift or ()))
             prepared = launch.DeviceProblem(group, made, made is not None, taken)
             differentiate = (penalties if is_relaxed(problem) else gradient).implicit_gradient
             gradients, residual = differentiate(
