@@ -57,6 +57,12 @@ class DeviceProblem:
     is eps/rho and 0 for a constraint, are None unless a marginal has a penalty.
     """
 
+    x: Tensor
+    y: Tensor
+    of_x: Tensor | None
+    """A number of each row: 1/|x| for "cosine", |x|^2 for "sqeuclidean"."""
+    of_y: Tensor | None
+
     def __init__(
         self, problem: Problem, kept: Tensor | None = None, made: bool = False, shift: Shift | None = None
     ) -> None:
@@ -140,14 +146,15 @@ class DeviceProblem:
         config.TUNED[key] = min(times, key=times.__getitem__)
 
     def _make_of_features(self, left: Tensor, right: Tensor) -> None:
-        """``x``, ``y``, which are multiplied, and a number of each row: ``of_x``, ``of_y``; see ``features.py``."""
+        """``x`` and ``y``, whose products the cost is made of; see ``features.py``."""
         if self.kind == "dot":
-            (self.x, self.of_x), (self.y, self.of_y) = ((side.to(self.dtype), None) for side in (left, right))
+            self.x, self.y, self.of_x, self.of_y = left.to(self.dtype), right.to(self.dtype), None, None
             return
         centre = None
         if self.kind == "sqeuclidean":
             centre = (left.mean(1, dtype=self.dtype) + right.mean(1, dtype=self.dtype)) / 2
-        (self.x, self.of_x), (self.y, self.of_y) = (self._rows_of(side, centre) for side in (left, right))
+        self.x, self.of_x = self._rows_of(left, centre)
+        self.y, self.of_y = self._rows_of(right, centre)
 
     def _rows_of(self, x: Tensor, centre: Tensor | None) -> tuple[Tensor, Tensor]:
         made, number = x.new_empty(x.shape, dtype=self.dtype), x.new_empty(x.shape[:2], dtype=self.dtype)
@@ -161,13 +168,17 @@ class DeviceProblem:
 
     def _squares(self) -> tuple[Tensor, Tensor] | None:
         """Squares of the lengths of both sides' points, where the cost is made of them."""
-        return (self.of_x, self.of_y) if self.kind == "sqeuclidean" else None
+        if self.kind != "sqeuclidean" or self.of_x is None or self.of_y is None:
+            return None
+        return self.of_x, self.of_y
 
-    def features_back(self, x: Tensor, made: Tensor, number: Tensor, grad: Tensor, weight: Tensor | None) -> Tensor:
+    def features_back(
+        self, x: Tensor, made: Tensor, number: Tensor | None, grad: Tensor, weight: Tensor | None
+    ) -> Tensor:
         """The gradient of ``x`` from that of what was made of it; ``weight`` holds the sums of dC over its rows."""
         if self.kind == "dot":
             return grad.to(x.dtype)
-        out, block, count = torch.empty_like(x), config.FEATURE_ROWS, number.numel()
+        out, block, count = torch.empty_like(x), config.FEATURE_ROWS, x.shape[0] * x.shape[1]
         grid, options = (-(-count // block),), {"I": block, "K": config.feature_depth(self.d), "tile": config.VECTORS}
         if self.kind == "cosine":
             launch(features.unit_rows_back, grid, made, number, grad, out, count, self.d, **options)
