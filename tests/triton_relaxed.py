@@ -268,3 +268,14 @@ def test_the_cost_of_a_kind_is_kept(kind: str, dtype: torch.dtype) -> None:
         assert bool((kept >= 0).all()) and float(kept[:, 0, 2].max()) < slack(torch.float32)
     by, _ = triton.implicit_gradient(given, *solution[:2], upstream(given.a, given.b), True, True, kept)
     assert by.left.dtype == dtype and by.left.isfinite().all() and by.right.dtype == dtype
+
+
+def test_points_without_mass_do_not_move_the_centre() -> None:
+    """As a mask leaves them: at 0, far from the others."""
+    x, y, a, b = problem("features", 9, 11, torch.float32)
+    live_a, live_b = a > 0, b > 0
+    x, y = (torch.where(live.unsqueeze(-1), t / 4 + 1024, 0.0) for t, live in ((x, live_a), (y, live_b)))
+    kept = torch.empty(2, 9, 11)
+    triton.solve(Problem(x, y, a, b, EPS, kind="sqeuclidean"), 1, 0.0, kept)
+    both = live_a.unsqueeze(-1) & live_b.unsqueeze(-2)
+    close(kept[both], COSTS["sqeuclidean"](*wide(x, y))[both], slack(torch.float32))

@@ -7,8 +7,8 @@ Cosine: unit rows.
 A row is divided by its largest entry first, so that no square overflows or vanishes. A row without any entry above
 1e-30 (1e-290 in float64) is zero: it stays zero and gets gradient exactly 0.
 
-Squared distances: points less the mean z of the problem's points, which the distances do not depend on. They would lose
-the digits that a common offset takes.
+Squared distances: points less the mean z of the problem's points, which the distances do not depend on. A common offset
+would take digits from them.
 
 .. math:: \hat x = x - z, \qquad
           \partial x_i = 2 \Big(\hat x_i \sum_j \partial C_{ij} - \sum_j \partial C_{ij}\, \hat y_j\Big)

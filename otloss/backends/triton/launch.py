@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from otloss.backends.protocol import Problem, Shift, is_relaxed
-from otloss.backends.reference import penalties
+from otloss.backends.reference import live, penalties
 from otloss.backends.triton import config, features, product, stream
 
 MOST_BLOCKS = 65535  # of a grid's second and third dimension
@@ -152,7 +152,7 @@ class DeviceProblem:
             return
         centre = None
         if self.kind == "sqeuclidean":
-            centre = (left.mean(1, dtype=self.dtype) + right.mean(1, dtype=self.dtype)) / 2
+            centre = (_mean(left, self.a) + _mean(right, self.b)) / 2
         self.x, self.of_x = self._rows_of(left, centre)
         self.y, self.of_y = self._rows_of(right, centre)
 
@@ -270,6 +270,12 @@ class DeviceProblem:
             REDUCED=reduced, KIND=view.kind, I=tile.rows, J=tile.cols, K=tile.depth,
             tile=tile,
         )  # fmt: skip
+
+
+def _mean(x: Tensor, mass: Tensor) -> Tensor:
+    """The mean ``(B, d)`` of the points with mass: others may be anything, and were perhaps set to 0."""
+    share = live(mass).to(mass.dtype)
+    return (x * share.unsqueeze(-1)).sum(1) / share.sum(1, keepdim=True).clamp(min=1)
 
 
 def timed(run: Callable[[], None]) -> float:
