@@ -273,9 +273,10 @@ class DeviceProblem:
 
 
 def _mean(x: Tensor, mass: Tensor) -> Tensor:
-    """The mean ``(B, d)`` of the points with mass: others may be anything, and were perhaps set to 0."""
-    share = live(mass).to(mass.dtype)
-    return (x * share.unsqueeze(-1)).sum(1) / share.sum(1, keepdim=True).clamp(min=1)
+    """The mean ``(B, d)`` of the points with mass; a mask has moved the others to 0."""
+    alive = live(mass)
+    total = torch.where(alive.unsqueeze(-1), x, 0.0).sum(1, dtype=mass.dtype)
+    return total / alive.sum(1, keepdim=True).clamp(min=1)
 
 
 def timed(run: Callable[[], None]) -> float:
