@@ -94,16 +94,18 @@ def relax_small(
     stiff_a, stiff_b = 1.0 + soft_a, 1.0 + soft_b
     rate_a, rate_b = soft_a * inv, soft_b * inv
 
+    given_a, given_b = vector(a, i, n, DTYPE), vector(b, j, m, DTYPE)
+    live_a, live_b = is_live(given_a), is_live(given_b)
     tl.store(f_out + i, tl.zeros([N], DTYPE), mask=i < n)
     tl.store(g_out + j, tl.zeros([M], DTYPE), mask=j < m)
     tl.debug_barrier()
     n_iter = 0
     go = n_iter < max_iter
     while go:  # an iteration in the log-domain, from the potentials in memory
-        f = row_step(cost, None, None, i, g_out, b, n, m, inv, N, J) / stiff_a
+        f = known(row_step(cost, None, None, i, g_out, b, n, m, inv, N, J), live_a) / stiff_a
         tl.store(f_out + i, f, mask=i < n)
         tl.debug_barrier()
-        g = column_step(cost, None, None, j, f_out, a, n, m, 0, n, inv, M, J) / stiff_b
+        g = known(column_step(cost, None, None, j, f_out, a, n, m, 0, n, inv, M, J), live_b) / stiff_b
         tl.debug_barrier()  # every warp has read the old g
         tl.store(g_out + j, g, mask=j < m)
         tl.debug_barrier()
@@ -119,8 +121,7 @@ def relax_small(
         tl.debug_barrier()
         mass_a = asked_mass(a, f_out, i, n, rate_a, DTYPE)
         mass_b = asked_mass(b, g_out, j, m, rate_b, DTYPE)
-        near_a = tl.min(tl.where(is_live(vector(a, i, n, DTYPE)), mass_a, 1.0), 0)
-        near_b = tl.min(tl.where(is_live(vector(b, j, m, DTYPE)), mass_b, 1.0), 0)
+        near_a, near_b = tl.min(tl.where(live_a, mass_a, 1.0), 0), tl.min(tl.where(live_b, mass_b, 1.0), 0)
         near = (near_a > 0.0) & (near_b > 0.0)
         k = kernel_tile(stored_tile(cost, None, None, i, j, n, m, DTYPE), f * stiff_a, g * stiff_b, inv)
         row, column = tl.zeros([N], DTYPE), tl.zeros([M], DTYPE)  # log2 of the scalings
@@ -157,15 +158,16 @@ def relax_small(
         tl.store(g_out + j, g, mask=j < m)
         tl.debug_barrier()
 
-    mass_a, mass_b = vector(a, i, n, DTYPE), vector(b, j, m, DTYPE)
+    given_a, given_b = tl.where(live_a, given_a, 0.0), tl.where(live_b, given_b, 0.0)
     f, g = vector(f_out, i, n, DTYPE), vector(g_out, j, m, DTYPE)
-    if tl.min(tl.where((i < n) & (is_live(mass_a) == 0), 0.0, 1.0), 0) == 0.0:  # without mass: from the others'
-        f = tl.where(is_live(mass_a), f, row_step(cost, None, None, i, g_out, b, n, m, inv, N, J) / stiff_a)
+    if tl.min(tl.where(i < n, given_a, 1.0), 0) == 0.0:  # without mass: from the final potentials of the others
+        f = known(tl.where(live_a, f, row_step(cost, None, None, i, g_out, b, n, m, inv, N, J) / stiff_a), live_a)
         tl.debug_barrier()
         tl.store(f_out + i, f, mask=i < n)
         tl.debug_barrier()
-    if tl.min(tl.where((j < m) & (is_live(mass_b) == 0), 0.0, 1.0), 0) == 0.0:
-        g = tl.where(is_live(mass_b), g, column_step(cost, None, None, j, f_out, a, n, m, 0, n, inv, M, J) / stiff_b)
+    if tl.min(tl.where(j < m, given_b, 1.0), 0) == 0.0:
+        back = column_step(cost, None, None, j, f_out, a, n, m, 0, n, inv, M, J) / stiff_b
+        g = known(tl.where(live_b, g, back), live_b)
         tl.debug_barrier()
         tl.store(g_out + j, g, mask=j < m)
         tl.debug_barrier()
@@ -180,14 +182,14 @@ def relax_small(
         k = kernel_tile(tile, f * stiff_a, gc * stiff_b, inv)
         share = k * wanted[None, :]
         ratio += tl.sum(share, 1)
-        by_cost += tl.sum(share * tile, 1)
+        by_cost += tl.sum(tl.where(share == 0.0, 0.0, share * tile), 1)  # not 0 * inf
         of_column = tl.sum(k * asked[:, None], 0)
         off += tl.abs(wanted * of_column - wanted)
         of_columns += marginal_value(vector(b, c, m, DTYPE), wanted, gc, of_column, soft_b, eps)
     rows = asked * ratio
     total = tl.sum(rows, 0)
-    free = total - tl.sum(tl.where(is_live(mass_a), mass_a, 0.0), 0) * tl.sum(tl.where(is_live(mass_b), mass_b, 0.0), 0)
-    value = tl.sum(marginal_value(mass_a, asked, f, ratio, soft_a, eps), 0) + tl.sum(of_columns, 0)
+    free = total - tl.sum(given_a, 0) * tl.sum(given_b, 0)
+    value = tl.sum(marginal_value(given_a, asked, f, ratio, soft_a, eps), 0) + tl.sum(of_columns, 0)
     value -= tl.full([], eps, tl.float64) * free.to(tl.float64)
     error = tl.sum(tl.abs(rows - asked), 0) + tl.sum(off, 0)
     tl.store(cost_out + p, tl.sum(known(asked * by_cost, asked > 0.0), 0))
