@@ -19,6 +19,9 @@ solved in the complement as before, and the part along S^1/2, a constant of V, h
 
 .. math:: V \mathrel{+}= \frac{s_a w \langle T, R \rangle + \varepsilon (\sum q - m_a \sum p)}
                           {(s_a + s_b + s_a s_b) \sum T}, \qquad s = \varepsilon / \rho.
+
+In U it is subtracted, divided by m_a. It grows with rho, while the gradient of the cost takes U + V alone. So U and V
+are given without it, and U has what is left of their sum.
 """
 
 # mypy: ignore-errors

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -33,7 +35,7 @@ def implicit_gradient(
     if use_adjoint:
         p = torch.zeros_like(f) if upstream.f is None else upstream.f.contiguous()
         q = torch.zeros_like(g) if upstream.g is None else upstream.g.contiguous()
-        u, v, by_p, by_q, residual = multipliers(problem, f, g, w, p, q, with_g=upstream.g is not None)
+        u, v, by_p, by_q, residual, _ = multipliers(problem, f, g, w, p, q, with_g=upstream.g is not None)
         row, column = (f, problem.a, u, by_p), (g, problem.b, v, by_q)
         sharp = w.unsqueeze(-1)
         grad_a, grad_b = grad_a + u + sharp * whole_f, grad_b + v + sharp * whole_g
@@ -43,10 +45,22 @@ def implicit_gradient(
     return Gradients(left, right, grad_a, grad_b), residual
 
 
+class Multipliers(NamedTuple):
+    """The solution of the adjoint system of each problem, p/rho and q/sigma, and the relative residual."""
+
+    u: Tensor
+    v: Tensor
+    by_p: Tensor
+    by_q: Tensor
+    residual: Tensor
+    constant: Tensor | None
+    """``(B, 1)``, to be added to V and taken from U under penalties: it may be so large that their sum loses digits."""
+
+
 def multipliers(
     problem: DeviceProblem, f: Tensor, g: Tensor, w: Tensor, p: Tensor, q: Tensor, with_g: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """U, V, p/rho, q/sigma and the residual of the adjoint system; ``with_g`` says whether q has any entry."""
+) -> Multipliers:
+    """Those of a problem, by what its size asks for; ``with_g`` says whether q has any entry."""
     if problem.regime == "small":
         return _small_multipliers(problem, f, g, w, p, q)
     return _multipliers(problem, f, g, w, p, q, with_g)
@@ -54,17 +68,18 @@ def multipliers(
 
 def _small_multipliers(
     problem: DeviceProblem, f: Tensor, g: Tensor, w: Tensor, p: Tensor, q: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Multipliers:
     """All of them in one launch."""
     u, v, by_p, by_q = (torch.empty_like(like) for like in (f, g, f, g))
     h, residual = torch.empty_like(g), torch.empty_like(w)
+    constant = None if problem.soft is None else torch.empty_like(w)
     tile = config.small(problem.n, problem.m, problem.double)
     launch(
         small.adjoint_small, (problem.count,), problem.cost, *problem.rows[2:4], problem.a, problem.b, f, g, w, p, q,
-        u, v, by_p, by_q, h, residual, problem.soft, problem.n, problem.m, problem.eps,
+        u, v, by_p, by_q, h, residual, problem.soft, constant, problem.n, problem.m, problem.eps,
         N=tile.rows, M=tile.cols, J=16, tile=tile,
     )  # fmt: skip
-    return u, v, by_p, by_q, residual
+    return Multipliers(u, v, by_p, by_q, residual, None if constant is None else constant.unsqueeze(-1))
 
 
 def _without(x: Tensor, root: Tensor) -> Tensor:
@@ -74,7 +89,7 @@ def _without(x: Tensor, root: Tensor) -> Tensor:
 
 def _multipliers(
     problem: DeviceProblem, f: Tensor, g: Tensor, w: Tensor, p: Tensor, q: Tensor, with_g: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Multipliers:
     """All of them by conjugate gradients; ``adjoint.py`` has the equations."""
     eps, sharp = problem.eps, w.unsqueeze(-1)
     live_a, live_b = live(problem.a), live(problem.b)
@@ -83,14 +98,14 @@ def _multipliers(
     rho, cost_row, q_row = problem.sums(problem.rows, f, g, b, b, of_g, reduced=True)
     by_rho = known(1 / rho, live_a)
     y = known((sharp * cost_row - eps * q_row) * by_rho, live_a)
-    pull = a
+    pull, constant = a, None
     if problem.soft is not None:
         soft_a, soft_b = problem.soft[:, :1], problem.soft[:, 1:]
         stiff_a, stiff_b = 1 + soft_a, 1 + soft_b
         of_plan = sharp * known(a * cost_row, live_a).sum(-1, True)
         of_potentials = eps * (q.sum(-1, True) - stiff_a * p.sum(-1, True))
-        constant = soft_a * of_plan + of_potentials
-        constant = constant / ((soft_a + soft_b + soft_a * soft_b) * (a * rho).sum(-1, True))
+        gap = soft_a + soft_b + soft_a * soft_b  # stiff_a stiff_b - 1
+        constant = (soft_a * of_plan + of_potentials) / (gap * (a * rho).sum(-1, True))
         y, pull = y / stiff_a, a / (stiff_a * stiff_b)
     by_p = a * y + eps * p * torch.where(live_a, 1.0, by_rho)
     sigma, cost_column, p_column = problem.sums(problem.columns, g, f, a, a, by_p, reduced=True)
@@ -111,10 +126,11 @@ def _multipliers(
     v = torch.where(live_b, v, known(back / s, live_b))
     size = torch.where(start > 0, start, 1.0).sqrt()
     residual = torch.where(solved, 0.0, torch.linalg.vector_norm(left_over, dim=-1) / size)
-    if problem.soft is not None:
-        v = v + constant * torch.where(live_b, 1.0, 1 / (stiff_a * stiff_b))
-        product = (product + constant) / stiff_a
-    return known(y - product, live_a), v, p * by_rho, q * known(1 / sigma, live_b), residual
+    if constant is not None:  # what it does, but for itself
+        v = v - torch.where(live_b, 0.0, constant * gap / (stiff_a * stiff_b))
+        product = (product - soft_a * constant) / stiff_a
+    u = known(y - product, live_a)
+    return Multipliers(u, v, p * by_rho, q * known(1 / sigma, live_b), residual, constant)
 
 
 def _conjugate_gradients(

@@ -90,9 +90,10 @@ def implicit_gradient(
         p = torch.zeros_like(f) if upstream.f is None else upstream.f / of_a.stiffness
         q = torch.zeros_like(g) if upstream.g is None else upstream.g / of_b.stiffness
         pull_f, pull_g = p - sharp * of_a.inverse * (hard.a * f), q - sharp * of_b.inverse * (hard.b * g)
-        u, v, by_p, by_q, residual = multipliers(hard, whole_f, whole_g, w, pull_f, pull_g, with_g=True)
+        u, v, by_p, by_q, residual, constant = multipliers(hard, whole_f, whole_g, w, pull_f, pull_g, with_g=True)
+        assert constant is not None
         row, column = (whole_f, hard.a, u, by_p), (whole_g, hard.b, v, by_q)
-        of_f, of_g = u + sharp * f, v + sharp * g
+        of_f, of_g = u - constant + sharp * f, v + constant + sharp * g
         by_a = by_a + share_a * of_a.stiffness * of_f
         by_b = by_b + share_b * of_b.stiffness * of_g
         by_rho[0] = by_rho[0] + ((hard.a * of_f + problem.eps * p) * f * of_a.inverse**2).sum(-1)

@@ -171,12 +171,13 @@ def without(x, root, size):
 
 @jit(do_not_specialize=["n"])
 def adjoint_small(
-    cost, min_i, min_j, a, b, f, g, w, p_grad, q_grad, u_out, v_out, p_out, q_out, h_out, residual_out, soft, n, m,
+    cost, min_i, min_j, a, b, f, g, w, p_grad, q_grad, u_out, v_out, p_out, q_out, h_out, residual_out, soft, constant_out, n, m,
     eps: tl.float64, N: tl.constexpr, M: tl.constexpr, J: tl.constexpr,
 ):  # fmt: skip
     """Multipliers U, V and the weights p/rho, q/sigma of one problem; grid: problems.
 
-    With penalties, of which ``soft`` (count, 2) is eps/rho, masses and potentials are those of ``relaxed.py``.
+    With penalties, of which ``soft`` (count, 2) is eps/rho, masses and potentials are those of ``relaxed.py``; a
+    constant (count) is to be added to V and taken from U.
     """
     DTYPE: tl.constexpr = a.dtype.element_ty
     TARGET: tl.constexpr = 1e-24 if tl.float64 == DTYPE else 2.5e-13  # of squares
@@ -238,7 +239,8 @@ def adjoint_small(
         stiff_a, stiff_b = 1.0 + soft_a, 1.0 + soft_b
         of_plan = weight * tl.sum(known(mass_a * by_cost, live_a), 0)
         of_potentials = step_eps * (tl.sum(grad_q, 0) - stiff_a * tl.sum(grad_p, 0))
-        constant = (soft_a * of_plan + of_potentials) / ((soft_a + soft_b + soft_a * soft_b) * tl.sum(rows, 0))
+        gap = soft_a + soft_b + soft_a * soft_b  # stiff_a stiff_b - 1
+        constant = (soft_a * of_plan + of_potentials) / (gap * tl.sum(rows, 0))
         y = y / stiff_a
     h = known((h - tl.sum(k * (mass_a * y + by_p)[:, None], 0)) * scale, live_b)
     if soft is not None:
@@ -298,9 +300,10 @@ def adjoint_small(
     columns = tl.sum(k * rows[:, None], 0)  # S of a column without mass
     v = tl.where(root > 0.0, z / stretch, tl.where(columns > 0.0, work / tl.where(columns > 0.0, columns, 1.0), 0.0))
     residual = tl.where(solved, 0.0, tl.sqrt(tl.sum(left_over * left_over, 0) / tl.where(start > 0.0, start, 1.0)))
-    if soft is not None:  # the constant, which is not in the complement
-        v += constant * tl.where(root > 0.0, 1.0, 1.0 / (stiff_a * stiff_b))
-        product = (product + constant) / stiff_a
+    if soft is not None:  # what the constant does, but for itself
+        v -= tl.where(root > 0.0, 0.0, constant * gap / (stiff_a * stiff_b))
+        product = (product - soft_a * constant) / stiff_a
+        tl.store(constant_out + prob, constant)
     tl.store(u_out + i, known(vector(u_out, i, n, DTYPE) - product, live_a), mask=real_i)
     tl.store(v_out + j, known(v, live_b), mask=real_j)
     tl.store(residual_out + prob, residual)
