@@ -74,8 +74,8 @@ def unit_rows_back(unit, inverse, grad, out, count, d, I: tl.constexpr, K: tl.co
         tl.store(out + at, (tangent * scale[:, None]).to(out.dtype.element_ty), mask=mask)
 
 
-@jit(do_not_specialize=["count", "n"])
-def centred_rows(x, centre, points, squares, count, n, d, I: tl.constexpr, K: tl.constexpr):
+@jit(do_not_specialize=["n", "count"])
+def centred_rows(x, centre, points, squares, n, count, d, I: tl.constexpr, K: tl.constexpr):
     """points = x less the ``centre`` (problems, d) of their problem, squares = |points|^2; grid: blocks of I rows.
 
     Of ``count`` rows, ``n`` after one another belong to a problem.

@@ -158,13 +158,19 @@ class DeviceProblem:
 
     def _rows_of(self, x: Tensor, centre: Tensor | None) -> tuple[Tensor, Tensor]:
         made, number = x.new_empty(x.shape, dtype=self.dtype), x.new_empty(x.shape[:2], dtype=self.dtype)
-        block, count = config.FEATURE_ROWS, number.numel()
-        grid, options = (-(-count // block),), {"I": block, "K": config.feature_depth(self.d), "tile": config.VECTORS}
         if centre is None:
-            launch(features.unit_rows, grid, x, made, number, count, self.d, **options)
+            self._launch_on_rows(features.unit_rows, x, x, made, number)
         else:
-            launch(features.centred_rows, grid, x, centre, made, number, count, x.shape[1], self.d, **options)
+            self._launch_on_rows(features.centred_rows, x, x, centre, made, number, x.shape[1])
         return made, number
+
+    def _launch_on_rows(self, kernel: Any, x: Tensor, *args: Any) -> None:
+        """A kernel of ``features.py`` on all rows of ``x``."""
+        block, count = config.FEATURE_ROWS, x.shape[0] * x.shape[1]
+        launch(
+            kernel, (-(-count // block),), *args, count, self.d, I=block, K=config.feature_depth(self.d),
+            tile=config.VECTORS,
+        )  # fmt: skip
 
     def _squares(self) -> tuple[Tensor, Tensor] | None:
         """Squares of the lengths of both sides' points, where the cost is made of them."""
@@ -178,12 +184,11 @@ class DeviceProblem:
         """The gradient of ``x`` from that of what was made of it; ``weight`` holds the sums of dC over its rows."""
         if self.kind == "dot":
             return grad.to(x.dtype)
-        out, block, count = torch.empty_like(x), config.FEATURE_ROWS, x.shape[0] * x.shape[1]
-        grid, options = (-(-count // block),), {"I": block, "K": config.feature_depth(self.d), "tile": config.VECTORS}
+        out = torch.empty_like(x)
         if self.kind == "cosine":
-            launch(features.unit_rows_back, grid, made, number, grad, out, count, self.d, **options)
+            self._launch_on_rows(features.unit_rows_back, x, made, number, grad, out)
         else:
-            launch(features.centred_rows_back, grid, made, weight, grad, out, count, self.d, **options)
+            self._launch_on_rows(features.centred_rows_back, x, made, weight, grad, out)
         return out
 
     def product(

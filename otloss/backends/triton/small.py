@@ -171,8 +171,8 @@ def without(x, root, size):
 
 @jit(do_not_specialize=["n"])
 def adjoint_small(
-    cost, min_i, min_j, a, b, f, g, w, p_grad, q_grad, u_out, v_out, p_out, q_out, h_out, residual_out, soft, constant_out, n, m,
-    eps: tl.float64, N: tl.constexpr, M: tl.constexpr, J: tl.constexpr,
+    cost, min_i, min_j, a, b, f, g, w, p_grad, q_grad, u_out, v_out, p_out, q_out, h_out, residual_out, soft,
+    constant_out, n, m, eps: tl.float64, N: tl.constexpr, M: tl.constexpr, J: tl.constexpr,
 ):  # fmt: skip
     """Multipliers U, V and the weights p/rho, q/sigma of one problem; grid: problems.
 
