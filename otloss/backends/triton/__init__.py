@@ -213,9 +213,7 @@ def implicit_gradient(
             taken = None if whole else Shift(*(x[part] for x in shift or ()))
             prepared = launch.DeviceProblem(group, made, made is not None, taken)
             differentiate = (penalties if is_relaxed(problem) else gradient).implicit_gradient
-            gradients, residual = differentiate(
-                prepared, f[part], g[part], _part(upstream, part), adjoint, need_cost
-            )
+            gradients, residual = differentiate(prepared, f[part], g[part], _part(upstream, part), adjoint, need_cost)
             parts.append(gradients)
             residuals.append(residual)
         return _joined(parts), torch.cat(residuals)

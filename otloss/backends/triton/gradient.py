@@ -66,9 +66,7 @@ def multipliers(
     return _multipliers(problem, f, g, w, p, q, with_g)
 
 
-def _small_multipliers(
-    problem: DeviceProblem, f: Tensor, g: Tensor, w: Tensor, p: Tensor, q: Tensor
-) -> Multipliers:
+def _small_multipliers(problem: DeviceProblem, f: Tensor, g: Tensor, w: Tensor, p: Tensor, q: Tensor) -> Multipliers:
     """All of them in one launch."""
     u, v, by_p, by_q = (torch.empty_like(like) for like in (f, g, f, g))
     h, residual = torch.empty_like(g), torch.empty_like(w)

@@ -199,9 +199,7 @@ def relax_small(
 
 
 @jit(do_not_specialize=["count", "n", "m", "splits"])
-def balance(
-    part, f, g, a, b, soft, running, missed, count, n, m, eps: tl.float64, splits, I: tl.constexpr
-):
+def balance(part, f, g, a, b, soft, running, missed, count, n, m, eps: tl.float64, splits, I: tl.constexpr):
     """Ends an iteration: g from the parts of its half-step, then the constant between f and g. Grid: problems.
 
     ``missed`` (count) is what the constant changes of the marginals of the columns.

@@ -89,7 +89,7 @@ def half_step(
     f = stream_step(
         left, right, min_i, min_j, i, g + p * m, b + p * m, n, m, d, si, sj, begin, tl.minimum(begin + width, m), inv,
         KIND, I, J, K,
-    )
+    )  # fmt: skip
     tl.store(out + (split.to(tl.int64) * count + p) * n + i, f, mask=i < n)
 
 
