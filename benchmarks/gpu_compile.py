@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -27,9 +27,23 @@ from triton.compiler import ASTSource
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int32: "*i32", torch.int64: "*i64"}
-Shape = tuple[int, int, int, int, torch.dtype]
-# Batch, n, m, d (0: a dense cost), dtype: one shape or more for every entry of otloss/backends/triton/config.py.
-SHAPES: list[Shape] = [
+
+
+class Shape(NamedTuple):
+    """What a problem's variants depend on."""
+
+    batch: int
+    n: int
+    m: int
+    d: int
+    """0: a dense cost."""
+    dtype: torch.dtype
+    kind: str = "cosine"
+    relaxed: bool = False
+
+
+# One shape or more for every entry of otloss/backends/triton/config.py.
+SHAPES: list[tuple[Any, ...]] = [
     *((64, n, m, 0, torch.float32) for n, m in ((16, 24), (49, 49), (64, 64), (100, 30))),
     *((64, n, m, 0, torch.float32) for n, m in ((100, 60), (100, 100), (196, 196), (512, 512), (1000, 1000))),
     *((64, n, m, d, torch.float32) for n, m, d in ((16, 24, 32), (49, 49, 512), (512, 512, 49))),
@@ -37,13 +51,21 @@ SHAPES: list[Shape] = [
     (4, 3008, 3000, 0, torch.float32),
     (1, 60_000, 16, 0, torch.float32),  # columns are split over programs
     *((64, n, n, d, torch.float64) for n, d in ((30, 384), (500, 0))),
+    *((64, n, m, 0, torch.float32, "", True) for n, m in ((16, 24), (49, 49), (64, 64), (100, 30), (100, 60))),
+    *((64, n, m, 0, torch.float32, "", True) for n, m in ((100, 100), (196, 196), (512, 512), (1000, 1000))),
+    *((64, n, n, 0, torch.float64, "", True) for n in (30, 500)),
+    (4, 3008, 3000, 0, torch.float32, "", True),
+    *((batch, n, n, 64, torch.float32, kind) for batch, n in ((64, 49), (4, 3000)) for kind in ("sqeuclidean", "dot")),
+    (64, 30, 30, 384, torch.float64, "sqeuclidean"),
 ]
 # What a test compiles: each kernel once.
-SAMPLE: list[Shape] = [
+SAMPLE: list[tuple[Any, ...]] = [
     (64, 49, 49, 512, torch.float32),
     (64, 500, 500, 0, torch.float32),
     (4, 3000, 3000, 64, torch.float32),
     (1, 60_000, 16, 0, torch.float32),
+    *((64, n, n, 0, torch.float32, "", True) for n in (49, 500)),
+    (4, 3000, 3000, 64, torch.float32, "sqeuclidean", True),
 ]
 
 
@@ -132,27 +154,31 @@ def recording(found: dict[Variant, None], processors: int) -> Iterator[None]:
         yield
 
 
-def variants(shapes: list[Shape], processors: int) -> list[Variant]:
-    """Every launch of solve and both gradients on these shapes, once."""
+def variants(shapes: list[tuple[Any, ...]], processors: int) -> list[Variant]:
+    """Every launch of solve and both gradients on these shapes (the fields of `Shape`), once."""
     from otloss.backends.protocol import Problem, Upstream
-    from otloss.backends.triton import gradient
+    from otloss.backends.triton import gradient, penalties
     from otloss.backends.triton.launch import DeviceProblem
     from otloss.backends.triton.solver import solve
 
     found: dict[Variant, None] = {}
-    for batch, n, m, d, dtype in shapes:
+    for batch, n, m, d, dtype, kind, relaxed in (Shape(*shape) for shape in shapes):
 
         def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, device="meta")
 
         with recording(found, processors):
             left, right = (empty(batch, n, d), empty(batch, m, d)) if d else (empty(batch, n, m), None)
-            given = Problem(left, right, empty(batch, n), empty(batch, m), 0.05)
+            rhos = [empty(batch) if relaxed else None for _ in range(2)]
+            given = Problem(left, right, empty(batch, n), empty(batch, m), 0.05, *rhos, kind)
             f, g, w, *_, shift = solve(DeviceProblem(given), 50, 1e-5)
             for adjoint in (True, False):
                 problem = DeviceProblem(given, shift=shift)
-                gradient.implicit_gradient(problem, f, g, Upstream(w, w), adjoint, True)
-            gradient.unrolled_gradient(DeviceProblem(given), empty(batch, dtype=torch.int64), Upstream(w, w), True, 2)
+                differentiate = (penalties if relaxed else gradient).implicit_gradient
+                differentiate(problem, f, g, Upstream(w, w), adjoint, True)
+            if not relaxed:
+                n_iter = empty(batch, dtype=torch.int64)
+                gradient.unrolled_gradient(DeviceProblem(given), n_iter, Upstream(w, w), True, 2)
     return list(found)
 
 
@@ -191,14 +217,18 @@ def compile_variant(variant: Variant, arch: int) -> Report:
     programs = min(by_registers, by_shared, machine.warps_per_sm // warps, 32)
     constants = dict(variant.constants)
     tile = ", ".join(f"{name} {value}" for name, value in constants.items() if name in {"I", "J", "N", "M", "K", "D"})
-    tile += ", features" if constants.get("right", 0) is not None and "right" in names else ""
+    given = {name for name in names if constants.get(name, 0) is not None}  # pointers that are not None
+    tile += ", features" if "right" in given else ""
+    tile += f", {constants['KIND']}" if constants.get("KIND") in {"sqeuclidean", "dot"} else ""
+    tile += ", sqeuclidean" if "add_i" in given else ""
+    tile += ", penalties" if "soft" in given else ""
     tile += ", float64" if "*fp64" in dict(variant.signature).values() else ""
     return Report(
         triton.__version__, arch, variant.kernel, tile, warps, registers, spilled, shared, programs
     )  # fmt: skip
 
 
-def measure(arch: int, shapes: list[Shape]) -> Iterator[Report]:
+def measure(arch: int, shapes: list[tuple[Any, ...]]) -> Iterator[Report]:
     """Reports of every variant on an architecture."""
     from otloss.backends.triton import config
 

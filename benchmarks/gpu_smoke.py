@@ -16,6 +16,7 @@ from torch import Tensor
 
 from otloss.backends import reference, triton
 from otloss.backends.protocol import Problem, Shift, Upstream
+from otloss.cost import COSTS
 
 EPS, ITERATIONS = 0.1, 5
 
@@ -28,14 +29,18 @@ class Case:
     part: str  # "solve", "implicit" or "unrolled"
     features: bool
     stored: bool = True
+    kind: str = "cosine"
+    relaxed: bool = False
     n: int = 9
     m: int = 12
     d: int = 16
 
     @property
     def name(self) -> str:
-        kind = "dense" if not self.features else "features" if self.stored else "features, no stored cost"
-        return f"{self.part}, {self.regime}, {kind}"
+        cost = "features" if self.features else "dense"
+        cost += f", {self.kind}" if self.kind != "cosine" else ""
+        cost += ", penalties" if self.relaxed else ""
+        return f"{self.part}, {self.regime}, {cost}" + ("" if self.stored else ", no stored cost")
 
 
 CASES = [
@@ -45,6 +50,15 @@ CASES = [
     for features in (False, True)
     if part != "unrolled" or regime == "large"  # one way for all sizes
 ] + [Case("large", part, True, stored=False) for part in ("solve", "implicit", "unrolled")]
+CASES += [
+    Case(regime, part, False, relaxed=True) for regime in ("small", "medium", "large") for part in ("solve", "implicit")
+]
+CASES += [
+    Case(regime, part, True, stored, kind)
+    for kind in ("sqeuclidean", "dot")
+    for regime, stored in (("small", True), ("large", False))
+    for part in ("solve", "implicit")
+]
 LIMITS = {"small": (64, 1024), "medium": (0, 1024), "large": (0, 0)}
 
 
@@ -60,17 +74,23 @@ def error(case: Case, device: str) -> float:
     from otloss.backends.triton import config
 
     torch.manual_seed(0)
-    x, y = (torch.randn(3, k, case.d, dtype=torch.float64) for k in (case.n, case.m))
+    x, y = (torch.randn(3, k, case.d, dtype=torch.float64) / 4 for k in (case.n, case.m))  # costs up to about 2
     a, b = (torch.randn(3, k, dtype=torch.float64).softmax(-1) for k in (case.n, case.m))
     left, right = (x, y) if case.features else (reference.dense_cost(x, y), None)
     given = [None if t is None else t.float().to(device) for t in (left, right, a, b)]
-    exact = _wide(*given)
     up = [torch.randn(3, dtype=torch.float64).to(device) for _ in range(2)]
-    whole = Problem(*exact, EPS)  # type: ignore[arg-type]
-    solved = reference.solve(whole, 300, 1e-12)
+    rhos = [torch.tensor(rho).to(device) if case.relaxed else None for rho in ([0.5, 1.0, 2.0], [4.0, 0.5, 1.0])]
+    mine = Problem(*given, EPS, *rhos, case.kind)  # type: ignore[arg-type]
+    leaves = [t.requires_grad_() for t in _wide(*given[:2]) if t is not None]
+    cost = COSTS[case.kind](*leaves) if case.features else leaves[0]  # the reference takes the cost itself
+    theirs = Problem(cost.detach(), None, *_wide(*given[2:]), EPS, *_wide(*rhos))  # type: ignore[arg-type]
+    solved = reference.solve(theirs, 300, 1e-12)
+    if case.features:
+        f, g = reference.unshifted(solved, theirs.a, theirs.b)
+        solved = solved._replace(f=f, g=g, shift=None)
 
-    def run(backend: object, tensors: list[Tensor | None], dtype: torch.dtype) -> tuple[Tensor, ...]:
-        problem, upstream = Problem(*tensors, EPS), Upstream(*(t.to(dtype) for t in up))  # type: ignore[arg-type]
+    def run(backend: object, problem: Problem, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        upstream = Upstream(*(t.to(dtype) for t in up))
         if case.part == "solve":
             solution = backend.solve(problem, ITERATIONS, 0.0)  # type: ignore[attr-defined]
             f, g = reference.unshifted(solution, problem.a, problem.b)
@@ -88,14 +108,16 @@ def error(case: Case, device: str) -> float:
         mock.patch.object(config, "LIMITS", limits),
         mock.patch.object(config, "STORED_BYTES", config.STORED_BYTES if case.stored else 0),
     ):
-        got = run(triton, given, torch.float32)
-    want = run(reference, exact, torch.float64)
+        got = run(triton, mine, torch.float32)
+    want = run(reference, theirs, torch.float64)
+    if case.features and case.part != "solve":
+        want = (*torch.autograd.grad(cost, leaves, want[0]), *want[2:])
     worst = 0.0
     for k, (one, other) in enumerate(zip(got, want, strict=True)):
         if not other.numel():
             continue
         one, other = one.double(), other.double()
-        if case.part == "implicit" and k >= 2:  # up to a constant
+        if case.part == "implicit" and k >= 2 and not case.relaxed:  # up to a constant
             one, other = one - one.mean(-1, keepdim=True), other - other.mean(-1, keepdim=True)
         off = float((one - other).abs().max()) / max(float(other.abs().max()), 0.1)
         worst = max(worst, off if off == off else float("inf"))

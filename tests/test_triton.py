@@ -149,12 +149,20 @@ def test_the_smoke_stage_names_the_kernel_that_fails(says: str, why: str, monkey
 @installed
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "part", ["[small", "[medium", "[large", "[streamed", "not [small and not [medium and not [large and not [streamed"]
+    ("file", "part"),
+    [
+        ("triton_kernels.py", "[small"),
+        ("triton_kernels.py", "[medium"),
+        ("triton_kernels.py", "[large"),
+        ("triton_kernels.py", "[streamed"),
+        ("triton_kernels.py", "not [small and not [medium and not [large and not [streamed"),
+        ("triton_relaxed.py", "test"),
+    ],
 )
-def test_kernels_in_the_interpreter(part: str) -> None:
+def test_kernels_in_the_interpreter(file: str, part: str) -> None:
     """In processes of their own: Triton reads TRITON_INTERPRET when it is imported. One a regime, to share out."""
     options = ("-o", "addopts=", "-q", "-x", "-W", "ignore::RuntimeWarning", "--durations=5", "-k", part)
-    done = run("-m", "pytest", *options, str(HERE / "triton_kernels.py"), TRITON_INTERPRET="1")
+    done = run("-m", "pytest", *options, str(HERE / file), TRITON_INTERPRET="1")
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
 

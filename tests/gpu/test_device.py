@@ -111,6 +111,22 @@ def test_columns_that_no_row_prefers(n: int, m: int) -> None:
         close(one, other, slack(torch.float32, room=16.0 * 50))
 
 
+@pytest.mark.parametrize("kind", ["cosine", "sqeuclidean", "dot"])
+@pytest.mark.parametrize(("n", "m"), [(49, 40), (300, 200), (3000, 2900)])  # the last is not stored
+def test_penalties_and_kinds(n: int, m: int, kind: str) -> None:
+    x, y, a, b = problem(n, m, torch.float32)
+    given = (x / 4, y / 4, a, b, torch.tensor([0.5, 1.0, 4.0], device="cuda"))
+
+    def run(dtype: torch.dtype, tol: float, backend: str) -> tuple[Tensor, ...]:
+        leaves = [t.detach().to(dtype).requires_grad_() for t in given]
+        options = {"eps": EPS, "rho_b": 0.5, "tol": tol, "max_iter": 2000, "backend": backend}
+        out = otloss.feature_sinkhorn(*leaves[:4], cost=kind, rho_a=leaves[4], **options)
+        return out.value.detach(), *torch.autograd.grad((out.transport_cost + out.value).sum(), leaves)
+
+    for got, want in zip(run(torch.float32, 1e-6, "triton"), run(torch.float64, 1e-10, "reference"), strict=True):
+        close(got, want, slack(torch.float32, room=300.0) + 1e-6 / EPS)
+
+
 @pytest.mark.parametrize("gradient", ["implicit", "unroll", "none"])
 @pytest.mark.parametrize("n", [49, 300, 1500])
 def test_the_verb_in_every_mode(n: int, gradient: str) -> None:

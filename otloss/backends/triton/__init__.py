@@ -21,21 +21,21 @@ modules beside it, only when one of them is called.
 ``small``      n, m up to 64: one program per problem, every iteration in one launch
 ``rows``       n, m up to 1024: blocks of whole rows, one launch and one pass over the cost per iteration
 ``stream``     any size: tiles of a streaming pass, columns split where rows are few
+``relaxed``    penalties: n, m up to 64, and what ends an iteration of large problems; ``rows`` has its own branches
 ``adjoint``    conjugate gradients between those passes
 ``product``    the cost of features, and the way back from its gradient
 ``contract``   gradients of the cost; contracted at once where the cost is not stored
-``features``   unit rows and the way back
+``features``   unit rows, centred points, and the way back
 ``config``     which kernel for which size, and its tile
 ``compat``     what differs between versions of Triton
 ``launch``     a problem's views and how kernels are launched; ``solver`` and ``gradient`` order the launches
+``penalties``  outputs and gradients under penalties, by those of a problem with constraints that has the same plan
 =============  ======================================================================================================
 
 Where new parts belong. Other iterations than the plain ones, such as those of ``quasi_newton.py``, stand beside
 ``_medium`` and ``_large`` in ``solver``: a sweep is ``DeviceProblem.half_step`` of both views, the rest vectors. They
-decide on the device, because one look from the host costs as much as many iterations. Unbalanced mass changes the
-half-steps (``stream_step``, and the scalings of ``small`` and ``rows``) and the diagonal of the adjoint system. Another
-cost of features is another branch of ``cost_tile`` and another ``product``, with its way back in ``contract`` and
-``features``.
+decide on the device, because one look from the host costs as much as many iterations. Another cost of features is
+another branch of ``cost_tile`` and another ``product``, with its way back in ``contract`` and ``features``.
 
 Each module states its equations and its roofline: operations per unit at the sustained rates of one H100 (A100):
 495 (156) TFLOP/s of dense TF32, 132 (108) multiprocessors at 1.7 (1.4) GHz with 128 (64) float32 instructions and 16
@@ -58,12 +58,12 @@ from torch import Tensor
 from otloss.backends.masses import by_given as by_given
 from otloss.backends.masses import normalise as normalise
 from otloss.backends.masses import worst_error as worst_error
-from otloss.backends.protocol import Gradients, Problem, Shift, Solution, Upstream
+from otloss.backends.protocol import NOTHING, Gradients, Problem, Shift, Solution, Upstream, is_relaxed
 
 TWICE_DIFFERENTIABLE = False
-RELAXES = False
+RELAXES = True
 KEEPS_COST = True
-KINDS: tuple[str, ...] = ("cosine",)
+KINDS: tuple[str, ...] = ("cosine", "sqeuclidean", "dot")
 READS_HALF = True
 
 # Read once, as Triton itself does at its import.
@@ -148,7 +148,14 @@ def _groups(problem: Problem, kept: Tensor | None) -> Iterator[tuple[slice, Prob
         part = slice(start, start + size)
         yield (
             part,
-            problem._replace(left=left[part], right=None if right is None else right[part], a=a[part], b=b[part]),
+            problem._replace(
+                left=left[part],
+                right=None if right is None else right[part],
+                a=a[part],
+                b=b[part],
+                rho_a=None if problem.rho_a is None else problem.rho_a[part],
+                rho_b=None if problem.rho_b is None else problem.rho_b[part],
+            ),
             None if kept is None else kept[part].contiguous(),
         )
 
@@ -162,7 +169,7 @@ def _joined(parts: list[Any]) -> Any:
     if len(parts) == 1:
         return parts[0]
     fields = zip(*parts, strict=True)
-    return type(parts[0])(*(None if each[0] is None else torch.cat(each) for each in fields))
+    return type(parts[0])(*(each[0] if each[0] is None or each[0] is NOTHING else torch.cat(each) for each in fields))
 
 
 def solve(
@@ -170,9 +177,9 @@ def solve(
 ) -> Solution:
     """The solution after ``max_iter`` iterations or at an L1 error below ``tol``.
 
-    The minima of rows and columns are taken out of a dense cost first; ``solver.solve`` says what that and the rest
-    cost. The cost of features is written to ``kept (B, n, m)``. Iterations are the plain ones, ``accelerate`` is not
-    used.
+    The minima of rows and columns are taken out of a dense cost first, unless there are penalties; ``solver.solve``
+    says what that and the rest cost. The cost of features is written to ``kept (B, n, m)``. Iterations are the plain
+    ones, ``accelerate`` is not used.
     """
     with _on(problem.left):
         parts = []
@@ -200,13 +207,13 @@ def implicit_gradient(
     with _on(problem.left):
         parts, residuals = [], []
         for part, group, made in _groups(problem, kept):
-            from otloss.backends.triton import gradient, launch
+            from otloss.backends.triton import gradient, launch, penalties
 
-            taken = shift if shift is None or problem.right is not None else Shift(*(x[part] for x in shift))
+            whole = shift is None or problem.right is not None or is_relaxed(problem)  # nothing was taken out
+            taken = None if whole else Shift(*(x[part] for x in shift or ()))
             prepared = launch.DeviceProblem(group, made, made is not None, taken)
-            gradients, residual = gradient.implicit_gradient(
-                prepared, f[part], g[part], _part(upstream, part), adjoint, need_cost
-            )
+            differentiate = (penalties if is_relaxed(problem) else gradient).implicit_gradient
+            gradients, residual = differentiate(prepared, f[part], g[part], _part(upstream, part), adjoint, need_cost)
             parts.append(gradients)
             residuals.append(residual)
         return _joined(parts), torch.cat(residuals)

@@ -11,6 +11,17 @@ solved as (I - L'L) z = S^-1/2 h, L = A^1/2 M S^-1/2, in the complement of the n
 and, in a column without mass, V_j = (h + M' A M V)_j / S_j. Nothing is divided by a mass. The product k' (a/rho) k
 (c v) is one pass of ``rows.normal_rows`` or two of ``stream.sums``; ``descend`` is the rest of a step, by one
 program per problem: five reads and four writes of m numbers, microseconds.
+
+With penalties (``relaxed.py`` has the symbols: a, b, f, g are those with a tilde and the capitals) and
+m = 1 + eps/rho, y is divided by m_a, h and L'L by m_b and m_a m_b, and U = y - M V / m_a. The system is definite, but
+nearly singular for large rho, and S^1/2 is still a vector of its own: there I - L'L is 1 - 1/(m_a m_b). So the rest is
+solved in the complement as before, and the part along S^1/2, a constant of V, has a sum without cancellation:
+
+.. math:: V \mathrel{+}= \frac{s_a w \langle T, R \rangle + \varepsilon (\sum q - m_a \sum p)}
+                          {(s_a + s_b + s_a s_b) \sum T}, \qquad s = \varepsilon / \rho.
+
+In U it is subtracted, divided by m_a. It grows with rho, while the gradient of the cost takes U + V alone. So U and V
+are given without it, and U has what is left of their sum.
 """
 
 # mypy: ignore-errors

@@ -3,6 +3,8 @@ r"""The gradient of the cost: stored, or contracted at once to that of the featu
 .. math:: \partial C_{ij} = k_{ij} \big[ a_i \big(b_j ((U_i + V_j - w R_{ij})/\varepsilon + w + w_V) + Q_j\big)
           + P_i b_j \big], \qquad P = p / \rho, \quad Q = q / \sigma, \qquad \partial \hat x = -\partial C\, \hat y.
 
+Of squared distances the gradient of a point also needs the sum of its row of the gradient, see ``features.py``.
+
 Unrolled, with the potentials f^t, g^t of iteration t and the multipliers of the reverse sweep, D = w C + w_V (f + g):
 
 .. math:: \partial C = T (w + w_V - D/\varepsilon) + \sum_t a_i \kappa^t_j\, e^{(f^t_i + g^t_j - C_{ij})/\varepsilon}
@@ -57,7 +59,8 @@ def unrolled_tile(
 @triton.jit
 def gradient_tile(
     left, right, min_i, min_j, i, j, f, g, a, b, u, v, q_i, q_j, w, w_value, n_iter, p, count, n, m, d, si, sj,
-    eps, SWAPPED: tl.constexpr, I: tl.constexpr, J: tl.constexpr, K: tl.constexpr, DTYPE: tl.constexpr,
+    eps, SWAPPED: tl.constexpr, KIND: tl.constexpr, I: tl.constexpr, J: tl.constexpr, K: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):  # fmt: skip
     """dC of rows ``i`` and columns ``j`` of problem ``p``; 0 in the padding.
 
@@ -65,7 +68,7 @@ def gradient_tile(
     """
     inv = base2(eps, DTYPE)
     eps = tl.full([], eps, DTYPE)
-    cost = cost_tile(left, right, min_i, min_j, i, j, n, m, d, si, sj, I, J, K, DTYPE)
+    cost = cost_tile(left, right, min_i, min_j, i, j, n, m, d, si, sj, KIND, I, J, K, DTYPE)
     at_i, at_j = p * n, p * m
     ai, bj = vector(a + at_i, i, n, DTYPE), vector(b + at_j, j, m, DTYPE)
     sharp, value = tl.load(w + p), tl.load(w_value + p)
@@ -105,7 +108,7 @@ def contract_dense(
         min_j += p * m
     grad = gradient_tile(
         left + p * n * m, None, min_i, min_j, i, j, f, g, a, b, u, v, q_i, q_j, w, w_value, n_iter, p, count, n, m, 0,
-        m, 1, eps, False, I, J, 16, DTYPE,
+        m, 1, eps, False, "stored", I, J, 16, DTYPE,
     )  # fmt: skip
     at = p * n * m + i[:, None] * m + j[None, :]
     tl.store(out + at, grad.to(out.dtype.element_ty), mask=(i < n)[:, None] & (j < m)[None, :])
@@ -113,25 +116,38 @@ def contract_dense(
 
 @jit(do_not_specialize=["count"])
 def contract_features(
-    left, right, out, f, g, a, b, u, v, q_i, q_j, w, w_value, n_iter, count, n, m, d, eps: tl.float64,
-    SWAPPED: tl.constexpr, I: tl.constexpr, J: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
+    left, right, min_i, min_j, out, held, f, g, a, b, u, v, q_i, q_j, w, w_value, n_iter, count, n, m, d,
+    eps: tl.float64, SWAPPED: tl.constexpr, KIND: tl.constexpr, I: tl.constexpr, J: tl.constexpr, K: tl.constexpr,
+    D: tl.constexpr,
 ):  # fmt: skip
-    """out = -dC right, the gradient of the unit rows; grid: problems x blocks of I rows x blocks of D features."""
+    """out = -dC right, the gradient of what was made of the features, and held = dC 1 unless it is None.
+
+    Grid: problems x blocks of I rows x blocks of D features.
+    """
     DTYPE: tl.constexpr = f.dtype.element_ty
     p = tl.program_id(0).to(tl.int64)
     left += p * n * d
     right += p * m * d
+    if min_i is not None:
+        min_i += p * n
+        min_j += p * m
     i = tl.program_id(1).to(tl.int64) * I + tl.arange(0, I)
     k = tl.program_id(2) * D + tl.arange(0, D)
     total = tl.zeros([I, D], DTYPE)
+    if held is not None:
+        weight = tl.zeros([I], DTYPE)
     for start in range(0, m, J):
         j = start + tl.arange(0, J).to(tl.int64)
         grad = gradient_tile(
-            left, right, None, None, i, j, f, g, a, b, u, v, q_i, q_j, w, w_value, n_iter, p, count, n, m, d, 0, 0,
-            eps, SWAPPED, I, J, K, DTYPE,
+            left, right, min_i, min_j, i, j, f, g, a, b, u, v, q_i, q_j, w, w_value, n_iter, p, count, n, m, d, 0, 0,
+            eps, SWAPPED, KIND, I, J, K, DTYPE,
         )  # fmt: skip
+        if held is not None:
+            weight += tl.sum(grad, 1)
         at = j[:, None] * d + k[None, :]
         y = tl.load(right + at, mask=(j < m)[:, None] & (k < d)[None, :], other=0.0)
         total = tl.dot(grad, y, total, input_precision="tf32x3")
     at = p * n * d + i[:, None] * d + k[None, :]
     tl.store(out + at, -total, mask=(i < n)[:, None] & (k < d)[None, :])
+    if held is not None:
+        tl.store(held + p * n + i, weight, mask=(i < n) & (tl.program_id(2) == 0))

@@ -1,10 +1,20 @@
-r"""Unit rows of features, and the way back through the normalisation.
+r"""What is made of features before their cost, and the way back to their gradient.
+
+Cosine: unit rows.
 
 .. math:: \hat x = x / |x|, \qquad \partial x = (\partial \hat x - \hat x \langle \hat x, \partial \hat x \rangle) / |x|
 
 A row is divided by its largest entry first, so that no square overflows or vanishes. A row without any entry above
-1e-30 (1e-290 in float64) is zero: it stays zero and gets gradient exactly 0. Half-precision rows are read as they are
-and leave in the working dtype. Bytes: each entry once in, once out.
+1e-30 (1e-290 in float64) is zero: it stays zero and gets gradient exactly 0.
+
+Squared distances: points less the mean z of the problem's points, which the distances do not depend on. A common offset
+would take digits from them.
+
+.. math:: \hat x = x - z, \qquad
+          \partial x_i = 2 \Big(\hat x_i \sum_j \partial C_{ij} - \sum_j \partial C_{ij}\, \hat y_j\Big)
+
+For "dot" the features are taken as they are. Half-precision rows are read as they are and leave in the working dtype.
+Bytes: each entry once in, once out.
 """
 
 # mypy: ignore-errors
@@ -62,3 +72,37 @@ def unit_rows_back(unit, inverse, grad, out, count, d, I: tl.constexpr, K: tl.co
         at = i[:, None] * d + k[None, :]
         tangent = tl.load(grad + at, mask=mask, other=0.0) - tl.load(unit + at, mask=mask, other=0.0) * along[:, None]
         tl.store(out + at, (tangent * scale[:, None]).to(out.dtype.element_ty), mask=mask)
+
+
+@jit(do_not_specialize=["n", "count"])
+def centred_rows(x, centre, points, squares, n, count, d, I: tl.constexpr, K: tl.constexpr):
+    """points = x less the ``centre`` (problems, d) of their problem, squares = |points|^2; grid: blocks of I rows.
+
+    Of ``count`` rows, ``n`` after one another belong to a problem.
+    """
+    DTYPE: tl.constexpr = points.dtype.element_ty
+    i = tl.program_id(0).to(tl.int64) * I + tl.arange(0, I)
+    square = tl.zeros([I], DTYPE)
+    for start in range(0, d, K):
+        k = start + tl.arange(0, K)
+        mask = (i < count)[:, None] & (k < d)[None, :]
+        at = i[:, None] * d + k[None, :]
+        v = tl.load(x + at, mask=mask, other=0.0).to(DTYPE)
+        v -= tl.load(centre + (i // n)[:, None] * d + k[None, :], mask=mask, other=0.0)
+        square += tl.sum(v * v, 1)
+        tl.store(points + at, v, mask=mask)
+    tl.store(squares + i, square, mask=i < count)
+
+
+@jit(do_not_specialize=["count"])
+def centred_rows_back(points, weight, grad, out, count, d, I: tl.constexpr, K: tl.constexpr):
+    """out = 2 (weight points + grad), the gradient of x, with weight_i = sum_j dC_ij and grad_i = -sum_j dC_ij y_j."""
+    DTYPE: tl.constexpr = points.dtype.element_ty
+    i = tl.program_id(0).to(tl.int64) * I + tl.arange(0, I)
+    scale = tl.load(weight + i, mask=i < count, other=0.0).to(DTYPE)
+    for start in range(0, d, K):
+        k = start + tl.arange(0, K)
+        mask = (i < count)[:, None] & (k < d)[None, :]
+        at = i[:, None] * d + k[None, :]
+        v = tl.load(points + at, mask=mask, other=0.0) * scale[:, None] + tl.load(grad + at, mask=mask, other=0.0)
+        tl.store(out + at, (2.0 * v).to(out.dtype.element_ty), mask=mask)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -33,32 +35,49 @@ def implicit_gradient(
     if use_adjoint:
         p = torch.zeros_like(f) if upstream.f is None else upstream.f.contiguous()
         q = torch.zeros_like(g) if upstream.g is None else upstream.g.contiguous()
-        if problem.regime == "small":
-            u, v, by_p, by_q, residual = _small_multipliers(problem, f, g, w, p, q)
-        else:
-            u, v, by_p, by_q, residual = _multipliers(problem, f, g, w, p, q, with_g=upstream.g is not None)
+        u, v, by_p, by_q, residual, _ = multipliers(problem, f, g, w, p, q, with_g=upstream.g is not None)
         row, column = (f, problem.a, u, by_p), (g, problem.b, v, by_q)
         sharp = w.unsqueeze(-1)
         grad_a, grad_b = grad_a + u + sharp * whole_f, grad_b + v + sharp * whole_g
     left, right = problem.empty(0), problem.empty(0)
     if need_cost:
-        left, right = _contract(problem, row, column, w, w_value, None)
+        left, right = by_cost(problem, row, column, w, w_value, None)
     return Gradients(left, right, grad_a, grad_b), residual
 
 
-def _small_multipliers(
-    problem: DeviceProblem, f: Tensor, g: Tensor, w: Tensor, p: Tensor, q: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """U, V, p/rho, q/sigma and the residual, in one launch."""
+class Multipliers(NamedTuple):
+    """The solution of the adjoint system of each problem, p/rho and q/sigma, and the relative residual."""
+
+    u: Tensor
+    v: Tensor
+    by_p: Tensor
+    by_q: Tensor
+    residual: Tensor
+    constant: Tensor | None
+    """``(B, 1)``, to be added to V and taken from U under penalties: it may be so large that their sum loses digits."""
+
+
+def multipliers(
+    problem: DeviceProblem, f: Tensor, g: Tensor, w: Tensor, p: Tensor, q: Tensor, with_g: bool
+) -> Multipliers:
+    """Those of a problem, by what its size asks for; ``with_g`` says whether q has any entry."""
+    if problem.regime == "small":
+        return _small_multipliers(problem, f, g, w, p, q)
+    return _multipliers(problem, f, g, w, p, q, with_g)
+
+
+def _small_multipliers(problem: DeviceProblem, f: Tensor, g: Tensor, w: Tensor, p: Tensor, q: Tensor) -> Multipliers:
+    """All of them in one launch."""
     u, v, by_p, by_q = (torch.empty_like(like) for like in (f, g, f, g))
     h, residual = torch.empty_like(g), torch.empty_like(w)
+    constant = None if problem.soft is None else torch.empty_like(w)
     tile = config.small(problem.n, problem.m, problem.double)
     launch(
         small.adjoint_small, (problem.count,), problem.cost, *problem.rows[2:4], problem.a, problem.b, f, g, w, p, q,
-        u, v, by_p, by_q, h, residual, problem.n, problem.m, problem.eps,
+        u, v, by_p, by_q, h, residual, problem.soft, constant, problem.n, problem.m, problem.eps,
         N=tile.rows, M=tile.cols, J=16, tile=tile,
     )  # fmt: skip
-    return u, v, by_p, by_q, residual
+    return Multipliers(u, v, by_p, by_q, residual, None if constant is None else constant.unsqueeze(-1))
 
 
 def _without(x: Tensor, root: Tensor) -> Tensor:
@@ -68,8 +87,8 @@ def _without(x: Tensor, root: Tensor) -> Tensor:
 
 def _multipliers(
     problem: DeviceProblem, f: Tensor, g: Tensor, w: Tensor, p: Tensor, q: Tensor, with_g: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """U, V, p/rho, q/sigma and the residual by conjugate gradients; ``adjoint.py`` has the equations."""
+) -> Multipliers:
+    """All of them by conjugate gradients; ``adjoint.py`` has the equations."""
     eps, sharp = problem.eps, w.unsqueeze(-1)
     live_a, live_b = live(problem.a), live(problem.b)
     a, b = torch.where(live_a, problem.a, 0.0), torch.where(live_b, problem.b, 0.0)
@@ -77,24 +96,39 @@ def _multipliers(
     rho, cost_row, q_row = problem.sums(problem.rows, f, g, b, b, of_g, reduced=True)
     by_rho = known(1 / rho, live_a)
     y = known((sharp * cost_row - eps * q_row) * by_rho, live_a)
+    pull, constant = a, None
+    if problem.soft is not None:
+        soft_a, soft_b = problem.soft[:, :1], problem.soft[:, 1:]
+        stiff_a, stiff_b = 1 + soft_a, 1 + soft_b
+        of_plan = sharp * known(a * cost_row, live_a).sum(-1, True)
+        of_potentials = eps * (q.sum(-1, True) - stiff_a * p.sum(-1, True))
+        gap = soft_a + soft_b + soft_a * soft_b  # stiff_a stiff_b - 1
+        constant = (soft_a * of_plan + of_potentials) / (gap * (a * rho).sum(-1, True))
+        y, pull = y / stiff_a, a / (stiff_a * stiff_b)
     by_p = a * y + eps * p * torch.where(live_a, 1.0, by_rho)
     sigma, cost_column, p_column = problem.sums(problem.columns, g, f, a, a, by_p, reduced=True)
     scale = torch.where(live_b, b, 1.0)
     h, s = known(scale * (sharp * cost_column - p_column), live_b), sigma * scale
+    if problem.soft is not None:
+        h = h / stiff_b
     root = torch.where(live_b, s.sqrt(), 0.0)
     unroot = torch.where(root > 0, 1 / root, 0.0)
 
     z, unit, start, solved = _conjugate_gradients(
-        problem, f, g, a * by_rho, scale * unroot, root, h * unroot, a * rho, torch.where(live_a, y, 0.0)
+        problem, f, g, pull * by_rho, scale * unroot, root, h * unroot, a * rho, torch.where(live_a, y, 0.0)
     )
     v = unroot * z
     product = problem.sums(problem.rows, f, g, scale * v)[0] * by_rho
-    back = h + scale * problem.sums(problem.columns, g, f, a * product)[0]
+    back = h + scale * problem.sums(problem.columns, g, f, pull * product)[0]
     left_over = _without((back - s * v) * unroot / unit, root)
     v = torch.where(live_b, v, known(back / s, live_b))
     size = torch.where(start > 0, start, 1.0).sqrt()
     residual = torch.where(solved, 0.0, torch.linalg.vector_norm(left_over, dim=-1) / size)
-    return known(y - product, live_a), v, p * by_rho, q * known(1 / sigma, live_b), residual
+    if constant is not None:  # what it does, but for itself
+        v = v - torch.where(live_b, 0.0, constant * gap / (stiff_a * stiff_b))
+        product = (product - soft_a * constant) / stiff_a
+    u = known(y - product, live_a)
+    return Multipliers(u, v, p * by_rho, q * known(1 / sigma, live_b), residual, constant)
 
 
 def _conjugate_gradients(
@@ -153,22 +187,25 @@ def _conjugate_gradients(
     return best * unit, unit, start, solved
 
 
-def _contract(
+def by_cost(
     problem: DeviceProblem, row: Side, column: Side, w: Tensor, w_value: Tensor, n_iter: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the cost, or of both feature sets."""
+    of_x, of_y = None, None  # sums of the gradient's rows and columns
     if problem.cost is None:
-        unit_x = _contract_features(problem, problem.rows, row, column, w, w_value, n_iter, swapped=False)
-        unit_y = _contract_features(problem, problem.columns, column, row, w, w_value, n_iter, swapped=True)
+        by_x, of_x = _contract_features(problem, problem.rows, row, column, w, w_value, n_iter, swapped=False)
+        by_y, of_y = _contract_features(problem, problem.columns, column, row, w, w_value, n_iter, swapped=True)
     else:
         cost = _contract_dense(problem, problem.cost, row, column, w, w_value, n_iter)
         if problem.right is None:
             return cost, problem.empty(0)
-        unit_x, unit_y = problem.product(cost, problem.y, 0.0), problem.product(cost.mT, problem.x, 0.0)
+        by_x, by_y = problem.product(cost, problem.y, 0.0), problem.product(cost.mT, problem.x, 0.0)
+        if problem.kind == "sqeuclidean":
+            of_x, of_y = cost.sum(2), cost.sum(1)
     assert problem.right is not None
     return (
-        problem.unit_rows_back(problem.left, problem.x, problem.x_inverse, unit_x),
-        problem.unit_rows_back(problem.right, problem.y, problem.y_inverse, unit_y),
+        problem.features_back(problem.left, problem.x, problem.of_x, by_x, of_x),
+        problem.features_back(problem.right, problem.y, problem.of_y, by_y, of_y),
     )
 
 
@@ -206,16 +243,18 @@ def _contract_features(
     n_iter: Tensor | None,
     *,
     swapped: bool,
-) -> Tensor:
+) -> tuple[Tensor, Tensor | None]:
+    """The gradient of what was made of a side's features, and for squared distances the sums of dC over its rows."""
     out = problem.empty(problem.count, view.n, view.d)
+    sums = problem.empty(problem.count, view.n) if view.kind == "sqeuclidean" else None
     tile, held = config.contract(view.n, view.m, view.d, problem.double)
     launch(
         contract.contract_features, (problem.count, -(-view.n // tile.rows), -(-view.d // held)),
-        view.left, view.right, out, *_sides(row, column), w, w_value, n_iter, problem.count, view.n, view.m, view.d,
-        problem.eps, SWAPPED=swapped and n_iter is not None, I=tile.rows, J=tile.cols, K=tile.depth, D=held,
-        tile=tile,
+        *view[:4], out, sums, *_sides(row, column), w, w_value, n_iter, problem.count, view.n, view.m, view.d,
+        problem.eps, SWAPPED=swapped and n_iter is not None, KIND=view.kind, I=tile.rows, J=tile.cols, K=tile.depth,
+        D=held, tile=tile,
     )  # fmt: skip
-    return out
+    return out, sums
 
 
 def unrolled_gradient(
@@ -255,7 +294,7 @@ def unrolled_gradient(
     grad_a, grad_b = unrolled_by_mass(grad_a, a, f_last, eps), unrolled_by_mass(grad_b, b, g_last, eps)
     if not need_cost:
         return Gradients(problem.empty(0), problem.empty(0), grad_a, grad_b)
-    left, right = _contract(problem, (f, a, u, None), (g, b, v, None), w, w_value, n_iter)
+    left, right = by_cost(problem, (f, a, u, None), (g, b, v, None), w, w_value, n_iter)
     return Gradients(left, right, grad_a, grad_b)
 
 
@@ -274,7 +313,7 @@ def _reverse(
     tile = config.stream(view.n, view.m, view.d, problem.double)
     launch(
         stream.unroll_step, (problem.count, -(-view.n // tile.rows)),
-        *view[:4], f, g, mass, multiplier, out, grad, n_iter, step, *view[4:], problem.eps,
-        I=tile.rows, J=tile.cols, K=tile.depth,
+        *view[:4], f, g, mass, multiplier, out, grad, n_iter, step, *view[4:9], problem.eps,
+        KIND=view.kind, I=tile.rows, J=tile.cols, K=tile.depth,
         tile=tile,
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from otloss.backends.protocol import Problem, Shift
+from otloss.backends.protocol import Problem, Shift, is_relaxed
+from otloss.backends.reference import live, penalties
 from otloss.backends.steps import without_forbidden
 from otloss.backends.triton import config, features, product, stream
 
@@ -29,6 +31,7 @@ class View(NamedTuple):
     d: int
     si: int
     sj: int
+    kind: str
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, tile: config.Tile, **options: Any) -> None:
@@ -47,12 +50,19 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, tile: config.Tile, **
 
 
 class DeviceProblem:
-    """Inputs made contiguous, features normalised, both views; half-precision cost or features are read as they are.
+    """Inputs made contiguous, what the cost takes of features, both views; half precision is read as it is.
 
     The cost of features is stored in ``cost``, or in ``kept`` if that is given, which holds it already if it is
     ``made``. ``cost`` is None where it would be too large (``config.STORED_BYTES``): then both views are of features.
-    The views are of the cost less ``shift``, if one is given or taken out.
+    The views are of the cost less ``shift``, if one is given or taken out. ``penalties`` and ``soft`` (count, 2), which
+    is eps/rho and 0 for a constraint, are None unless a marginal has a penalty.
     """
+
+    x: Tensor
+    y: Tensor
+    of_x: Tensor | None
+    """A number of each row: 1/|x| for "cosine", |x|^2 for "sqeuclidean"."""
+    of_y: Tensor | None
 
     def __init__(
         self, problem: Problem, kept: Tensor | None = None, made: bool = False, shift: Shift | None = None
@@ -67,12 +77,17 @@ class DeviceProblem:
         self.count, self.n, last = left.shape
         self.m, self.d = (last, 0) if right is None else (right.shape[1], last)
         self.dtype, self.double = a.dtype, a.dtype == torch.float64
+        self.kind = problem.kind
+        self.penalties, self.soft = None, None
+        if is_relaxed(problem):
+            self.penalties, rhos = penalties(problem), (problem.rho_a, problem.rho_b)
+            self.soft = torch.stack([self.zeros(self.count) if rho is None else eps / rho for rho in rhos], -1)
         self.cost = self.left if self.right is None else kept
         if self.right is not None:
-            self.x, self.x_inverse = self._unit_rows(self.left)
-            self.y, self.y_inverse = self._unit_rows(self.right)
+            self._make_of_features(self.left, self.right)
             if not made and (kept is not None or config.groups(1, self.n, self.m, self.double)):
-                self.cost = self.product(self.x, self.y.mT, 1.0, kept)
+                constant = 1.0 if self.kind == "cosine" else 0.0
+                self.cost = self.product(self.x, self.y.mT, constant, self._squares(), kept)
         self._set_views(shift)
         self.regime = "large" if self.cost is None else config.regime(self.n, self.m, self.double)
         if os.environ.get("OTLOSS_TRITON_AUTOTUNE") == "1" and self.count:
@@ -83,11 +98,18 @@ class DeviceProblem:
         self.shift = None if shift is None else Shift(shift.rows.contiguous(), shift.columns.contiguous())
         by_rows, by_columns = self.shift or (None, None)
         if self.cost is None:
-            self.rows = View(self.x, self.y, None, None, self.n, self.m, self.d, 0, 0)
-            self.columns = View(self.y, self.x, None, None, self.m, self.n, self.d, 0, 0)
+            of_x, of_y = self._squares() or (None, None)
+            self.rows = View(self.x, self.y, of_x, of_y, self.n, self.m, self.d, 0, 0, self.kind)
+            self.columns = View(self.y, self.x, of_y, of_x, self.m, self.n, self.d, 0, 0, self.kind)
         else:
-            self.rows = View(self.cost, None, by_rows, by_columns, self.n, self.m, 0, self.m, 1)
-            self.columns = View(self.cost, None, by_columns, by_rows, self.m, self.n, 0, 1, self.m)
+            self.rows = View(self.cost, None, by_rows, by_columns, self.n, self.m, 0, self.m, 1, "stored")
+            self.columns = View(self.cost, None, by_columns, by_rows, self.m, self.n, 0, 1, self.m, "stored")
+
+    def with_masses(self, a: Tensor, b: Tensor) -> DeviceProblem:
+        """The same cost with other masses."""
+        other = copy.copy(self)
+        other.a, other.b = a.contiguous(), b.contiguous()
+        return other
 
     def take_minima_out(self) -> None:
         """Take the minima of rows, then of columns, out of a dense cost: two launches, each reads the cost once."""
@@ -124,35 +146,71 @@ class DeviceProblem:
             times[tile] = timer(lambda: self.half_step(view, g, mass, out, None, 0, 1))
         config.TUNED[key] = min(times, key=times.__getitem__)
 
-    def _unit_rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        unit, inverse = x.new_empty(x.shape, dtype=self.dtype), x.new_empty(x.shape[:2], dtype=self.dtype)
-        block, count = config.FEATURE_ROWS, inverse.numel()
-        launch(
-            features.unit_rows, (-(-count // block),), x, unit, inverse, count, self.d,
-            I=block, K=config.feature_depth(self.d), tile=config.VECTORS,
-        )  # fmt: skip
-        return unit, inverse
+    def _make_of_features(self, left: Tensor, right: Tensor) -> None:
+        """``x`` and ``y``, whose products the cost is made of; see ``features.py``."""
+        if self.kind == "dot":
+            self.x, self.y, self.of_x, self.of_y = left.to(self.dtype), right.to(self.dtype), None, None
+            return
+        centre = None
+        if self.kind == "sqeuclidean":
+            centre = (_mean(left, self.a) + _mean(right, self.b)) / 2
+        self.x, self.of_x = self._rows_of(left, centre)
+        self.y, self.of_y = self._rows_of(right, centre)
 
-    def unit_rows_back(self, x: Tensor, unit: Tensor, inverse: Tensor, grad: Tensor) -> Tensor:
-        """The gradient of ``x`` from that of its unit rows."""
-        out, block, count = torch.empty_like(x), config.FEATURE_ROWS, inverse.numel()
+    def _rows_of(self, x: Tensor, centre: Tensor | None) -> tuple[Tensor, Tensor]:
+        made, number = x.new_empty(x.shape, dtype=self.dtype), x.new_empty(x.shape[:2], dtype=self.dtype)
+        if centre is None:
+            self._launch_on_rows(features.unit_rows, x, x, made, number)
+        else:
+            self._launch_on_rows(features.centred_rows, x, x, centre, made, number, x.shape[1])
+        return made, number
+
+    def _launch_on_rows(self, kernel: Any, x: Tensor, *args: Any) -> None:
+        """A kernel of ``features.py`` on all rows of ``x``."""
+        block, count = config.FEATURE_ROWS, x.shape[0] * x.shape[1]
         launch(
-            features.unit_rows_back, (-(-count // block),), unit, inverse, grad, out, count, self.d,
-            I=block, K=config.feature_depth(self.d), tile=config.VECTORS,
+            kernel, (-(-count // block),), *args, count, self.d, I=block, K=config.feature_depth(self.d),
+            tile=config.VECTORS,
         )  # fmt: skip
+
+    def _squares(self) -> tuple[Tensor, Tensor] | None:
+        """Squares of the lengths of both sides' points, where the cost is made of them."""
+        if self.kind != "sqeuclidean" or self.of_x is None or self.of_y is None:
+            return None
+        return self.of_x, self.of_y
+
+    def features_back(
+        self, x: Tensor, made: Tensor, number: Tensor | None, grad: Tensor, weight: Tensor | None
+    ) -> Tensor:
+        """The gradient of ``x`` from that of what was made of it; ``weight`` holds the sums of dC over its rows."""
+        if self.kind == "dot":
+            return grad.to(x.dtype)
+        out = torch.empty_like(x)
+        if self.kind == "cosine":
+            self._launch_on_rows(features.unit_rows_back, x, made, number, grad, out)
+        else:
+            self._launch_on_rows(features.centred_rows_back, x, made, weight, grad, out)
         return out
 
-    def product(self, left: Tensor, right: Tensor, shift: float, out: Tensor | None = None) -> Tensor:
-        """``shift`` - left right of each problem; an operand may be transposed."""
+    def product(
+        self, left: Tensor, right: Tensor, shift: float, squares: tuple[Tensor, Tensor] | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """``shift`` - left right of each problem, or a squared distance; an operand may be transposed."""
         (_, rows, depth), cols = left.shape, right.shape[2]
+        of_left, of_right = squares or (None, None)
         if self.double:  # Triton multiplies no float64 before 3.6, and PyTorch has no lower precision for it
-            made = (left @ right).neg_().add_(shift)
+            made = left @ right
+            if of_left is None or of_right is None:
+                made.neg_().add_(shift)
+            else:
+                made.mul_(-2).add_(of_left.unsqueeze(2)).add_(of_right.unsqueeze(1)).clamp_(min=0)
             return made if out is None else out.copy_(made)
         out = self.empty(self.count, rows, cols) if out is None else out
         tile = config.product(rows, cols)
         launch(
             product.product, (self.count, -(-rows // tile.rows), -(-cols // tile.cols)),
-            left, right, out, rows, cols, depth, *left.stride()[1:], *right.stride()[1:],
+            left, right, of_left, of_right, out, rows, cols, depth, *left.stride()[1:], *right.stride()[1:],
             SHIFT=shift, I=tile.rows, J=tile.cols, K=tile.depth,
             tile=tile,
         )  # fmt: skip
@@ -185,8 +243,8 @@ class DeviceProblem:
         tile = config.stream(view.n, view.m, view.d, self.double)
         launch(
             stream.half_step, (self.count, -(-view.n // tile.rows), splits),
-            *view[:4], g, mass, out, gate, least, self.count, *view[4:], self.eps, splits,
-            I=tile.rows, J=tile.cols, K=tile.depth, tile=tile,
+            *view[:4], g, mass, out, gate, least, self.count, *view[4:9], self.eps, splits,
+            KIND=view.kind, I=tile.rows, J=tile.cols, K=tile.depth, tile=tile,
         )  # fmt: skip
 
     def potential(self, view: View, g: Tensor, mass: Tensor) -> Tensor:
@@ -215,10 +273,17 @@ class DeviceProblem:
         tile = config.stream(view.n, view.m, view.d, self.double)
         launch(
             stream.sums, (self.count, -(-view.n // tile.rows), splits),
-            *view[:4], f, g, alpha, scale, parts, beta, gamma, out, gate, self.count, *view[4:], self.eps, splits,
-            REDUCED=reduced, I=tile.rows, J=tile.cols, K=tile.depth,
+            *view[:4], f, g, alpha, scale, parts, beta, gamma, out, gate, self.count, *view[4:9], self.eps, splits,
+            REDUCED=reduced, KIND=view.kind, I=tile.rows, J=tile.cols, K=tile.depth,
             tile=tile,
         )  # fmt: skip
+
+
+def _mean(x: Tensor, mass: Tensor) -> Tensor:
+    """The mean ``(B, d)`` of the points with mass; a mask has moved the others to 0."""
+    alive = live(mass)
+    total = torch.where(alive.unsqueeze(-1), x, 0.0).sum(1, dtype=mass.dtype)
+    return total / alive.sum(1, keepdim=True).clamp(min=1)
 
 
 def timed(run: Callable[[], None]) -> float:

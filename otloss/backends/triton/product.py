@@ -1,7 +1,10 @@
-r"""Batched products of two matrices: the cost of unit rows, and the gradients of unit rows from that of the cost.
+r"""Batched products of two matrices: the cost of features, and the products in their gradients.
 
-.. math:: C = 1 - \hat x \hat y^\top, \qquad \partial \hat x = -\partial C\, \hat y, \qquad
-          \partial \hat y = -\partial C^\top \hat x.
+.. math:: C = 1 - \hat x \hat y^\top, \qquad C = \max(|\hat x|^2 \oplus |\hat y|^2 - 2 \hat x \hat y^\top, 0), \qquad
+          C = -\hat x \hat y^\top, \qquad \partial \hat x = -\partial C\, \hat y, \qquad
+          \partial \hat y = -\partial C^\top \hat x,
+
+for "cosine", "sqeuclidean" and "dot" in this order; ``features.py`` makes x and y, and takes the way back.
 
 float32 is multiplied as three products in TF32, which keeps its digits; PyTorch multiplies float64. A stored matrix has
 at most ``config.STORED_BYTES``. A larger batch is solved in groups of problems. If one problem alone is larger, its
@@ -21,11 +24,12 @@ from otloss.backends.triton.compat import jit
 
 @jit()
 def product(
-    left, right, out, rows, cols, depth, left_row, left_k, right_k, right_col,
+    left, right, add_i, add_j, out, rows, cols, depth, left_row, left_k, right_k, right_col,
     SHIFT: tl.constexpr, I: tl.constexpr, J: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """out = SHIFT - left right; grid: problems x blocks of I rows x blocks of J columns.
+    """out = SHIFT - left right; with add_i, add_j it is max(add_i + add_j - 2 left right, 0).
 
+    Grid: problems x blocks of I rows x blocks of J columns.
     The strides of an entry are given; those of a problem are rows x depth, depth x cols and rows x cols.
     """
     DTYPE: tl.constexpr = out.dtype.element_ty
@@ -48,4 +52,10 @@ def product(
         total = tl.dot(x, y, total, input_precision="tf32x3")
         left += K * left_k
         right += K * right_k
-    tl.store(out + i[:, None] * cols + j[None, :], SHIFT - total, mask=real_i[:, None] & real_j[None, :])
+    if add_i is None:
+        total = SHIFT - total
+    else:
+        squares = tl.load(add_i + p * rows + first_row + i, mask=real_i, other=0.0)[:, None]
+        squares = squares + tl.load(add_j + p * cols + first_col + j, mask=real_j, other=0.0)[None, :]
+        total = tl.maximum(squares - 2.0 * total, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(out + i[:, None] * cols + j[None, :], total, mask=real_i[:, None] & real_j[None, :])

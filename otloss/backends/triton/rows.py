@@ -16,6 +16,11 @@ rows. Such a problem may take two launches in every iteration.
 A step of conjugate gradients, T' T x, is the same single pass (``normal_rows``). It takes a second launch, because the
 scalars of a step are sums over all columns: ``adjoint.descend`` takes them in one program per problem.
 
+Penalties (``relaxed.py`` has the symbols) divide the half-step of a row by 1 + s_a, which scales its share by
+exp(-f_i/rho_a), and that of a column by 1 + s_b. The constant t needs the totals of both asked marginals. Each block
+leaves that of its rows with its share; each program knows all columns. So the next launch adds the constant to g. It is
+kept beside f, which waits without it.
+
 Adding the shares costs each program m reads per block from the second-level cache. ``config.row_blocks`` weighs this
 against processors that would have nothing to do.
 
@@ -34,11 +39,15 @@ import triton.language as tl
 from otloss.backends.triton.compat import jit
 from otloss.backends.triton.tiles import (
     add_splits,
+    asked_error,
     base2,
     column_step,
     is_live,
     kernel_tile,
+    log2_all_asked,
+    log2_asked,
     log2_mass,
+    log2_total,
     row_error,
     stored_tile,
     vector,
@@ -69,14 +78,18 @@ def accumulate(own, j, part, m, more):
 
 @jit(do_not_specialize=["count", "blocks", "tiles", "n", "max_iter"])
 def iterate_rows(
-    cost, min_i, min_j, a, b, f, g, share, missed, state, count, blocks, tiles, n, m, eps: tl.float64,
-    tol: tl.float64, max_iter, I: tl.constexpr, M: tl.constexpr,
+    cost, min_i, min_j, a, b, f, g, share, missed, state, soft, level, constant, count, blocks, tiles, n, m,
+    eps: tl.float64, tol: tl.float64, max_iter, I: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     """One iteration; grid: problems x ``blocks`` of ``tiles`` times I rows.
 
     ``g`` (count, blocks, m) is each program's own, of ``f`` (2, count, n) copy t % 2 is that after t iterations.
     ``share`` (2, blocks, count, m) and ``missed`` (2, count, blocks), each block's share of t and of the error: launch
     k writes copy k % 2. ``state`` (count, blocks, 3): what to do, launches made, iterations done.
+
+    With penalties ``soft`` (count, 2) is eps/rho of both sides, ``level`` (2, count, blocks) each block's log2 of the
+    total that its rows ask for, ``constant`` (count) is to be added to f, and ``missed`` holds the error less ``tol``
+    of the plan's mass. Without, all three are None.
     """
     DTYPE: tl.constexpr = a.dtype.element_ty
     TINY: tl.constexpr = 1e-200 if tl.float64 == DTYPE else 1e-25
@@ -93,7 +106,7 @@ def iterate_rows(
     every = tl.arange(0, 1024 // I)
     known = (every < blocks) & (done > 0)  # nothing is there before the first pass
     error = tl.sum(tl.load(missed + (ready * count + p) * blocks + every, mask=known, other=0.0), 0)
-    if (todo == LINEAR) & (done > 0) & ((error >= tol) == 0):  # NaN stops
+    if (todo == LINEAR) & (done > 0) & ((error >= (tol if soft is None else 0.0)) == 0):  # NaN stops
         tl.store(state, STOPPED)
         return
 
@@ -117,9 +130,25 @@ def iterate_rows(
     if todo == LINEAR:
         t = add_shares(shares + p * m, blocks, count, m, j)
         underflow = tl.min(tl.where(live, t, 1.0), 0) < TINY
+        if soft is not None:  # a row may ask for more than fits; NaN is such a row times 0
+            underflow = underflow | ((tl.sum(tl.where(live, t, 0.0), 0) <= 1.0 / TINY) == 0)
         gj -= tl.where(live, tl.log2(tl.where(live, t / mass, 1.0)), 0.0) / inv
     elif todo == LOG:
         gj = tl.where(live, add_splits(shares, p, j, m, count, blocks, inv), 0.0)
+    if soft is not None:
+        soft_a, soft_b = tl.load(soft + 2 * p), tl.load(soft + 2 * p + 1)
+        rate_a, rate_b = soft_a * inv, soft_b * inv
+        level_before = level + (ready * count + p) * blocks
+        level_after = level + (fresh * count + p) * blocks + block
+        shift = tl.zeros([], DTYPE)
+        column_error = tl.zeros([], DTYPE)
+        if todo != FIRST:
+            gj = gj / (1.0 + soft_b)
+            of_rows = tl.load(level_before + every, mask=every < blocks, other=-float("inf"))
+            all_b = log2_total(tl.where(live, log2_mass(mass) - gj * rate_b, -float("inf")))
+            shift = (log2_total(of_rows) - all_b) / (rate_a + rate_b)
+            column_error = tl.abs(tl.exp2(all_b) - tl.exp2(all_b + shift * rate_b))
+            gj -= shift
     tl.store(state + 1, launches + 1)
     if underflow:
         f += ((done + 1) % 2 * count + p) * n
@@ -127,12 +156,16 @@ def iterate_rows(
             c = start + tl.arange(0, 64)
             part = column_step(cost, min_i, min_j, c, f, a, n, m, first, last, inv, 64, 32)
             tl.store(own + c, part, mask=c < m)
+        if soft is not None:
+            tl.store(level_after, tl.load(level_before + block))
         tl.store(state, LOG)
     else:
         if todo != FIRST:
             done += 1
             tl.store(state + 2, done)
             tl.store(g + j, gj, mask=j < m)
+            if soft is not None:
+                tl.store(constant + p, shift, mask=block == 0)
             tl.debug_barrier()
         if done >= max_iter:
             tl.store(state, STOPPED)
@@ -151,13 +184,26 @@ def iterate_rows(
                 e = tl.exp2(exponent - top[:, None])
                 s = tl.sum(e, 1)
                 fi = -(top + tl.log2(s)) / inv
-                row = vector(a, i, n, DTYPE)
-                row = tl.where(is_live(row), row, 0.0)
-                tl.store(new + i, fi, mask=i < n)
+                if soft is None:
+                    row = vector(a, i, n, DTYPE)
+                    row = tl.where(is_live(row), row, 0.0)
+                    tl.store(new + i, fi, mask=i < n)
+                else:
+                    tl.store(new + i, fi / (1.0 + soft_a), mask=i < n)
+                    tl.debug_barrier()
+                    row = tl.exp2(log2_asked(a, new, i, last, rate_a, DTYPE))
                 share_of_e = tl.where(row == 0.0, 0.0, row / s)  # not 0 / 0
                 accumulate(own, j, tl.sum(e * share_of_e[:, None], 0), m, start > first)
-                drift = (vector(old, i, n, DTYPE) - vector(new, i, n, DTYPE)) * inv
-                off += tl.sum(row_error(vector(a, i, n, DTYPE), drift), 0)
+                if soft is None:
+                    drift = (vector(old, i, n, DTYPE) - vector(new, i, n, DTYPE)) * inv
+                    off += tl.sum(row_error(vector(a, i, n, DTYPE), drift), 0)
+                else:
+                    before, whole = vector(old, i, n, DTYPE) + shift, vector(new, i, n, DTYPE) * (1.0 + soft_a)
+                    off += tl.sum(asked_error(a, before, whole, i, n, soft_a, inv, tol), 0)
+            if soft is not None:
+                off += tl.where(block == 0, column_error, 0.0)
+                tl.debug_barrier()
+                tl.store(level_after, log2_all_asked(a, new, first, last, rate_a, 64))
             fresh = (tl.load(state + 1) + 1) % 2  # read again: a register less in the loop
             tl.store(missed + (fresh * count + p) * blocks + block, off)
 

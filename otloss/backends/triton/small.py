@@ -172,10 +172,14 @@ def without(x, root, size):
 
 @jit(do_not_specialize=["n"])
 def adjoint_small(
-    cost, min_i, min_j, a, b, f, g, w, p_grad, q_grad, u_out, v_out, p_out, q_out, h_out, residual_out, n, m,
-    eps: tl.float64, N: tl.constexpr, M: tl.constexpr, J: tl.constexpr,
+    cost, min_i, min_j, a, b, f, g, w, p_grad, q_grad, u_out, v_out, p_out, q_out, h_out, residual_out, soft,
+    constant_out, n, m, eps: tl.float64, N: tl.constexpr, M: tl.constexpr, J: tl.constexpr,
 ):  # fmt: skip
-    """Multipliers U, V and the weights p/rho, q/sigma of one problem; grid: problems."""
+    """Multipliers U, V and the weights p/rho, q/sigma of one problem; grid: problems.
+
+    With penalties, of which ``soft`` (count, 2) is eps/rho, masses and potentials are those of ``relaxed.py``; a
+    constant (count) is to be added to V and taken from U.
+    """
     DTYPE: tl.constexpr = a.dtype.element_ty
     TARGET: tl.constexpr = 1e-24 if tl.float64 == DTYPE else 2.5e-13  # of squares
     NOISE: tl.constexpr = 1.8e-15 if tl.float64 == DTYPE else 9.6e-7  # eight roundings
@@ -231,7 +235,17 @@ def adjoint_small(
     k = kernel_tile(stored_tile(cost, min_i, min_j, i, j, n, m, DTYPE), pf, pg, inv)
     k = tl.where(real_i[:, None] & real_j[None, :], k, 0.0)
     y = known((weight * by_cost - step_eps * tl.sum(k * of_g[None, :], 1)) * by_rho, live_a)
+    if soft is not None:
+        soft_a, soft_b = tl.load(soft + 2 * prob), tl.load(soft + 2 * prob + 1)
+        stiff_a, stiff_b = 1.0 + soft_a, 1.0 + soft_b
+        of_plan = weight * tl.sum(known(mass_a * by_cost, live_a), 0)
+        of_potentials = step_eps * (tl.sum(grad_q, 0) - stiff_a * tl.sum(grad_p, 0))
+        gap = soft_a + soft_b + soft_a * soft_b  # stiff_a stiff_b - 1
+        constant = (soft_a * of_plan + of_potentials) / (gap * tl.sum(rows, 0))
+        y = y / stiff_a
     h = known((h - tl.sum(k * (mass_a * y + by_p)[:, None], 0)) * scale, live_b)
+    if soft is not None:
+        h = h / stiff_b
     stretch = tl.where(root > 0.0, root, 1.0)
     # M S^-1/2, or M in a column without mass. Pairs of two points without mass are not needed, nor need they be finite.
     k = tl.where(live_a[:, None] | live_b[None, :], k * by_rho[:, None] * (scale / stretch)[None, :], 0.0)
@@ -243,6 +257,7 @@ def adjoint_small(
     start = tl.sum(res * res, 0)
     y_units = tl.where(live_a, y / unit, 0.0)
     terms = tl.sum(rows * y_units * y_units, 0)
+    pull = rows if soft is None else rows / (stiff_a * stiff_b)
     solved = start <= NOISE * NOISE * terms  # h is the rounding of terms that cancel
     norm, least = start, start
     z = tl.zeros([M], DTYPE)
@@ -259,7 +274,7 @@ def adjoint_small(
     go = (start > 0.0) & (start == start) & (solved == 0)
     while go:
         product = tl.sum(k * direction[None, :], 1)
-        work = direction - tl.where(root > 0.0, tl.sum(k * (rows * product)[:, None], 0), 0.0)
+        work = direction - tl.where(root > 0.0, tl.sum(k * (pull * product)[:, None], 0), 0.0)
         work = without(work, root, size)
         curvature = tl.sum(direction * work, 0)
         length = tl.where(curvature > 0.0, norm / curvature, 0.0)
@@ -281,11 +296,15 @@ def adjoint_small(
     tl.debug_barrier()
     product = tl.sum(k * z[None, :], 1)
     stretch = tl.where(root > 0.0, root, 1.0)
-    work = vector(h_out, j, m, DTYPE) / stretch + tl.sum(k * (rows * product)[:, None], 0)
+    work = vector(h_out, j, m, DTYPE) / stretch + tl.sum(k * (pull * product)[:, None], 0)
     left_over = without(tl.where(root > 0.0, (work - z) / unit, 0.0), root, size)
     columns = tl.sum(k * rows[:, None], 0)  # S of a column without mass
     v = tl.where(root > 0.0, z / stretch, tl.where(columns > 0.0, work / tl.where(columns > 0.0, columns, 1.0), 0.0))
     residual = tl.where(solved, 0.0, tl.sqrt(tl.sum(left_over * left_over, 0) / tl.where(start > 0.0, start, 1.0)))
+    if soft is not None:  # what the constant does, but for itself
+        v -= tl.where(root > 0.0, 0.0, constant * gap / (stiff_a * stiff_b))
+        product = (product - soft_a * constant) / stiff_a
+        tl.store(constant_out + prob, constant)
     tl.store(u_out + i, known(vector(u_out, i, n, DTYPE) - product, live_a), mask=real_i)
     tl.store(v_out + j, known(v, live_b), mask=real_j)
     tl.store(residual_out + prob, residual)

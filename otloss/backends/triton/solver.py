@@ -7,7 +7,7 @@ from torch import Tensor
 
 from otloss.backends.protocol import Shift, Solution
 from otloss.backends.reference import known, live
-from otloss.backends.triton import config, rows, small, stream
+from otloss.backends.triton import config, penalties, relaxed, rows, small, stream
 from otloss.backends.triton.launch import DeviceProblem, iterate, launch
 
 
@@ -15,12 +15,14 @@ def solve(problem: DeviceProblem, max_iter: int, tol: float) -> Solution:
     """All outputs of every problem.
 
     Small problems take one launch. Others take those of their iterations, four for the outputs, and of a dense cost two
-    for the shift; each of these reads or makes the cost once.
+    for the shift; each of these reads or makes the cost once. Under penalties nothing is taken out of the cost.
     """
     if problem.regime == "small":
         return _small(problem, max_iter, tol)
-    problem.take_minima_out()
-    return _finish(problem, *(_medium if problem.regime == "medium" else _large)(problem, max_iter, tol))
+    if problem.penalties is None:
+        problem.take_minima_out()
+    finish = _finish if problem.penalties is None else penalties.finish
+    return finish(problem, *(_medium if problem.regime == "medium" else _large)(problem, max_iter, tol))
 
 
 def _small(problem: DeviceProblem, max_iter: int, tol: float) -> Solution:
@@ -28,8 +30,14 @@ def _small(problem: DeviceProblem, max_iter: int, tol: float) -> Solution:
     f, g = problem.empty(count, n), problem.empty(count, m)
     cost, value, error = (problem.empty(count) for _ in range(3))
     n_iter = problem.empty(count, dtype=torch.int64)
-    shift = Shift(torch.empty_like(f), torch.empty_like(g)) if problem.right is None else None
     tile = config.small(n, m, problem.double)
+    if problem.soft is not None:
+        launch(
+            relaxed.relax_small, (count,), problem.cost, problem.soft, problem.a, problem.b, f, g, cost, value, n_iter,
+            error, n, m, problem.eps, tol, max_iter, N=tile.rows, M=tile.cols, J=16, tile=tile,
+        )  # fmt: skip
+        return Solution(f, g, cost, value, n_iter, error)
+    shift = Shift(torch.empty_like(f), torch.empty_like(g)) if problem.right is None else None
     launch(
         small.solve_small, (count,), problem.cost, *(shift or (None, None)), problem.a, problem.b, f, g, cost, value,
         n_iter, error, n, m, problem.eps, tol, max_iter, N=tile.rows, M=tile.cols, J=16, tile=tile,
@@ -49,18 +57,22 @@ def _medium(problem: DeviceProblem, max_iter: int, tol: float) -> tuple[Tensor, 
     f, g = problem.zeros(2, count, n), _first_g(problem).unsqueeze(1).repeat(1, blocks, 1)
     share, missed = problem.empty(2, blocks, count, m), problem.empty(2, count, blocks)
     state = problem.zeros(count, blocks, 3, dtype=torch.int32)
+    level = constant = None
+    if problem.soft is not None:
+        level, constant = problem.empty(2, count, blocks), problem.zeros(count)
     running = state[..., 0].fill_(rows.FIRST.value)
 
     def step() -> None:
         launch(
             rows.iterate_rows, (count, blocks), problem.cost, *problem.rows[2:4], problem.a, problem.b, f, g, share,
-            missed, state, count, blocks, tiles, n, m, problem.eps, tol, max_iter, I=tile.rows, M=tile.cols,
-            tile=tile,
+            missed, state, problem.soft, level, constant, count, blocks, tiles, n, m, problem.eps, tol, max_iter,
+            I=tile.rows, M=tile.cols, tile=tile,
         )  # fmt: skip
 
     iterate(step, 2 * max_iter + 1, running)  # every half-step of the columns may take a launch of its own
     n_iter, every = state[:, 0, 2].long(), torch.arange(count, device=f.device)
-    return f[n_iter % 2, every], g[:, 0].contiguous(), n_iter
+    f = f[n_iter % 2, every]
+    return f if constant is None else f + constant.unsqueeze(-1), g[:, 0].contiguous(), n_iter
 
 
 def _large(problem: DeviceProblem, max_iter: int, tol: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,17 +83,24 @@ def _large(problem: DeviceProblem, max_iter: int, tol: float) -> tuple[Tensor, T
     running = torch.ones_like(n_iter, dtype=torch.int32)
     over_m = problem.split(problem.rows, config.stream(n, m, problem.d, problem.double))
     over_n = problem.split(problem.columns, config.stream(m, n, problem.d, problem.double))
-    f_part, g_part = problem.empty(over_m, count, n), g if over_n == 1 else problem.empty(over_n, count, m)
+    soft, split = problem.soft, over_n > 1 or problem.soft is not None
+    f_part, g_part = problem.empty(over_m, count, n), problem.empty(over_n, count, m) if split else g
+    columns = None if soft is None else problem.zeros(count)
     block = config.VECTOR
 
     def step() -> None:
         problem.half_step(problem.rows, g, problem.b, f_part, running, 1, over_m)
         launch(
-            stream.commit_rows, (count,), f_part, f, problem.a, running, n_iter, count, n, eps, tol, max_iter, over_m,
-            I=block, tile=config.VECTORS,
+            stream.commit_rows, (count,), f_part, f, problem.a, running, n_iter, soft, columns, count, n, eps, tol,
+            max_iter, over_m, I=block, tile=config.VECTORS,
         )  # fmt: skip
         problem.half_step(problem.columns, f, problem.a, g_part, running, 1, over_n)
-        if over_n > 1:
+        if soft is not None:
+            launch(
+                relaxed.balance, (count,), g_part, f, g, problem.a, problem.b, soft, running, columns, count, n, m,
+                eps, over_n, I=block, tile=config.VECTORS,
+            )  # fmt: skip
+        elif over_n > 1:
             launch(
                 stream.commit, (count, -(-m // block)), g_part, g, running, count, m, eps, over_n,
                 I=block, tile=config.VECTORS,

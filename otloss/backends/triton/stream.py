@@ -1,6 +1,7 @@
 r"""Streaming passes: the large problems, and what every size needs once per call.
 
-``half_step`` is one half-iteration in the log-domain. ``sums`` are weighted row sums of k. Both go through the cost
+``half_step`` is one half-iteration in the log-domain, without the damping of a penalty: whoever takes it over divides
+(``commit_rows`` here, ``balance`` in ``relaxed.py``). ``sums`` are weighted row sums of k. Both go through the cost
 tile by tile, stored or made anew from features. ``minima`` reads a dense cost once for the minima of its rows, and once
 for those of its columns. The columns are the rows of the exchanged view. With few rows the
 columns are split over programs too. Whoever reads the parts adds them in a fixed order, without atomics, so that
@@ -25,6 +26,7 @@ import triton.language as tl
 from otloss.backends.triton.compat import jit
 from otloss.backends.triton.tiles import (
     add_splits,
+    asked_error,
     base2,
     cost_tile,
     is_live,
@@ -52,7 +54,7 @@ def minima(left, min_j, mass, out, count, n, m, si, sj, splits, I: tl.constexpr,
     least = tl.full([I], float("inf"), DTYPE)
     for start in range(split * width, end, J):
         j = start + tl.arange(0, J).to(tl.int64)
-        cost = cost_tile(left, None, None, None, i, j, n, m, 0, si, sj, I, J, 16, DTYPE)
+        cost = cost_tile(left, None, None, None, i, j, n, m, 0, si, sj, "stored", I, J, 16, DTYPE)
         if min_j is not None:
             cost -= vector(min_j + p * m, j, m, DTYPE)[None, :]
         live = is_live(vector(mass, j, end, DTYPE))
@@ -63,7 +65,7 @@ def minima(left, min_j, mass, out, count, n, m, si, sj, splits, I: tl.constexpr,
 @jit(do_not_specialize=["least", "count", "splits"], do_not_specialize_on_alignment=["g", "out"])
 def half_step(
     left, right, min_i, min_j, g, b, out, gate, least, count, n, m, d, si, sj, eps: tl.float64, splits,
-    I: tl.constexpr, J: tl.constexpr, K: tl.constexpr,
+    KIND: tl.constexpr, I: tl.constexpr, J: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """out[s, p, i] = -eps log sum_j b_j exp((g_j - C_ij)/eps) over split s of the columns, where gate[p] >= least.
 
@@ -86,16 +88,20 @@ def half_step(
     inv = base2(eps, g.dtype.element_ty)
     f = stream_step(
         left, right, min_i, min_j, i, g + p * m, b + p * m, n, m, d, si, sj, begin, tl.minimum(begin + width, m), inv,
-        I, J, K,
-    )
+        KIND, I, J, K,
+    )  # fmt: skip
     tl.store(out + (split.to(tl.int64) * count + p) * n + i, f, mask=i < n)
 
 
 @jit(do_not_specialize=["count", "n", "max_iter", "splits"])
 def commit_rows(
-    part, f, a, running, n_iter, count, n, eps: tl.float64, tol: tl.float64, max_iter, splits, I: tl.constexpr
-):
-    """Takes the rows' half-step over, unless it shows that the state before it is good enough; grid: problems."""
+    part, f, a, running, n_iter, soft, columns, count, n, eps: tl.float64, tol: tl.float64, max_iter, splits,
+    I: tl.constexpr,
+):  # fmt: skip
+    """Takes the rows' half-step over, unless it shows that the state before it is good enough; grid: problems.
+
+    With penalties ``soft`` (count, 2) is eps/rho of both sides, and ``columns`` (count) the error of the columns.
+    """
     DTYPE: tl.constexpr = a.dtype.element_ty
     p = tl.program_id(0).to(tl.int64)
     if tl.load(running + p) == 0:
@@ -106,13 +112,22 @@ def commit_rows(
     for start in range(0, n, I):
         i = start + tl.arange(0, I)
         f_next = add_splits(part, p, i, n, count, splits, inv)
-        missed += row_error(vector(a + p * n, i, n, DTYPE), (vector(f + p * n, i, n, DTYPE) - f_next) * inv)
+        if soft is None:
+            missed += row_error(vector(a + p * n, i, n, DTYPE), (vector(f + p * n, i, n, DTYPE) - f_next) * inv)
+        else:
+            before, soft_a = vector(f + p * n, i, n, DTYPE), tl.load(soft + 2 * p)
+            missed += asked_error(a + p * n, before, f_next, i, n, soft_a, inv, tol)
     error = tl.sum(missed, 0)
+    if soft is not None:
+        error += tl.load(columns + p)
     tl.debug_barrier()  # every warp has read what the first will write
-    if ((done == 0) | (error >= tol)) & (done < max_iter):  # NaN stops
+    if ((done == 0) | (error >= (tol if soft is None else 0.0))) & (done < max_iter):  # NaN stops
         for start in range(0, n, I):
             i = start + tl.arange(0, I)
-            tl.store(f + p * n + i, add_splits(part, p, i, n, count, splits, inv), mask=i < n)
+            f_next = add_splits(part, p, i, n, count, splits, inv)
+            if soft is not None:
+                f_next /= 1.0 + tl.load(soft + 2 * p)
+            tl.store(f + p * n + i, f_next, mask=i < n)
         tl.store(n_iter + p, done + 1)
     else:
         tl.store(running + p, 0)
@@ -133,7 +148,8 @@ def commit(part, f, gate, count, n, eps: tl.float64, splits, I: tl.constexpr):
 @jit(do_not_specialize=["alpha_parts", "count", "splits"])
 def sums(
     left, right, min_i, min_j, f, g, alpha, alpha_scale, alpha_parts, beta, gamma, out, gate, count,
-    n, m, d, si, sj, eps: tl.float64, splits, REDUCED: tl.constexpr, I: tl.constexpr, J: tl.constexpr, K: tl.constexpr,
+    n, m, d, si, sj, eps: tl.float64, splits, REDUCED: tl.constexpr, KIND: tl.constexpr,
+    I: tl.constexpr, J: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """sum_j k_ij alpha_j, sum_j k_ij C_ij beta_j (C - f - g if REDUCED) and sum_j k_ij gamma_j, of each split.
 
@@ -162,7 +178,7 @@ def sums(
     by_gamma = tl.zeros([I], DTYPE)
     for start in range(split * width, end, J):
         j = start + tl.arange(0, J).to(tl.int64)
-        cost = cost_tile(left, right, min_i, min_j, i, j, n, m, d, si, sj, I, J, K, DTYPE)
+        cost = cost_tile(left, right, min_i, min_j, i, j, n, m, d, si, sj, KIND, I, J, K, DTYPE)
         gj = vector(g + p * m, j, m, DTYPE)
         k = kernel_tile(cost, fi, gj, inv)
         weight = vector(alpha + p * m, j, end, DTYPE)
@@ -191,7 +207,7 @@ def sums(
 @jit(do_not_specialize=["step"], do_not_specialize_on_alignment=["f", "g", "multiplier", "out"])
 def unroll_step(
     left, right, min_i, min_j, f, g, a, multiplier, out, grad, n_iter, step, n, m, d, si, sj, eps: tl.float64,
-    I: tl.constexpr, J: tl.constexpr, K: tl.constexpr,
+    KIND: tl.constexpr, I: tl.constexpr, J: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """One half-iteration in reverse: with t_i = sum_j k_ij multiplier_j, out_i -= a_i t_i and grad_i -= eps t_i.
 
@@ -213,7 +229,7 @@ def unroll_step(
     total = tl.zeros([I], DTYPE)
     for start in range(0, m, J):
         j = start + tl.arange(0, J).to(tl.int64)
-        cost = cost_tile(left, right, min_i, min_j, i, j, n, m, d, si, sj, I, J, K, DTYPE)
+        cost = cost_tile(left, right, min_i, min_j, i, j, n, m, d, si, sj, KIND, I, J, K, DTYPE)
         k = kernel_tile(cost, fi, vector(g + p * m, j, m, DTYPE), inv)
         total += tl.sum(k * vector(multiplier + p * m, j, m, DTYPE)[None, :], 1)
     mass = vector(a + p * n, i, n, DTYPE)

@@ -1,12 +1,20 @@
 r"""What every kernel is made of: a tile of the cost, the scaled kernel on it, and a half-step in the log-domain.
 
-A *view* of a problem is (left, right, min_i, min_j, n, m, d, si, sj). For a stored cost, C_ij = left[i si + j sj] and
-``right`` is None; for features, C_ij = 1 - <left_i, right_j> of unit rows (``features.py``). Seen from the columns it
-is the same view with left and right, min_i and min_j, n and m, si and sj exchanged, so that each kernel is written for
-rows alone.
+A *view* of a problem is (left, right, min_i, min_j, n, m, d, si, sj) and the kind of its cost. For a stored cost,
+C_ij = left[i si + j sj], ``right`` is None and KIND "stored". For features, ``left`` and ``right`` are what
+``features.py`` has made of them:
 
-``min_i`` and ``min_j`` are the minima of rows and columns, which are taken out of a dense cost wherever it is read;
-None where nothing is. That takes eight float32 operations per entry, and no memory but the two vectors.
+=============  ==================================================  ===================================================
+"cosine"       C_ij = 1 - <left_i, right_j>                        of unit rows
+"sqeuclidean"  C_ij = max(min_i + min_j - 2 <left_i, right_j>, 0)  of centred points, with the squares of their lengths
+"dot"          C_ij = -<left_i, right_j>                           of the features as they are
+=============  ==================================================  ===================================================
+
+Seen from the columns it is the same view with left and right, min_i and min_j, n and m, si and sj exchanged, so that
+each kernel is written for rows alone.
+
+Of a stored cost, ``min_i`` and ``min_j`` are the minima of rows and columns, which are taken out of it wherever it is
+read; None where nothing is. That takes eight float32 operations per entry, and no memory but the two vectors.
 
 A cost of +inf forbids a pair: its kernel is 0, and where the cost is a factor beside the kernel it counts as 0. The
 half-step of a point that is forbidden to every point with mass is +inf. If the point has no mass itself, it gets 0 in
@@ -71,9 +79,39 @@ def reached(x):
 
 
 @triton.jit
+def log2_total(exponents):
+    """log2 of the sum of 2^exponents; -inf where all are."""
+    peak = tl.max(exponents, 0)
+    peak = tl.where(peak == -float("inf"), 0.0, peak)
+    return peak + tl.log2(tl.sum(tl.exp2(exponents - peak), 0))
+
+
+@triton.jit
+def log2_asked(mass, f, i, n, rate, DTYPE: tl.constexpr):
+    """log2 of the marginal a exp(-f/rho) that potentials ask for, rate = log2(e)/rho; -inf without mass."""
+    of_mass = log2_mass(vector(mass, i, n, DTYPE))
+    return tl.where(of_mass == -float("inf"), of_mass, of_mass - vector(f, i, n, DTYPE) * rate)
+
+
+@triton.jit
+def log2_all_asked(mass, f, begin, end, rate, I: tl.constexpr):
+    """log2 of the sum of that marginal over the entries begin .. end - 1, which lie in memory."""
+    DTYPE: tl.constexpr = mass.dtype.element_ty
+    top = tl.full([I], -float("inf"), DTYPE)
+    total = tl.zeros([I], DTYPE)
+    for start in range(begin, end, I):
+        exponent = log2_asked(mass, f, start + tl.arange(0, I), end, rate, DTYPE)
+        peak = tl.maximum(top, exponent)
+        finite = tl.where(peak == -float("inf"), 0.0, peak)  # no mass so far
+        total = total * tl.exp2(top - finite) + tl.exp2(exponent - finite)
+        top = peak
+    return log2_total(top + tl.log2(total))
+
+
+@triton.jit
 def cost_tile(
-    left, right, min_i, min_j, i, j, n, m, d, si, sj, I: tl.constexpr, J: tl.constexpr, K: tl.constexpr,
-    DTYPE: tl.constexpr,
+    left, right, min_i, min_j, i, j, n, m, d, si, sj, KIND: tl.constexpr, I: tl.constexpr, J: tl.constexpr,
+    K: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """C of rows ``i`` and columns ``j``, less the minima; padding is finite and must be masked by its mass.
 
@@ -87,15 +125,21 @@ def cost_tile(
         else:
             return shifted(cost, vector(min_i, i, n, DTYPE), vector(min_j, j, m, DTYPE))
     else:
-        cosine = tl.zeros([I, J], DTYPE)
+        product = tl.zeros([I, J], DTYPE)
         for start in range(0, d, K):
             k = start + tl.arange(0, K)
             at = i[:, None] * d + k[None, :]
             x = tl.load(left + at, mask=(i < n)[:, None] & (k < d)[None, :], other=0.0)
             at = j[None, :] * d + k[:, None]
             y = tl.load(right + at, mask=(j < m)[None, :] & (k < d)[:, None], other=0.0)
-            cosine = tl.dot(x, y, cosine, input_precision="tf32x3")
-        return 1.0 - cosine
+            product = tl.dot(x, y, product, input_precision="tf32x3")
+        if KIND == "sqeuclidean":  # rounding may take it below 0
+            squares = vector(min_i, i, n, DTYPE)[:, None] + vector(min_j, j, m, DTYPE)[None, :]
+            return tl.maximum(squares - 2.0 * product, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        elif KIND == "dot":
+            return -product
+        else:
+            return 1.0 - product
 
 
 @triton.jit
@@ -108,7 +152,7 @@ def kernel_tile(cost, f, g, inv):
 
 @triton.jit
 def stream_step(
-    left, right, min_i, min_j, i, g, b, n, m, d, si, sj, begin, end, inv,
+    left, right, min_i, min_j, i, g, b, n, m, d, si, sj, begin, end, inv, KIND: tl.constexpr,
     I: tl.constexpr, J: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """The half-step of rows ``i`` over the columns begin .. end - 1, tile by tile with a running maximum."""
@@ -117,7 +161,7 @@ def stream_step(
     total = tl.zeros([I], DTYPE)
     for start in range(begin, end, J):
         j = start + tl.arange(0, J).to(tl.int64)
-        cost = cost_tile(left, right, min_i, min_j, i, j, n, m, d, si, sj, I, J, K, DTYPE)
+        cost = cost_tile(left, right, min_i, min_j, i, j, n, m, d, si, sj, KIND, I, J, K, DTYPE)
         lb = tl.where(j < end, log2_mass(vector(b, j, m, DTYPE)), -float("inf"))
         gj = tl.where(lb > -float("inf"), vector(g, j, m, DTYPE), 0.0)
         exponent = (gj[None, :] - cost) * inv + lb[None, :]
@@ -131,19 +175,19 @@ def stream_step(
 @triton.jit
 def stored_tile(cost, min_i, min_j, i, j, n, m, DTYPE: tl.constexpr):
     """Rows ``i`` and columns ``j`` of a stored cost less the minima, 0 beyond it."""
-    return cost_tile(cost, None, min_i, min_j, i, j, n, m, 0, m, 1, 1, 1, 1, DTYPE)
+    return cost_tile(cost, None, min_i, min_j, i, j, n, m, 0, m, 1, "stored", 1, 1, 1, DTYPE)
 
 
 @triton.jit
 def row_step(cost, min_i, min_j, i, g, b, n, m, inv, I: tl.constexpr, J: tl.constexpr):
     """The half-step of rows ``i`` of a stored cost."""
-    return stream_step(cost, None, min_i, min_j, i, g, b, n, m, 0, m, 1, 0, m, inv, I, J, 16)
+    return stream_step(cost, None, min_i, min_j, i, g, b, n, m, 0, m, 1, 0, m, inv, "stored", I, J, 16)
 
 
 @triton.jit
 def column_step(cost, min_i, min_j, j, f, a, n, m, begin, end, inv, J: tl.constexpr, I: tl.constexpr):
     """The half-step of columns ``j`` over the rows begin .. end - 1 of a stored cost."""
-    return stream_step(cost, None, min_j, min_i, j, f, a, m, n, 0, 1, m, begin, end, inv, J, I, 16)
+    return stream_step(cost, None, min_j, min_i, j, f, a, m, n, 0, 1, m, begin, end, inv, "stored", J, I, 16)
 
 
 @triton.jit
@@ -165,3 +209,13 @@ def add_splits(part, p, i, n, count, splits, inv):
 def row_error(a, drift):
     """a_i |(T1)_i / a_i - 1|: the next half-step knows the row sums, T1 = a 2^drift, drift = (f - f_next) inv."""
     return tl.where(is_live(a), a * tl.abs(tl.exp2(drift) - 1.0), 0.0)
+
+
+@triton.jit
+def asked_error(a, f, f_next, i, n, soft, inv, tol):
+    """|(T1)_i - a_i exp(-f_i/rho)| - tol (T1)_i with penalties; ``f_next`` is the half-step without its damping."""
+    DTYPE: tl.constexpr = a.dtype.element_ty
+    of_mass = log2_mass(vector(a, i, n, DTYPE))
+    rows = tl.exp2(of_mass + (f - f_next) * inv)
+    asked = tl.exp2(of_mass - f * (soft * inv))
+    return tl.where(of_mass == -float("inf"), 0.0, tl.abs(rows - asked) - tl.full([], tol, DTYPE) * rows)
