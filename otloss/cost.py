@@ -80,9 +80,7 @@ def cosine_cost(x: Tensor, y: Tensor) -> Tensor:
         return cost + (cost.clamp(0, 2) - cost).detach()
 
 
-def centred(
-    x: Tensor, y: Tensor, mask_x: Tensor | None = None, mask_y: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def centred(x: Tensor, y: Tensor, mask_x: Tensor | None = None, mask_y: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Both sets of points, moved to their common mean. Points that a mask leaves out are 0, and do not count.
 
     No distance depends on the centre, so the derivative treats it as a constant.

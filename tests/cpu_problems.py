@@ -134,9 +134,7 @@ ODD_SIZES = [
 ]
 
 
-def unsteady(
-    n: int, m: int, d: int, dtype: torch.dtype, kinds: tuple[str, ...] = ("cosine", "dense")
-) -> list[str]:
+def unsteady(n: int, m: int, d: int, dtype: torch.dtype, kinds: tuple[str, ...] = ("cosine", "dense")) -> list[str]:
     """What changes, bit for bit, with the number of threads or with the problems around one."""
     count = max(13, 7000 // (n * m) + 1)  # enough work to be given to several threads
     x, y, a, b = features(n, m, dtype, count, d)

@@ -219,6 +219,6 @@ def test_refusals(call: Callable[[Tensor, Tensor], object], kind: type[Exception
 def test_a_backend_without_penalties_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "RELAXES", False)
     x, y, _, _ = _problem()
-    with pytest.raises(ValueError, match="'cpu' has no penalties rho_a and rho_b; take .*'reference'"):
+    with pytest.raises(ValueError, match=r"'cpu' has no penalties rho_a and rho_b; take .*'reference'"):
         otloss.cosine_sinkhorn(x, y, rho_a=1.0, backend="cpu")
     assert choose_backend(None, "cpu", relaxed=True) == "reference"
