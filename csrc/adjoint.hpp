@@ -180,8 +180,9 @@ template <class T> struct Adjoint {
     vec<T> top = splat<T>(none), total{}, cost_sum{};
     for (int j = 0; j < cost.cols; j += lanes<T>) top = max(load(log_b + j) - load(R + j) * scale, top);
     const T peak = max_of<T>(top);
-    if (row == 0 && peak == none) {  // forbidden to every column with mass: the row stays 0
+    if (row == 0 && peak == none) {  // forbidden to every column with mass: the row stays 0, and so does its potential
       row = 1;
+      if (p.relaxed) pf[i] = 0;
       return;
     }
     for (int j = 0; j < cost.cols; j += lanes<T>) {
@@ -274,7 +275,8 @@ template <class T> struct Adjoint {
     ones.add_rows(cost.n, 1, A, fu, f);
     ones.add_columns(cost.m, 1, work, g);
     for (int i = 0; i < cost.n; ++i) ones.by_p += pf[i];
-    for (int j = 0; solve && up.g && j < cost.m; ++j) ones.by_q += of_b.soft * up.g[j];
+    for (int j = 0; solve && up.g && j < cost.m; ++j)
+      if (S[j] > 0) ones.by_q += of_b.soft * up.g[j];
     return ones.share(of_a, of_b, up.cost);
   }
 

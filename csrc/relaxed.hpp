@@ -269,8 +269,8 @@ template <class T> void write_relaxed(Relaxed<T>& s, const Solution<T>& out) {
 
   T *f = s.F, *g = s.G, *f_all = s.next_phi, *g_all = s.next_psi;
   s.potentials(f, g);
-  if (s.dead_rows) log_rows(s.team, cost, p.eps, g, s.log_b, f_all);
-  if (s.dead_cols) log_cols(s.team, cost, p.eps, f, s.log_a, g_all, s.peak, s.total);
+  if (s.dead_rows) log_rows(s.team, cost, p.eps, g, s.log_b, f_all), no_reach(f_all, s.log_a, cost.n);
+  if (s.dead_cols) log_cols(s.team, cost, p.eps, f, s.log_a, g_all, s.peak, s.total), no_reach(g_all, s.log_b, cost.m);
   for (int i = 0; i < cost.n; ++i) out.f[i] = f[i] = s.a[i] == 0 ? T(of_a.soft) * f_all[i] : f[i];
   for (int j = 0; j < cost.m; ++j) out.g[j] = g[j] = s.b[j] == 0 ? T(of_b.soft) * g_all[j] : g[j];
 
