@@ -217,8 +217,8 @@ def test_the_number_of_variants_is_bounded() -> None:
 def test_float64_scalars_are_passed_in_full() -> None:
     """Triton 3.3 would pass them in 32 bits, in silence; see ``compat.py``."""
     code = (
-        "from otloss.backends.triton import rows, small, stream\n"
-        "for kernel in (rows.iterate_rows, small.solve_small, stream.commit_rows):\n"
+        "from otloss.backends.triton import relaxed, rows, small, stream\n"
+        "for kernel in (rows.iterate_rows, small.solve_small, relaxed.relax_small, stream.commit_rows):\n"
         "    types = {p.name: p.annotation_type for p in kernel.params}\n"
         "    assert types['eps'] == types['tol'] == 'fp64', types"
     )

@@ -12,16 +12,15 @@ and, in a column without mass, V_j = (h + M' A M V)_j / S_j. Nothing is divided 
 (c v) is one pass of ``rows.normal_rows`` or two of ``stream.sums``; ``descend`` is the rest of a step, by one
 program per problem: five reads and four writes of m numbers, microseconds.
 
-With penalties (``relaxed.py`` has the symbols: a, b, f, g are those with a tilde and the capitals) and
-m = 1 + eps/rho, y is divided by m_a, h and L'L by m_b and m_a m_b, and U = y - M V / m_a. The system is definite, but
-nearly singular for large rho, and S^1/2 is still a vector of its own: there I - L'L is 1 - 1/(m_a m_b). So the rest is
-solved in the complement as before, and the part along S^1/2, a constant of V, has a sum without cancellation:
+With penalties a, b, f, g stand for the masses with a tilde and the capital potentials of ``relaxed.py``. Let
+s = eps/rho and m = 1 + s. Then y is divided by m_a, h by m_b, L'L by m_a m_b, and U = y - M V / m_a. The system is
+definite, but nearly singular where rho is large: S^1/2 is still an eigenvector, with eigenvalue 1 - 1/(m_a m_b). So the
+rest is solved in its complement, as above. The part along it adds a constant c to V and takes c / m_a from U:
 
-.. math:: V \mathrel{+}= \frac{s_a w \langle T, R \rangle + \varepsilon (\sum q - m_a \sum p)}
-                          {(s_a + s_b + s_a s_b) \sum T}, \qquad s = \varepsilon / \rho.
+.. math:: c = \frac{s_a w \langle T, R \rangle + \varepsilon (\sum q - m_a \sum p)}{(s_a + s_b + s_a s_b) \sum T}.
 
-In U it is subtracted, divided by m_a. It grows with rho, while the gradient of the cost takes U + V alone. So U and V
-are given without it, and U has what is left of their sum.
+No terms cancel in it. It grows with rho, while the gradient of the cost takes U + V alone. So the kernels and
+``gradient.multipliers`` give U + c, V - c and c.
 """
 
 # mypy: ignore-errors

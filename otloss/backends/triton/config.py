@@ -55,10 +55,11 @@ def regime(n: int, m: int, double: bool) -> str:
     return next((name for name, limit in LIMITS.items() if size <= limit), "large")
 
 
-def small(n: int, m: int, double: bool) -> Tile:
-    """The whole problem in one tile."""
+def small(n: int, m: int, double: bool, relaxed: bool = False) -> Tile:
+    """The whole problem in one tile. The iterations under penalties keep more vectors beside it."""
     rows, cols = power(n), power(m)
-    return Tile(rows, cols, 16, 8 if rows * cols * (2 if double else 1) > 2048 else 4, 1)
+    held = rows * cols * (2 if double else 1)
+    return Tile(rows, cols, 16, 8 if held > (1024 if relaxed else 2048) else 4, 1)
 
 
 def medium(m: int, double: bool) -> Tile:

@@ -71,7 +71,8 @@ def implicit_gradient(
     """Gradients of left, right, a, b and both penalties, and the relative residual of the adjoint system.
 
     They are those of ``otloss/backends/relaxed.py``. The multipliers and the gradient of the cost come from the problem
-    with constraints. What C - F - G has less than C - f - g joins p and q there.
+    with constraints. It reduces the cost by F and G, and C - f - g = (C - F - G) + s_a f + s_b g. The last two terms
+    act like p and q there: p / m_a - w a~ f / rho_a stands for p, with a~ the marginal that f asks for; likewise q.
     """
     of_a, of_b = both(problem)
     w, w_value = problem.scalars(upstream.cost), problem.scalars(upstream.value)

@@ -30,7 +30,7 @@ def _small(problem: DeviceProblem, max_iter: int, tol: float) -> Solution:
     f, g = problem.empty(count, n), problem.empty(count, m)
     cost, value, error = (problem.empty(count) for _ in range(3))
     n_iter = problem.empty(count, dtype=torch.int64)
-    tile = config.small(n, m, problem.double)
+    tile = config.small(n, m, problem.double, problem.soft is not None)
     if problem.soft is not None:
         launch(
             relaxed.relax_small, (count,), problem.cost, problem.soft, problem.a, problem.b, f, g, cost, value, n_iter,
