@@ -51,7 +51,7 @@ template <class T> struct LaneQuasiNewton : LaneSolver<T> {
       if (!dense) set(column_shift, j, Vec{});
     }
     for (int i = 0; !dense && i < n; ++i) set(row_shift, i, Vec{});
-    this->first_rows(~Mask{});
+    this->begin();
   }
 
   void run(int64_t max_iter, T tol, const Solution<T>* outs) {

@@ -38,7 +38,7 @@ template <class T> struct LaneSolver : Lanes<T> {
   // See Solver::run. n_iter by lane.
   void run(int64_t max_iter, T tol, int64_t* n_iter) {
     for (int j = 0; j < m; ++j) set(G, j, -at(column_shift, j));
-    first_rows(~mask<T>{});
+    begin();
     for (int lane = 0; lane < L; ++lane) n_iter[lane] = max_iter;
     mask<T> active = ~fallback;
     for (int64_t k = 0; k < max_iter && any<T>(active); ++k) {
@@ -70,12 +70,42 @@ template <class T> struct LaneSolver : Lanes<T> {
  protected:
   // See Solver::first_rows.
   void first_rows(mask<T> where) {
-    for (int i = 0; i < n; ++i) {
-      Vec top = at(G, 0) - entry(C, i, 0);
-      for (int j = 1; j < m; ++j) top = max(at(G, j) - entry(C, i, j), top);
-      set(F, i, where ? -top : at(F, i));
-    }
+    for (int i = 0; i < n; ++i) set(F, i, where ? lowest(G, i) : at(F, i));
     build(where);
+  }
+  OTLOSS_INLINE Vec lowest(const T* g, int i) const {
+    Vec top = at(g, 0) - entry(C, i, 0);
+    for (int j = 1; j < m; ++j) top = max(at(g, j) - entry(C, i, j), top);
+    return -top;
+  }
+
+  // See Solver::begin. Vectors, not loops over lanes, as in write_solutions.
+  void begin() {
+    if (this->p->start) {
+      using Wide = typename band_of<double, L>::type;
+      const auto wide = [](Vec x) __attribute__((always_inline)) { return __builtin_convertvector(x, Wide); };
+      const auto low_dual = [&](const T* g) __attribute__((always_inline)) {
+        Wide total{};
+        for (int i = 0; i < n; ++i) total += wide(at(a, i)) * wide(lowest(g, i));
+        for (int j = 0; j < m; ++j) total += wide(at(b, j)) * wide(at(g, j));
+        return total;
+      };
+      Wide mean{};
+      Vec least = splat<T>(1);
+      for (int j = 0; j < m; ++j) {
+        for (int lane = 0; lane < L; ++lane) put(v, j, lane, lane < this->count ? this->p[lane].start[j] : T(0));
+        set(v, j, at(v, j) - at(column_shift, j));
+        mean += wide(at(b, j)) * wide(at(v, j));
+        least = min(at(b, j), least);
+      }
+      const Vec constant = __builtin_convertvector(mean, Vec), room = eps * T(-ln2) * log2<T>(least);
+      for (int j = 0; j < m; ++j) set(v, j, at(v, j) - constant);
+      const Wide bound = low_dual(G) - wide(room), found = low_dual(v);
+      mask<T> better{};
+      for (int lane = 0; lane < L; ++lane) better[lane] = -int(found[lane] >= bound[lane]);  // not so for NaN
+      for (int j = 0; j < m; ++j) set(G, j, better ? at(v, j) : at(G, j));
+    }
+    first_rows(~mask<T>{});
   }
 
   void build(mask<T> where) {

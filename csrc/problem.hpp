@@ -31,6 +31,7 @@ template <class T> struct Problem {
   T eps;
   const T* kept;  // the cost n x m of the features, or null
   const T *row_shift = nullptr, *column_shift = nullptr;  // what solve took out of a dense cost, or null
+  const T* start = nullptr;  // potentials of the columns to start from, of the cost as it was given, or null
 };
 
 template <class T> struct Solution {

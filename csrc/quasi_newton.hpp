@@ -44,7 +44,7 @@ template <class T> struct QuasiNewton : Solver<T> {
   }
 
   // Reads the cost, and takes its minima out of a dense one. Starts where plain iterations do, or from the minima of the columns where
-  // the sum of a column would be lost there.
+  // the sum of a column would be lost there; or from the potentials that the problem brings along.
   void start() {
     const bool dense = !this->p.right;
     this->read_cost(dense || most_cosine_cost > lost_beyond * eps);
@@ -59,7 +59,7 @@ template <class T> struct QuasiNewton : Solver<T> {
       std::fill(row_shift, row_shift + cost.rows, T(0));
       std::fill(column_shift, column_shift + cost.cols, T(0));
     }
-    this->first_rows();
+    this->begin();
   }
 
   void run(int64_t max_iter, T tol, int64_t& n_iter) {

@@ -1,15 +1,15 @@
-"""From the arguments of a call to a `Problem`: checks, dtypes, one batch dimension, masks, penalties and eps."""
+"""From the arguments of a call to a `Problem`: checks, dtypes, one batch dimension, masks, penalties, eps and start."""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from otloss.backends import choose_backend, get_backend
-from otloss.backends.protocol import Given, Problem
+from otloss.backends.protocol import COLD, Given, Problem, Start
 from otloss.checks import check_device, check_mask, check_strength, check_tensor, working_dtype
 from otloss.compat import has_values
 from otloss.cost import COSTS
@@ -20,6 +20,7 @@ __all__ = ["Arguments", "Described", "describe"]
 #: In half precision 2e-2.
 MASS_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}
 MASSES = ("a", "log_a", "b", "log_b")
+POTENTIALS = ("f of init", "g of init")
 #: Arguments whose values are looked at here; those of the others are looked at in the operators.
 VALUES = ("mask_x", "mask_y", "rho_a", "rho_b", "eps")
 
@@ -36,6 +37,7 @@ class Arguments(NamedTuple):
     mask_y: Tensor | None = None
     rho_a: float | Tensor | None = None
     rho_b: float | Tensor | None = None
+    init: tuple[Tensor, Tensor] | None = None
 
 
 class Described(NamedTuple):
@@ -43,6 +45,7 @@ class Described(NamedTuple):
 
     problem: Problem
     given: Given
+    start: Start
     backend: str
     batch: torch.Size
     """The leading dimensions of every output."""
@@ -73,6 +76,14 @@ def _named(left: Tensor, right: Tensor | None, said: Arguments) -> dict[str, tup
         if mask is not None:
             check_mask(name, mask, f"(B, {size})")
             named[name] = (mask, (count,))
+    init: Any = said.init
+    if init is not None:
+        if not isinstance(init, (tuple, list)) or len(init) != 2:
+            got = f"{len(init)} of them" if isinstance(init, (tuple, list)) else type(init).__name__
+            raise TypeError(f"init must be a pair of potentials (f, g), got {got}")
+        for name, potential, count, size in zip(POTENTIALS, init, (n, m), ("n", "m"), strict=True):
+            check_tensor(name, potential, 1, f"(B, {size})")
+            named[name] = (potential.detach(), (count,))
     for name in ("rho_a", "rho_b", "eps"):
         strength = getattr(said, name)
         if strength is not None or name == "eps":
@@ -142,6 +153,20 @@ def _rho(value: float | Tensor | None, put: Tensor | None, like: Tensor, count: 
     return put if value is None or isinstance(value, Tensor) else like.new_full((count,), float(value))
 
 
+def _start(put: dict[str, Tensor], unit: Tensor | None) -> Start:
+    """The potentials to start from: 0 where a mask leaves a point out, and in units of eps where costs are."""
+    if POTENTIALS[0] not in put:
+        return COLD
+    f, g = (put[name] for name in POTENTIALS)
+    if unit is not None:
+        f, g = f / unit.detach().unsqueeze(-1), g / unit.detach().unsqueeze(-1)
+    if "mask_x" in put:
+        f = torch.where(put["mask_x"], f, 0.0)
+    if "mask_y" in put:
+        g = torch.where(put["mask_y"], g, 0.0)
+    return Start(f, g)
+
+
 def describe(left: Tensor, right: Tensor | None, kind: str, said: Arguments, backend: str | None) -> Described:
     """The problem of a cost, or of two sets of features and the kind of their cost."""
     named = _named(left, right, said)
@@ -174,4 +199,5 @@ def describe(left: Tensor, right: Tensor | None, kind: str, said: Arguments, bac
     b, form_b = _mass(put.get("b"), put.get("log_b"), mask_y, like, count, m)
     tolerance = max((MASS_TOLERANCE.get(named[k][0].dtype, 2e-2) for k in MASSES if k in named), default=1e-4)
     given = Given(form_a, form_b, tolerance)
-    return Described(Problem(left, right, a, b, eps, rho_a, rho_b), given, chosen, batch, unit, mask_x, mask_y)
+    problem, start = Problem(left, right, a, b, eps, rho_a, rho_b), _start(put, unit)
+    return Described(problem, given, start, chosen, batch, unit, mask_x, mask_y)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from otloss.backends import get_backend
-from otloss.backends.protocol import NOTHING, Given, Gradients, Problem, Shift, Solution, is_relaxed
+from otloss.backends.protocol import NOTHING, Given, Gradients, Problem, Shift, Solution, Start, is_relaxed
 from otloss.checks import no_autocast, warn
 from otloss.gradients import Incoming, State, derive
 
@@ -48,7 +48,7 @@ class Asked(NamedTuple):
 
 
 #: The arguments of the two operators, and what ``solve`` returns.
-SOLVE = (Problem, Given, Options)
+SOLVE = (Problem, Given, Options, Start)
 GRADIENT = (Problem, State, Incoming, Asked, Given, Options)
 OUTPUTS = ("transport_cost", "value", "error", *State._fields)
 
@@ -143,13 +143,15 @@ def converged(problem: Problem, solution: Solution, tol: float) -> Tensor:
 
 
 def _solve(*arguments: Any) -> tuple[Tensor, ...]:
-    problem, given, options = together(arguments, SOLVE)
+    problem, given, options, start = together(arguments, SOLVE)
     backend, checked = get_backend(options.backend), _checks_on(problem.left)
     with no_autocast(problem.left):
         problem, all_live = backend.normalise(problem, given, checked)
+        if checked:
+            _check_start(problem, start)
         kept = room_to_keep(problem, options.keep, options.backend)
         room = kept if kept.numel() else None
-        solution = backend.solve(problem, options.max_iter, options.tol, room, options.accelerate)
+        solution = backend.solve(problem, options.max_iter, options.tol, room, options.accelerate, start)
         if checked:
             _check(problem, given, solution, backend.worst_error(solution), all_live, options)
     shift = solution.shift or _no_shift(problem)
@@ -174,6 +176,13 @@ def _check(
         )
 
 
+def _check_start(problem: Problem, start: Start) -> None:
+    """Raise unless the potentials to start from are finite where there is mass."""
+    for name, x, mass in (("f", start.f, problem.a), ("g", start.g, problem.b)):
+        if x is not None and not _finite(x) and not bool((x.isfinite() | (mass == 0)).all()):
+            raise ValueError(f"{name} of init must be finite where there is mass, got NaN or inf")
+
+
 def _no_shift(problem: Problem) -> Shift:
     """Zeros for a dense cost that nothing was taken out of, nothing for features."""
     a, b = problem.a, problem.b
@@ -183,7 +192,7 @@ def _no_shift(problem: Problem) -> Shift:
 
 
 def _fake_solve(*arguments: Any) -> tuple[Tensor, ...]:
-    problem, _, options = together(arguments, SOLVE)
+    problem, _, options, _ = together(arguments, SOLVE)
     a, b = problem.a, problem.b
     scalar, kept = a.new_empty(a.shape[0]), room_to_keep(problem, options.keep, options.backend)
     n_iter, shift = torch.empty_like(scalar, dtype=torch.int64), _no_shift(problem)

@@ -18,8 +18,9 @@ from otloss.backends import quasi_newton, relaxed
 from otloss.backends.masses import by_given as by_given
 from otloss.backends.masses import normalise as normalise
 from otloss.backends.masses import worst_error as worst_error
-from otloss.backends.protocol import Gradients, Problem, Shift, Solution, Upstream, is_relaxed
-from otloss.backends.relaxed import Penalty
+from otloss.backends.protocol import COLD, Gradients, Problem, Shift, Solution, Start, Upstream, is_relaxed
+from otloss.backends.relaxed import penalties
+from otloss.backends.start import better_start
 from otloss.backends.steps import bounded_exp, f_step, g_step
 from otloss.checks import wide
 from otloss.cost import live_rows, negligible, row_norms, unit_rows
@@ -144,11 +145,16 @@ def _iterate(
 
 
 def solve(
-    problem: Problem, max_iter: int, tol: float, kept: Tensor | None = None, accelerate: bool = False
+    problem: Problem,
+    max_iter: int,
+    tol: float,
+    kept: Tensor | None = None,
+    accelerate: bool = False,
+    start: Start = COLD,
 ) -> Solution:
     """The solution of each problem, with potentials in the gauge <a, f> = <b, g>; ``kept`` is not used."""
     if is_relaxed(problem):
-        return _solve_relaxed(problem, max_iter, tol)
+        return _solve_relaxed(problem, max_iter, tol, start.g)
     left, right, a, b, eps = problem.left, problem.right, problem.a, problem.b, problem.eps
     cost = dense_cost(left, right)
     log_a, log_b = log_mass(a), log_mass(b)
@@ -158,6 +164,9 @@ def solve(
     g = torch.zeros_like(b) if shift is None else -shift.columns  # potentials 0 of the cost given
     if accelerate:
         g = quasi_newton.start(g, torch.where(live(b), minima.columns, 0.0), eps)
+    given = start.g if start.g is None or shift is None else start.g - shift.columns
+    g = better_start(given, g, problem, lambda g: f_step(cost, log_b, g, eps))
+    if accelerate:
         f, g, n_iter = quasi_newton.solve(cost, a, b, log_a, log_b, g, eps, max_iter, tol)
     else:
         f, g, n_iter = _iterate(cost, a, log_a, log_b, g, eps, max_iter, tol)
@@ -176,18 +185,12 @@ def solve(
     return Solution(f, g, transport_cost, value, n_iter, error, shift)
 
 
-def penalties(problem: Problem) -> tuple[Penalty, Penalty]:
-    """The penalties on both marginals."""
-    rhos = (None if rho is None else rho.unsqueeze(-1) for rho in (problem.rho_a, problem.rho_b))
-    of_a, of_b = (Penalty(rho, problem.eps) for rho in rhos)
-    return of_a, of_b
-
-
-def _solve_relaxed(problem: Problem, max_iter: int, tol: float) -> Solution:
+def _solve_relaxed(problem: Problem, max_iter: int, tol: float, start: Tensor | None) -> Solution:
     """The solution under penalties; its potentials have no gauge, and nothing is taken out of the cost."""
     left, right, a, b, eps = problem.left, problem.right, problem.a, problem.b, problem.eps
     cost, log_a, log_b, (of_a, of_b) = dense_cost(left, right), log_mass(a), log_mass(b), penalties(problem)
-    f, g, n_iter = relaxed.iterate(cost, a, b, log_a, log_b, of_a, of_b, max_iter, tol)
+    g = better_start(start, torch.zeros_like(b), problem, lambda g: f_step(cost, log_b, g, eps))
+    f, g, n_iter = relaxed.iterate(cost, a, b, log_a, log_b, g, of_a, of_b, max_iter, tol)
     f = torch.where(live(a), f, of_a.damping * f_step(cost, log_b, g, eps))
     g = torch.where(live(b), g, of_b.damping * g_step(cost, log_a, f, eps))
     plan = transport_plan(cost, a, b, f, g, eps)
