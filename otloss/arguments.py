@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,7 +15,10 @@ from otloss.checks import check_device, check_mask, check_strength, check_tensor
 from otloss.compat import has_values
 from otloss.cost import COSTS
 
-__all__ = ["Arguments", "Described", "describe"]
+__all__ = ["Arguments", "Described", "Ragged", "describe"]
+
+#: A tensor; or of sets of different sizes a list of tensors or a nested tensor, until it is padded.
+Ragged: TypeAlias = Tensor | Sequence[Tensor]
 
 #: How far the totals of a and b may lie apart, relatively: a softmax over 10^5 points is off by 1e-5 in float32.
 #: In half precision 2e-2.
@@ -29,12 +33,12 @@ class Arguments(NamedTuple):
     """What a call says of its problems, beside the cost or the features."""
 
     eps: float | Tensor
-    a: Tensor | None = None
-    b: Tensor | None = None
-    log_a: Tensor | None = None
-    log_b: Tensor | None = None
-    mask_x: Tensor | None = None
-    mask_y: Tensor | None = None
+    a: Ragged | None = None
+    b: Ragged | None = None
+    log_a: Ragged | None = None
+    log_b: Ragged | None = None
+    mask_x: Ragged | None = None
+    mask_y: Ragged | None = None
     rho_a: float | Tensor | None = None
     rho_b: float | Tensor | None = None
     init: tuple[Tensor, Tensor] | None = None

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from otloss.arguments import Arguments, Ragged
 from otloss.backends import check_backend
 from otloss.checks import (
     check_choice,
@@ -21,6 +22,7 @@ from otloss.checks import (
 from otloss.cost import COSTS, cosine_cost
 from otloss.gradients import MODES
 from otloss.output import SinkhornOutput
+from otloss.ragged import padded
 from otloss.sinkhorn import SOLVERS, feature_sinkhorn, sinkhorn
 
 __all__ = ["CosineCost", "CosineSinkhornLoss", "FeatureSinkhornLoss", "SinkhornLoss"]
@@ -32,9 +34,9 @@ REDUCTIONS = ("mean", "sum", "none")
 class _Side(NamedTuple):
     """What a call says of one of the two sets."""
 
-    mass: Tensor | None
-    log_mass: Tensor | None
-    mask: Tensor | None
+    mass: Ragged | None
+    log_mass: Ragged | None
+    mask: Ragged | None
 
 
 class CosineCost(nn.Module):
@@ -281,18 +283,18 @@ class FeatureSinkhornLoss(_TransportLoss):
 
     def forward(
         self,
-        x: Tensor,
-        y: Tensor,
-        a: Tensor | None = None,
-        b: Tensor | None = None,
+        x: Ragged,
+        y: Ragged,
+        a: Ragged | None = None,
+        b: Ragged | None = None,
         *,
-        log_a: Tensor | None = None,
-        log_b: Tensor | None = None,
-        mask_x: Tensor | None = None,
-        mask_y: Tensor | None = None,
+        log_a: Ragged | None = None,
+        log_b: Ragged | None = None,
+        mask_x: Ragged | None = None,
+        mask_y: Ragged | None = None,
         init: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """Loss of ``x (B, n, d)`` and ``y (B, m, d)``. Marginals, masks and init are those of :func:`otloss.sinkhorn`.
+        """Loss of ``x (B, n, d)`` and ``y (B, m, d)``, or of lists of sets, as in :func:`otloss.feature_sinkhorn`.
 
         Of the three problems of the divergence the one between the sets starts from ``init``.
 
@@ -304,21 +306,22 @@ class FeatureSinkhornLoss(_TransportLoss):
 
     def per_problem(
         self,
-        x: Tensor,
-        y: Tensor,
-        a: Tensor | None = None,
-        b: Tensor | None = None,
+        x: Ragged,
+        y: Ragged,
+        a: Ragged | None = None,
+        b: Ragged | None = None,
         *,
-        log_a: Tensor | None = None,
-        log_b: Tensor | None = None,
-        mask_x: Tensor | None = None,
-        mask_y: Tensor | None = None,
+        log_a: Ragged | None = None,
+        log_b: Ragged | None = None,
+        mask_x: Ragged | None = None,
+        mask_y: Ragged | None = None,
         init: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, SinkhornOutput]:
         """The objective ``(B,)`` before reduction, and the solver's output for (x, y), which holds the diagnostics."""
         solve = partial(feature_sinkhorn, cost=self.cost, **self._options)
-        points = (x, y), (x, x), (y, y)
-        return self._objective_of(solve, points, _Side(a, log_a, mask_x), _Side(b, log_b, mask_y), init)
+        x, y, said = padded(x, y, Arguments(self.eps, a, b, log_a, log_b, mask_x, mask_y))
+        of_x, of_y = _Side(said.a, said.log_a, said.mask_x), _Side(said.b, said.log_b, said.mask_y)
+        return self._objective_of(solve, ((x, y), (x, x), (y, y)), of_x, of_y, init)
 
     def extra_repr(self) -> str:
         return f"cost={self.cost!r}, {super().extra_repr()}"

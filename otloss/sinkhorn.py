@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from otloss.arguments import Arguments, describe
+from otloss.arguments import Arguments, Ragged, describe
 from otloss.autograd import solve
 from otloss.backends.protocol import Shift, Solution, is_relaxed
 from otloss.checks import check_choice, check_count, check_features, check_number, check_tensor
@@ -14,6 +14,7 @@ from otloss.cost import COSTS
 from otloss.gradients import MODES, State
 from otloss.operators import Options
 from otloss.output import PlanSource, SinkhornOutput
+from otloss.ragged import padded
 
 __all__ = ["SinkhornOutput", "cosine_sinkhorn", "feature_sinkhorn", "sinkhorn"]
 
@@ -163,17 +164,17 @@ def sinkhorn(
 
 
 def feature_sinkhorn(
-    x: Tensor,
-    y: Tensor,
-    a: Tensor | None = None,
-    b: Tensor | None = None,
+    x: Ragged,
+    y: Ragged,
+    a: Ragged | None = None,
+    b: Ragged | None = None,
     *,
     cost: str = "cosine",
     eps: float | Tensor = 0.05,
-    log_a: Tensor | None = None,
-    log_b: Tensor | None = None,
-    mask_x: Tensor | None = None,
-    mask_y: Tensor | None = None,
+    log_a: Ragged | None = None,
+    log_b: Ragged | None = None,
+    mask_x: Ragged | None = None,
+    mask_y: Ragged | None = None,
     rho_a: float | Tensor | None = None,
     rho_b: float | Tensor | None = None,
     init: tuple[Tensor, Tensor] | None = None,
@@ -198,8 +199,10 @@ def feature_sinkhorn(
     gradient, but in float64 always those of one problem.) The other costs, and those of a tensor eps, are stored.
 
     Args:
-        x: features ``(B, n, d)``.
-        y: features ``(B, m, d)``.
+        x: features ``(B, n, d)``. Sets of different sizes are a list of B tensors ``(n_k, d)``, or a nested tensor of
+            jagged layout; their masses and masks are then lists or nested tensors likewise. They are padded with zeros
+            to the longest, which masks leave out: there, potentials and plan are 0.
+        y: features ``(B, m, d)`` likewise.
         cost: "cosine", "sqeuclidean" or "dot". Any other cost is made by a function of yours, for :func:`sinkhorn`.
         a, b, log_a, log_b, mask_x, mask_y: as in :func:`sinkhorn`. Features that a mask leaves out do not matter.
         eps, rho_a, rho_b, init: as in :func:`sinkhorn`.
@@ -218,23 +221,24 @@ def feature_sinkhorn(
         >>> round(out.transport_cost.item(), 3)
         2.0
     """
-    check_features(x, y)
     check_choice("cost", cost, tuple(COSTS))
     said = Arguments(eps, a, b, log_a, log_b, mask_x, mask_y, rho_a, rho_b, init)
+    x, y, said = padded(x, y, said)
+    check_features(x, y)
     return _solve(x, y, cost, said, max_iter, tol, gradient, solver, backend)
 
 
 def cosine_sinkhorn(
-    x: Tensor,
-    y: Tensor,
-    a: Tensor | None = None,
-    b: Tensor | None = None,
+    x: Ragged,
+    y: Ragged,
+    a: Ragged | None = None,
+    b: Ragged | None = None,
     *,
     eps: float | Tensor = 0.05,
-    log_a: Tensor | None = None,
-    log_b: Tensor | None = None,
-    mask_x: Tensor | None = None,
-    mask_y: Tensor | None = None,
+    log_a: Ragged | None = None,
+    log_b: Ragged | None = None,
+    mask_x: Ragged | None = None,
+    mask_y: Ragged | None = None,
     rho_a: float | Tensor | None = None,
     rho_b: float | Tensor | None = None,
     init: tuple[Tensor, Tensor] | None = None,
@@ -251,8 +255,8 @@ def cosine_sinkhorn(
     The short form of :func:`feature_sinkhorn` with ``cost="cosine"``. All arguments and errors are those of it.
 
     Args:
-        x: features ``(B, n, d)``.
-        y: features ``(B, m, d)``.
+        x: features ``(B, n, d)``, or a list of sets of different sizes.
+        y: features ``(B, m, d)`` likewise.
         a, b, eps, log_a, log_b, mask_x, mask_y, rho_a, rho_b, init: as in :func:`sinkhorn`.
         max_iter, tol, gradient, solver, backend: as in :func:`sinkhorn`.
 
@@ -269,6 +273,7 @@ def cosine_sinkhorn(
         >>> bool(out.transport_cost < 1e-6)
         True
     """
-    check_features(x, y)
     said = Arguments(eps, a, b, log_a, log_b, mask_x, mask_y, rho_a, rho_b, init)
+    x, y, said = padded(x, y, said)
+    check_features(x, y)
     return _solve(x, y, "cosine", said, max_iter, tol, gradient, solver, backend)
