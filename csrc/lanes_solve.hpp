@@ -39,7 +39,7 @@ template <class T> struct LaneSolver : Lanes<T> {
   // See Solver::run. n_iter by lane.
   void run(int64_t max_iter, T tol, int64_t* n_iter) {
     for (int j = 0; j < m; ++j) set(G, j, -at(column_shift, j));
-    first_rows(~mask<T>{});
+    begin();
     for (int lane = 0; lane < L; ++lane) n_iter[lane] = max_iter;
     mask<T> active = ~fallback;
     for (int64_t k = 0; k < max_iter && any<T>(active); ++k) {
@@ -71,12 +71,42 @@ template <class T> struct LaneSolver : Lanes<T> {
  protected:
   // See Solver::first_rows.
   void first_rows(mask<T> where) {
-    for (int i = 0; i < n; ++i) {
-      Vec top = at(G, 0) - entry(C, i, 0);
-      for (int j = 1; j < m; ++j) top = max(at(G, j) - entry(C, i, j), top);
-      set(F, i, where ? -top : at(F, i));
-    }
+    for (int i = 0; i < n; ++i) set(F, i, where ? lowest(G, i) : at(F, i));
     build(where);
+  }
+  OTLOSS_INLINE Vec lowest(const T* g, int i) const {
+    Vec top = at(g, 0) - entry(C, i, 0);
+    for (int j = 1; j < m; ++j) top = max(at(g, j) - entry(C, i, j), top);
+    return -top;
+  }
+
+  // See Solver::begin. Vectors, not loops over lanes, as in write_solutions.
+  void begin() {
+    if (this->p->start) {
+      using Wide = typename band_of<double, L>::type;
+      const auto wide = [](Vec x) __attribute__((always_inline)) { return __builtin_convertvector(x, Wide); };
+      const auto low_dual = [&](const T* g) __attribute__((always_inline)) {
+        Wide total{};
+        for (int i = 0; i < n; ++i) total += wide(at(a, i)) * wide(lowest(g, i));
+        for (int j = 0; j < m; ++j) total += wide(at(b, j)) * wide(at(g, j));
+        return total;
+      };
+      Wide mean{};
+      Vec least = splat<T>(1);
+      for (int j = 0; j < m; ++j) {
+        for (int lane = 0; lane < L; ++lane) put(v, j, lane, lane < this->count ? this->p[lane].start[j] : T(0));
+        set(v, j, at(v, j) - at(column_shift, j));
+        mean += wide(at(b, j)) * wide(at(v, j));
+        least = min(at(b, j), least);
+      }
+      const Vec constant = __builtin_convertvector(mean, Vec), room = eps * T(-ln2) * log2<T>(least);
+      for (int j = 0; j < m; ++j) set(v, j, at(v, j) - constant);
+      const Wide bound = low_dual(G) - wide(room), found = low_dual(v);
+      mask<T> better{};
+      for (int lane = 0; lane < L; ++lane) better[lane] = -int(found[lane] >= bound[lane]);  // not so for NaN
+      for (int j = 0; j < m; ++j) set(G, j, better ? at(v, j) : at(G, j));
+    }
+    first_rows(~mask<T>{});
   }
 
   void build(mask<T> where) {
@@ -159,6 +189,14 @@ template <class T> void write_solutions(LaneSolver<T>& s, int count, const Solut
 
   T *f = s.next_phi, *g = s.next_psi;
   s.potentials(f, g);
+  mask<T> symmetric{};
+  for (int lane = 0; lane < count; ++lane) symmetric[lane] = -int(s.p[lane].symmetric);
+  if (any<T>(symmetric))  // see write_solution
+    for (int i = 0; i < s.n; ++i) {
+      const Vec r = s.at(s.row_shift, i), c = s.at(s.column_shift, i), half = ((s.at(f, i) + r) + (s.at(g, i) + c)) * T(0.5);
+      s.set(f, i, symmetric ? half - r : s.at(f, i));
+      s.set(g, i, symmetric ? half - c : s.at(g, i));
+    }
   // Vectors, not loops over lanes: a compiler may contract a product and a sum in some turns of a loop, and not in others.
   using Wide = typename band_of<double, L>::type;
   const auto wide = [](Vec x) __attribute__((always_inline)) { return __builtin_convertvector(x, Wide); };
@@ -166,6 +204,12 @@ template <class T> void write_solutions(LaneSolver<T>& s, int count, const Solut
   Wide shift{};
   for (int i = 0; i < s.n; ++i) shift -= 0.5 * wide(s.at(s.a, i)) * wide(s.at(f, i));
   for (int j = 0; j < s.m; ++j) shift += 0.5 * wide(s.at(s.b, j)) * wide(s.at(g, j));
+  if (any<T>(symmetric)) {
+    Wide apart{};
+    for (int i = 0; i < s.n; ++i) apart += 0.5 * wide(s.at(s.a, i)) * (wide(s.at(s.row_shift, i)) - wide(s.at(s.column_shift, i)));
+    for (int lane = 0; lane < L; ++lane)
+      if (symmetric[lane]) shift[lane] = apart[lane];
+  }
   const Vec move = __builtin_convertvector(shift, Vec);
   for (int i = 0; i < s.n; ++i) s.set(f, i, s.at(f, i) + move);
   for (int j = 0; j < s.m; ++j) s.set(g, j, s.at(g, j) - move);

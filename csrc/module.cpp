@@ -88,8 +88,8 @@ template <class Task> void each_group(const Inputs& in, int lanes, int threads, 
 }
 
 template <class T>
-void solve(const Inputs& in, bool accelerate, int64_t max_iter, double tol, Address f, Address g, Address cost, Address value, Address n_iter,
-           Address error, int threads) {
+void solve(const Inputs& in, Address start, bool accelerate, int64_t max_iter, double tol, Address f, Address g, Address cost, Address value,
+           Address n_iter, Address error, int threads) {
   const auto& kernel = kernels_of<T>(level());
   const auto solution = [&](int64_t i) -> Solution<T> {
     return {at<T>(f, i * in.n), at<T>(g, i * in.m), at<T>(cost, i), at<T>(value, i), at<T>(error, i), at<int64_t>(n_iter, i),
@@ -98,6 +98,8 @@ void solve(const Inputs& in, bool accelerate, int64_t max_iter, double tol, Addr
   const auto problem = [&](int64_t i) {
     Problem<T> p = in.problem<T>(i);
     p.kept = p.row_shift = p.column_shift = nullptr;  // still to be written
+    p.start = at<T>(start, i * in.m);
+    p.symmetric = accelerate && !p.relaxed && is_symmetric(p);
     return p;
   };
   if (in.short_rows())

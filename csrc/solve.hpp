@@ -78,7 +78,7 @@ template <class T> struct Solver {
   template <class Record> void run(int64_t max_iter, T tol, int64_t& k, Record record) {
     for (int j = 0; j < cost.m; ++j)
       if (live_col(j)) G[j] = -column_shift[j];
-    first_rows();
+    begin();
     for (k = 0; k < max_iter; ++k) {
       T error;
       const T reach = iterate(error);
@@ -149,17 +149,48 @@ template <class T> struct Solver {
     for (int j = 0; j < cost.cols; j += lanes<T>) store<T>(k + j, exp2<T>(exponent(cost.row(i), G, j, F[i], scale)));
   }
 
+  // min_j C_ij - G_j.
+  T lowest(int i) const {
+    vec<T> top = splat<T>(none);
+    for (int j = 0; j < cost.cols; j += lanes<T>) top = max(load(G + j) - load(cost.row(i) + j), top);
+    return -max_of<T>(top);
+  }
+
   void first_rows() {
     each_block([&](int i0) {
       for (int i = i0; i < i0 + block; ++i) {
-        if (live_row(i)) {
-          vec<T> top = splat<T>(none);
-          for (int j = 0; j < cost.cols; j += lanes<T>) top = max(load(G + j) - load(cost.row(i) + j), top);
-          F[i] = -max_of<T>(top);
-        }
+        if (live_row(i)) F[i] = lowest(i);
         build_row(i);
       }
     });
+  }
+
+  // The first half-step from G, or from the potentials that the problem brings along, unless their dual is surely below that of G.
+  // With F_i = lowest(i), <a, F> + <b, G> is at most the dual and at least that less eps log(1/b_j) of the smallest mass: a solution
+  // is never left aside. The constant between F and G is free; without one, both are no larger than they have to be.
+  void begin() {
+    if (p.start) {
+      const double before = low_dual();
+      double mean = 0, least = 1;
+      for (int j = 0; j < cost.m; ++j)
+        if (live_col(j)) mean += double(b[j]) * (double(p.start[j]) - column_shift[j]), least = std::min(least, double(b[j]));
+      for (int j = 0; j < cost.cols; ++j) v[j] = live_col(j) ? T(double(p.start[j]) - column_shift[j] - mean) : none;
+      std::swap(G, v);
+      if (!(low_dual() >= before + eps * std::log(least))) std::swap(G, v);  // not so for NaN
+    }
+    first_rows();
+  }
+  double low_dual() {
+    each_block([&](int i0) {
+      for (int i = i0; i < i0 + block; ++i)
+        if (live_row(i)) F[i] = lowest(i);
+    });
+    double total = 0;
+    for (int i = 0; i < cost.n; ++i)
+      if (live_row(i)) total += double(a[i]) * F[i];
+    for (int j = 0; j < cost.m; ++j)
+      if (live_col(j)) total += double(b[j]) * G[j];
+    return total;
   }
 
   // One iteration into next_phi, next_psi; the error of the state before it, and how far the new scalings spread.

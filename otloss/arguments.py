@@ -1,26 +1,31 @@
-"""From the arguments of a call to a `Problem`: checks, dtypes, one batch dimension, masks, penalties and eps."""
+"""From the arguments of a call to a `Problem`: checks, dtypes, one batch dimension, masks, penalties, eps and start."""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from otloss.backends import choose_backend, get_backend
-from otloss.backends.protocol import Given, Problem
+from otloss.backends.protocol import COLD, Given, Problem, Start
 from otloss.checks import check_device, check_mask, check_strength, check_tensor, working_dtype
 from otloss.compat import has_values
 from otloss.cost import COSTS, KINDS_IN_UNITS, centred, in_units
 from otloss.partial import Slack, with_slack
 
-__all__ = ["Arguments", "Described", "describe"]
+__all__ = ["Arguments", "Described", "Ragged", "describe"]
+
+#: A tensor; or of sets of different sizes a list of tensors or a nested tensor, until it is padded.
+Ragged: TypeAlias = Tensor | Sequence[Tensor]
 
 #: How far the totals of a and b may lie apart, relatively: a softmax over 10^5 points is off by 1e-5 in float32.
 #: In half precision 2e-2.
 MASS_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}
 MASSES = ("a", "log_a", "b", "log_b")
+POTENTIALS = ("f of init", "g of init")
 #: Arguments whose values are looked at here; those of the others are looked at in the operators.
 VALUES = ("mask_x", "mask_y", "rho_a", "rho_b", "partial", "eps")
 
@@ -29,15 +34,16 @@ class Arguments(NamedTuple):
     """What a call says of its problems, beside the cost or the features."""
 
     eps: float | Tensor
-    a: Tensor | None = None
-    b: Tensor | None = None
-    log_a: Tensor | None = None
-    log_b: Tensor | None = None
-    mask_x: Tensor | None = None
-    mask_y: Tensor | None = None
+    a: Ragged | None = None
+    b: Ragged | None = None
+    log_a: Ragged | None = None
+    log_b: Ragged | None = None
+    mask_x: Ragged | None = None
+    mask_y: Ragged | None = None
     rho_a: float | Tensor | None = None
     rho_b: float | Tensor | None = None
     partial: float | Tensor | None = None
+    init: tuple[Tensor, Tensor] | None = None
 
 
 class Described(NamedTuple):
@@ -45,6 +51,7 @@ class Described(NamedTuple):
 
     problem: Problem
     given: Given
+    start: Start
     backend: str
     batch: torch.Size
     """The leading dimensions of every output."""
@@ -77,6 +84,16 @@ def _named(left: Tensor, right: Tensor | None, said: Arguments) -> dict[str, tup
         if mask is not None:
             check_mask(name, mask, f"(B, {size})")
             named[name] = (mask, (count,))
+    init: Any = said.init
+    if init is not None:
+        if not isinstance(init, (tuple, list)) or len(init) != 2:
+            got = f"{len(init)} of them" if isinstance(init, (tuple, list)) else type(init).__name__
+            raise TypeError(f"init must be a pair of potentials (f, g), got {got}")
+        if said.partial is not None:
+            raise ValueError("give init or partial, not both: the potentials of what is not sent are not known")
+        for name, potential, count, size in zip(POTENTIALS, init, (n, m), ("n", "m"), strict=True):
+            check_tensor(name, potential, 1, f"(B, {size})")
+            named[name] = (potential.detach(), (count,))
     for name in ("rho_a", "rho_b", "partial", "eps"):
         strength = getattr(said, name)
         if strength is not None or name == "eps":
@@ -146,6 +163,20 @@ def _each(value: float | Tensor | None, put: Tensor | None, like: Tensor, count:
     return put if value is None or isinstance(value, Tensor) else like.new_full((count,), float(value))
 
 
+def _start(put: dict[str, Tensor], unit: Tensor | None) -> Start:
+    """The potentials to start from: 0 where a mask leaves a point out, and in units of eps where costs are."""
+    if POTENTIALS[0] not in put:
+        return COLD
+    f, g = (put[name] for name in POTENTIALS)
+    if unit is not None:
+        f, g = f / unit.detach().unsqueeze(-1), g / unit.detach().unsqueeze(-1)
+    if "mask_x" in put:
+        f = torch.where(put["mask_x"], f, 0.0)
+    if "mask_y" in put:
+        g = torch.where(put["mask_y"], g, 0.0)
+    return Start(f, g)
+
+
 def describe(left: Tensor, right: Tensor | None, kind: str, said: Arguments, backend: str | None) -> Described:
     """The problem of a cost, or of two sets of features and the kind of their cost."""
     named = _named(left, right, said)
@@ -197,5 +228,5 @@ def describe(left: Tensor, right: Tensor | None, kind: str, said: Arguments, bac
         left, a, b, slack = with_slack(left, a, b, sent, tolerance)
         form_a = form_b = "masses"
     given = Given(form_a, form_b, tolerance, unit is not None)
-    problem = Problem(left, right, a, b, eps, rho_a, rho_b, made)
-    return Described(problem, given, chosen, batch, unit, mask_x, mask_y, slack)
+    problem, start = Problem(left, right, a, b, eps, rho_a, rho_b, made), _start(put, unit)
+    return Described(problem, given, start, chosen, batch, unit, mask_x, mask_y, slack)

@@ -48,7 +48,7 @@ class Sinkhorn(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        problem, given, options = together(inputs, SOLVE)
+        problem, given, options, _ = together(inputs, SOLVE)
         state = output[_STATE:]
         _, _, by_a, by_b, *_ = ctx.needs_input_grad
         # A mass without a gradient counts as uniform from here on. Where it has one, its total is needed, but for logs.

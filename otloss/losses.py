@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from otloss.arguments import Arguments, Ragged
 from otloss.backends import check_backend
 from otloss.checks import (
     check_choice,
@@ -21,6 +22,7 @@ from otloss.checks import (
 from otloss.cost import COSTS, cosine_cost
 from otloss.gradients import MODES
 from otloss.output import SinkhornOutput
+from otloss.ragged import padded
 from otloss.sinkhorn import SOLVERS, feature_sinkhorn, sinkhorn
 
 __all__ = ["CosineCost", "CosineSinkhornLoss", "FeatureSinkhornLoss", "SinkhornLoss"]
@@ -32,9 +34,9 @@ REDUCTIONS = ("mean", "sum", "none")
 class _Side(NamedTuple):
     """What a call says of one of the two sets."""
 
-    mass: Tensor | None
-    log_mass: Tensor | None
-    mask: Tensor | None
+    mass: Ragged | None
+    log_mass: Ragged | None
+    mask: Ragged | None
 
 
 class CosineCost(nn.Module):
@@ -108,22 +110,28 @@ class _TransportLoss(nn.Module):
         }
 
     def _objective_of(
-        self, solve: Callable[..., SinkhornOutput], points: Sequence[Sequence[Any]], x: _Side, y: _Side
+        self,
+        solve: Callable[..., SinkhornOutput],
+        points: Sequence[Sequence[Any]],
+        x: _Side,
+        y: _Side,
+        init: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, SinkhornOutput]:
         """The objective ``(B,)``, and the output of the problem between the sets.
 
-        ``points`` are the first arguments of ``solve`` between the sets, within x and within y.
+        ``points`` are the first arguments of ``solve`` between the sets, within x and within y. The problem between the
+        sets starts from ``init``.
         """
 
-        def between(arguments: Sequence[Any], a: _Side, b: _Side) -> SinkhornOutput:
+        def between(arguments: Sequence[Any], a: _Side, b: _Side, **more: Any) -> SinkhornOutput:
             masses = {"a": a.mass, "b": b.mass, "log_a": a.log_mass, "log_b": b.log_mass}
-            return solve(*arguments, **masses, mask_x=a.mask, mask_y=b.mask)
+            return solve(*arguments, **masses, mask_x=a.mask, mask_y=b.mask, **more)
 
-        out = between(points[0], x, y)
+        out = between(points[0], x, y, init=init)
         if self.objective != "divergence":
             return getattr(out, self.objective), out
-        within = between(points[1], x, x).value + between(points[2], y, y).value
-        return out.value - 0.5 * within + 0.5 * out._mass_bias(), out
+        within = between(points[1], x, x)._exact_value() + between(points[2], y, y)._exact_value()
+        return out._exact_value() - 0.5 * within + 0.5 * out._mass_bias(), out
 
     def _reduce(self, loss: Tensor) -> Tensor:
         if self.reduction == "mean":
@@ -188,10 +196,12 @@ class SinkhornLoss(_TransportLoss):
         mask_y: Tensor | None = None,
         cost_xx: Tensor | None = None,
         cost_yy: Tensor | None = None,
+        init: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """Loss of ``cost (B, n, m)``. Marginals and masks are those of :func:`otloss.sinkhorn`.
+        """Loss of ``cost (B, n, m)``. Marginals, masks and init are those of :func:`otloss.sinkhorn`.
 
         The objective ``"divergence"`` needs ``cost_xx (B, n, n)`` and ``cost_yy (B, m, m)``; the others take neither.
+        Of its three problems the one between the sets starts from ``init``.
 
         Returns:
             A scalar, or ``(B,)`` with ``reduction="none"``. It is float64 for float64 input and float32 otherwise.
@@ -204,7 +214,7 @@ class SinkhornLoss(_TransportLoss):
         self._check_within(cost, within)
         solve = partial(sinkhorn, **self._options)
         costs = (cost,), (cost_xx,), (cost_yy,)
-        loss, _ = self._objective_of(solve, costs, _Side(a, log_a, mask_x), _Side(b, log_b, mask_y))
+        loss, _ = self._objective_of(solve, costs, _Side(a, log_a, mask_x), _Side(b, log_b, mask_y), init)
         return self._reduce(loss)
 
     def _check_within(self, cost: object, within: dict[str, Tensor | None]) -> None:
@@ -273,39 +283,45 @@ class FeatureSinkhornLoss(_TransportLoss):
 
     def forward(
         self,
-        x: Tensor,
-        y: Tensor,
-        a: Tensor | None = None,
-        b: Tensor | None = None,
+        x: Ragged,
+        y: Ragged,
+        a: Ragged | None = None,
+        b: Ragged | None = None,
         *,
-        log_a: Tensor | None = None,
-        log_b: Tensor | None = None,
-        mask_x: Tensor | None = None,
-        mask_y: Tensor | None = None,
+        log_a: Ragged | None = None,
+        log_b: Ragged | None = None,
+        mask_x: Ragged | None = None,
+        mask_y: Ragged | None = None,
+        init: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """Loss of ``x (B, n, d)`` and ``y (B, m, d)``. Marginals and masks are those of :func:`otloss.sinkhorn`.
+        """Loss of ``x (B, n, d)`` and ``y (B, m, d)``, or of lists of sets, as in :func:`otloss.feature_sinkhorn`.
+
+        Of the three problems of the divergence the one between the sets starts from ``init``.
 
         Returns:
             A scalar, or ``(B,)`` with ``reduction="none"``. It is float64 for float64 input and float32 otherwise.
         """
-        loss, _ = self.per_problem(x, y, a, b, log_a=log_a, log_b=log_b, mask_x=mask_x, mask_y=mask_y)
+        loss, _ = self.per_problem(x, y, a, b, log_a=log_a, log_b=log_b, mask_x=mask_x, mask_y=mask_y, init=init)
         return self._reduce(loss)
 
     def per_problem(
         self,
-        x: Tensor,
-        y: Tensor,
-        a: Tensor | None = None,
-        b: Tensor | None = None,
+        x: Ragged,
+        y: Ragged,
+        a: Ragged | None = None,
+        b: Ragged | None = None,
         *,
-        log_a: Tensor | None = None,
-        log_b: Tensor | None = None,
-        mask_x: Tensor | None = None,
-        mask_y: Tensor | None = None,
+        log_a: Ragged | None = None,
+        log_b: Ragged | None = None,
+        mask_x: Ragged | None = None,
+        mask_y: Ragged | None = None,
+        init: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, SinkhornOutput]:
         """The objective ``(B,)`` before reduction, and the solver's output for (x, y), which holds the diagnostics."""
         solve = partial(feature_sinkhorn, cost=self.cost, **self._options)
-        return self._objective_of(solve, ((x, y), (x, x), (y, y)), _Side(a, log_a, mask_x), _Side(b, log_b, mask_y))
+        x, y, said = padded(x, y, Arguments(self.eps, a, b, log_a, log_b, mask_x, mask_y))
+        of_x, of_y = _Side(said.a, said.log_a, said.mask_x), _Side(said.b, said.log_b, said.mask_y)
+        return self._objective_of(solve, ((x, y), (x, x), (y, y)), of_x, of_y, init)
 
     def extra_repr(self) -> str:
         return f"cost={self.cost!r}, {super().extra_repr()}"

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from otloss.backends import get_backend
-from otloss.backends.protocol import NOTHING, Given, Gradients, Problem, Shift, Solution, is_relaxed
+from otloss.backends.protocol import NOTHING, Given, Gradients, Problem, Shift, Solution, Start, is_relaxed
 from otloss.backends.reference import live
 from otloss.checks import no_autocast, warn
 from otloss.gradients import Incoming, State, derive
@@ -49,7 +49,7 @@ class Asked(NamedTuple):
 
 
 #: The arguments of the two operators, and what ``solve`` returns.
-SOLVE = (Problem, Given, Options)
+SOLVE = (Problem, Given, Options, Start)
 GRADIENT = (Problem, State, Incoming, Asked, Given, Options)
 OUTPUTS = ("transport_cost", "value", "error", *State._fields)
 
@@ -86,13 +86,17 @@ def _checks_on(x: Tensor) -> bool:
     return x.device.type == "cpu" or os.environ.get("OTLOSS_CHECK_VALUES") == "1"
 
 
+def _finite(x: Tensor) -> bool:
+    # aminmax gives NaN twice if any entry is.
+    return not x.numel() or all(math.isfinite(float(end)) for end in x.aminmax())
+
+
 def _usable(problem: Problem) -> bool:
     """Whether a cost holds neither NaN nor -inf, or features nothing that is not finite."""
     left, right = problem.left, problem.right
-    # An end is NaN if any entry is.
     if right is None:
-        return not left.numel() or float(left.amin()) > -math.inf
-    return all(not x.numel() or all(math.isfinite(float(end)) for end in x.aminmax()) for x in (left, right))
+        return not left.numel() or float(left.amin()) > -math.inf  # the least is NaN if any entry is
+    return _finite(left) and _finite(right)
 
 
 def _eps(problem: Problem, given: Given) -> str:
@@ -172,13 +176,15 @@ def converged(problem: Problem, solution: Solution, tol: float) -> Tensor:
 
 
 def _solve(*arguments: Any) -> tuple[Tensor, ...]:
-    problem, given, options = together(arguments, SOLVE)
+    problem, given, options, start = together(arguments, SOLVE)
     backend, checked = get_backend(options.backend), _checks_on(problem.left)
     with no_autocast(problem.left):
         problem, all_live = backend.normalise(problem, given, checked)
+        if checked:
+            _check_start(problem, start)
         kept = room_to_keep(problem, options.keep, options.backend)
         room = kept if kept.numel() else None
-        solution = backend.solve(problem, options.max_iter, options.tol, room, options.accelerate)
+        solution = backend.solve(problem, options.max_iter, options.tol, room, options.accelerate, start)
         if checked:
             _check(problem, given, solution, backend.worst_error(solution), all_live, options)
     shift = solution.shift or _no_shift(problem)
@@ -205,6 +211,13 @@ def _check(
         )
 
 
+def _check_start(problem: Problem, start: Start) -> None:
+    """Raise unless the potentials to start from are finite where there is mass."""
+    for name, x, mass in (("f", start.f, problem.a), ("g", start.g, problem.b)):
+        if x is not None and not _finite(x) and not bool((x.isfinite() | (mass == 0)).all()):
+            raise ValueError(f"{name} of init must be finite where there is mass, got NaN or inf")
+
+
 def _no_shift(problem: Problem) -> Shift:
     """Zeros for a dense cost that nothing was taken out of, nothing for features."""
     a, b = problem.a, problem.b
@@ -214,7 +227,7 @@ def _no_shift(problem: Problem) -> Shift:
 
 
 def _fake_solve(*arguments: Any) -> tuple[Tensor, ...]:
-    problem, _, options = together(arguments, SOLVE)
+    problem, _, options, _ = together(arguments, SOLVE)
     a, b = problem.a, problem.b
     scalar, kept = a.new_empty(a.shape[0]), room_to_keep(problem, options.keep, options.backend)
     n_iter, shift = torch.empty_like(scalar, dtype=torch.int64), _no_shift(problem)

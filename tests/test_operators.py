@@ -12,7 +12,7 @@ from torch.library import opcheck
 import otloss
 from otloss import operators
 from otloss.backends import get_backend
-from otloss.backends.protocol import Backend, Given, Problem
+from otloss.backends.protocol import COLD, Backend, Given, Problem, Start
 from otloss.gradients import Incoming, State
 from otloss.operators import Options
 
@@ -196,8 +196,9 @@ def test_opcheck(backend: str, dimension: int | None, permuted: bool, given: tup
     left, right = (torch.randn(2, 4, dimension), torch.randn(2, 5, dimension)) if dimension else (cost, None)
     problem, forms = Problem(left, right, a, b, 0.1), Given(*given, 1e-4)
     options = Options(50, 1e-5, True, True, "implicit", backend)
-    opcheck(operators.solve, (*problem, *forms, *options))
-    state = State(*operators.solve(*problem, *forms, *options)[3:])
+    start = Start(torch.rand(2, 4), torch.rand(2, 5)) if permuted else COLD
+    opcheck(operators.solve, (*problem, *forms, *options, *start))
+    state = State(*operators.solve(*problem, *forms, *options, *start)[3:])
     assert state.kept.numel() == (40 if dimension == 16 and backend == "cpu" else 0)
     w, p, q = torch.rand(2), torch.rand(2, 4), torch.rand(2, 5)
     unrolled = options._replace(mode="unroll")

@@ -27,7 +27,7 @@ import otloss
 from benchmarks import gpu_more
 from benchmarks.workloads import WORKLOADS
 from otloss.backends import reference, triton
-from otloss.backends.protocol import Problem, Shift, Solution, Upstream
+from otloss.backends.protocol import Problem, Shift, Solution, Start, Upstream
 
 if not triton.interpreted():
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
@@ -203,6 +203,19 @@ def test_stops_as_the_reference_does(regime: str) -> None:
     assert relative(got[5], want[5]) < 1e-6
     for one, other in zip(got[:4], want[:4], strict=True):
         close(one, other, 1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_start_is_taken_or_left_aside(regime: str, kind: str) -> None:
+    given = Problem(*problem(kind, 9, 6, torch.float64), EPS)
+    cold = whole_solution(given, 100, 1e-5)
+    dead = given.b == 0
+    assert dead.any() and int(cold.n_iter.min()) > 3
+    for g, most in ((cold.g, 2), (1e3 * torch.randn(2, 6, dtype=torch.float64), 100)):
+        warm = triton.solve(given, 100, 1e-5, start=Start(None, g.masked_fill(dead, torch.nan)))
+        assert (warm.error < 2e-5).all() and (warm.n_iter <= most).all()
+        assert most == 2 or torch.equal(warm.n_iter, cold.n_iter)
+        close(warm.value, cold.value, 1e-4)
 
 
 @pytest.fixture(params=["small", "medium", "large"])

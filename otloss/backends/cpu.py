@@ -15,7 +15,18 @@ import torch
 from torch import Tensor
 
 from otloss.backends import masses
-from otloss.backends.protocol import NOTHING, Given, Gradients, Problem, Shift, Solution, Upstream, is_relaxed
+from otloss.backends.protocol import (
+    COLD,
+    NOTHING,
+    Given,
+    Gradients,
+    Problem,
+    Shift,
+    Solution,
+    Start,
+    Upstream,
+    is_relaxed,
+)
 
 TWICE_DIFFERENTIABLE = False
 RELAXES = True
@@ -172,7 +183,12 @@ def _gradient_addresses(gradients: Gradients, residual: Tensor | None) -> object
 
 
 def solve(
-    problem: Problem, max_iter: int, tol: float, kept: Tensor | None = None, accelerate: bool = False
+    problem: Problem,
+    max_iter: int,
+    tol: float,
+    kept: Tensor | None = None,
+    accelerate: bool = False,
+    start: Start = COLD,
 ) -> Solution:
     """The solution after ``max_iter`` sweeps or at an L1 error below ``tol`` (csrc/solve.hpp, csrc/quasi_newton.hpp).
 
@@ -186,7 +202,8 @@ def solve(
     f, g, cost = torch.empty_like(of_rows), torch.empty_like(of_columns), call.empty()
     value, error, n_iter = torch.empty_like(cost), torch.empty_like(cost), torch.empty_like(cost, dtype=torch.int64)
     addresses = f.data_ptr(), g.data_ptr(), cost.data_ptr(), value.data_ptr(), n_iter.data_ptr(), error.data_ptr()
-    call.run("solve", accelerate, max_iter, tol, *addresses)
+    first = None if start.g is None else start.g.contiguous()
+    call.run("solve", _address(first), accelerate, max_iter, tol, *addresses)
     return Solution(f, g, cost, value, n_iter, error, shift)
 
 

@@ -12,7 +12,19 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["NOTHING", "Backend", "Given", "Gradients", "Problem", "Shift", "Solution", "Upstream", "is_relaxed"]
+__all__ = [
+    "COLD",
+    "NOTHING",
+    "Backend",
+    "Given",
+    "Gradients",
+    "Problem",
+    "Shift",
+    "Solution",
+    "Start",
+    "Upstream",
+    "is_relaxed",
+]
 
 
 #: Stands for a gradient that there is not.
@@ -61,6 +73,19 @@ class Given(NamedTuple):
     """How far the totals of a and b may lie apart, relatively."""
     tensor_eps: bool = False
     """Whether eps came as a tensor: the problem is then in units of it, and its own eps is 1."""
+
+
+class Start(NamedTuple):
+    """Potentials to start from, of the cost as it was given; those of points without mass do not count."""
+
+    f: Tensor | None = None
+    """``(B, n)``, or None for a start without any."""
+    g: Tensor | None = None
+    """``(B, m)`` likewise."""
+
+
+#: A start without potentials.
+COLD = Start()
 
 
 class Shift(NamedTuple):
@@ -154,7 +179,13 @@ class Backend(Protocol):
         """The largest error of a solution, 0 of no problems; NaN where a potential or a cost is not finite."""
 
     def solve(
-        self, problem: Problem, max_iter: int, tol: float, kept: Tensor | None = None, accelerate: bool = False
+        self,
+        problem: Problem,
+        max_iter: int,
+        tol: float,
+        kept: Tensor | None = None,
+        accelerate: bool = False,
+        start: Start = COLD,
     ) -> Solution:
         """Iterate until the L1 error of the marginals falls below ``tol``, at most ``max_iter`` times.
 
@@ -162,6 +193,9 @@ class Backend(Protocol):
         the cost counts as an iteration.
 
         ``kept (B, n, m)`` has the dtype of the masses; the cost of features is written to it for the gradient to come.
+
+        ``start`` has the dtype of the masses. An iteration is a half-step of f and then one of g, so that g alone
+        decides where it leads. A start from which the way would be longer than from none is left aside.
         """
 
     def implicit_gradient(

@@ -20,8 +20,9 @@ from otloss.backends import quasi_newton, relaxed
 from otloss.backends.masses import by_given as by_given
 from otloss.backends.masses import normalise as normalise
 from otloss.backends.masses import worst_error as worst_error
-from otloss.backends.protocol import Gradients, Problem, Shift, Solution, Upstream, is_relaxed
-from otloss.backends.relaxed import Penalty
+from otloss.backends.protocol import COLD, Gradients, Problem, Shift, Solution, Start, Upstream, is_relaxed
+from otloss.backends.relaxed import penalties
+from otloss.backends.start import better_start
 from otloss.backends.steps import bounded_exp, f_step, g_step, without_forbidden
 from otloss.checks import wide
 from otloss.cost import COSTS, centred, live_rows, negligible, row_norms, unit_rows
@@ -174,11 +175,16 @@ def _iterate(
 
 
 def solve(
-    problem: Problem, max_iter: int, tol: float, kept: Tensor | None = None, accelerate: bool = False
+    problem: Problem,
+    max_iter: int,
+    tol: float,
+    kept: Tensor | None = None,
+    accelerate: bool = False,
+    start: Start = COLD,
 ) -> Solution:
     """The solution of each problem, with potentials in the gauge <a, f> = <b, g>; ``kept`` is not used."""
     if is_relaxed(problem):
-        return _solve_relaxed(problem, max_iter, tol)
+        return _solve_relaxed(problem, max_iter, tol, start.g)
     a, b, eps = problem.a, problem.b, problem.eps
     cost = dense_cost(problem.left, problem.right, problem.kind)
     log_a, log_b = log_mass(a), log_mass(b)
@@ -189,9 +195,17 @@ def solve(
     g = torch.zeros_like(b) if shift is None else -shift.columns  # potentials 0 of the cost given
     if accelerate:
         g = quasi_newton.start(g, torch.where(live(b), minima.columns, 0.0), eps)
-        f, g, n_iter = quasi_newton.solve(opened, a, b, log_a, log_b, g, eps, max_iter, tol)
+    given = start.g if start.g is None or shift is None else start.g - shift.columns
+    g = better_start(given, g, problem, lambda g: f_step(opened, log_b, g, eps))
+    same = quasi_newton.is_symmetric(problem) if accelerate else a.new_zeros(len(a), 1, dtype=torch.bool)
+    if accelerate:
+        apart = torch.zeros_like(b) if shift is None or a.shape != b.shape else shift.columns - shift.rows
+        f, g, n_iter = quasi_newton.solve(opened, a, b, log_a, log_b, g, eps, max_iter, tol, same, apart)
     else:
         f, g, n_iter = _iterate(opened, a, log_a, log_b, g, eps, max_iter, tol)
+    if same.any():  # f = g of the cost as it was given; to first order the error is the same, half on either side
+        half = (f - apart + g) / 2
+        f, g = torch.where(same, half + apart, f), torch.where(same, half, g)
     f = torch.where(live(a), f, f_step(opened, log_b, g, eps)).masked_fill(lost_a, 0.0)
     g = torch.where(live(b), g, g_step(opened, log_a, f, eps)).masked_fill(lost_b, 0.0)
     constant = ((b * g).sum(-1) - (a * f).sum(-1)).unsqueeze(-1) / 2
@@ -207,20 +221,14 @@ def solve(
     return Solution(f, g, transport_cost, value, n_iter, error, shift)
 
 
-def penalties(problem: Problem) -> tuple[Penalty, Penalty]:
-    """The penalties on both marginals."""
-    rhos = (None if rho is None else rho.unsqueeze(-1) for rho in (problem.rho_a, problem.rho_b))
-    of_a, of_b = (Penalty(rho, problem.eps) for rho in rhos)
-    return of_a, of_b
-
-
-def _solve_relaxed(problem: Problem, max_iter: int, tol: float) -> Solution:
+def _solve_relaxed(problem: Problem, max_iter: int, tol: float, start: Tensor | None) -> Solution:
     """The solution under penalties; its potentials have no gauge, and nothing is taken out of the cost."""
     right, a, b, eps = problem.right, problem.a, problem.b, problem.eps
     cost = dense_cost(problem.left, right, problem.kind)
     log_a, log_b, (of_a, of_b) = log_mass(a), log_mass(b), penalties(problem)
     opened, lost_a, lost_b = _opened(cost, a, b)
-    f, g, n_iter = relaxed.iterate(opened, a, b, log_a, log_b, of_a, of_b, max_iter, tol)
+    g = better_start(start, torch.zeros_like(b), problem, lambda g: f_step(opened, log_b, g, eps))
+    f, g, n_iter = relaxed.iterate(opened, a, b, log_a, log_b, g, of_a, of_b, max_iter, tol)
     f = torch.where(live(a), f, of_a.damping * f_step(opened, log_b, g, eps)).masked_fill(lost_a, 0.0)
     g = torch.where(live(b), g, of_b.damping * g_step(opened, log_a, f, eps)).masked_fill(lost_b, 0.0)
     plan = transport_plan(cost, a, b, f, g, eps)

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from otloss.backends.protocol import Upstream
+from otloss.backends.protocol import Problem, Upstream
 from otloss.backends.steps import bounded_exp, f_step, g_step, without_forbidden
 from otloss.checks import wide
 
@@ -70,6 +70,13 @@ class Penalty(NamedTuple):
         return Penalty(torch.ones_like(mass[..., :1]), self.eps).divergence(marginal, mass)
 
 
+def penalties(problem: Problem) -> tuple[Penalty, Penalty]:
+    """The penalties on both marginals."""
+    rhos = (None if rho is None else rho.unsqueeze(-1) for rho in (problem.rho_a, problem.rho_b))
+    of_a, of_b = (Penalty(rho, problem.eps) for rho in rhos)
+    return of_a, of_b
+
+
 def _constant(a: Tensor, b: Tensor, f: Tensor, g: Tensor, of_a: Penalty, of_b: Penalty) -> Tensor:
     """The constant t ``(B, 1)`` that makes the totals of a exp(-(f + t) / rho_a) and b exp(-(g - t) / rho_b) equal."""
     log_a = torch.log((a * of_a.share(f)).sum(-1, keepdim=True))
@@ -84,18 +91,19 @@ def iterate(
     b: Tensor,
     log_a: Tensor,
     log_b: Tensor,
+    g: Tensor,
     of_a: Penalty,
     of_b: Penalty,
     max_iter: int,
     tol: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """f, g and the number of iterations of each problem, from potentials 0.
+    """f, g and the number of iterations of each problem, from this g.
 
     A problem stops where the L1 distance of both marginals from those that the potentials ask for is below ``tol`` of
     the plan's mass.
     """
     eps = of_a.eps
-    f, g, column_error = torch.zeros_like(a), torch.zeros_like(b), a.new_zeros(len(a))
+    f, column_error = torch.zeros_like(a), a.new_zeros(len(a))
     n_iter = torch.zeros(len(a), dtype=torch.int64, device=a.device)
     running = torch.ones_like(n_iter, dtype=torch.bool)
     for iteration in range(max_iter):

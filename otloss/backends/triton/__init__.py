@@ -58,7 +58,7 @@ from torch import Tensor
 from otloss.backends.masses import by_given as by_given
 from otloss.backends.masses import normalise as normalise
 from otloss.backends.masses import worst_error as worst_error
-from otloss.backends.protocol import NOTHING, Gradients, Problem, Shift, Solution, Upstream, is_relaxed
+from otloss.backends.protocol import COLD, NOTHING, Gradients, Problem, Shift, Solution, Start, Upstream, is_relaxed
 
 TWICE_DIFFERENTIABLE = False
 RELAXES = True
@@ -173,7 +173,12 @@ def _joined(parts: list[Any]) -> Any:
 
 
 def solve(
-    problem: Problem, max_iter: int, tol: float, kept: Tensor | None = None, accelerate: bool = False
+    problem: Problem,
+    max_iter: int,
+    tol: float,
+    kept: Tensor | None = None,
+    accelerate: bool = False,
+    start: Start = COLD,
 ) -> Solution:
     """The solution after ``max_iter`` iterations or at an L1 error below ``tol``.
 
@@ -183,10 +188,11 @@ def solve(
     """
     with _on(problem.left):
         parts = []
-        for _, group, room in _groups(problem, kept):
+        for part, group, room in _groups(problem, kept):
             from otloss.backends.triton import launch, solver  # imports the library
 
-            parts.append(solver.solve(launch.DeviceProblem(group, room), max_iter, tol))
+            first = None if start.g is None else start.g[part].contiguous()
+            parts.append(solver.solve(launch.DeviceProblem(group, room), max_iter, tol, first))
         return _joined(parts)  # type: ignore[no-any-return]
 
 

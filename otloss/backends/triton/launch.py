@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from otloss.backends.protocol import Problem, Shift, is_relaxed
-from otloss.backends.reference import live, penalties
+from otloss.backends.reference import live
+from otloss.backends.relaxed import penalties
 from otloss.backends.steps import without_forbidden
 from otloss.backends.triton import config, features, product, stream
 

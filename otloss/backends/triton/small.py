@@ -43,9 +43,38 @@ from otloss.backends.triton.tiles import (
 SCALED = tl.constexpr(64)
 
 
+@triton.jit
+def begin(
+    start, cost, min_i, min_j, mass_a, mass_b, b, g_out, n, m, eps, inv, N: tl.constexpr, M: tl.constexpr,
+    J: tl.constexpr,
+):  # fmt: skip
+    """Puts the start in place of ``g_out``, unless its dual is smaller by eps: see ``better_start``."""
+    DTYPE: tl.constexpr = mass_b.dtype
+    i = tl.arange(0, N)
+    j = tl.arange(0, M)
+    cold = vector(g_out, j, m, DTYPE)
+    given = vector(start, j, m, DTYPE)
+    if min_i is not None:
+        given -= vector(min_j, j, m, DTYPE)
+    given = tl.where(mass_b > 0.0, given, 0.0)
+    given -= tl.sum(mass_b * given, 0)
+    f = row_step(cost, min_i, min_j, i, g_out, b, n, m, inv, N, J)
+    before = tl.sum(tl.where(mass_a > 0.0, mass_a * f, 0.0), 0)
+    before += tl.sum(tl.where(mass_b > 0.0, mass_b * cold, 0.0), 0)
+    tl.debug_barrier()
+    tl.store(g_out + j, given, mask=j < m)
+    tl.debug_barrier()
+    f = row_step(cost, min_i, min_j, i, g_out, b, n, m, inv, N, J)
+    dual = tl.sum(tl.where(mass_a > 0.0, mass_a * f, 0.0), 0) + tl.sum(mass_b * given, 0)
+    tl.debug_barrier()
+    if (dual >= before - tl.full([], eps, DTYPE)) == 0:  # so for NaN
+        tl.store(g_out + j, cold, mask=j < m)
+    tl.debug_barrier()
+
+
 @jit(do_not_specialize=["n", "max_iter"])
 def solve_small(
-    cost, min_i, min_j, a, b, f_out, g_out, cost_out, value_out, n_iter_out, error_out, n, m, eps: tl.float64,
+    cost, min_i, min_j, a, b, start, f_out, g_out, cost_out, value_out, n_iter_out, error_out, n, m, eps: tl.float64,
     tol: tl.float64, max_iter, N: tl.constexpr, M: tl.constexpr, J: tl.constexpr,
 ):  # fmt: skip
     """All iterations and all outputs of one problem, the minima taken out of its cost too; grid: problems."""
@@ -80,6 +109,8 @@ def solve_small(
         tl.store(min_j + j, least_j, mask=j < m)
         tl.store(g_out + j, -least_j, mask=j < m)  # potentials 0 of the cost as given
     tl.debug_barrier()
+    if start is not None:
+        begin(start + p * m, cost, min_i, min_j, mass_a, mass_b, b, g_out, n, m, eps, inv, N, M, J)
     phi, psi = tl.full([N], 1.0, DTYPE), tl.full([M], 1.0, DTYPE)
     n_iter = 0
     go = n_iter < max_iter

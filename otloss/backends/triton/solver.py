@@ -5,27 +5,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from otloss.backends.protocol import Shift, Solution
+from otloss.backends.protocol import Problem, Shift, Solution
 from otloss.backends.reference import known, live
+from otloss.backends.start import better_start
 from otloss.backends.triton import config, penalties, relaxed, rows, small, stream
 from otloss.backends.triton.launch import DeviceProblem, iterate, launch
 
 
-def solve(problem: DeviceProblem, max_iter: int, tol: float) -> Solution:
-    """All outputs of every problem.
+def solve(problem: DeviceProblem, max_iter: int, tol: float, start: Tensor | None = None) -> Solution:
+    """All outputs of every problem, from potentials 0 or from the start ``(B, m)``.
 
     Small problems take one launch. Others take those of their iterations, four for the outputs, and of a dense cost two
-    for the shift; each of these reads or makes the cost once. Under penalties nothing is taken out of the cost.
+    for the shift; each of these reads or makes the cost once. A start adds two, which tell whether it is worth it.
+    Under penalties nothing is taken out of the cost, and the start is not used.
     """
     if problem.regime == "small":
-        return _small(problem, max_iter, tol)
+        return _small(problem, max_iter, tol, start)
     if problem.penalties is None:
         problem.take_minima_out()
+    g = _first_g(problem, start if problem.penalties is None else None)
     finish = _finish if problem.penalties is None else penalties.finish
-    return finish(problem, *(_medium if problem.regime == "medium" else _large)(problem, max_iter, tol))
+    return finish(problem, *(_medium if problem.regime == "medium" else _large)(problem, g, max_iter, tol))
 
 
-def _small(problem: DeviceProblem, max_iter: int, tol: float) -> Solution:
+def _small(problem: DeviceProblem, max_iter: int, tol: float, start: Tensor | None) -> Solution:
     count, n, m = problem.count, problem.n, problem.m
     f, g = problem.empty(count, n), problem.empty(count, m)
     cost, value, error = (problem.empty(count) for _ in range(3))
@@ -39,22 +42,26 @@ def _small(problem: DeviceProblem, max_iter: int, tol: float) -> Solution:
         return Solution(f, g, cost, value, n_iter, error)
     shift = Shift(torch.empty_like(f), torch.empty_like(g)) if problem.right is None else None
     launch(
-        small.solve_small, (count,), problem.cost, *(shift or (None, None)), problem.a, problem.b, f, g, cost, value,
-        n_iter, error, n, m, problem.eps, tol, max_iter, N=tile.rows, M=tile.cols, J=16, tile=tile,
+        small.solve_small, (count,), problem.cost, *(shift or (None, None)), problem.a, problem.b, start, f, g, cost,
+        value, n_iter, error, n, m, problem.eps, tol, max_iter, N=tile.rows, M=tile.cols, J=16, tile=tile,
     )  # fmt: skip
     return Solution(f, g, cost, value, n_iter, error, shift)
 
 
-def _first_g(problem: DeviceProblem) -> Tensor:
-    """Potentials 0 of the cost as it was given."""
-    return problem.zeros(problem.count, problem.m) if problem.shift is None else -problem.shift.columns
+def _first_g(problem: DeviceProblem, start: Tensor | None) -> Tensor:
+    """Potentials 0 of the cost as it was given, or those of a start."""
+    shift = problem.shift
+    cold = problem.zeros(problem.count, problem.m) if shift is None else -shift.columns
+    given = start if start is None or shift is None else start - shift.columns
+    masses = Problem(problem.left, problem.right, problem.a, problem.b, problem.eps)
+    return better_start(given, cold, masses, lambda g: problem.potential(problem.rows, g, problem.b))
 
 
-def _medium(problem: DeviceProblem, max_iter: int, tol: float) -> tuple[Tensor, Tensor, Tensor]:
-    """f, g and iterations; ``rows.py`` says what each buffer is for."""
+def _medium(problem: DeviceProblem, g: Tensor, max_iter: int, tol: float) -> tuple[Tensor, Tensor, Tensor]:
+    """f, g and iterations from this g; ``rows.py`` says what each buffer is for."""
     count, n, m = problem.count, problem.n, problem.m
     tile, blocks, tiles = problem.row_blocks()
-    f, g = problem.zeros(2, count, n), _first_g(problem).unsqueeze(1).repeat(1, blocks, 1)
+    f, g = problem.zeros(2, count, n), g.unsqueeze(1).repeat(1, blocks, 1)
     share, missed = problem.empty(2, blocks, count, m), problem.empty(2, count, blocks)
     state = problem.zeros(count, blocks, 3, dtype=torch.int32)
     level = constant = None
@@ -75,10 +82,10 @@ def _medium(problem: DeviceProblem, max_iter: int, tol: float) -> tuple[Tensor, 
     return f if constant is None else f + constant.unsqueeze(-1), g[:, 0].contiguous(), n_iter
 
 
-def _large(problem: DeviceProblem, max_iter: int, tol: float) -> tuple[Tensor, Tensor, Tensor]:
-    """f, g and iterations."""
+def _large(problem: DeviceProblem, g: Tensor, max_iter: int, tol: float) -> tuple[Tensor, Tensor, Tensor]:
+    """f, g and iterations from this g, which is overwritten."""
     count, n, m, eps = problem.count, problem.n, problem.m, problem.eps
-    f, g = problem.zeros(count, n), _first_g(problem)
+    f = problem.zeros(count, n)
     n_iter = problem.zeros(count, dtype=torch.int64)
     running = torch.ones_like(n_iter, dtype=torch.int32)
     over_m = problem.split(problem.rows, config.stream(n, m, problem.d, problem.double))
