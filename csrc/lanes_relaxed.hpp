@@ -1,5 +1,5 @@
-// relaxed.hpp for problems with short rows, one to a lane (lanes.hpp). Where a sum is lost, and where quasi-Newton steps are allowed and
-// plain iterations are slow, the problem goes to the kernel for single problems.
+// relaxed.hpp for problems with short rows, one to a lane (lanes.hpp). Where a sum is lost, where a start is given, and where quasi-Newton
+// steps are allowed and plain iterations are slow, the problem goes to the kernel for single problems.
 #pragma once
 #include "lanes_solve.hpp"
 #include "relaxed.hpp"
@@ -181,6 +181,8 @@ void solve_relaxed_lanes(const Problem<T>* p, int count, Arena& arena, bool acce
   using Vec = vec<T>;
   LaneRelaxed<T> s(p, count, arena);
   s.fill([&](int lane, const Cost<T>& cost) { cost.copy_cost_to(outs[lane].kept); });
+  for (int lane = 0; lane < count; ++lane)
+    if (p[lane].start) s.fallback[lane] = -1;  // whether a start is worth it takes a sweep of its own
   s.run(accelerate, max_iter, tol, n_iter);
   T *f = s.by_rows.next_x, *g = s.by_columns.next_x, *of_rows = s.by_rows.level, *sharp = s.asked, *of_columns = s.sums;
   const Vec back = T(ln2) * s.eps;

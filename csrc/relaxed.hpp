@@ -33,7 +33,7 @@ template <class T, class F> OTLOSS_INLINE void two_sums(int count, double& one, 
 
 template <class T> struct Relaxed : Solver<T> {
   using Base = Solver<T>;
-  using Base::a, Base::b, Base::cost, Base::eps, Base::scale, Base::F, Base::G, Base::K, Base::log_a, Base::log_b, Base::v, Base::team,
+  using Base::a, Base::b, Base::cost, Base::p, Base::eps, Base::scale, Base::F, Base::G, Base::K, Base::log_a, Base::log_b, Base::v, Base::team,
       Base::next_psi, Base::peak, Base::total, Base::none;
 
   // A sum below `least`, which is 2^-lost_bits, is lost.
@@ -121,16 +121,39 @@ template <class T> struct Relaxed : Solver<T> {
     for (int i = 0; i < side.padded; ++i) f[i] = side.mass[i] != 0 ? side.from[i] + back() * x[i] : T(0);
   }
 
-  // K has entries of 1 in every row and every column: F and G are the minima of the rows of C and then those of its columns.
+  // K has entries of 1 in every row and every column: F and G are the minima of the rows of C and then those of its columns. The start
+  // is g = 0, or the potentials that are given, unless the dual of 0 is larger by eps.
   void start() {
     this->read_cost(true);
     for (int j = 0; j < cost.m; ++j)
       if (this->live_col(j)) G[j] = this->column_shift[j];
     this->first_rows();
     for (Side* side : {&rows, &columns}) side->move_origin(0);
-    for (int j = 0; j < cost.cols; ++j) columns.x[j] = -columns.from[j] * scale;
     for (int i = 0; i < cost.rows; ++i) rows.x[i] = rows.lean * rows.from[i];
+    begin_at(nullptr);
     lift = rows.top(rows.x);
+    if (!p.start) return;
+    const double cold = dual_after_rows();
+    begin_at(p.start);
+    if (!(dual_after_rows() >= cold - double(eps))) begin_at(nullptr);  // so too for NaN
+  }
+
+  void begin_at(const T* g) {
+    for (int j = 0; j < cost.cols; ++j) columns.x[j] = ((g && columns.mass[j] != 0 ? g[j] : T(0)) - columns.from[j]) * scale;
+  }
+
+  // The dual at g and the rows' next potentials, by one sweep.
+  double dual_after_rows() {
+    iterate();
+    double dual = 0;
+    for (int i = 0; i < cost.n; ++i) {
+      if (a[i] == 0) continue;
+      const double whole = double(rows.from[i]) - double(back()) * rows.level[i], f = rows.penalty.soft * whole;
+      dual += a[i] * (rows.penalty.slope(f) - eps * std::exp((f - whole) / eps));
+    }
+    for (int j = 0; j < cost.m; ++j)
+      if (b[j] != 0) dual += b[j] * columns.penalty.slope(double(columns.from[j]) + double(back()) * columns.x[j]);
+    return dual;
   }
 
   // One iteration from columns.x into next_x, but for the constant.
