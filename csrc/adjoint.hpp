@@ -14,17 +14,9 @@
 // so S_j and V_j of a dead column come out of the same sums. Eliminating U_i = y_i - sum_j M_ij V_j leaves
 //   (S - M' A M) V = h,   h = s - M' A y,   y_i = r_i / A_i,
 // which conjugate gradients solve as (I - L'L) z = S^-1/2 h, L = A^1/2 M S^-1/2, in the complement of the null vector
-// S^1/2; one step is one sweep over M. Dead rows have A_i = 0, dead columns are left out.
-//
-// With penalties on the marginals (penalty.hpp) let d = rho/(rho + eps), 1 for a constraint, p' = d_a p and q' = d_b q. Then
-//   [diag A/d_a  T; T'  diag S/d_b] [U; V] = [r; s],   r_i = w (sum_j T_ij R_ij - eps A_i f_i/rho_a) - eps A_i sum_j T_ij q'_j/(A_i S_j),
-// s likewise, and p', q' stand for p, q in dL/dC. The multipliers are U = d_a (y - M V) and (S - d_a d_b M' A M) V = d_b h, with
-// h = s - d_a M' A y. Of this system the vector of ones is an eigenvector: that share of V is in closed form, and conjugate gradients
-// find the rest, in the same complement. A column that sends next to nothing counts as dead; its c_j is b_j over the share
-// exp(-g_j/rho_b) that it asks for, 1/exp(-g_j/rho_b) without mass.
+// S^1/2; one step is one sweep over M. Dead rows have A_i = 0, dead columns are left out. relaxed_adjoint.hpp has what penalties on the marginals change.
 #pragma once
-#include "passes.hpp"
-#include "penalty.hpp"
+#include "relaxed_adjoint.hpp"
 
 namespace otloss::OTLOSS_LEVEL {
 
@@ -71,21 +63,8 @@ template <class T> struct Adjoint {
       g[j] = g_in[j];
       qg[j] = solve && up.g ? (live[j] != 0 ? up.g[j] / p.b[j] : up.g[j]) : T(0);
     }
-    if (p.relaxed) relax_columns();
+    if (p.relaxed) relax_columns(*this);
     for (int j = cost.m; j < cost.cols; ++j) log_c[j] = none;
-  }
-
-  void relax_columns() {
-    const double tilt = log2e * of_b.inverse;
-    T top = none;
-    for (int j = 0; j < cost.m; ++j) top = std::max(top, T(log_b[j] - tilt * g[j]));  // of the masses asked for, in bits
-    for (int j = 0; j < cost.m; ++j) {
-      const T lifted = T(tilt * g[j]), asked = log_b[j] - lifted;
-      if (!(asked - top > std::log2(dead_mass<T>))) live[j] = 0, log_b[j] = none;
-      if (live[j] == 0) log_c[j] = lifted;
-      const T mass = live[j] != 0 ? std::exp2(asked) : T(1);
-      qg[j] = solve && up.g && mass > dead_mass<T> ? T(of_b.soft) * up.g[j] / mass : T(0);
-    }
   }
 
   // Computes M, A, S and the right-hand side, block by block as the rows of the cost are filled. C becomes R.
@@ -268,21 +247,9 @@ template <class T> struct Adjoint {
     return size;
   }
 
-  // The share of V along the vector of ones, under penalties.
-  T along_ones() {
-    Ones<T> ones;
-    for (int j = 0; j < cost.m; ++j) work[j] = live[j] * S[j];
-    ones.add_rows(cost.n, 1, A, fu, f);
-    ones.add_columns(cost.m, 1, work, g);
-    for (int i = 0; i < cost.n; ++i) ones.by_p += pf[i];
-    for (int j = 0; solve && up.g && j < cost.m; ++j)
-      if (S[j] > 0) ones.by_q += of_b.soft * up.g[j];
-    return ones.share(of_a, of_b, up.cost);
-  }
-
   // V by conjugate gradients, then U and the V of dead columns by one more sweep, which also shows the true residual.
   T multipliers() {
-    const T ones = p.relaxed ? along_ones() : T(0), start = conjugate_gradients(), shrink = T(of_a.soft * of_b.soft);
+    const T ones = p.relaxed ? along_ones(*this) : T(0), start = conjugate_gradients(), shrink = T(of_a.soft * of_b.soft);
     for (int j = 0; p.relaxed && j < cost.m; ++j) V[j] += live[j] * ones;
     normal(V, work);
     T left = 0;
@@ -368,18 +335,6 @@ template <class T> struct Adjoint {
     repeat<rows_at_once>(OTLOSS_EACH(r) { w_rows[i0 + r] = sum<T>(weight[r]); });
   }
 
-  // The gradients by masses and penalties of a problem with penalties.
-  void by_masses(const Gradient<T>& out) {
-    double whole_a = 0, whole_b = 0;
-    for (int i = 0; i < cost.n; ++i) whole_a += p.a[i];
-    for (int j = 0; j < cost.m; ++j) whole_b += p.b[j];
-    for (int j = 0; j < cost.m; ++j) z[j] = live[j] * S[j];
-    const T w = solve ? up.cost : T(0);
-    const T *by_f = solve ? up.f : nullptr, *by_g = solve ? up.g : nullptr;
-    by_side(cost.n, 1, of_a, p.a, A, f, fu, by_f, w, up.value, p.eps, whole_b, out.a, out.rho);
-    by_side(cost.m, 1, of_b, p.b, z, g, V, by_g, w, up.value, p.eps, whole_a, out.b, out.rho + 1);
-  }
-
  private:
   T rhs_scale = 0;
   static constexpr T none = -std::numeric_limits<T>::infinity();
@@ -398,7 +353,7 @@ void implicit_gradient(const Problem<T>& p, Arena& arena, const Team& team, cons
   if (needs_plan) s.assemble();
   if (adjoint) *out.residual = s.multipliers();
   if (p.relaxed) {
-    s.by_masses(out);
+    by_masses(s, out);
     if (out.left) s.contract(out);
     return;
   }

@@ -82,7 +82,7 @@ template <class T> struct LaneAdjoint : Lanes<T> {
     }
   }
 
-  // See Adjoint::along_ones.
+  // See along_ones in relaxed_adjoint.hpp.
   Vec along_ones() const {
     Vec share{};
     for (int lane = 0; lane < L; ++lane) {
@@ -95,7 +95,7 @@ template <class T> struct LaneAdjoint : Lanes<T> {
     return share;
   }
 
-  // See Adjoint::by_masses.
+  // See by_masses in relaxed_adjoint.hpp.
   void by_masses(int lane, const T* f_in, const T* g_in, T value, const Gradient<T>& out) const {
     const Problem<T>& q = this->p[lane];
     double whole_a = 0, whole_b = 0;

@@ -47,8 +47,8 @@ template <class T> struct RelaxedNewton : Relaxed<T> {
     Course<T> course(eps, tol, max_iter);
     course.watching = false;  // all at the problem's eps
     while (!course.stage_is_over() || course.fresh) {
-      T error, slope, range;
-      const bool finite = evaluate(error, slope, range);
+      T error, slope, range, noise;
+      const bool finite = evaluate(error, slope, range, noise);
       auto verdict = course.judge(finite, error, slope);
       if (verdict == Course<T>::doubtful) verdict = course.decide(raise(), error);
       if (verdict == Course<T>::rejected) {
@@ -59,6 +59,7 @@ template <class T> struct RelaxedNewton : Relaxed<T> {
       if (!course.fresh) remember();
       course.fresh = false;
       course.plain_range = range;
+      course.goal = std::max(tol, noise);
       std::swap(rows.x, rows.next_x);
       std::swap(state, trial);
       this->centre();
@@ -68,15 +69,16 @@ template <class T> struct RelaxedNewton : Relaxed<T> {
       if (!course.stage_is_over() && !newton_step(course)) plain_step(course);
     }
     n_iter = course.k;
-    if (!(course.error < tol)) columns.move_by(y, state.step);
+    if (!(course.error < course.goal)) columns.move_by(y, state.step);
     std::swap(y, columns.x);
   }
 
  private:
   void forget() { std::fill(paired, paired + memory, false); }
 
-  // A sweep at the trial point, to which the constant is added. False if something is not finite.
-  bool evaluate(T& error, T& slope, T& range) {
+  // A sweep at the trial point, to which the constant is added. False if something is not finite. The error is known to `noise`, by
+  // rounding of the scalings; what a side asks for has it times eps/rho.
+  bool evaluate(T& error, T& slope, T& range, T& noise) {
     this->iterate();
     const Penalty<T>&of_a = rows.penalty, &of_b = columns.penalty;
     const Asked asked_of_columns = this->ask(columns, columns.x, trial.weight);
@@ -88,7 +90,7 @@ template <class T> struct RelaxedNewton : Relaxed<T> {
     columns.move(columns.level, lifted);
     trial.mass = column_total + move * of_b.slack;
     const T share = T(std::exp2(asked_of_columns.share - column_total)), mass = T(trial.mass);
-    vec<T> missed{}, along{}, top{}, bottom{};
+    vec<T> missed{}, along{}, top{}, bottom{}, rounded{};
     for (int j = 0; j < cost.cols; j += lanes<T>) {
       const vec<T> at = load(columns.x + j), level = load(columns.level + j), asked = load(trial.weight + j) * share;
       const vec<T> step = load(b + j) != 0 ? columns.lean * load(columns.from + j) - columns.soft * level - at : vec<T>{};
@@ -97,6 +99,7 @@ template <class T> struct RelaxedNewton : Relaxed<T> {
       store<T>(trial.step + j, step);
       store<T>(trial.gradient + j, gap);
       missed += gap < 0 ? -gap : gap;
+      rounded += asked * (at < 0 ? -at : at);
       along += gap * load(dir + j);
       top = max(step, top);
       bottom = min(step, bottom);
@@ -104,6 +107,7 @@ template <class T> struct RelaxedNewton : Relaxed<T> {
     error = sum<T>(missed);
     slope = sum<T>(along) * T(ln2 * std::exp2(trial.mass - state.mass));
     range = width(top, bottom);
+    noise = T(ln2 / 2 * (1 + of_b.slack)) * std::numeric_limits<T>::epsilon() * sum<T>(rounded);
     return std::isfinite(move) && std::isfinite(error);
   }
 
