@@ -16,8 +16,12 @@ from triton_kernels import DTYPES, EPS, REGIMES, Given, close, problem, slack, u
 import otloss
 from otloss.backends import reference, triton
 from otloss.backends.protocol import Problem, Upstream
-from otloss.backends.triton import config
 from otloss.cost import COSTS
+
+if not triton.interpreted():
+    pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
+
+from otloss.backends.triton import config
 
 SINGLE, DOUBLE = DTYPES
 BOTH, OF_A, OF_B = (0.7, 0.4), (0.3, None), (None, 2.0)

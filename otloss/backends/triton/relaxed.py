@@ -77,7 +77,10 @@ def relax_small(
     cost, soft, a, b, f_out, g_out, cost_out, value_out, n_iter_out, error_out, n, m, eps: tl.float64,
     tol: tl.float64, max_iter, N: tl.constexpr, M: tl.constexpr, J: tl.constexpr,
 ):  # fmt: skip
-    """All iterations and all outputs of one problem; ``soft`` (count, 2) is eps/rho of both sides. Grid: problems."""
+    """All iterations, from the ``g_out`` that is there, and all outputs of one problem; grid: problems.
+
+    ``soft`` (count, 2) is eps/rho of both sides.
+    """
     DTYPE: tl.constexpr = a.dtype.element_ty
     LIMIT: tl.constexpr = 132.0 if tl.float64 == DTYPE else 26.0
     p = tl.program_id(0).to(tl.int64)
@@ -97,7 +100,6 @@ def relax_small(
     given_a, given_b = vector(a, i, n, DTYPE), vector(b, j, m, DTYPE)
     live_a, live_b = is_live(given_a), is_live(given_b)
     tl.store(f_out + i, tl.zeros([N], DTYPE), mask=i < n)
-    tl.store(g_out + j, tl.zeros([M], DTYPE), mask=j < m)
     tl.debug_barrier()
     n_iter = 0
     go = n_iter < max_iter
