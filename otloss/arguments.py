@@ -81,7 +81,11 @@ def _named(left: Tensor, right: Tensor | None, said: Arguments) -> dict[str, tup
             named[name] = (strength, ())
     for name, (x, rest) in named.items():
         if len(rest) == 1 and x.shape[-1] != rest[0]:
-            raise ValueError(f"{name} must have shape (B, {rest[0]}) or ({rest[0]},), got {tuple(x.shape)}")
+            points = "cost" if right is None else "x" if name in ("a", "log_a", "mask_x") else "y"
+            beside = f"{points} {tuple(named[points][0].shape)}"
+            raise ValueError(
+                f"{name} must have shape (B, {rest[0]}) or ({rest[0]},) beside {beside}, got {tuple(x.shape)}"
+            )
     return named
 
 
@@ -94,7 +98,22 @@ def _batch(named: dict[str, tuple[Tensor, tuple[int, ...]]]) -> torch.Size:
         return torch.broadcast_shapes(*shapes)
     except RuntimeError:
         got = ", ".join(f"{name} {tuple(x.shape)}" for name, (x, _) in named.items())
-        raise ValueError(f"the leading dimensions must be broadcastable to each other, got {got}") from None
+        raise ValueError(
+            f"the leading dimensions must be broadcastable to each other, got {got}; {_fitting(named)}"
+        ) from None
+
+
+def _fitting(named: dict[str, tuple[Tensor, tuple[int, ...]]]) -> str:
+    """Shapes that fit the tensor with most leading dimensions: of two such, the cost's or the features'."""
+    most = max(named, key=lambda name: named[name][0].dim() - len(named[name][1]))
+    x, rest_of_x = named[most]
+    batch = tuple(x.shape[: x.dim() - len(rest_of_x)])
+    wanted = [
+        f"{name} {batch + rest}, {(1,) * len(batch) + rest} or {rest}"
+        for name, (_, rest) in named.items()
+        if name != most and (len(rest) < 2 or name == "cost")
+    ]
+    return f"beside {most} {tuple(x.shape)} take {', '.join(wanted)}"
 
 
 def _spread(x: Tensor, batch: torch.Size, rest: tuple[int, ...]) -> Tensor:

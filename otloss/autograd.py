@@ -1,8 +1,10 @@
-"""The operators under autograd: `Sinkhorn`, whose outputs carry the gradients that a mode gives them."""
+"""The derivatives of the operators: `Sinkhorn` of ``solve``, and `Gradient` of ``gradient``.
+
+They are the operators' kernels for autograd. So the compiler and functorch's transforms meet operators alone.
+"""
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -12,9 +14,17 @@ from otloss import operators
 from otloss.backends import get_backend
 from otloss.backends.protocol import Given, Problem, is_relaxed
 from otloss.checks import no_autocast
-from otloss.compat import is_transformed, plain_apply, records_nothing
+from otloss.compat import (
+    LevelFunction,
+    below_autograd,
+    call_below,
+    has_values,
+    is_transformed,
+    kernel_for_autograd,
+    records_nothing,
+)
 from otloss.gradients import Incoming, State, derive
-from otloss.operators import GRADIENT, OUTPUTS, SOLVE, parameters, together
+from otloss.operators import GRADIENT, LIBRARY, OUTPUTS, SOLVE, together
 
 # The outputs that each mode differentiates.
 _DIFFERENTIABLE = {
@@ -35,20 +45,19 @@ _CONSTANT = {
 }
 _INCOMING = tuple(OUTPUTS.index(name) for name in Incoming._fields)
 _STATE = len(OUTPUTS) - len(State._fields)
+_FORWARD_MODE = (
+    "otloss has no derivatives in forward mode, which torch.func.jvp, jacfwd and hessian take; take the reverse mode: "
+    "torch.func.vjp or jacrev, and jacrev(jacrev(f)) for a Hessian"
+)
 
 
-class Sinkhorn(torch.autograd.Function):
+class Sinkhorn(LevelFunction):  # type: ignore[misc]
     """``operators.solve`` with its gradients. Arguments and results are the same, all flat: autograd sees no tuples."""
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        return operators.solve(*arguments)  # type: ignore[no-any-return]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        problem, given, options = together(inputs, SOLVE)
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        output: tuple[Tensor, ...] = call_below(operators.solve, *arguments)
+        problem, given, options = together(arguments, SOLVE)
         state = output[_STATE:]
         _, _, by_a, by_b, *_ = ctx.needs_input_grad
         # A mass without a gradient counts as uniform from here on. Where it has one, its total is needed, but for logs.
@@ -59,6 +68,7 @@ class Sinkhorn(torch.autograd.Function):
         ctx.given, ctx.options = Given(of_a, of_b, given.tolerance), options
         ctx.mark_non_differentiable(*[output[place] for place in _CONSTANT[options.mode, by_a, by_b]])
         ctx.set_materialize_grads(False)
+        return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
@@ -67,57 +77,89 @@ class Sinkhorn(torch.autograd.Function):
         if all(grad is None for grad in incoming):
             return no_gradients
         left, right, a, b, rho_a, rho_b, *state = ctx.saved_tensors
-        problem, options = Problem(left, right, a, b, ctx.eps, rho_a, rho_b, ctx.kind), ctx.options
-        need_cost = need[0] or need[1]
-        if not torch.is_grad_enabled():
-            found = operators.gradient(*problem, *state, *incoming, need_cost, *ctx.given, *options)
-        elif options.mode != "none" and get_backend(options.backend).TWICE_DIFFERENTIABLE:
-            with no_autocast(left):
-                longest, mode, backend = options.max_iter, options.mode, options.backend
-                found, _ = derive(problem, ctx.given, State(*state), incoming, need_cost, longest, mode, backend)
+        problem = Problem(left, right, a, b, ctx.eps, rho_a, rho_b, ctx.kind)
+        arguments = (*problem, *state, *incoming, need[0] or need[1], *ctx.given, *ctx.options)
+        if torch.is_grad_enabled():
+            found = operators.gradient(*arguments)
         else:
-            found = OnceDifferentiable.apply(*problem, *state, *incoming, need_cost, *ctx.given, *options)
+            with below_autograd():
+                found = operators.gradient(*arguments)
         by_left, by_right, by_a, by_b, by_rho = found
         by_rho_a, by_rho_b = by_rho.unbind(-1) if is_relaxed(problem) else (None, None)
         by = (by_left, by_right, by_a, by_b, None, by_rho_a, by_rho_b, None)  # as the fields of `Problem`
         wanted = [grad if needed else None for grad, needed in zip(by, need[: len(by)], strict=True)]
         return (*wanted, *no_gradients[len(by) :])
 
-
-# PyTorch's compiler counts the parameters.
-Sinkhorn.forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-    [inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY) for name in parameters(SOLVE)]
-)
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise RuntimeError(_FORWARD_MODE)
 
 
-_plain_apply = plain_apply(Sinkhorn)
+class Gradient(LevelFunction):  # type: ignore[misc]
+    """``operators.gradient`` with its derivative: that of the reference's formula for it, at the same solution.
 
-
-def solve(*arguments: Any) -> tuple[Tensor, ...]:
-    """``Sinkhorn.apply``, by a shorter way where nothing is transformed."""
-    if is_transformed():
-        return Sinkhorn.apply(*arguments)  # type: ignore[no-any-return]
-    return (operators.solve if records_nothing() else _plain_apply)(*arguments)  # type: ignore[no-any-return]
-
-
-class OnceDifferentiable(torch.autograd.Function):
-    """``operators.gradient``; differentiating it again raises an error."""
-
-    generate_vmap_rule = True
+    The formula takes the potentials as variables beside the inputs. Their own derivatives by the inputs are those of
+    `Sinkhorn`, whose outputs they are. It is made of PyTorch operations and stores several tensors ``(B, n, m)``.
+    """
 
     @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        return operators.gradient(*arguments)  # type: ignore[no-any-return]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.options = together(inputs, GRADIENT)[-1]
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*[x if isinstance(x, Tensor) else None for x in arguments])
+        ctx.others = [None if isinstance(x, Tensor) else x for x in arguments]
+        return call_below(operators.gradient, *arguments)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        if ctx.options.mode == "none":
+        options = together(ctx.others, GRADIENT)[-1]
+        if options.mode == "none":
             raise RuntimeError("gradient='none' takes the plan as a constant and has no second derivative")
-        raise RuntimeError(
-            f"the {ctx.options.backend!r} backend has no second derivative; compute this part with "
-            "otloss.use_backend('reference') or backend='reference', which has"
+        if options.mode == "unroll" and not get_backend(options.backend).TWICE_DIFFERENTIABLE:
+            raise RuntimeError(
+                f"the {options.backend!r} backend has no second derivative in mode 'unroll'; compute this part with "
+                "otloss.use_backend('reference') or backend='reference', or take gradient='implicit'"
+            )
+        arguments = [other if x is None else x for x, other in zip(ctx.saved_tensors, ctx.others, strict=True)]
+        n_iter, longest = together(arguments, GRADIENT)[1].n_iter, options.max_iter
+        if has_values(n_iter) and n_iter.numel():
+            longest = int(n_iter.max())
+        places = [place for place, needed in enumerate(ctx.needs_input_grad) if needed]
+
+        def formula(*variables: Tensor) -> tuple[Tensor, ...]:
+            by_place = dict(zip(places, variables, strict=True))
+            return _formula(longest, *(by_place.get(place, argument) for place, argument in enumerate(arguments)))
+
+        _, pull_back = torch.func.vjp(formula, *[arguments[place] for place in places])
+        by: list[Tensor | None] = [None] * len(arguments)
+        for place, grad in zip(places, pull_back(grads), strict=True):
+            by[place] = grad
+        return tuple(by)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise RuntimeError(_FORWARD_MODE)
+
+
+def _formula(longest: int, *arguments: Any) -> tuple[Tensor, ...]:
+    """What ``operators.gradient`` returns, by the reference's formula. ``longest`` is a bound on the iterations."""
+    (left, right, *rest), state, incoming, asked, given, options = together(arguments, GRADIENT)
+    dtype = state.f.dtype  # which may be wider than that of the points
+    x, y = left.to(dtype), None if right is None else right.to(dtype)
+    with no_autocast(left):
+        found, _ = derive(
+            Problem(x, y, *rest), given, state, incoming, asked.need_cost, longest, options.mode, "reference"
         )
+    return (found.left.to(left.dtype), found.right.to(left.dtype), found.a, found.b, found.rho)
+
+
+LIBRARY.impl("solve", kernel_for_autograd(operators.solve, Sinkhorn), "Autograd")
+LIBRARY.impl("gradient", kernel_for_autograd(operators.gradient, Gradient), "Autograd")
+
+
+def solve(*arguments: Any) -> tuple[Tensor, ...]:
+    """``operators.solve``, by a shorter way where nothing is transformed."""
+    if is_transformed():
+        return operators.solve(*arguments)  # type: ignore[no-any-return]
+    if records_nothing():
+        with below_autograd():
+            return operators.solve(*arguments)  # type: ignore[no-any-return]
+    return Sinkhorn.apply(*arguments)  # type: ignore[no-any-return]

@@ -86,7 +86,10 @@ def check_features(x: object, y: object) -> None:
     if x.shape[-1] != y.shape[-1]:
         raise ValueError(f"x and y must have features of one dimension d, got {tuple(x.shape)} and {tuple(y.shape)}")
     if x.shape[:-2] != y.shape[:-2]:
-        raise ValueError(f"x and y must have the same leading dimensions, got {tuple(x.shape)} and {tuple(y.shape)}")
+        raise ValueError(
+            f"x and y must have the same leading dimensions, got {tuple(x.shape)} and {tuple(y.shape)}; to compare one "
+            "set with many, expand it, as by y.expand(*x.shape[:-2], *y.shape[-2:])"
+        )
     if 0 in x.shape[-2:] or y.shape[-2] == 0:
         raise ValueError(
             f"x and y must have at least one row and one feature, got {tuple(x.shape)} and {tuple(y.shape)}"

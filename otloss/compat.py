@@ -65,6 +65,39 @@ def records_nothing() -> bool:
     return not torch.is_grad_enabled() and getattr(forward_ad, "_current_level", 0) < 0
 
 
-def plain_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """``function.apply`` for a call that nothing transforms. It does not look at the signature, which takes long."""
-    return getattr(super(torch.autograd.Function, function), "apply", function.apply)
+#: An autograd function that records at the innermost level of functorch's transforms alone. The kernel of an operator
+#: for autograd is called once at each level. Its ``apply`` looks at no signature, which takes long.
+LevelFunction: Any = torch.autograd.function._SingleLevelFunction
+
+#: A context in which operators are called by their own kernels, without autograd's.
+below_autograd: Any = torch._C._AutoDispatchBelowAutograd
+
+
+def call_below(operator: Callable[..., Result], *arguments: Any) -> Result:
+    """What an operator returns, from the forward of a `LevelFunction`, whose level records it already.
+
+    The levels outside this one record it for themselves, so there derivatives are on.
+    """
+    with below_autograd():
+        if not _transforms_active():
+            return operator(*arguments)
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+            return operator(*arguments)
+
+
+def kernel_for_autograd(operator: Callable[..., Result], function: Any) -> Callable[..., Result]:
+    """The kernel for autograd of an operator whose derivative is that of ``function``, a `LevelFunction`.
+
+    ``torch.library.register_autograd`` makes one that functorch's transforms refuse.
+    """
+
+    def kernel(*arguments: Any) -> Result:
+        if records_nothing():
+            with below_autograd():
+                return operator(*arguments)
+        from torch._functorch.utils import enable_single_level_autograd_function
+
+        with enable_single_level_autograd_function():
+            return function.apply(*arguments)  # type: ignore[no-any-return]
+
+    return kernel

@@ -223,7 +223,7 @@ def _fake_gradient(*arguments: Any) -> tuple[Tensor, ...]:
         _like(right) if asked.need_cost and right is not None else a.new_empty(0),
         a.new_empty(0) if given.a == "uniform" else _like(a),
         b.new_empty(0) if given.b == "uniform" else _like(b),
-        a.new_empty(len(a), 2) if is_relaxed(problem) else a.new_empty(0),
+        a.new_empty(a.shape[0], 2) if is_relaxed(problem) else a.new_empty(0),
     )
 
 
@@ -257,18 +257,18 @@ def _fold_batch(op: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
 
 # torch.library.custom_op wraps an operator in layers that cost time at each call, and imports PyTorch's compiler at the
 # first one.
-_LIBRARY = torch.library.Library("otloss", "DEF")
+LIBRARY = torch.library.Library("otloss", "DEF")
 
 
 def _operator(
     name: str, kinds: tuple[Any, ...], outputs: int, body: Callable[..., Any], fake: Callable[..., Any]
 ) -> Callable[..., Any]:
     """Define an operator for every device."""
-    _LIBRARY.define(_schema(name, kinds, outputs), tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, body, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"otloss::{name}", fake, lib=_LIBRARY)
+    LIBRARY.define(_schema(name, kinds, outputs), tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, body, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"otloss::{name}", fake, lib=LIBRARY)
     operator = getattr(torch.ops.otloss, name).default
-    torch.library.register_vmap(f"otloss::{name}", _fold_batch(operator), lib=_LIBRARY)
+    torch.library.register_vmap(f"otloss::{name}", _fold_batch(operator), lib=LIBRARY)
     return operator  # type: ignore[no-any-return]
 
 
