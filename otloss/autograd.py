@@ -5,6 +5,7 @@ They are the operators' kernels for autograd. So the compiler and functorch's tr
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,14 +18,15 @@ from otloss.checks import no_autocast
 from otloss.compat import (
     LevelFunction,
     below_autograd,
-    call_below,
+    call_at_next_level,
     has_values,
     is_transformed,
+    is_watched,
     kernel_for_autograd,
     records_nothing,
 )
 from otloss.gradients import Incoming, State, derive
-from otloss.operators import GRADIENT, LIBRARY, OUTPUTS, SOLVE, together
+from otloss.operators import GRADIENT, LIBRARY, OUTPUTS, SOLVE, Asked, Options, together
 
 # The outputs that each mode differentiates.
 _DIFFERENTIABLE = {
@@ -56,8 +58,12 @@ class Sinkhorn(LevelFunction):  # type: ignore[misc]
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        output: tuple[Tensor, ...] = call_below(operators.solve, *arguments)
         problem, given, options = together(arguments, SOLVE)
+        ctx.transformed = is_transformed()
+        if ctx.transformed:
+            output = call_at_next_level(operators.solve, *arguments)
+        else:
+            output = _solve(problem, given, options)
         state = output[_STATE:]
         _, _, by_a, by_b, *_ = ctx.needs_input_grad
         # A mass without a gradient counts as uniform from here on. Where it has one, its total is needed, but for logs.
@@ -78,12 +84,9 @@ class Sinkhorn(LevelFunction):  # type: ignore[misc]
             return no_gradients
         left, right, a, b, rho_a, rho_b, *state = ctx.saved_tensors
         problem = Problem(left, right, a, b, ctx.eps, rho_a, rho_b, ctx.kind)
-        arguments = (*problem, *state, *incoming, need[0] or need[1], *ctx.given, *ctx.options)
-        if torch.is_grad_enabled():
-            found = operators.gradient(*arguments)
-        else:
-            with below_autograd():
-                found = operators.gradient(*arguments)
+        parts = problem, State(*state), incoming, Asked(need[0] or need[1]), ctx.given, ctx.options
+        transformed = ctx.transformed or torch.is_grad_enabled() or is_transformed()
+        found = operators.gradient(*chain.from_iterable(parts)) if transformed else _gradient(*parts)
         by_left, by_right, by_a, by_b, by_rho = found
         by_rho_a, by_rho_b = by_rho.unbind(-1) if is_relaxed(problem) else (None, None)
         by = (by_left, by_right, by_a, by_b, None, by_rho_a, by_rho_b, None)  # as the fields of `Problem`
@@ -106,7 +109,10 @@ class Gradient(LevelFunction):  # type: ignore[misc]
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
         ctx.save_for_backward(*[x if isinstance(x, Tensor) else None for x in arguments])
         ctx.others = [None if isinstance(x, Tensor) else x for x in arguments]
-        return call_below(operators.gradient, *arguments)
+        if is_transformed():
+            return call_at_next_level(operators.gradient, *arguments)  # type: ignore[no-any-return]
+        with below_autograd():
+            return operators.gradient(*arguments)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
@@ -155,11 +161,26 @@ LIBRARY.impl("solve", kernel_for_autograd(operators.solve, Sinkhorn), "Autograd"
 LIBRARY.impl("gradient", kernel_for_autograd(operators.gradient, Gradient), "Autograd")
 
 
-def solve(*arguments: Any) -> tuple[Tensor, ...]:
+def solve(problem: Problem, given: Given, options: Options) -> tuple[Tensor, ...]:
     """``operators.solve``, by a shorter way where nothing is transformed."""
     if is_transformed():
-        return operators.solve(*arguments)  # type: ignore[no-any-return]
+        return operators.solve(*problem, *given, *options)  # type: ignore[no-any-return]
     if records_nothing():
-        with below_autograd():
-            return operators.solve(*arguments)  # type: ignore[no-any-return]
-    return Sinkhorn.apply(*arguments)  # type: ignore[no-any-return]
+        return _solve(problem, given, options)
+    return Sinkhorn.apply(*problem, *given, *options)  # type: ignore[no-any-return]
+
+
+def _solve(*parts: Any) -> tuple[Tensor, ...]:
+    """What ``operators.solve`` returns, where nothing is transformed and nothing is recorded."""
+    with below_autograd():
+        if is_watched(*chain.from_iterable(parts)):
+            return operators.solve(*chain.from_iterable(parts))  # type: ignore[no-any-return]
+        return operators.run_solve(*parts)
+
+
+def _gradient(*parts: Any) -> tuple[Tensor, ...]:
+    """Likewise of ``operators.gradient``, but that a gradient that there is not may be `NOTHING`."""
+    with below_autograd():
+        if is_watched(*chain.from_iterable(parts)):
+            return operators.gradient(*chain.from_iterable(parts))  # type: ignore[no-any-return]
+        return operators.run_gradient(*parts)

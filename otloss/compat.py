@@ -65,6 +65,23 @@ def records_nothing() -> bool:
     return not torch.is_grad_enabled() and getattr(forward_ad, "_current_level", 0) < 0
 
 
+_PLAIN = {torch.Tensor, torch.nn.Parameter, type(None), float, int, bool, str}
+_WATCHERS: tuple[Callable[[], int], ...] = (
+    torch._C._len_torch_dispatch_stack,
+    torch._C._len_torch_function_stack,
+    torch._C._autograd._profiler_enabled,
+)
+
+
+def is_watched(*arguments: Any) -> bool:
+    """Whether a mode, a profiler or a subclass of tensors wants to see which operators are called.
+
+    Where none does, and nothing is transformed, the body of an operator may be called without PyTorch's dispatcher,
+    which takes longer than a small kernel.
+    """
+    return not _PLAIN.issuperset(map(type, arguments)) or any(watches() for watches in _WATCHERS)
+
+
 #: An autograd function that records at the innermost level of functorch's transforms alone. The kernel of an operator
 #: for autograd is called once at each level. Its ``apply`` looks at no signature, which takes long.
 LevelFunction: Any = torch.autograd.function._SingleLevelFunction
@@ -73,16 +90,13 @@ LevelFunction: Any = torch.autograd.function._SingleLevelFunction
 below_autograd: Any = torch._C._AutoDispatchBelowAutograd
 
 
-def call_below(operator: Callable[..., Result], *arguments: Any) -> Result:
-    """What an operator returns, from the forward of a `LevelFunction`, whose level records it already.
+def call_at_next_level(operator: Callable[..., Result], *arguments: Any) -> Result:
+    """What an operator returns, from the forward of a `LevelFunction` inside transforms, whose level it records.
 
     The levels outside this one record it for themselves, so there derivatives are on.
     """
-    with below_autograd():
-        if not _transforms_active():
-            return operator(*arguments)
-        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
-            return operator(*arguments)
+    with below_autograd(), torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+        return operator(*arguments)
 
 
 def kernel_for_autograd(operator: Callable[..., Result], function: Any) -> Callable[..., Result]:

@@ -1,8 +1,9 @@
-"""The backends' functions as two PyTorch operators, opaque to autograd and the compiler, with fake kernels.
+"""The backends' functions as two PyTorch operators, opaque to the compiler, with fake kernels.
 
 ``solve`` takes a problem with its masses as they were given. ``gradient`` takes the same, what the solve has left, and
 the gradients by its outputs. Their arguments are the fields of a few named tuples, one after another: the schemas are
 made from these, and the first line of a body puts them together again. A new field is thus added in one place.
+``run_solve`` and ``run_gradient`` do the work. Their derivatives stand in ``autograd.py``.
 
 Checks of values stand here, inside the operator's body, where they also run under ``torch.compile`` and ``vmap``. On a
 GPU they would stop the queue, so there they run only when the environment sets ``OTLOSS_CHECK_VALUES=1``.
@@ -138,12 +139,12 @@ def converged(problem: Problem, solution: Solution, tol: float) -> Tensor:
             size = size if rho is None else size * (1 + problem.eps / rho.unsqueeze(-1))
         sizes = sizes + (mass * size).sum(-1)
     unit = torch.finfo(f.dtype).eps / 2
-    points = max(f.shape[-1] * g.shape[-1], 1)
-    return error < tol + unit * (4 * sizes / problem.eps + 2 * (1 + math.log(points)))
+    points = sizes.new_full((), f.shape[-1] * g.shape[-1])  # a tensor, so that a compiled function serves every size
+    return error < tol + unit * (4 * sizes / problem.eps + 2 * (1 + points.log()))
 
 
-def _solve(*arguments: Any) -> tuple[Tensor, ...]:
-    problem, given, options = together(arguments, SOLVE)
+def run_solve(problem: Problem, given: Given, options: Options) -> tuple[Tensor, ...]:
+    """The solution of a problem, as `OUTPUTS` says. No output shares memory with another or with an input."""
     backend, checked = get_backend(options.backend), _checks_on(problem.left)
     with no_autocast(problem.left):
         problem, all_live = backend.normalise(problem, given, checked)
@@ -153,8 +154,12 @@ def _solve(*arguments: Any) -> tuple[Tensor, ...]:
         if checked:
             _check(problem, given, solution, backend.worst_error(solution), all_live, options)
     shift = solution.shift or _no_shift(problem)
-    state = State(solution.f, solution.g, solution.n_iter, *shift, kept, problem.a, problem.b)
-    return _contiguous(solution.transport_cost, solution.value, solution.error, *state)
+    potentials = solution.f, solution.g, solution.n_iter
+    return (solution.transport_cost, solution.value, solution.error, *potentials, *shift, kept, problem.a, problem.b)
+
+
+def _solve(*arguments: Any) -> tuple[Tensor, ...]:
+    return _contiguous(*run_solve(*together(arguments, SOLVE)))
 
 
 def _check(
@@ -195,8 +200,10 @@ def _like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _gradient(*arguments: Any) -> tuple[Tensor, ...]:
-    problem, state, incoming, asked, given, options = together(arguments, GRADIENT)
+def run_gradient(
+    problem: Problem, state: State, incoming: Incoming, asked: Asked, given: Given, options: Options
+) -> Gradients:
+    """The gradients of a problem that was solved; `NOTHING` or empty ones by what has none."""
     longest = options.max_iter
     # While a CUDA graph is captured the host cannot read n_iter.
     if options.mode == "unroll" and not (problem.left.is_cuda and torch.cuda.is_current_stream_capturing()):
@@ -212,6 +219,12 @@ def _gradient(*arguments: Any) -> tuple[Tensor, ...]:
             "the plan is close to a permutation of blocks; raise eps or use float64",
             ConvergenceWarning,
         )
+    return gradients
+
+
+def _gradient(*arguments: Any) -> tuple[Tensor, ...]:
+    problem, *rest = together(arguments, GRADIENT)
+    gradients = run_gradient(problem, *rest)
     return _contiguous(*(problem.a.new_empty(0) if grad is NOTHING else grad for grad in gradients))
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from otloss.backends import masses
-from otloss.backends.protocol import Given, Gradients, Problem, Shift, Solution, Upstream
+from otloss.backends.protocol import NOTHING, Given, Gradients, Problem, Shift, Solution, Upstream
 
 TWICE_DIFFERENTIABLE = False
 RELAXES = False
@@ -82,11 +82,11 @@ class _KernelCall:
         return self.left.new_empty((self.count, *shape))
 
     def gradients(self, need_cost: bool) -> Gradients:
-        """Room for the gradients; what is not asked for is empty."""
+        """Room for the gradients that are asked for."""
         like, left, right = torch.empty_like, self.left, self.right
         return Gradients(
-            like(left) if need_cost else left.new_empty(0),
-            like(right) if need_cost and right is not None else left.new_empty(0),
+            like(left) if need_cost else NOTHING,
+            like(right) if need_cost and right is not None else NOTHING,
             like(self.a),
             like(self.b),
         )
@@ -129,7 +129,7 @@ def by_given(problem: Problem, given: Given, a: Tensor, b: Tensor, by_a: Tensor,
 
 def _by_given(mass: Tensor, form: str, share: Tensor, grad: Tensor) -> Tensor:
     if form == "uniform":
-        return grad.new_empty(0)
+        return NOTHING
     mass, share, grad = mass.contiguous(), share.contiguous(), grad.contiguous()
     out = torch.empty_like(grad)
     _kernel("by_given", share)(_side(mass, form, share), share.shape[0], grad.data_ptr(), out.data_ptr())
