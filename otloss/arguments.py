@@ -60,21 +60,23 @@ def _named(left: Tensor, right: Tensor | None, said: Arguments) -> dict[str, tup
     named = {"cost" if right is None else "x": (left, tuple(left.shape[-2:]))}
     if right is not None:
         named["y"] = (right, tuple(right.shape[-2:]))
-    for side, count, size in (("a", n, "n"), ("b", m, "m")):
-        mass, log_mass = getattr(said, side), getattr(said, f"log_{side}")
+    for side, mass, log_mass in (("a", said.a, said.log_a), ("b", said.b, said.log_b)):
         if mass is not None and log_mass is not None:
             raise ValueError(f"give {side} or log_{side}, not both")
-        for name, x in ((side, mass), (f"log_{side}", log_mass)):
-            if x is not None:
-                check_tensor(name, x, 1, f"(B, {size})")
-                named[name] = (x, (count,))
-    for name, count, size in (("mask_x", n, "n"), ("mask_y", m, "m")):
-        mask = getattr(said, name)
+    for name, x, count, size in (
+        ("a", said.a, n, "(B, n)"),
+        ("log_a", said.log_a, n, "(B, n)"),
+        ("b", said.b, m, "(B, m)"),
+        ("log_b", said.log_b, m, "(B, m)"),
+    ):
+        if x is not None:
+            check_tensor(name, x, 1, size)
+            named[name] = (x, (count,))
+    for name, mask, count, size in (("mask_x", said.mask_x, n, "(B, n)"), ("mask_y", said.mask_y, m, "(B, m)")):
         if mask is not None:
-            check_mask(name, mask, f"(B, {size})")
+            check_mask(name, mask, size)
             named[name] = (mask, (count,))
-    for name in ("rho_a", "rho_b", "eps"):
-        strength = getattr(said, name)
+    for name, strength in (("rho_a", said.rho_a), ("rho_b", said.rho_b), ("eps", said.eps)):
         if strength is not None or name == "eps":
             check_strength(name, strength)
         if isinstance(strength, Tensor):

@@ -68,7 +68,7 @@ class Sinkhorn(LevelFunction):  # type: ignore[misc]
         _, _, by_a, by_b, *_ = ctx.needs_input_grad
         # A mass without a gradient counts as uniform from here on. Where it has one, its total is needed, but for logs.
         of_a, of_b = given.a if by_a else "uniform", given.b if by_b else "uniform"
-        a, b = problem.a if of_a == "masses" else state[-2], problem.b if of_b == "masses" else state[-1]
+        a, b = problem.a if of_a == "masses" else None, problem.b if of_b == "masses" else None
         ctx.save_for_backward(problem.left, problem.right, a, b, problem.rho_a, problem.rho_b, *state)
         ctx.eps, ctx.kind = problem.eps, problem.kind
         ctx.given, ctx.options = Given(of_a, of_b, given.tolerance), options
@@ -82,9 +82,11 @@ class Sinkhorn(LevelFunction):  # type: ignore[misc]
         need, no_gradients = ctx.needs_input_grad, (None,) * len(ctx.needs_input_grad)
         if all(grad is None for grad in incoming):
             return no_gradients
-        left, right, a, b, rho_a, rho_b, *state = ctx.saved_tensors
+        left, right, a, b, rho_a, rho_b, *saved = ctx.saved_tensors
+        state = State(*saved)
+        a, b = state.a if a is None else a, state.b if b is None else b
         problem = Problem(left, right, a, b, ctx.eps, rho_a, rho_b, ctx.kind)
-        parts = problem, State(*state), incoming, Asked(need[0] or need[1]), ctx.given, ctx.options
+        parts = problem, state, incoming, Asked(need[0] or need[1]), ctx.given, ctx.options
         transformed = ctx.transformed or torch.is_grad_enabled() or is_transformed()
         found = operators.gradient(*chain.from_iterable(parts)) if transformed else _gradient(*parts)
         by_left, by_right, by_a, by_b, by_rho = found
@@ -170,17 +172,18 @@ def solve(problem: Problem, given: Given, options: Options) -> tuple[Tensor, ...
     return Sinkhorn.apply(*problem, *given, *options)  # type: ignore[no-any-return]
 
 
-def _solve(*parts: Any) -> tuple[Tensor, ...]:
+def _solve(problem: Problem, given: Given, options: Options) -> tuple[Tensor, ...]:
     """What ``operators.solve`` returns, where nothing is transformed and nothing is recorded."""
     with below_autograd():
-        if is_watched(*chain.from_iterable(parts)):
-            return operators.solve(*chain.from_iterable(parts))  # type: ignore[no-any-return]
-        return operators.run_solve(*parts)
+        if is_watched(*problem):
+            return operators.solve(*problem, *given, *options)  # type: ignore[no-any-return]
+        return operators.run_solve(problem, given, options)
 
 
-def _gradient(*parts: Any) -> tuple[Tensor, ...]:
+def _gradient(problem: Problem, state: State, incoming: Incoming, *others: Any) -> tuple[Tensor, ...]:
     """Likewise of ``operators.gradient``, but that a gradient that there is not may be `NOTHING`."""
     with below_autograd():
-        if is_watched(*chain.from_iterable(parts)):
-            return operators.gradient(*chain.from_iterable(parts))  # type: ignore[no-any-return]
-        return operators.run_gradient(*parts)
+        if is_watched(*problem, *incoming):
+            flat = chain.from_iterable((problem, state, incoming, *others))
+            return operators.gradient(*flat)  # type: ignore[no-any-return]
+        return operators.run_gradient(problem, state, incoming, *others)

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+_NO_CONTEXT = nullcontext()
 _INSIDE = ("<eval_with_key>", *(f"{Path(str(file)).parent}{os.sep}" for file in (__file__, torch.__file__)))
 
 
@@ -26,7 +27,7 @@ def no_autocast(like: Tensor) -> AbstractContextManager[object]:
     """A context in which products on the device of ``like`` keep their dtype. Autocast would lower their precision."""
     kind = like.device.type
     on = has_autocast(kind) and torch.is_autocast_enabled(kind)
-    return torch.autocast(kind, enabled=False) if on else nullcontext()
+    return torch.autocast(kind, enabled=False) if on else _NO_CONTEXT
 
 
 def _is_inside(file: str) -> bool:

@@ -46,7 +46,7 @@ def one_operator(name: str, fake: Callable[..., Any]) -> Callable[[Callable[...,
     return decorate
 
 
-# What these two read is private to PyTorch. Where a version has it no more, no shortcut is taken.
+# What is read here is private to PyTorch. Where a version has it no more, no shortcut is taken.
 _transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
 
@@ -65,12 +65,10 @@ def records_nothing() -> bool:
     return not torch.is_grad_enabled() and getattr(forward_ad, "_current_level", 0) < 0
 
 
-_PLAIN = {torch.Tensor, torch.nn.Parameter, type(None), float, int, bool, str}
-_WATCHERS: tuple[Callable[[], int], ...] = (
-    torch._C._len_torch_dispatch_stack,
-    torch._C._len_torch_function_stack,
-    torch._C._autograd._profiler_enabled,
-)
+_PLAIN = {torch.Tensor, torch.nn.Parameter, type(None), float, str}
+_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+_function_modes: Callable[[], int] = getattr(torch._C, "_len_torch_function_stack", lambda: 1)
+_profiled: Callable[[], bool] = getattr(torch._C._autograd, "_profiler_enabled", lambda: True)
 
 
 def is_watched(*arguments: Any) -> bool:
@@ -79,7 +77,7 @@ def is_watched(*arguments: Any) -> bool:
     Where none does, and nothing is transformed, the body of an operator may be called without PyTorch's dispatcher,
     which takes longer than a small kernel.
     """
-    return not _PLAIN.issuperset(map(type, arguments)) or any(watches() for watches in _WATCHERS)
+    return not _PLAIN.issuperset(map(type, arguments)) or bool(_modes() or _function_modes() or _profiled())
 
 
 #: An autograd function that records at the innermost level of functorch's transforms alone. The kernel of an operator

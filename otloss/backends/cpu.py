@@ -75,7 +75,7 @@ class _KernelCall:
             d,
             eps,
             _address(kept),
-            *((0, 0) if shift is None else map(_address, shift)),
+            *((0, 0) if shift is None else (shift.rows.data_ptr(), shift.columns.data_ptr())),
         )
 
     def empty(self, *shape: int) -> Tensor:
@@ -148,16 +148,17 @@ def _address(tensor: Tensor | None) -> int:
 
 
 def _contiguous(upstream: Upstream) -> Upstream:
-    return Upstream(*(None if tensor is None else tensor.contiguous() for tensor in upstream))
+    return Upstream(*[None if tensor is None else tensor.contiguous() for tensor in upstream])
 
 
 def _upstream_addresses(upstream: Upstream) -> object:
-    return _C.UpstreamAddresses(*map(_address, upstream))  # type: ignore[union-attr]
+    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in upstream]
+    return _C.UpstreamAddresses(*addresses)  # type: ignore[union-attr]
 
 
 def _gradient_addresses(gradients: Gradients, residual: Tensor | None) -> object:
-    by = (gradients.left, gradients.right, gradients.a, gradients.b)
-    return _C.GradientAddresses(*map(_address, by), _address(residual))  # type: ignore[union-attr]
+    addresses = [grad.data_ptr() for grad in gradients[:4]]
+    return _C.GradientAddresses(*addresses, _address(residual))  # type: ignore[union-attr]
 
 
 def solve(
