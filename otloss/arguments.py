@@ -71,18 +71,23 @@ def _named(left: Tensor, right: Tensor | None, said: Arguments) -> dict[str, tup
     named = {"cost" if right is None else "x": (left, tuple(left.shape[-2:]))}
     if right is not None:
         named["y"] = (right, tuple(right.shape[-2:]))
-    for side, count, size in (("a", n, "n"), ("b", m, "m")):
-        mass, log_mass = getattr(said, side), getattr(said, f"log_{side}")
+    for side, mass, log_mass in (("a", said.a, said.log_a), ("b", said.b, said.log_b)):
         if mass is not None and log_mass is not None:
             raise ValueError(f"give {side} or log_{side}, not both")
-        for name, x in ((side, mass), (f"log_{side}", log_mass)):
-            if x is not None:
-                check_tensor(name, x, 1, f"(B, {size})")
-                named[name] = (x, (count,))
-    for name, count, size in (("mask_x", n, "n"), ("mask_y", m, "m")):
-        mask = getattr(said, name)
+    masses: tuple[tuple[str, Any, int, str], ...] = (
+        ("a", said.a, n, "(B, n)"),
+        ("log_a", said.log_a, n, "(B, n)"),
+        ("b", said.b, m, "(B, m)"),
+        ("log_b", said.log_b, m, "(B, m)"),
+    )
+    for name, x, count, size in masses:
+        if x is not None:
+            check_tensor(name, x, 1, size)
+            named[name] = (x, (count,))
+    mask: Any
+    for name, mask, count, size in (("mask_x", said.mask_x, n, "(B, n)"), ("mask_y", said.mask_y, m, "(B, m)")):
         if mask is not None:
-            check_mask(name, mask, f"(B, {size})")
+            check_mask(name, mask, size)
             named[name] = (mask, (count,))
     init: Any = said.init
     if init is not None:
@@ -91,18 +96,22 @@ def _named(left: Tensor, right: Tensor | None, said: Arguments) -> dict[str, tup
             raise TypeError(f"init must be a pair of potentials (f, g), got {got}")
         if said.partial is not None:
             raise ValueError("give init or partial, not both: the potentials of what is not sent are not known")
-        for name, potential, count, size in zip(POTENTIALS, init, (n, m), ("n", "m"), strict=True):
-            check_tensor(name, potential, 1, f"(B, {size})")
+        for name, potential, count, size in zip(POTENTIALS, init, (n, m), ("(B, n)", "(B, m)"), strict=True):
+            check_tensor(name, potential, 1, size)
             named[name] = (potential.detach(), (count,))
-    for name in ("rho_a", "rho_b", "partial", "eps"):
-        strength = getattr(said, name)
+    strengths = (("rho_a", said.rho_a), ("rho_b", said.rho_b), ("partial", said.partial), ("eps", said.eps))
+    for name, strength in strengths:
         if strength is not None or name == "eps":
             check_strength(name, strength)
         if isinstance(strength, Tensor):
             named[name] = (strength, ())
     for name, (x, rest) in named.items():
         if len(rest) == 1 and x.shape[-1] != rest[0]:
-            raise ValueError(f"{name} must have shape (B, {rest[0]}) or ({rest[0]},), got {tuple(x.shape)}")
+            points = "cost" if right is None else "x" if name in ("a", "log_a", "mask_x") else "y"
+            beside = f"{points} {tuple(named[points][0].shape)}"
+            raise ValueError(
+                f"{name} must have shape (B, {rest[0]}) or ({rest[0]},) beside {beside}, got {tuple(x.shape)}"
+            )
     return named
 
 
@@ -115,7 +124,22 @@ def _batch(named: dict[str, tuple[Tensor, tuple[int, ...]]]) -> torch.Size:
         return torch.broadcast_shapes(*shapes)
     except RuntimeError:
         got = ", ".join(f"{name} {tuple(x.shape)}" for name, (x, _) in named.items())
-        raise ValueError(f"the leading dimensions must be broadcastable to each other, got {got}") from None
+        raise ValueError(
+            f"the leading dimensions must be broadcastable to each other, got {got}; {_fitting(named)}"
+        ) from None
+
+
+def _fitting(named: dict[str, tuple[Tensor, tuple[int, ...]]]) -> str:
+    """Shapes that fit the tensor with most leading dimensions: of two such, the cost's or the features'."""
+    most = max(named, key=lambda name: named[name][0].dim() - len(named[name][1]))
+    x, rest_of_x = named[most]
+    batch = tuple(x.shape[: x.dim() - len(rest_of_x)])
+    wanted = [
+        f"{name} {batch + rest}, {(1,) * len(batch) + rest} or {rest}"
+        for name, (_, rest) in named.items()
+        if name != most and (len(rest) < 2 or name == "cost")
+    ]
+    return f"beside {most} {tuple(x.shape)} take {', '.join(wanted)}"
 
 
 def _spread(x: Tensor, batch: torch.Size, rest: tuple[int, ...]) -> Tensor:

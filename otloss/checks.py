@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+_NO_CONTEXT = nullcontext()
 _INSIDE = ("<eval_with_key>", *(f"{Path(str(file)).parent}{os.sep}" for file in (__file__, torch.__file__)))
 
 
@@ -26,7 +27,7 @@ def no_autocast(like: Tensor) -> AbstractContextManager[object]:
     """A context in which products on the device of ``like`` keep their dtype. Autocast would lower their precision."""
     kind = like.device.type
     on = has_autocast(kind) and torch.is_autocast_enabled(kind)
-    return torch.autocast(kind, enabled=False) if on else nullcontext()
+    return torch.autocast(kind, enabled=False) if on else _NO_CONTEXT
 
 
 def _is_inside(file: str) -> bool:
@@ -86,7 +87,10 @@ def check_features(x: object, y: object) -> None:
     if x.shape[-1] != y.shape[-1]:
         raise ValueError(f"x and y must have features of one dimension d, got {tuple(x.shape)} and {tuple(y.shape)}")
     if x.shape[:-2] != y.shape[:-2]:
-        raise ValueError(f"x and y must have the same leading dimensions, got {tuple(x.shape)} and {tuple(y.shape)}")
+        raise ValueError(
+            f"x and y must have the same leading dimensions, got {tuple(x.shape)} and {tuple(y.shape)}; to compare one "
+            "set with many, expand it, as by y.expand(*x.shape[:-2], *y.shape[-2:])"
+        )
     if 0 in x.shape[-2:] or y.shape[-2] == 0:
         raise ValueError(
             f"x and y must have at least one row and one feature, got {tuple(x.shape)} and {tuple(y.shape)}"

@@ -46,7 +46,7 @@ def one_operator(name: str, fake: Callable[..., Any]) -> Callable[[Callable[...,
     return decorate
 
 
-# What these two read is private to PyTorch. Where a version has it no more, no shortcut is taken.
+# What is read here is private to PyTorch. Where a version has it no more, no shortcut is taken.
 _transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
 
@@ -65,6 +65,51 @@ def records_nothing() -> bool:
     return not torch.is_grad_enabled() and getattr(forward_ad, "_current_level", 0) < 0
 
 
-def plain_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """``function.apply`` for a call that nothing transforms. It does not look at the signature, which takes long."""
-    return getattr(super(torch.autograd.Function, function), "apply", function.apply)
+_PLAIN = {torch.Tensor, torch.nn.Parameter, type(None), float, str}
+_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+_function_modes: Callable[[], int] = getattr(torch._C, "_len_torch_function_stack", lambda: 1)
+_profiled: Callable[[], bool] = getattr(torch._C._autograd, "_profiler_enabled", lambda: True)
+
+
+def is_watched(*arguments: Any) -> bool:
+    """Whether a mode, a profiler or a subclass of tensors wants to see which operators are called.
+
+    Where none does, and nothing is transformed, the body of an operator may be called without PyTorch's dispatcher,
+    which takes longer than a small kernel.
+    """
+    return not _PLAIN.issuperset(map(type, arguments)) or bool(_modes() or _function_modes() or _profiled())
+
+
+#: An autograd function that records at the innermost level of functorch's transforms alone. The kernel of an operator
+#: for autograd is called once at each level. Its ``apply`` looks at no signature, which takes long.
+LevelFunction: Any = torch.autograd.function._SingleLevelFunction
+
+#: A context in which operators are called by their own kernels, without autograd's.
+below_autograd: Any = torch._C._AutoDispatchBelowAutograd
+
+
+def call_at_next_level(operator: Callable[..., Result], *arguments: Any) -> Result:
+    """What an operator returns, from the forward of a `LevelFunction` inside transforms, whose level it records.
+
+    The levels outside this one record it for themselves, so there derivatives are on.
+    """
+    with below_autograd(), torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+        return operator(*arguments)
+
+
+def kernel_for_autograd(operator: Callable[..., Result], function: Any) -> Callable[..., Result]:
+    """The kernel for autograd of an operator whose derivative is that of ``function``, a `LevelFunction`.
+
+    ``torch.library.register_autograd`` makes one that functorch's transforms refuse.
+    """
+
+    def kernel(*arguments: Any) -> Result:
+        if records_nothing():
+            with below_autograd():
+                return operator(*arguments)
+        from torch._functorch.utils import enable_single_level_autograd_function
+
+        with enable_single_level_autograd_function():
+            return function.apply(*arguments)  # type: ignore[no-any-return]
+
+    return kernel

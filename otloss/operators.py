@@ -1,8 +1,9 @@
-"""The backends' functions as two PyTorch operators, opaque to autograd and the compiler, with fake kernels.
+"""The backends' functions as two PyTorch operators, opaque to the compiler, with fake kernels.
 
 ``solve`` takes a problem with its masses as they were given. ``gradient`` takes the same, what the solve has left, and
 the gradients by its outputs. Their arguments are the fields of a few named tuples, one after another: the schemas are
 made from these, and the first line of a body puts them together again. A new field is thus added in one place.
+``run_solve`` and ``run_gradient`` do the work. Their derivatives stand in ``autograd.py``.
 
 Checks of values stand here, inside the operator's body, where they also run under ``torch.compile`` and ``vmap``. On a
 GPU they would stop the queue, so there they run only when the environment sets ``OTLOSS_CHECK_VALUES=1``.
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, get_type_hints
 
 import torch
@@ -67,7 +68,7 @@ def _schema(name: str, kinds: tuple[Any, ...], outputs: int) -> str:
     return f"{name}({arguments}) -> ({', '.join(['Tensor'] * outputs)})"
 
 
-def together(arguments: tuple[Any, ...], kinds: tuple[Any, ...]) -> list[Any]:
+def together(arguments: Sequence[Any], kinds: tuple[Any, ...]) -> list[Any]:
     """Named tuples of these kinds, put together again from the fields of one after another."""
     parts, start = [], 0
     for kind in kinds:
@@ -171,12 +172,12 @@ def converged(problem: Problem, solution: Solution, tol: float) -> Tensor:
             size = size if rho is None else size * (1 + problem.eps / rho.unsqueeze(-1))
         sizes = sizes + (mass * size).sum(-1)
     unit = torch.finfo(f.dtype).eps / 2
-    points = max(f.shape[-1] * g.shape[-1], 1)
-    return error < tol + unit * (4 * sizes / problem.eps + 2 * (1 + math.log(points)))
+    points = sizes.new_full((), f.shape[-1] * g.shape[-1])  # a tensor, so that a compiled function serves every size
+    return error < tol + unit * (4 * sizes / problem.eps + 2 * (1 + points.log()))
 
 
-def _solve(*arguments: Any) -> tuple[Tensor, ...]:
-    problem, given, options, start = together(arguments, SOLVE)
+def run_solve(problem: Problem, given: Given, options: Options, start: Start) -> tuple[Tensor, ...]:
+    """The solution of a problem, as `OUTPUTS` says. No output shares memory with another or with an input."""
     backend, checked = get_backend(options.backend), _checks_on(problem.left)
     with no_autocast(problem.left):
         problem, all_live = backend.normalise(problem, given, checked)
@@ -188,8 +189,12 @@ def _solve(*arguments: Any) -> tuple[Tensor, ...]:
         if checked:
             _check(problem, given, solution, backend.worst_error(solution), all_live, options)
     shift = solution.shift or _no_shift(problem)
-    state = State(solution.f, solution.g, solution.n_iter, *shift, kept, problem.a, problem.b)
-    return _contiguous(solution.transport_cost, solution.value, solution.error, *state)
+    potentials = solution.f, solution.g, solution.n_iter
+    return (solution.transport_cost, solution.value, solution.error, *potentials, *shift, kept, problem.a, problem.b)
+
+
+def _solve(*arguments: Any) -> tuple[Tensor, ...]:
+    return _contiguous(*run_solve(*together(arguments, SOLVE)))
 
 
 def _check(
@@ -239,8 +244,10 @@ def _like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _gradient(*arguments: Any) -> tuple[Tensor, ...]:
-    problem, state, incoming, asked, given, options = together(arguments, GRADIENT)
+def run_gradient(
+    problem: Problem, state: State, incoming: Incoming, asked: Asked, given: Given, options: Options
+) -> Gradients:
+    """The gradients of a problem that was solved; `NOTHING` or empty ones by what has none."""
     longest = options.max_iter
     # While a CUDA graph is captured the host cannot read n_iter.
     if options.mode == "unroll" and not (problem.left.is_cuda and torch.cuda.is_current_stream_capturing()):
@@ -256,6 +263,12 @@ def _gradient(*arguments: Any) -> tuple[Tensor, ...]:
             "the plan is close to a permutation of blocks; raise eps or use float64",
             ConvergenceWarning,
         )
+    return gradients
+
+
+def _gradient(*arguments: Any) -> tuple[Tensor, ...]:
+    problem, *rest = together(arguments, GRADIENT)
+    gradients = run_gradient(problem, *rest)
     return _contiguous(*(problem.a.new_empty(0) if grad is NOTHING else grad for grad in gradients))
 
 
@@ -267,7 +280,7 @@ def _fake_gradient(*arguments: Any) -> tuple[Tensor, ...]:
         _like(right) if asked.need_cost and right is not None else a.new_empty(0),
         a.new_empty(0) if given.a == "uniform" else _like(a),
         b.new_empty(0) if given.b == "uniform" else _like(b),
-        a.new_empty(len(a), 2) if is_relaxed(problem) else a.new_empty(0),
+        a.new_empty(a.shape[0], 2) if is_relaxed(problem) else a.new_empty(0),
     )
 
 
@@ -301,18 +314,18 @@ def _fold_batch(op: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
 
 # torch.library.custom_op wraps an operator in layers that cost time at each call, and imports PyTorch's compiler at the
 # first one.
-_LIBRARY = torch.library.Library("otloss", "DEF")
+LIBRARY = torch.library.Library("otloss", "DEF")
 
 
 def _operator(
     name: str, kinds: tuple[Any, ...], outputs: int, body: Callable[..., Any], fake: Callable[..., Any]
 ) -> Callable[..., Any]:
     """Define an operator for every device."""
-    _LIBRARY.define(_schema(name, kinds, outputs), tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, body, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"otloss::{name}", fake, lib=_LIBRARY)
+    LIBRARY.define(_schema(name, kinds, outputs), tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, body, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"otloss::{name}", fake, lib=LIBRARY)
     operator = getattr(torch.ops.otloss, name).default
-    torch.library.register_vmap(f"otloss::{name}", _fold_batch(operator), lib=_LIBRARY)
+    torch.library.register_vmap(f"otloss::{name}", _fold_batch(operator), lib=LIBRARY)
     return operator  # type: ignore[no-any-return]
 
 

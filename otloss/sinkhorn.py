@@ -49,7 +49,7 @@ def _solve(
     # Whether keeping the cost pays depends on the sizes, which an exported graph may leave open.
     keep = gradient != "unroll" and torch.is_grad_enabled() and not is_exporting()
     options = Options(int(max_iter), float(tol), accelerate, keep, gradient, described.backend)
-    cost, value, error, *rest = solve(*problem, *given, *options, *described.start)
+    cost, value, error, *rest = solve(problem, given, options, described.start)
     state = State(*rest)
     shift = Shift(state.row_shift, state.column_shift) if problem.right is None else None
     solution = Solution(state.f, state.g, cost, value, state.n_iter, error, shift)

@@ -203,6 +203,22 @@ REFUSED: list[tuple[Callable[[Tensor, Tensor], object], type[Exception], str]] =
     ),
     (lambda x, y: otloss.cosine_sinkhorn(x, y, eps=torch.tensor([0.1, 0.0, 0.1])), ValueError, "eps must be positive"),
     (lambda x, y: otloss.cosine_sinkhorn(x, y, eps=torch.ones(2)), ValueError, r"broadcastable.* eps \(2,\)"),
+    (
+        lambda x, y: otloss.cosine_sinkhorn(x, y, torch.ones(2, 6), eps=torch.tensor(0.1)),
+        ValueError,
+        r"got x \(3, 6, 4\), .*, a \(2, 6\).*; beside x \(3, 6, 4\) take a \(3, 6\), \(1, 6\) or \(6,\), eps",
+    ),
+    (
+        lambda x, y: otloss.sinkhorn(x, torch.ones(2, 7, 6)),
+        ValueError,
+        r"beside a \(2, 7, 6\) take cost \(2, 7, 6, 4\), \(1, 1, 6, 4\) or \(6, 4\)$",
+    ),
+    (
+        lambda x, y: otloss.cosine_sinkhorn(x, y, b=torch.ones(3, 6)),
+        ValueError,
+        r"b must have shape \(B, 5\) or \(5,\) beside y \(3, 5, 4\), got \(3, 6\)",
+    ),
+    (lambda x, y: otloss.cosine_sinkhorn(x, y[0]), ValueError, r"got \(3, 6, 4\) and \(5, 4\); .* expand it"),
     (lambda x, y: otloss.feature_sinkhorn(x, y, cost="l1"), ValueError, "cost must be one of 'cosine', 'sqeuclidean'"),
     (lambda x, y: otloss.cosine_sinkhorn(x, y, rho_a=True), TypeError, "rho_a must be a number"),
 ]

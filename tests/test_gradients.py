@@ -44,9 +44,48 @@ def test_implicit(backend: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OUTPUTS)
-def test_implicit_twice(name: str) -> None:
-    assert gradgradcheck(by_masses(name, "reference"), inputs(3, 4), atol=1e-4)
-    assert gradgradcheck(by_logs(name, "reference"), inputs(3, 4), atol=1e-4)
+def test_implicit_twice(backend: str, name: str) -> None:
+    assert gradgradcheck(by_masses(name, backend), inputs(3, 4), atol=1e-4)
+    assert gradgradcheck(by_logs(name, backend), inputs(3, 4), atol=1e-4)
+
+
+def test_implicit_thrice(backend: str) -> None:
+    cost, za, _ = inputs(2, 3)
+
+    def gradient(cost: Tensor, za: Tensor) -> Tensor:
+        loss = sinkhorn(cost, za.softmax(-1), backend=backend, **EXACT).transport_cost.square().sum()
+        (grad,) = torch.autograd.grad(loss, cost, create_graph=True)
+        return grad.square().sum()
+
+    assert gradgradcheck(gradient, (cost, za), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["transport_cost", "value"])
+def test_features_twice(kernel_backend: str, name: str) -> None:
+    x, y = torch.randn(2, 3, 5, dtype=torch.double), torch.randn(2, 4, 5, dtype=torch.double)  # the cost is kept
+    _, za, _ = inputs(3, 4)
+
+    def loss(x: Tensor, y: Tensor, za: Tensor) -> Tensor:
+        return getattr(cosine_sinkhorn(x, y, log_a=za.log_softmax(-1), backend=kernel_backend, **EXACT), name)
+
+    assert gradgradcheck(loss, (x.requires_grad_(), y.requires_grad_(), za), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["transport_cost", "value"])
+@pytest.mark.parametrize("n, m", [(5, 70), (70, 20)])
+def test_float32_second_derivatives_follow_float64(kernel_backend: str, name: str, n: int, m: int) -> None:
+    """Products of a Hessian and a vector, by the cost and by the masses."""
+    cost, a, b = random_problem(2, n=n, m=m)
+    directions, products = (torch.randn_like(cost), torch.randn_like(a)), []
+    for dtype, which in ((torch.float64, "reference"), (torch.float32, kernel_backend)):
+        leaves = [t.to(dtype).requires_grad_() for t in (cost, a.log())]
+        options = {"eps": 0.2, "max_iter": 5000, "tol": 1e-6, "backend": which}
+        out = sinkhorn(leaves[0], log_a=leaves[1].log_softmax(-1), b=b.to(dtype), **options)
+        grads = torch.autograd.grad(getattr(out, name).sum(), leaves, create_graph=True)
+        product = sum((grad * v.to(dtype)).sum() for grad, v in zip(grads, directions, strict=True))
+        products.append(torch.autograd.grad(product, leaves))
+    for exact, got in zip(*products, strict=True):
+        assert relative(got, exact) < 1e-3
 
 
 @pytest.mark.parametrize("name", ["transport_cost", "value"])
@@ -239,13 +278,12 @@ def test_identical_rows_share_their_gradient(backend: str) -> None:
     assert gradcheck(lambda c: sinkhorn(c, a, b, **EXACT, backend=backend).transport_cost, cost)
 
 
-def test_second_derivative_of_a_kernel_raises_with_advice(backend: str) -> None:
-    if backend == "reference":
-        pytest.skip("the reference differentiates twice, see test_implicit_twice")
+def test_second_derivative_of_a_kernels_iterations_raises_with_advice(kernel_backend: str) -> None:
     cost, za, zb = inputs()
-    out = sinkhorn(cost, za.softmax(-1), zb.softmax(-1), backend=backend, max_iter=1000)
+    options = {"gradient": "unroll", "backend": kernel_backend, "max_iter": 1000}
+    out = sinkhorn(cost, za.softmax(-1), zb.softmax(-1), **options)
     (grad,) = torch.autograd.grad(out.transport_cost.sum(), cost, create_graph=True)
-    with pytest.raises(RuntimeError, match="reference"):
+    with pytest.raises(RuntimeError, match="backend='reference', or take gradient='implicit'"):
         torch.autograd.grad(grad.sum(), za)
 
 

@@ -121,6 +121,24 @@ def test_compile_checks_values() -> None:
         compiled(DENSE[0] * torch.nan, *DENSE[1:])
 
 
+@LOSSES
+def test_forward_mode_names_the_cure(loss, args: Args) -> None:  # type: ignore[no-untyped-def]
+    for derivative in (torch.func.jacfwd(loss), torch.func.hessian(loss)):
+        with pytest.raises(RuntimeError, match=r"reverse mode: torch\.func\.vjp or jacrev, and jacrev\(jacrev\(f\)\)"):
+            derivative(*args)
+
+
+def test_a_hessian_in_reverse_mode() -> None:
+    cost, za, zb = (t.double() for t in DENSE)
+
+    def loss(cost: Tensor) -> Tensor:
+        return otloss.sinkhorn(cost, za[0].softmax(-1), zb[0].softmax(-1), eps=0.2, tol=1e-12).transport_cost
+
+    got = torch.func.jacrev(torch.func.jacrev(loss))(cost[0])
+    want = torch.autograd.functional.hessian(loss, cost[0])
+    assert torch.allclose(got, want, atol=1e-10) and want.abs().max() > 0.01
+
+
 def test_vmap_checks_values() -> None:
     with pytest.raises(ValueError, match="a must not hold negative mass"):
         vmap(lambda c, a: otloss.sinkhorn(c, a).value)(DENSE[0], torch.tensor([0.5, 0.5, 0.5, -0.5, 0]).repeat(3, 1))

@@ -89,7 +89,7 @@ class _KernelCall:
             d,
             eps,
             _address(kept),
-            *((0, 0) if shift is None else map(_address, shift)),
+            *((0, 0) if shift is None else (shift.rows.data_ptr(), shift.columns.data_ptr())),
             0 if right is None else KINDS.index(problem.kind),
             _address(self.rho_a),
             _address(self.rho_b),
@@ -99,11 +99,11 @@ class _KernelCall:
         return self.left.new_empty((self.count, *shape))
 
     def gradients(self, need_cost: bool) -> Gradients:
-        """Room for the gradients; what is not asked for is empty."""
+        """Room for the gradients that are asked for."""
         like, left, right = torch.empty_like, self.left, self.right
         return Gradients(
-            like(left) if need_cost else left.new_empty(0),
-            like(right) if need_cost and right is not None else left.new_empty(0),
+            like(left) if need_cost else NOTHING,
+            like(right) if need_cost and right is not None else NOTHING,
             like(self.a),
             like(self.b),
             self.empty(2) if self.relaxed else NOTHING,
@@ -151,7 +151,7 @@ def by_given(problem: Problem, given: Given, a: Tensor, b: Tensor, by_a: Tensor,
 
 def _by_given(mass: Tensor, form: str, share: Tensor, grad: Tensor) -> Tensor:
     if form == "uniform":
-        return grad.new_empty(0)
+        return NOTHING
     mass, share, grad = mass.contiguous(), share.contiguous(), grad.contiguous()
     out = torch.empty_like(grad)
     _kernel("by_given", share)(_side(mass, form, share), share.shape[0], grad.data_ptr(), out.data_ptr())
@@ -170,16 +170,17 @@ def _address(tensor: Tensor | None) -> int:
 
 
 def _contiguous(upstream: Upstream) -> Upstream:
-    return Upstream(*(None if tensor is None else tensor.contiguous() for tensor in upstream))
+    return Upstream(*[None if tensor is None else tensor.contiguous() for tensor in upstream])
 
 
 def _upstream_addresses(upstream: Upstream) -> object:
-    return _C.UpstreamAddresses(*map(_address, upstream))  # type: ignore[union-attr]
+    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in upstream]
+    return _C.UpstreamAddresses(*addresses)  # type: ignore[union-attr]
 
 
 def _gradient_addresses(gradients: Gradients, residual: Tensor | None) -> object:
-    by = (gradients.left, gradients.right, gradients.a, gradients.b, residual, gradients.rho)
-    return _C.GradientAddresses(*map(_address, by))  # type: ignore[union-attr]
+    addresses = [grad.data_ptr() for grad in gradients]
+    return _C.GradientAddresses(*addresses[:4], _address(residual), addresses[4])  # type: ignore[union-attr]
 
 
 def solve(

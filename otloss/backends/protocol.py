@@ -150,7 +150,8 @@ class Backend(Protocol):
     """The functions and constants of a backend's module."""
 
     TWICE_DIFFERENTIABLE: bool
-    """Whether the gradients are made of differentiable PyTorch operations."""
+    """Whether unrolled gradients are made of differentiable PyTorch operations. Implicit ones are differentiated by the
+    reference's formula for them, whatever the backend."""
     KEEPS_COST: bool
     """Whether ``solve`` and ``implicit_gradient`` make use of ``kept``."""
     RELAXES: bool

@@ -35,7 +35,7 @@ def _small(problem: DeviceProblem, max_iter: int, tol: float, start: Tensor | No
     n_iter = problem.empty(count, dtype=torch.int64)
     tile = config.small(n, m, problem.double, problem.soft is not None)
     if problem.soft is not None:
-        g = _first_g(problem)
+        g = _first_g(problem, None)
         launch(
             relaxed.relax_small, (count,), problem.cost, problem.soft, problem.a, problem.b, f, g, cost, value, n_iter,
             error, n, m, problem.eps, tol, max_iter, N=tile.rows, M=tile.cols, J=16, tile=tile,
