@@ -76,13 +76,13 @@ template <class T> struct RelaxedNewton : Relaxed<T> {
  private:
   void forget() { std::fill(paired, paired + memory, false); }
 
-  // A sweep at the trial point, to which the constant is added. False if something is not finite. The error is known to `noise`, by
-  // rounding of the scalings; what a side asks for has it times eps/rho.
+  // A sweep at the trial point, to which the constant is added. False if something is not finite. The error is known to `noise`.
   bool evaluate(T& error, T& slope, T& range, T& noise) {
     this->iterate();
     const Penalty<T>&of_a = rows.penalty, &of_b = columns.penalty;
-    const Asked asked_of_columns = this->ask(columns, columns.x, trial.weight);
-    const double column_total = asked_of_columns.total(columns.whole), row_total = this->ask(rows, rows.next_x, nullptr).total(rows.whole);
+    const Asked asked_of_rows = this->ask(rows, rows.next_x, this->asked), asked_of_columns = this->ask(columns, columns.x, trial.weight);
+    const double row_total = asked_of_rows.total(rows.whole), column_total = asked_of_columns.total(columns.whole);
+    noise = rounding(rows, rows.next_x, this->asked) + rounding(columns, columns.x, trial.weight);
     const double move = (row_total - column_total) / (of_a.slack * of_a.soft + of_b.slack);
     const T lifted = T(of_a.soft * move);
     rows.move(rows.next_x, lifted);
@@ -90,7 +90,7 @@ template <class T> struct RelaxedNewton : Relaxed<T> {
     columns.move(columns.level, lifted);
     trial.mass = column_total + move * of_b.slack;
     const T share = T(std::exp2(asked_of_columns.share - column_total)), mass = T(trial.mass);
-    vec<T> missed{}, along{}, top{}, bottom{}, rounded{};
+    vec<T> missed{}, along{}, top{}, bottom{};
     for (int j = 0; j < cost.cols; j += lanes<T>) {
       const vec<T> at = load(columns.x + j), level = load(columns.level + j), asked = load(trial.weight + j) * share;
       const vec<T> step = load(b + j) != 0 ? columns.lean * load(columns.from + j) - columns.soft * level - at : vec<T>{};
@@ -99,7 +99,6 @@ template <class T> struct RelaxedNewton : Relaxed<T> {
       store<T>(trial.step + j, step);
       store<T>(trial.gradient + j, gap);
       missed += gap < 0 ? -gap : gap;
-      rounded += asked * (at < 0 ? -at : at);
       along += gap * load(dir + j);
       top = max(step, top);
       bottom = min(step, bottom);
@@ -107,8 +106,19 @@ template <class T> struct RelaxedNewton : Relaxed<T> {
     error = sum<T>(missed);
     slope = sum<T>(along) * T(ln2 * std::exp2(trial.mass - state.mass));
     range = width(top, bottom);
-    noise = T(ln2 / 2 * (1 + of_b.slack)) * std::numeric_limits<T>::epsilon() * sum<T>(rounded);
     return std::isfinite(move) && std::isfinite(error);
+  }
+
+  // The mean relative error of the marginal that a side asks for, by rounding of its scalings and of what it is made from.
+  T rounding(const typename Base::Side& side, const T* x, const T* marginal) const {
+    const auto size = [](vec<T> z) __attribute__((always_inline)) { return z < 0 ? -z : z; };
+    double total, rounded;
+    two_sums<T>(side.padded, total, rounded, [&](int i, vec<T>& one, vec<T>& other) __attribute__((always_inline)) {
+      const vec<T> at = load(x + i), mass = load(marginal + i);
+      one += mass;
+      other += mass * (size(at) + size(side.bend * at) + size(side.tilt * load(side.from + i)));
+    });
+    return T(ln2 / 2 * std::numeric_limits<T>::epsilon() * rounded / total);
   }
 
   // Of a step in bits: by how much the exponentials of the dual move, at most.
