@@ -17,11 +17,18 @@ template <class T> const T* centre_of(const Problem<T>& p, Arena& arena) {
   T *low = arena.take<T>(p.d), *high = arena.take<T>(p.d);
   for (int k = 0; k < p.d; ++k) low[k] = std::numeric_limits<T>::infinity(), high[k] = -low[k];
   const auto read = [=, d = p.d](const T* x, const T* mass, int count) {
-    for (int i = 0; i < count; ++i, x += d)
-      for (int k = 0; mass[i] > dead_mass<T> && k < d; ++k) {
-        low[k] = x[k] < low[k] ? x[k] : low[k];
-        high[k] = x[k] > high[k] ? x[k] : high[k];
+    for (int i = 0; i < count; ++i, x += d) {
+      if (!(mass[i] > dead_mass<T>)) continue;
+      int k = 0;
+      for (; k + lanes<T> <= d; k += lanes<T>) {
+        store<T>(low + k, min(load(x + k), load(low + k)));
+        store<T>(high + k, max(load(x + k), load(high + k)));
       }
+      for (; k < d; ++k) {
+        low[k] = min(x[k], low[k]);
+        high[k] = max(x[k], high[k]);
+      }
+    }
   };
   read(p.left, p.a, p.n), read(p.right, p.b, p.m);
   bool any = false;
