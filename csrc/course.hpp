@@ -75,6 +75,10 @@ template <class T> struct Course {
     return plain_range <= most_plain_range && rate > T(0.3) && 10 * wasted + 7 <= k && (going || !soon(power(8)));
   }
 
+  // Whether a set with itself takes mixed steps for plain ones (quasi_newton.hpp): until quasi-Newton steps have begun, or five steps
+  // show that they leave too much.
+  bool mixes() const { return !going && (k - first < 5 || rate <= T(0.5)); }
+
   // Takes the quasi-Newton step that was found, with this range.
   void takes_newton(T found) {
     newton = going = true;

@@ -234,6 +234,20 @@ template <class T> struct LaneQuasiNewton : LaneSolver<T> {
       set(point, j, newton ? at(point, j) : where ? at(plain, j) : at(psi, j));
       set(dir, j, newton ? at(dir, j) : where ? at(residual, j) : Vec{});
     }
+    Mask mixed{};
+    for (int lane = 0; lane < this->count; ++lane) mixed[lane] = -int(where[lane] && this->p[lane].symmetric && course[lane].mixes());
+    if (any<T>(mixed)) mixed_step(mixed);
+  }
+
+  // See QuasiNewton::mixed_step.
+  void mixed_step(Mask where) {
+    for (int j = 0; j < m; ++j) {
+      const Vec f = at(F, j) + at(row_shift, j), g = at(G, j) + at(column_shift, j), x = log2<T>(at(psi, j));
+      const Vec by_f = (f - g) * scale + (log2<T>(at(phi, j)) - x), by_g = log2<T>(at(plain, j)) - x;
+      const Vec step = (by_f + by_g) * T(8. / 17);
+      set(point, j, where ? at(psi, j) * exp2<T>(step) : at(point, j));
+      set(dir, j, where ? at(root, j) * step * T(ln2) : at(dir, j));
+    }
   }
 
   // Takes quasi-Newton steps in some lanes, and takes those out of `some` that get none.

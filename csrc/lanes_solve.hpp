@@ -188,6 +188,14 @@ template <class T> void write_solutions(LaneSolver<T>& s, int count, const Solut
 
   T *f = s.next_phi, *g = s.next_psi;
   s.potentials(f, g);
+  mask<T> symmetric{};
+  for (int lane = 0; lane < count; ++lane) symmetric[lane] = -int(s.p[lane].symmetric);
+  if (any<T>(symmetric))  // see write_solution
+    for (int i = 0; i < s.n; ++i) {
+      const Vec r = s.at(s.row_shift, i), c = s.at(s.column_shift, i), half = ((s.at(f, i) + r) + (s.at(g, i) + c)) * T(0.5);
+      s.set(f, i, symmetric ? half - r : s.at(f, i));
+      s.set(g, i, symmetric ? half - c : s.at(g, i));
+    }
   // Vectors, not loops over lanes: a compiler may contract a product and a sum in some turns of a loop, and not in others.
   using Wide = typename band_of<double, L>::type;
   const auto wide = [](Vec x) __attribute__((always_inline)) { return __builtin_convertvector(x, Wide); };
@@ -195,6 +203,12 @@ template <class T> void write_solutions(LaneSolver<T>& s, int count, const Solut
   Wide shift{};
   for (int i = 0; i < s.n; ++i) shift -= 0.5 * wide(s.at(s.a, i)) * wide(s.at(f, i));
   for (int j = 0; j < s.m; ++j) shift += 0.5 * wide(s.at(s.b, j)) * wide(s.at(g, j));
+  if (any<T>(symmetric)) {
+    Wide apart{};
+    for (int i = 0; i < s.n; ++i) apart += 0.5 * wide(s.at(s.a, i)) * (wide(s.at(s.row_shift, i)) - wide(s.at(s.column_shift, i)));
+    for (int lane = 0; lane < L; ++lane)
+      if (symmetric[lane]) shift[lane] = apart[lane];
+  }
   const Vec move = __builtin_convertvector(shift, Vec);
   for (int i = 0; i < s.n; ++i) s.set(f, i, s.at(f, i) + move);
   for (int j = 0; j < s.m; ++j) s.set(g, j, s.at(g, j) - move);

@@ -94,6 +94,7 @@ void solve(const Inputs& in, Address start, bool accelerate, int64_t max_iter, d
     Problem<T> p = in.problem<T>(i);
     p.kept = p.row_shift = p.column_shift = nullptr;  // still to be written
     p.start = at<T>(start, i * in.m);
+    p.symmetric = accelerate && is_symmetric(p);
     return p;
   };
   if (in.short_rows())

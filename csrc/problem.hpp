@@ -32,7 +32,22 @@ template <class T> struct Problem {
   const T* kept;  // the cost n x m of the features, or null
   const T *row_shift = nullptr, *column_shift = nullptr;  // what solve took out of a dense cost, or null
   const T* start = nullptr;  // potentials of the columns to start from, of the cost as it was given, or null
+  bool symmetric = false;    // see is_symmetric; only where it is made use of
 };
+
+// Whether a problem is that of a set with itself: the same masses, and the same features or a symmetric cost.
+template <class T> bool is_symmetric(const Problem<T>& p) {
+  const auto same = [](const T* x, const T* y, size_t count) { return x == y || std::memcmp(x, y, sizeof(T) * count) == 0; };
+  if (p.n != p.m || !same(p.a, p.b, p.n)) return false;
+  if (p.right) return same(p.left, p.right, size_t(p.n) * p.d);
+  constexpr int tile = 32;  // rows and columns that stay in the cache
+  for (int i0 = 0; i0 < p.n; i0 += tile)
+    for (int j0 = 0; j0 <= i0; j0 += tile)
+      for (int i = i0; i < std::min(i0 + tile, p.n); ++i)
+        for (int j = j0; j < std::min(j0 + tile, i); ++j)
+          if (p.left[size_t(i) * p.m + j] != p.left[size_t(j) * p.m + i]) return false;
+  return true;
+}
 
 template <class T> struct Solution {
   T *f, *g, *cost, *value, *error;

@@ -187,8 +187,25 @@ template <class T> struct QuasiNewton : Solver<T> {
 
   void plain_step(Course<T>& course) {
     course.takes_plain();
+    if (this->p.symmetric && course.mixes()) return mixed_step();
     std::memcpy(dir, residual, sizeof(T) * cost.cols);
     std::memcpy(point, plain, sizeof(T) * cost.cols);
+  }
+
+  // In place of a plain step, in the problem of a set with itself. There f = g at the solution, and near it a half-step H turns an error
+  // into -s times that error, s an eigenvalue of the plan relative to the masses. With a positive definite kernel exp(-C/eps), as
+  // distances have it, s is between 0 and 1. The step from g to (g + 8 H g + 8 H H g)/17 leaves (1 - 8 s + 8 s^2)/17 of an error: of all
+  // such polynomials, which are 1 at s = -1, the least on [0, 1] (Chebyshev's). It is never above 1/17, whatever eps is. Half-steps
+  // expand no distance in the maximum norm; so the steps converge for every symmetric cost, and where s < 0 slows them down,
+  // quasi-Newton steps take over.
+  void mixed_step() {
+    for (int j = 0; j < cost.cols; j += lanes<T>) {
+      const vec<T> f = load(F + j) + load(row_shift + j), g = load(G + j) + load(column_shift + j), x = log2<T>(load(psi + j));
+      const vec<T> by_f = (f - g) * this->scale + (log2<T>(load(phi + j)) - x), by_g = log2<T>(load(plain + j)) - x;
+      const vec<T> step = load(b + j) != 0 ? (by_f + by_g) * T(8. / 17) : vec<T>{};
+      store<T>(point + j, load(psi + j) * exp2<T>(step));
+      store<T>(dir + j, load(root + j) * step * T(ln2));
+    }
   }
 
   // dir += factor x; returns the inner product of the new dir with y.

@@ -13,6 +13,11 @@ template <class T> void write_solution(Solver<T>& s, const Solution<T>& out) {
 
   T *f = s.F, *g = s.G;  // dead entries: one half-step from the live ones
   s.potentials(f, g);
+  if (p.symmetric)  // f = g, of the cost as it was given; to first order the error is the same, half on either side
+    for (int i = 0; i < cost.n; ++i) {
+      const T half = ((f[i] + s.row_shift[i]) + (g[i] + s.column_shift[i])) / 2;
+      f[i] = half - s.row_shift[i], g[i] = half - s.column_shift[i];
+    }
   for (int j = cost.m; j < cost.cols; ++j) g[j] = 0;
   T *f_all = s.next_phi, *g_all = s.next_psi;
   if (s.dead_rows) log_rows(team, cost, p.eps, g, s.log_b, f_all);
@@ -25,6 +30,10 @@ template <class T> void write_solution(Solver<T>& s, const Solution<T>& out) {
   for (int j = 0; j < cost.m; ++j) {
     if (s.b[j] == 0) g[j] = g_all[j];
     shift += 0.5 * double(s.b[j]) * g[j];
+  }
+  if (p.symmetric) {
+    shift = 0;
+    for (int i = 0; i < cost.n; ++i) shift += 0.5 * double(s.a[i]) * (double(s.row_shift[i]) - s.column_shift[i]);
   }
   for (int i = 0; i < cost.n; ++i) out.f[i] = f[i] += T(shift);
   for (int j = 0; j < cost.m; ++j) out.g[j] = g[j] -= T(shift);

@@ -130,8 +130,8 @@ class _TransportLoss(nn.Module):
         out = between(points[0], x, y, init=init)
         if self.objective != "divergence":
             return getattr(out, self.objective), out
-        within = between(points[1], x, x).value + between(points[2], y, y).value
-        return out.value - 0.5 * within + 0.5 * out._mass_bias(), out
+        within = between(points[1], x, x)._exact_value() + between(points[2], y, y)._exact_value()
+        return out._exact_value() - 0.5 * within + 0.5 * out._mass_bias(), out
 
     def _reduce(self, loss: Tensor) -> Tensor:
         if self.reduction == "mean":

@@ -8,7 +8,8 @@ promises of a plain iteration; else a plain one follows. ``csrc/course.hpp`` der
 is tried. It holds the same constants.
 
 Where plain iterations crawl, the problem is solved roughly at larger eps first. Every stage ends with a plain
-half-step. Each problem of the batch has a course of its own; the batch advances in lockstep.
+half-step. A set with itself takes mixed steps for plain ones. Each problem of the batch has a course of its own; the
+batch advances in lockstep.
 
 Source: Liu and Nocedal 1989 for the quasi-Newton step; Schmitzer 2019 (arXiv 1610.06519) for the stages.
 """
@@ -17,6 +18,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from otloss.backends.protocol import Problem
 
 MEMORY, PATIENCE, FACTOR, STAGE_SWEEPS = 8, 20, 4.0, 50
 MOST_RANGE, MOST_PLAIN_RANGE, COARSE_GOAL = 6.0, 3.0, 0.05
@@ -28,11 +31,33 @@ def start(g: Tensor, minima: Tensor, eps: float) -> Tensor:
     return torch.where(minima.amax(-1, keepdim=True) > lost_beyond * eps, g + minima, g)
 
 
+def is_symmetric(problem: Problem) -> Tensor:
+    """Which problems ``(B, 1)`` are those of a set with itself: the same masses, and the same features or C = C'."""
+    left, right, a, b = problem.left, problem.right, problem.a, problem.b
+    other = left.mT if right is None else right
+    if a.shape != b.shape or left.shape != other.shape:
+        return torch.zeros_like(a[:, :1], dtype=torch.bool)
+    return (a == b).all(-1, keepdim=True) & (left == other).flatten(1).all(-1, keepdim=True)
+
+
 def solve(
-    cost: Tensor, a: Tensor, b: Tensor, log_a: Tensor, log_b: Tensor, g: Tensor, eps: float, max_iter: int, tol: float
+    cost: Tensor,
+    a: Tensor,
+    b: Tensor,
+    log_a: Tensor,
+    log_b: Tensor,
+    g: Tensor,
+    eps: float,
+    max_iter: int,
+    tol: float,
+    same: Tensor,
+    apart: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """f, g and the number of sweeps of each problem, from this g; points without mass keep g = 0."""
-    return _Batch(cost, a, b, log_a, log_b, g, eps, max_iter, tol).run()
+    """f, g and the number of sweeps of each problem, from this g; points without mass keep g = 0.
+
+    ``same (B, 1)`` says which problems are those of a set with itself; ``apart (B, m)`` is f - g at their solution.
+    """
+    return _Batch(cost, a, b, log_a, log_b, g, eps, max_iter, tol, same, apart).run()
 
 
 class _Batch:
@@ -49,7 +74,10 @@ class _Batch:
         eps: float,
         max_iter: int,
         tol: float,
+        same: Tensor,
+        apart: Tensor,
     ) -> None:
+        self.same, self.apart = same, apart
         self.cost, self.log_a, self.log_b = cost, log_a, log_b
         self.base, self.tol, self.max_iter = eps, tol, max_iter
         self.live = log_b > -torch.inf
@@ -185,9 +213,21 @@ class _Batch:
         self.newton, self.going = newton, self.going | newton
         self.slope, self.range = slope * shorter, spread.clamp(max=MOST_RANGE)
         by_newton = self.g + self.eps * log_scaling * shorter
-        point = torch.where(newton, by_newton, torch.where(self.active & ~moving, self.plain, self.g))
-        self.step = torch.where(newton, step * shorter, torch.where(self.active & ~moving, self.residual, 0.0))
+        mixed, by_plain = self._mixed()
+        mixing = self.same & ~self.going & ((self.sweeps - self.first < 5) | (self.rate <= 0.5))
+        by_plain = torch.where(mixing, by_plain, self.residual)
+        point = torch.where(self.active & ~moving, torch.where(mixing, mixed, self.plain), self.g)
+        point = torch.where(newton, by_newton, point)
+        self.step = torch.where(newton, step * shorter, torch.where(self.active & ~moving, by_plain, 0.0))
         return point
+
+    def _mixed(self) -> tuple[Tensor, Tensor]:
+        """The point and the step that a set with itself takes for a plain one; csrc/quasi_newton.hpp says why."""
+        if not self.same.any():
+            return self.plain, self.residual
+        change = ((self.f - self.apart - self.g) + (self.plain - self.g)) * 8 / 17
+        change = torch.where(self.live & self.same, change, 0.0)
+        return self.g + change, self.root * change / self.eps
 
     def _direction(self) -> Tensor:
         """The two loops of limited-memory BFGS; a pair of weight 0 does nothing."""

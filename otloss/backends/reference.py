@@ -166,10 +166,15 @@ def solve(
         g = quasi_newton.start(g, torch.where(live(b), minima.columns, 0.0), eps)
     given = start.g if start.g is None or shift is None else start.g - shift.columns
     g = better_start(given, g, problem, lambda g: f_step(cost, log_b, g, eps))
+    same = quasi_newton.is_symmetric(problem) if accelerate else a.new_zeros(len(a), 1, dtype=torch.bool)
     if accelerate:
-        f, g, n_iter = quasi_newton.solve(cost, a, b, log_a, log_b, g, eps, max_iter, tol)
+        apart = torch.zeros_like(b) if shift is None or a.shape != b.shape else shift.columns - shift.rows
+        f, g, n_iter = quasi_newton.solve(cost, a, b, log_a, log_b, g, eps, max_iter, tol, same, apart)
     else:
         f, g, n_iter = _iterate(cost, a, log_a, log_b, g, eps, max_iter, tol)
+    if same.any():  # f = g of the cost as it was given; to first order the error is the same, half on either side
+        half = (f - apart + g) / 2
+        f, g = torch.where(same, half + apart, f), torch.where(same, half, g)
     f = torch.where(live(a), f, f_step(cost, log_b, g, eps))
     g = torch.where(live(b), g, g_step(cost, log_a, f, eps))
     constant = ((b * g).sum(-1) - (a * f).sum(-1)).unsqueeze(-1) / 2
