@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import otloss
 from otloss import operators
-from otloss.backends.protocol import Given, Problem
+from otloss.backends.protocol import COLD, Given, Problem
 from otloss.gradients import Incoming, State
 from otloss.operators import Asked, Options
 
@@ -84,7 +84,7 @@ def test_the_operators_only_make_room_for_the_kernels(kernel_backend: str, form:
     problem = Problem(torch.rand(4, 8, 8), None, a.log() if form == "logs" else a, a, 0.05)
     given, options = Given(form, "uniform", 1e-4), Options(1000, 1e-5, True, True, "implicit", kernel_backend)
     solved: list[Tensor] = []
-    names = dispatched(lambda: solved.extend(operators.run_solve(problem, given, options)))
+    names = dispatched(lambda: solved.extend(operators.run_solve(problem, given, options, COLD)))
     assert {name.split(".")[1] for name in names} <= {"new_empty", "empty_like"}, names
     assert len(names) == len(operators.OUTPUTS)
     incoming = Incoming(torch.ones(4), None, None, None, None, None)
