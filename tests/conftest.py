@@ -48,6 +48,19 @@ def kernel_backend() -> str:
     return "cpu"
 
 
+@pytest.fixture(params=["small", "medium", "large", "streamed"])
+def regime(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The Triton kernels of each size in turn, whatever the size; under "streamed" no cost of features is stored."""
+    from triton_problems import REGIMES
+
+    from otloss.backends.triton import config
+
+    monkeypatch.setattr(config, "LIMITS", REGIMES[request.param])
+    if request.param == "streamed":
+        monkeypatch.setattr(config, "STORED_BYTES", 0)
+    return str(request.param)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

@@ -154,7 +154,8 @@ def test_the_smoke_stage_names_the_kernel_that_fails(says: str, why: str, monkey
 def test_kernels_in_the_interpreter(part: str) -> None:
     """In processes of their own: Triton reads TRITON_INTERPRET when it is imported. One a regime, to share out."""
     options = ("-o", "addopts=", "-q", "-x", "-W", "ignore::RuntimeWarning", "--durations=5", "-k", part)
-    done = run("-m", "pytest", *options, str(HERE / "triton_kernels.py"), TRITON_INTERPRET="1")
+    files = (HERE / f"triton_{name}.py" for name in ("kernels", "limits", "launches"))
+    done = run("-m", "pytest", *options, *map(str, files), TRITON_INTERPRET="1")
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
 
