@@ -24,6 +24,11 @@ def pytest_report_header() -> str:
     return f"processor: PyTorch {capability}, threads {torch.get_num_threads()}, kernels {level}"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests first, so that none of them begins when the other processes have nothing left to do."""
+    items.sort(key=lambda item: "slow" not in item.keywords)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Figures that tests recorded; a worker process has no terminal of its own to print them on."""
     for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
