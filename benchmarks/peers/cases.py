@@ -78,27 +78,24 @@ class Case:
 
 
 def solution(case: Case) -> tuple[Tensor, Tensor, Tensor]:
-    """f, g and log T = log(a b) + (f + g - C) / eps, by Sinkhorn's iterations, until nothing changes."""
+    """f, g and log T = log(a b) + (f + g - C) / eps, by Sinkhorn's iterations, until nothing changes.
+
+    Shares of the mass and masks are left to the rows that ask for them.
+    """
     cost, eps = case.matrix(), torch.as_tensor(case.eps, dtype=torch.float64).reshape(-1, 1)
     log_a, log_b = case.a.log(), case.b.log()
     log_kernel = -cost / eps.unsqueeze(-1) + log_a.unsqueeze(-1) + log_b.unsqueeze(-2)
-    most = 1e300 if case.share is None else 0.0  # a point may send less than its mass
     powers = [1.0 if rho is None else rho / (rho + eps) for rho in (case.rho_a, case.rho_b)]
     u, v = torch.zeros_like(case.a), torch.zeros_like(case.b)
-    total = torch.zeros_like(eps)  # of a share, the logarithm of the factor that makes it the plan's total
     for _ in range(20_000):
-        before = (u, v, total)
-        rows = torch.logsumexp(log_kernel + v.unsqueeze(-2) + total.unsqueeze(-1), -1)
-        u = (powers[0] * torch.where(case.a > 0, log_a - rows, 0.0)).clamp(max=most)
-        columns = torch.logsumexp(log_kernel + u.unsqueeze(-1) + total.unsqueeze(-1), -2)
-        v = (powers[1] * torch.where(case.b > 0, log_b - columns, 0.0)).clamp(max=most)
-        if case.share is not None:
-            sums = torch.logsumexp((log_kernel + u.unsqueeze(-1) + v.unsqueeze(-2)).flatten(1), -1, keepdim=True)
-            total = torch.tensor(case.share, dtype=torch.float64).log() - sums
-        if all(bool(((new - old).abs() < 1e-14).all()) for new, old in zip((u, v, total), before, strict=True)):
+        before = (u, v)
+        rows = torch.logsumexp(log_kernel + v.unsqueeze(-2), -1)
+        u = powers[0] * torch.where(case.a > 0, log_a - rows, 0.0)
+        columns = torch.logsumexp(log_kernel + u.unsqueeze(-1), -2)
+        v = powers[1] * torch.where(case.b > 0, log_b - columns, 0.0)
+        if all(bool(((new - old).abs() < 1e-14).all()) for new, old in zip((u, v), before, strict=True)):
             break
-    log_plan = log_kernel + u.unsqueeze(-1) + v.unsqueeze(-2) + total.unsqueeze(-1)
-    return eps * (u + total), eps * v, log_plan
+    return eps * u, eps * v, log_kernel + u.unsqueeze(-1) + v.unsqueeze(-2)
 
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:

@@ -151,16 +151,14 @@ def _pot_started(case: Case, name: str) -> Tensor:
 
 
 def _pot_partial(case: Case, name: str) -> Tensor:
-    """Its entropy is not relative to the masses, which is a change of the cost."""
     import ot
 
     case.one()
-    case.options(share="m")
+    options = case.options(share="m") | {"numItermax": case.iterations, "stopThr": 1e-13}
     if name != "plan" or case.share is None:
         raise Missing("is for shares alone, and returns a plan")
-    cost = case.matrix()[0] - case.eps * (case.a[0].log().unsqueeze(-1) + case.b[0].log())
-    solve = ot.partial.entropic_partial_wasserstein
-    return solve(case.a[0], case.b[0], cost, case.eps, m=case.share, numItermax=20_000, stopThr=1e-13)[None]
+    solve = ot.partial.entropic_partial_wasserstein_logscale
+    return solve(case.a[0], case.b[0], case.matrix()[0], case.eps, **options)[None]  # type: ignore[no-any-return]
 
 
 def _pot_divergence(case: Case) -> Tensor:
