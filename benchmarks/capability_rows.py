@@ -98,7 +98,7 @@ def gradient(way: Any, given: Case, name: str, *by: str, exact: Callable[[Case],
             return (weights * (truth(changed, name) if exact is None else exact(changed))).sum()
 
         pairs = []
-        for _ in range(4):
+        for _ in range(3):
             direction = torch.randn(at.shape, generator=generator, dtype=torch.float64)
             if field in ("a", "b"):
                 direction = direction * at

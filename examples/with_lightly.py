@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import torch
 from lightly.loss import VICRegLoss
-from lightly.models.modules import VICRegProjectionHead
+from lightly.models.modules.heads import VICRegProjectionHead
 from lightly.transforms import SimCLRTransform
 from torch import Tensor, nn
 from torchvision.models import resnet18

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -38,99 +40,121 @@ class _InJax(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         tensors, needed = ctx.saved_tensors, ctx.needs_input_grad[1:]
-
-        def of(k: int) -> Function:
-            def pulled(*arrays: Any) -> Any:
-                import jax
-
-                *inputs, cotangent = arrays
-                out, pull = jax.vjp(ctx.function, *inputs)
-                return pull(cotangent.astype(out.dtype))[k]
-
-            return pulled
-
-        grads = [_InJax.apply(of(k), *tensors, *upstream) if need else None for k, need in enumerate(needed)]
-        return (None, *grads)
+        pulls = [_pull(ctx.function, k) if need else None for k, need in enumerate(needed)]
+        return (None, *(None if pull is None else _InJax.apply(pull, *tensors, *upstream) for pull in pulls))
 
 
-def _solver(case: Case, implicit: bool, danskin: bool | None) -> Any:
+@functools.cache  # JAX compiles a function once, and each new one anew
+def _pull(function: Function, k: int) -> Function:
+    """From inputs and a cotangent to the gradient by the k-th input."""
+    import jax
+
+    def pulled(*arrays: Any) -> Any:
+        *inputs, cotangent = arrays
+        out, pull = jax.vjp(function, *inputs)
+        return pull(cotangent.astype(out.dtype))[k]
+
+    return jax.jit(pulled)  # type: ignore[no-any-return]
+
+
+def _solver(iterations: int, implicit: bool, danskin: bool | None) -> Any:
     from ott.solvers.linear import implicit_differentiation
     from ott.solvers.linear.sinkhorn import Sinkhorn
 
     how = implicit_differentiation.ImplicitDiff(solver_kwargs={"ridge_kernel": RIDGE}) if implicit else None
     return Sinkhorn(
-        threshold=1e-12, max_iterations=case.iterations, inner_iterations=10, implicit_diff=how, use_danskin=danskin
+        threshold=1e-12, max_iterations=iterations, inner_iterations=10, implicit_diff=how, use_danskin=danskin
     )
 
 
-def _way(implicit: bool = True, danskin: bool | None = None, wrap: Callable[[Function], Function] | None = None) -> Way:
-    def solve(case: Case, name: str) -> Tensor:
-        import jax
-        import jax.numpy as jnp
-        from ott.geometry.geometry import Geometry
-        from ott.geometry.pointcloud import PointCloud
-        from ott.problems.linear.linear_problem import LinearProblem
+@dataclass(frozen=True)
+class _Asked:
+    """What a compiled function is made for: names of its inputs and output, options, and how it is differentiated."""
 
+    inputs: tuple[str, ...]
+    output: str
+    eps: float | None
+    rhos: tuple[tuple[str, float], ...]
+    iterations: int
+    implicit: bool
+    danskin: bool | None
+
+
+@functools.cache
+def _batched(asked: _Asked) -> Function:
+    """One call for all problems."""
+    import jax
+    import jax.numpy as jnp
+    from ott.geometry.geometry import Geometry
+    from ott.geometry.pointcloud import PointCloud
+    from ott.problems.linear.linear_problem import LinearProblem
+
+    solver, name = _solver(asked.iterations, asked.implicit, asked.danskin), asked.output
+
+    def one(*arrays: Any) -> Any:
+        given = dict(zip(asked.inputs, arrays, strict=True))
+        eps, a, b = given["eps"], given["a"], given["b"]
+        strength = eps if asked.eps is None else asked.eps  # a number says which side is balanced
+        taus = {f"tau_{side}": rho / (rho + strength) for side, rho in asked.rhos}
+        if "cost" in given:
+            geometry = Geometry(cost_matrix=given["cost"], epsilon=eps)
+        else:
+            geometry = PointCloud(given["x"], given["y"], epsilon=eps)
+        if asked.rhos:  # its plan has the entropy relative to 1, not to ab', which is a change of the cost
+            cost = geometry.cost_matrix
+            shift = eps * (jnp.log(a)[:, None] + jnp.log(b)[None, :])
+            plan = solver(LinearProblem(Geometry(cost_matrix=cost - shift, epsilon=eps), a, b, **taus)).matrix
+            return plan if name == "plan" else (plan * cost).sum()
+        # Its potentials hold the masses: T = exp((f + g - C) / eps).
+        init = (given["f"] + eps * jnp.log(a), given["g"] + eps * jnp.log(b)) if "f" in given else None
+        out = solver(LinearProblem(geometry, a, b), init)
+        if name == "log_plan":
+            return (out.f[:, None] + out.g[None, :] - geometry.cost_matrix) / eps
+        if name == "n_iter":
+            return jnp.asarray(out.n_iters, dtype=eps.dtype)
+        return getattr(out, {"cost": "primal_cost", "value": "reg_ot_cost", "plan": "matrix"}[name])
+
+    return jax.jit(jax.vmap(one))  # type: ignore[no-any-return]
+
+
+def _way(implicit: bool = True, danskin: bool | None = None) -> Way:
+    def solve(case: Case, name: str) -> Tensor:
         rhos = case.options(rho_a="a", rho_b="b", start="start")
         start = rhos.pop("start", None)
+        if rhos and name not in ("plan", "cost"):
+            raise Missing(f"returns no {name} of the entropy relative to the masses")
         tensors = {"a": case.a, "b": case.b}
         tensors |= {"cost": case.cost} if case.cost is not None else dict(zip("xy", case.points(), strict=True))
         tensors["eps"] = torch.as_tensor(case.eps, dtype=torch.float64).expand(len(case.a))
         if start is not None:
             tensors |= {"f": start[0], "g": start[1]}
-        solver = _solver(case, implicit, danskin)
-
-        def one(*arrays: Any) -> Any:
-            given = dict(zip(tensors, arrays, strict=True))
-            eps, a, b = given["eps"], given["a"], given["b"]
-            strength = eps if isinstance(case.eps, Tensor) else case.eps  # a number says which side is balanced
-            taus = {f"tau_{side}": rho / (rho + strength) for side, rho in rhos.items()}
-            if "cost" in given:
-                geometry = Geometry(cost_matrix=given["cost"], epsilon=eps)
-            else:
-                geometry = PointCloud(given["x"], given["y"], epsilon=eps)
-            if rhos:  # its plan has the entropy relative to 1, not to ab', which is a change of the cost
-                cost = geometry.cost_matrix
-                shift = eps * (jnp.log(a)[:, None] + jnp.log(b)[None, :])
-                plan = solver(LinearProblem(Geometry(cost_matrix=cost - shift, epsilon=eps), a, b, **taus)).matrix
-                if name not in ("plan", "cost"):
-                    raise Missing(f"returns no {name} of this entropy")
-                return plan if name == "plan" else (plan * cost).sum()
-            # Its potentials hold the masses: T = exp((f + g - C) / eps).
-            init = (given["f"] + eps * jnp.log(a), given["g"] + eps * jnp.log(b)) if start is not None else None
-            out = solver(LinearProblem(geometry, a, b, **taus), init)
-            if name == "log_plan":
-                return (out.f[:, None] + out.g[None, :] - geometry.cost_matrix) / eps
-            if name == "n_iter":
-                return jnp.asarray(out.n_iters, dtype=eps.dtype)
-            return getattr(out, {"cost": "primal_cost", "value": "reg_ot_cost", "plan": "matrix"}[name])
-
-        batch = jax.vmap(one)
-        return _InJax.apply(batch if wrap is None else wrap(batch), *tensors.values())  # type: ignore[no-any-return]
+        eps = None if isinstance(case.eps, Tensor) else case.eps
+        asked = _Asked(tuple(tensors), name, eps, tuple(rhos.items()), case.iterations, implicit, danskin)
+        return _InJax.apply(_batched(asked), *tensors.values())  # type: ignore[no-any-return]
 
     return solve
 
 
-def _jitted(function: Function) -> Function:
+@functools.cache
+def _divergence_of(eps: float, rhos: tuple[tuple[str, float], ...], iterations: int) -> Function:
     import jax
-
-    return jax.jit(function)  # type: ignore[no-any-return]
-
-
-def _divergence(case: Case) -> Tensor:
     from ott.geometry.pointcloud import PointCloud
     from ott.solvers.linear import implicit_differentiation
     from ott.tools.sinkhorn_divergence import sinkhorn_divergence
 
-    case.one()
-    rhos = case.options(rho_a="a", rho_b="b")
-    taus = {f"tau_{side}": rho / (rho + float(case.eps)) for side, rho in rhos.items()}
+    taus = {f"tau_{side}": rho / (rho + eps) for side, rho in rhos}
     how = implicit_differentiation.ImplicitDiff(solver_kwargs={"ridge_kernel": RIDGE})
-    options = {"threshold": 1e-10, "max_iterations": case.iterations, "implicit_diff": how, **taus}
+    options = {"threshold": 1e-10, "max_iterations": iterations, "implicit_diff": how, **taus}
 
     def divergence(x: Any, y: Any, a: Any, b: Any) -> Any:
-        return sinkhorn_divergence(PointCloud, x, y, a=a, b=b, epsilon=float(case.eps), solve_kwargs=options)[0]
+        return sinkhorn_divergence(PointCloud, x, y, a=a, b=b, epsilon=eps, solve_kwargs=options)[0]
 
+    return jax.jit(divergence)  # type: ignore[no-any-return]
+
+
+def _divergence(case: Case) -> Tensor:
+    case.one()
+    divergence = _divergence_of(float(case.eps), tuple(case.options(rho_a="a", rho_b="b").items()), case.iterations)
     x, y = case.points()
     return _InJax.apply(divergence, x[0], y[0], case.a[0], case.b[0])[None]  # type: ignore[no-any-return]
 
@@ -142,7 +166,7 @@ def _hessian(given: Case) -> Tensor:
     from ott.problems.linear.linear_problem import LinearProblem
 
     given.one()
-    solver = _solver(given, implicit=True, danskin=False)
+    solver = _solver(given.iterations, implicit=True, danskin=False)
 
     def value(cost: Any, a: Any, b: Any) -> Any:
         return solver(LinearProblem(Geometry(cost_matrix=cost, epsilon=float(given.eps)), a, b)).reg_ot_cost
@@ -190,7 +214,7 @@ OTT = Library(
         "ragged": {"segment_sinkhorn": _ragged},
         "stream": {"PointCloud, batch_size": _stream},
         "twice": {"jax.hessian": _hessian},
-        "compiled": {"jax.jit": _way(wrap=_jitted)},
+        "compiled": {"jax.jit": _way()},
         "vmapped": {"jax.vmap": _way()},
     },
     needs=("jax", "ott"),
