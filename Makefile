@@ -7,7 +7,7 @@ PY      := $(VENV)/bin/python
 SOURCES := pyproject.toml $(wildcard setup.py MANIFEST.in csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help example example-xray test test-processors bench bench-quick bench-gpu lint docs clean
+.PHONY: help example example-xray test test-all test-processors bench bench-quick bench-gpu lint docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,6 +51,9 @@ example-xray: $(VENV)/.examples  ## the same on a prepared data set: make exampl
 # Up to four processes, one per core, since most tests run on one thread; one that has no more takes from another.
 test: $(VENV)/.dev  ## run every test and every docstring's example
 	$(PY) -m pytest -q -n logical --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
+
+test-all: export OTLOSS_EVERY_CASE = 1
+test-all: test  ## the same with every case of the long grids, of which test takes a part in which all pairs meet
 
 # Arguments go to the script, which gives pytest what is not its own: make test-processors PROCESSORS_ARGS="--only avx2".
 test-processors: $(VENV)/.dev  ## the tests that compute, as on older processors and with more threads (15 minutes)

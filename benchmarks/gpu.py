@@ -117,7 +117,7 @@ def parity(seconds: float) -> Result:
     """Stage 2."""
     pytest = (sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider")
     if device() is None:
-        few = "test_solve and dense and dtype0 and 9-1"
+        few = "test_solve and 9-1-dense"
         return {"tests": _checked("tests", seconds, *pytest, "-k", few, "tests/triton_kernels.py"), "complete": True}
     found: Result = {"tests": _checked("tests", 6 * seconds, *pytest, "tests/gpu")}
     if tool := shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin"):

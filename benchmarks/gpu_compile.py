@@ -228,13 +228,23 @@ def compile_variant(variant: Variant, arch: int) -> Report:
     )  # fmt: skip
 
 
-def measure(arch: int, shapes: list[tuple[Any, ...]]) -> Iterator[Report]:
-    """Reports of every variant on an architecture."""
+def fullest(found: list[Variant]) -> list[Variant]:
+    """Of each kernel and tile the variant with the most inputs, which needs the most registers."""
+    kept: dict[tuple[str, Any], Variant] = {}
+    for variant in found:
+        key = (variant.kernel, variant.tile)
+        if key not in kept or len(variant.constants) < len(kept[key].constants):
+            kept[key] = variant
+    return list(kept.values())
+
+
+def measure(arch: int, shapes: list[tuple[Any, ...]], sample: bool = False) -> Iterator[Report]:
+    """Reports of every variant on an architecture; of a sample, of the fullest ones."""
     from otloss.backends.triton import config
 
     with mock.patch.object(config, "capability", lambda: divmod(arch, 10)):  # whose defaults are wanted
         found = variants(shapes, ARCHITECTURES[arch].processors)
-    for variant in found:
+    for variant in fullest(found) if sample else found:
         yield compile_variant(variant, arch)
 
 
@@ -244,7 +254,7 @@ def main() -> None:
     parser.add_argument("--sample", action="store_true", help="a few shapes only")
     args = parser.parse_args()
     for arch in args.arch:
-        for report in measure(arch, SAMPLE if args.sample else SHAPES):
+        for report in measure(arch, SAMPLE if args.sample else SHAPES, args.sample):
             print(json.dumps(asdict(report)), flush=True)
 
 

@@ -23,7 +23,7 @@ class MemoryExhausted(RuntimeError):
     """A step would take more than the machine has left."""
 
 
-def _status(key: str) -> int:
+def status(key: str) -> int:
     with open("/proc/self/status") as lines:
         return int(next(line for line in lines if line.startswith(key)).split()[1])
 
@@ -43,9 +43,9 @@ def growth(peer: Peer, workload: Workload, per_call: int) -> float:
     ctypes.CDLL(None).malloc_trim(0)
     with open("/proc/self/clear_refs", "w") as reset:  # sets the recorded peak back to what is held now
         reset.write("5")
-    before = _status("VmRSS")
+    before = status("VmRSS")
     entrant.run()
-    return (_status("VmHWM") - before) / 2**20
+    return (status("VmHWM") - before) / 2**20
 
 
 def measure(peer: Peer, workload: Workload, problems: int, per_call: int, timeout: float = 180) -> float:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks import report, results
+from benchmarks import capabilities, report, results
 
 ROOT = Path(__file__).parent.parent
 README, BENCHMARKS, GPU = ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "docs" / "gpu.md"
-ALL_ROWS = results.FOLDER / "cpu.md"
+ALL_ROWS, ALL_CAPABILITIES = results.FOLDER / "cpu.md", results.FOLDER / "capabilities.md"
 
 
 def sections() -> dict[tuple[Path, str], str]:
@@ -27,17 +27,19 @@ def sections() -> dict[tuple[Path, str], str]:
     return {
         (README, "peers"): report.gradients(results.load(results.CORRECTNESS)),
         (README, "bench"): report.readme(cpu),
+        (README, "capabilities"): capabilities.readme(results.load(results.CAPABILITIES)),
         (BENCHMARKS, "bench"): report.details(cpu, plots),
         (GPU, "static"): report.static(results.load(results.STATIC)),
     }
 
 
 def write_pages() -> None:
-    """Write every part into its page, and all rows into ``results/cpu.md``."""
+    """Write every part into its page, and all rows into ``results/cpu.md`` and ``results/capabilities.md``."""
     for (page, name), text in sections().items():
         head, _, tail = _split(page, name)
         page.write_text(f"{head}\n{text}\n{tail}")
     ALL_ROWS.write_text(report.full(results.load(results.FULL)))
+    ALL_CAPABILITIES.write_text(capabilities.page(results.load(results.CAPABILITIES)))
 
 
 def section(page: Path, name: str) -> str:

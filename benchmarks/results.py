@@ -10,6 +10,7 @@ from typing import Any
 FOLDER = Path(__file__).parent / "results"
 FULL, QUICK = FOLDER / "cpu.json", FOLDER / "cpu-quick.json"
 CORRECTNESS, STATIC = FOLDER / "correctness.json", FOLDER / "gpu_static.json"
+CAPABILITIES = FOLDER / "capabilities.json"
 
 
 def load(path: Path) -> Any:

@@ -24,6 +24,11 @@ def pytest_report_header() -> str:
     return f"processor: PyTorch {capability}, threads {torch.get_num_threads()}, kernels {level}"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests first, so that none of them begins when the other processes have nothing left to do."""
+    items.sort(key=lambda item: "slow" not in item.keywords)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Figures that tests recorded; a worker process has no terminal of its own to print them on."""
     for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
@@ -46,6 +51,19 @@ def kernel_backend() -> str:
     if not status:
         pytest.skip(f"backend cpu: {status}")
     return "cpu"
+
+
+@pytest.fixture(params=["small", "medium", "large", "streamed"])
+def regime(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The Triton kernels of each size in turn, whatever the size; under "streamed" no cost of features is stored."""
+    from triton_problems import REGIMES
+
+    from otloss.backends.triton import config
+
+    monkeypatch.setattr(config, "LIMITS", REGIMES[request.param])
+    if request.param == "streamed":
+        monkeypatch.setattr(config, "STORED_BYTES", 0)
+    return str(request.param)
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from cpu_problems import needs_cpu
 
-from benchmarks import phases, readme, report, results, suite, targets, timing, tolerance
+from benchmarks import capabilities, phases, readme, report, results, suite, targets, timing, tolerance
 from benchmarks.__main__ import NAMES, dispatch, parse, plan_of
 from benchmarks.check import check, difference, reference
 from benchmarks.peers import OURS, PEERS, by_name
@@ -210,6 +210,7 @@ def test_pages_are_what_the_results_files_say() -> None:
     for (page, name), text in readme.sections().items():
         assert readme.section(page, name) == text, f"{page}, {name}"
     assert readme.ALL_ROWS.read_text() == report.full(results.load(results.FULL))
+    assert readme.ALL_CAPABILITIES.read_text() == capabilities.page(results.load(results.CAPABILITIES))
     figures = {*report.PLOTS, tolerance.PICTURE.name}
     assert figures == {path.name for path in results.FOLDER.glob("*.png")}
 
@@ -219,15 +220,20 @@ def test_pages_are_written_from_files_alone(
 ) -> None:
     """Only what is between the markers changes, and it comes out as it was."""
     before: dict[str, str] = {}
-    for name in ("README", "BENCHMARKS", "GPU", "ALL_ROWS"):
+    for name in ("README", "BENCHMARKS", "GPU", "ALL_ROWS", "ALL_CAPABILITIES"):
         page: Path = getattr(readme, name)
         copy = tmp_path / f"{name}.md"
         before[name] = page.read_text()
         copy.write_text(
-            re.sub(r"(<!-- (bench|peers|static):begin -->\n).*?(<!-- \2:end)", r"\1old\n\3", before[name], flags=re.S)
+            re.sub(
+                r"(<!-- (bench|peers|capabilities|static):begin -->\n).*?(<!-- \2:end)",
+                r"\1old\n\3",
+                before[name],
+                flags=re.S,
+            )
         )
         monkeypatch.setattr(readme, name, copy)
-    assert (tmp_path / "README.md").read_text().count("\nold\n") == 2
+    assert (tmp_path / "README.md").read_text().count("\nold\n") == 3
     for part in ("run_workloads", "run_limits", "run_sweeps", "run_step"):
         monkeypatch.setattr(suite, part, lambda *_: pytest.fail("this measures"))
     dispatch(parse(["readme"]))

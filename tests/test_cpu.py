@@ -22,6 +22,7 @@ from cpu_problems import (
     upstream,
     wide,
 )
+from grids import grid
 from torch import Tensor
 
 from otloss.backends import cpu, reference
@@ -46,13 +47,14 @@ def test_solve_runs_the_iterations_of_the_oracle(n: int, m: int, dtype: torch.dt
         assert np.allclose(solution.error, np.abs(rows - np.asarray(a.double())).sum(1), rtol=1e-2, atol=slack(dtype))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("potentials", [True, False])  # without a loss on them, short rows take another kernel
-@pytest.mark.parametrize("adjoint", [True, False])
-@pytest.mark.parametrize(("n", "m"), SIZES)
+@pytest.mark.parametrize(
+    ("size", "adjoint", "potentials", "dtype"),
+    grid(SIZES, (True, False), (True, False), DTYPES),  # without a loss on potentials, short rows take another kernel
+)
 def test_implicit_gradient_is_that_of_the_reference(
-    n: int, m: int, adjoint: bool, potentials: bool, dtype: torch.dtype
+    size: tuple[int, int], adjoint: bool, potentials: bool, dtype: torch.dtype
 ) -> None:
+    n, m = size
     x, y, a, b = features(n, m, dtype)
     double = Problem(x.double(), y.double(), a.double(), b.double(), EPS)
     f, g = (t.to(dtype) for t in cpu.solve(double, 2000, 1e-13)[:2])

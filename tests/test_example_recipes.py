@@ -12,18 +12,20 @@ from conftest import relative
 from torch import Tensor
 
 import otloss
-from examples import assignment, dense_cost, matching, transfer
+from examples import assignment, dense_cost, matching, ragged, transfer
 
 F64 = torch.float64
 RECIPES = sorted(path.stem for path in (Path(__file__).parent.parent / "examples").glob("[a-z]*.py"))
 
 
 def test_there_are_recipes() -> None:
-    assert {"assignment", "dense_cost", "matching", "transfer"} <= set(RECIPES)
+    assert {"assignment", "dense_cost", "matching", "ragged", "transfer", "with_lightly"} <= set(RECIPES)
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if name == "with_lightly":
+        pytest.importorskip("lightly", reason="the example needs otloss[examples]")
     with pytest.raises(SystemExit) as ended:
         importlib.import_module(f"examples.{name}").main(["--help"])
     assert ended.value.code == 0 and "--seed" in capsys.readouterr().out
@@ -157,3 +159,42 @@ def test_a_learned_metric_has_the_gradient_of_finite_differences() -> None:
         return otloss.sinkhorn(cost, eps=0.5, tol=1e-13, max_iter=5000).transport_cost
 
     assert torch.autograd.gradcheck(loss, torch.randn(3, 3, dtype=F64, requires_grad=True))
+
+
+# --- ragged point clouds ---------------------------------------------------------------------------------------------
+
+
+def test_an_outlier_is_followed_under_constraints_alone() -> None:
+    """Rings reach to 1 from the origin, outliers lie at ``FAR``; mass there costs 16 where leaving it costs about 2."""
+    results = ragged.main(["--clouds", "2", "--points", "12", "20"])
+    reach = {}
+    for name, (points, mask) in results.items():
+        assert points.isfinite().all() and not points[~mask].any() and not mask.all()
+        reach[name] = points.norm(dim=-1).amax(-1)  # padding stays at the origin
+    assert (reach["penalties"] < 1.2).all() and (reach["constraints"] > 2.5).all()
+
+
+def test_a_cloud_flows_as_it_does_alone() -> None:
+    pairs = ragged.rings(3, 5, 12)
+    (x, mask_x), (y, mask_y) = map(ragged.pad, zip(*pairs, strict=True))
+    together = ragged.flow(x, mask_x, y, mask_y, 1.0, 3)
+    for moved, mask, (one, target) in zip(together, mask_x, pairs, strict=True):
+        alone = ragged.flow(*(t for cloud in (one, target) for t in ragged.pad([cloud])), 1.0, 3)
+        # Both stop at an error of 1e-3 of the masses; a step moves points by a quarter of distances below 5.
+        assert (moved[mask] - alone[0]).abs().max() < 3 * 1e-3 * 5
+
+
+# --- a model of lightly ----------------------------------------------------------------------------------------------
+
+
+def test_the_transport_term_is_learned_beside_vicreg() -> None:
+    pytest.importorskip("lightly", reason="the example needs otloss[examples]")
+    from examples import with_lightly
+
+    def costs(weight: str) -> list[float]:
+        history = with_lightly.main(["--steps", "6", "--batch", "8", "--weight", weight])
+        assert all(math.isfinite(number) for row in history for number in row)
+        return [cost for _, cost in history]
+
+    with_term, without = costs("30"), costs("0")
+    assert with_term[0] == pytest.approx(without[0]) and with_term[-1] < without[-1]

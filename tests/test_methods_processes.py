@@ -27,8 +27,8 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "local": ("optiml", {"dense": 16, "stage": 3, "match": "position", "marginals": "hardest"}),
 }
 
-#: Methods that keep more than weights from step to step, or follow a schedule of their own.
-WITH_STATE = ("densecl", "byol", "pcrlv2")
+#: Methods that keep more than weights from step to step: queues and targets, and a target that follows a schedule.
+WITH_STATE = ("densecl", "byol")
 
 
 def two_steps(method: str, rank: int = 0, size: int = 1, **special: object) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import relative
+from grids import grid
 from torch import Tensor
 
 from otloss import sinkhorn
@@ -25,10 +26,11 @@ def offset_cost(kind: str, offset: float, n: int, m: int) -> Tensor:
     return torch.rand(2, n, m) + offset * (1 + torch.rand(2, *shapes[kind]))
 
 
-@pytest.mark.parametrize("solver", ["auto", "plain"])
-@pytest.mark.parametrize("size", [(20, 20), (70, 90)])  # the kernels for short rows and for single problems
-@pytest.mark.parametrize("kind", ["all", "rows", "columns"])
-@pytest.mark.parametrize("offset", [1e2, -1e4, 1e5, -1e6])
+@pytest.mark.parametrize(
+    ("offset", "kind", "size", "solver"),
+    # The sizes are those of the kernels for short rows and for single problems.
+    grid((1e2, -1e4, 1e5, -1e6), ("all", "rows", "columns"), ((20, 20), (70, 90)), ("auto", "plain")),
+)
 def test_an_offset_costs_no_digits(backend: str, offset: float, kind: str, size: tuple[int, int], solver: str) -> None:
     cost = offset_cost(kind, offset, *size).requires_grad_()
     za = torch.randn(2, size[0]).requires_grad_()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import random_problem
+from grids import grid
 from torch import Tensor
 from torch.func import grad, vmap
 from torch.library import opcheck
@@ -201,9 +202,10 @@ def test_autocast_changes_nothing(half: torch.dtype) -> None:
         assert otloss.cosine_cost(*FEATURES[:2]).dtype == torch.float32
 
 
-@pytest.mark.parametrize("dimension", [None, 3, 16])
-@pytest.mark.parametrize("permuted", [False, True])
-@pytest.mark.parametrize("given", [("masses", "logs"), ("uniform", "masses")])
+@pytest.mark.parametrize(
+    ("dimension", "permuted", "given"),
+    grid((None, 3, 16), (False, True), (("masses", "logs"), ("uniform", "masses"))),
+)
 def test_opcheck(backend: str, dimension: int | None, permuted: bool, given: tuple[str, str]) -> None:
     """With a dense cost, with features whose cost is not kept for the gradient, and where the cpu backend keeps it."""
     cost, a, b = random_problem(2, n=4, m=5, dtype=torch.float32)

@@ -159,7 +159,8 @@ def test_the_map_shows_what_is_there() -> None:
 
 
 def code_blocks(page: str) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```$", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+    text = re.sub(r"<!--.*?-->", "", (ROOT / page).read_text(), flags=re.DOTALL)
+    return re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
 def test_the_code_of_the_readme_runs() -> None:
@@ -174,6 +175,13 @@ def test_the_code_of_the_readme_runs() -> None:
     given: dict[str, object] = {"loader": [(torch.rand(4, 3, 64, 64), torch.rand(4, 3, 64, 64))]}
     exec(model, given)
     assert torch.isfinite(given["out"].loss)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("block", code_blocks("docs/problems.md"), ids=lambda block: block.splitlines()[2][:20])
+def test_the_code_of_the_page_of_problems_runs(block: str) -> None:
+    """Each block by itself; it says what it promises in assertions."""
+    assert "assert" in block
+    exec(block, {})
 
 
 def test_a_module_of_the_benchmarks_page_exists() -> None:

@@ -70,7 +70,7 @@ def test_killed_at_any_time(few_phantoms: Path, tmp_path: Path, whole: Path) -> 
     seed = int.from_bytes(os.urandom(4), "big")
     print(f"seed {seed}")
     draw, deaths = random.Random(seed), 0
-    for _ in range(4):
+    for _ in range(2):
         child = start(killed, few_phantoms, tmp_path / "run", "before step", 0)  # which never comes
         time.sleep(draw.uniform(0.2, 3.0))
         child.kill()

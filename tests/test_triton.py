@@ -146,25 +146,22 @@ def test_the_smoke_stage_names_the_kernel_that_fails(says: str, why: str, monkey
     assert not result["complete"] and result["failed"] == "k" and why in result["why"]
 
 
+#: What runs in the interpreter alone, in processes of their own: Triton reads TRITON_INTERPRET when it is imported.
+KERNEL_TESTS = sorted(path for path in HERE.glob("triton_*.py") if "\ndef test_" in path.read_text())
+
+
 @installed
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("file", "part"),
-    [
-        ("triton_kernels.py", "[small"),
-        ("triton_kernels.py", "[medium"),
-        ("triton_kernels.py", "[large"),
-        ("triton_kernels.py", "[streamed"),
-        ("triton_kernels.py", "not [small and not [medium and not [large and not [streamed"),
-        ("triton_relaxed.py", "test"),
-    ],
-)
-def test_kernels_in_the_interpreter(file: str, part: str) -> None:
-    """In processes of their own: Triton reads TRITON_INTERPRET when it is imported. One a regime, to share out."""
-    options = ("-o", "addopts=", "-q", "-x", "-W", "ignore::RuntimeWarning", "--durations=5", "-k", part)
-    done = run("-m", "pytest", *options, str(HERE / file), TRITON_INTERPRET="1")
+@pytest.mark.parametrize("file", KERNEL_TESTS, ids=lambda path: path.stem)
+def test_kernels_in_the_interpreter(file: Path) -> None:
+    options = ("-o", "addopts=", "-q", "-x", "-W", "ignore::RuntimeWarning", "--durations=5")
+    done = run("-m", "pytest", *options, str(file), TRITON_INTERPRET="1")
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_kernel_test_is_run() -> None:
+    assert {path.stem for path in KERNEL_TESTS} >= {"triton_kernels", "triton_launches", "triton_limits"}
 
 
 def older() -> list[str]:
@@ -178,7 +175,7 @@ def older() -> list[str]:
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 @pytest.mark.parametrize("which", ["installed", "oldest"])
 def test_default_configurations_do_not_spill(which: str) -> None:
-    """A few shapes that take every kernel; ``python -m benchmarks.gpu_static`` compiles all of them."""
+    """The fullest variant of each kernel and tile on a few shapes; ``python -m benchmarks.gpu_static`` compiles all."""
     from benchmarks import gpu_static
 
     if which == "oldest" and not older():

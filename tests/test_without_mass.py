@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import leave_out_last, random_problem, relative
+from grids import grid
 from torch import Tensor
 
 from otloss import sinkhorn
@@ -37,10 +38,10 @@ def test_masked_problems_have_the_cropped_gradient(backend: str, dtype: torch.dt
         assert got.isfinite().all() and relative(got, want) < slack
 
 
-@pytest.mark.parametrize("size", [5, 70])
-@pytest.mark.parametrize("scale", [1e6, 1e9, 1e12, 1e16, 1e30])
-@pytest.mark.parametrize("side", ["rows", "columns", "both"])
-@pytest.mark.parametrize("gradient", ["implicit", "unroll"])
+@pytest.mark.parametrize(
+    ("gradient", "side", "scale", "size"),
+    grid(("implicit", "unroll"), ("rows", "columns", "both"), (1e6, 1e9, 1e12, 1e16, 1e30), (5, 70)),
+)
 def test_huge_costs_without_mass_do_not_reach_the_others(
     backend: str, gradient: str, side: str, scale: float, size: int
 ) -> None:
@@ -117,10 +118,10 @@ def without_last(
     return cost, a, b, live
 
 
-@pytest.mark.parametrize("mass", [5e-31, 1e-38])
-@pytest.mark.parametrize("by_log", [False, True])
-@pytest.mark.parametrize("side", ["rows", "columns"])
-@pytest.mark.parametrize("gradient", ["implicit", "unroll"])
+@pytest.mark.parametrize(
+    ("gradient", "side", "by_log", "mass"),
+    grid(("implicit", "unroll"), ("rows", "columns"), (False, True), (5e-31, 1e-38)),
+)
 def test_a_trace_of_mass_is_no_mass(backend: str, gradient: str, side: str, by_log: bool, mass: float) -> None:
     cost, a, b, live = without_last(side, mass, 1e9)
 
