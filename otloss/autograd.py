@@ -126,7 +126,8 @@ class Gradient(LevelFunction):  # type: ignore[misc]
                 f"the {options.backend!r} backend has no second derivative in mode 'unroll'; compute this part with "
                 "otloss.use_backend('reference') or backend='reference', or take gradient='implicit'"
             )
-        arguments = [other if x is None else x for x, other in zip(ctx.saved_tensors, ctx.others, strict=True)]
+        both = zip(ctx.saved_tensors, ctx.others, strict=True)
+        arguments = tuple([other if x is None else x for x, other in both])
         n_iter, longest = together(arguments, GRADIENT)[1].n_iter, options.max_iter
         if has_values(n_iter) and n_iter.numel():
             longest = int(n_iter.max())
@@ -136,7 +137,7 @@ class Gradient(LevelFunction):  # type: ignore[misc]
             by_place = dict(zip(places, variables, strict=True))
             return _formula(longest, *(by_place.get(place, argument) for place, argument in enumerate(arguments)))
 
-        _, pull_back = torch.func.vjp(formula, *[arguments[place] for place in places])  # type: ignore[misc]
+        pull_back = torch.func.vjp(formula, *[arguments[place] for place in places])[1]
         by: list[Tensor | None] = [None] * len(arguments)
         for place, grad in zip(places, pull_back(grads), strict=True):
             by[place] = grad
@@ -175,7 +176,7 @@ def solve(problem: Problem, given: Given, options: Options, start: Start) -> tup
 def _solve(problem: Problem, given: Given, options: Options, start: Start) -> tuple[Tensor, ...]:
     """What ``operators.solve`` returns, where nothing is transformed and nothing is recorded."""
     with below_autograd():
-        if is_watched(*problem, *start):
+        if problem.left.is_meta or is_watched(*problem, *start):  # on the device meta an operator has its fake kernel
             return operators.solve(*problem, *given, *options, *start)  # type: ignore[no-any-return]
         return operators.run_solve(problem, given, options, start)
 
@@ -183,7 +184,7 @@ def _solve(problem: Problem, given: Given, options: Options, start: Start) -> tu
 def _gradient(problem: Problem, state: State, incoming: Incoming, *others: Any) -> tuple[Tensor, ...]:
     """Likewise of ``operators.gradient``, but that a gradient that there is not may be `NOTHING`."""
     with below_autograd():
-        if is_watched(*problem, *incoming):
+        if problem.left.is_meta or is_watched(*problem, *incoming):
             flat = chain.from_iterable((problem, state, incoming, *others))
             return operators.gradient(*flat)  # type: ignore[no-any-return]
         return operators.run_gradient(problem, state, incoming, *others)
