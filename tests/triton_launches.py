@@ -51,7 +51,7 @@ def test_the_cost_of_features_is_kept(regime: str, dtype: torch.dtype) -> None:
     """In a buffer of the caller, from which the gradient reads it; the results are those without the buffer."""
     given = Problem(*problem("features", 21, 38, dtype, d=48), EPS)
     kept, up = torch.full((2, 21, 38), float("nan"), dtype=dtype), upstream(given.a, given.b)
-    with_room, without = (triton.solve(given, 4, 0.0, room) for room in (kept, None))
+    with_room, without = (triton.solve(given, 9, 0.0, room) for room in (kept, None))
     close(kept, reference.dense_cost(*wide(given.left, given.right)), slack(dtype))
     got, want = (triton.implicit_gradient(given, *without[:2], up, True, True, room)[0] for room in (kept, None))
     pairs = (*zip(with_room[:6], without[:6], strict=True), *zip(got, want, strict=True))
@@ -81,10 +81,10 @@ def test_groups_of_problems_bound_the_stored_cost(
 
     def run(part: slice) -> tuple[Tensor, ...]:
         given = Problem(left[part], right[part], a[part], b[part], EPS)
-        solution = triton.solve(given, 3, 0.0)
+        solution = triton.solve(given, 6, 0.0)
         some = Upstream(*(x[part] for x in up))
         implicit, residual = triton.implicit_gradient(given, *solution[:2], some, True, True)
-        unrolled = triton.unrolled_gradient(given, solution.n_iter, Upstream(*some[:2]), True, 3)
+        unrolled = triton.unrolled_gradient(given, solution.n_iter, Upstream(*some[:2]), True, 6)
         return (*solution[:6], *implicit, residual, *unrolled)
 
     got = run(slice(None))

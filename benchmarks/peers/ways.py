@@ -154,9 +154,11 @@ def _pot_partial(case: Case, name: str) -> Tensor:
     import ot
 
     case.one()
-    options = case.options(share="m") | {"numItermax": case.iterations, "stopThr": 1e-13}
+    case.options(share="m")
     if name != "plan" or case.share is None:
         raise Missing("is for shares alone, and returns a plan")
+    share = torch.tensor(case.share, dtype=torch.float64)
+    options = {"m": share, "numItermax": case.iterations, "stopThr": 1e-13}
     solve = ot.partial.entropic_partial_wasserstein_logscale
     return solve(case.a[0], case.b[0], case.matrix()[0], case.eps, **options)[None]  # type: ignore[no-any-return]
 
@@ -176,7 +178,7 @@ def _pot_divergence(case: Case) -> Tensor:
 def _pot_stream(x: Tensor, y: Tensor, eps: float, iterations: int) -> Tensor:
     import ot
 
-    return ot.solve_sample(x[0], y[0], reg=eps, lazy=True, batch_size=256, max_iter=iterations, tol=0.0).value
+    return ot.solve_sample(x[0], y[0], reg=eps, lazy=True, batch_size=256, max_iter=iterations, tol=0.0).value_linear
 
 
 # --- geomloss --------------------------------------------------------------------------------------------------------
