@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import relative
 from torch import Tensor
-from triton_kernels import DTYPES, EPS, REGIMES, Given, close, problem, slack, upstream, wide
+from triton_problems import DTYPES, EPS, REGIMES, Given, close, problem, slack, upstream, wide
 
 import otloss
 from otloss.backends import reference, triton
