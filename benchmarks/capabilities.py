@@ -93,7 +93,7 @@ def modes(row: Row, library: Library) -> dict[str, Callable[..., Any]]:
     """What is asked of a library: its functions for the row where it has some, else its modes where these will do."""
     if row.asks == "stream":
         return {name: partial(grown, library.name, name) for name in library.special.get("stream", {})}
-    if row.asks in ("ragged", "divergence"):
+    if row.asks == "ragged":
         return library.special.get(row.asks, {})
     return library.special.get(row.asks, library.ways)
 

@@ -226,17 +226,6 @@ def _log_plan(way: Any) -> float:
         raise
 
 
-def _divergence(function: Any) -> float:
-    """Zero for equal sets, positive for others, and its gradient by the points is that of what it returns."""
-    given = case(1, rho_a=0.5, rho_b=0.5)
-    size = float(function(given))
-    zero = abs(float(function(replace(given, y=given.x, b=given.a))))
-    by_points = gradient(
-        lambda changed, _: function(changed), given, "divergence", "x", exact=lambda changed: function(changed).detach()
-    )
-    return max(zero / abs(size), by_points, 0.0 if size > 0 else 1.0)
-
-
 def _started(way: Any) -> float:
     """From the solution itself it takes less than a third of the iterations."""
     given = case(1, 12, 9, eps=0.02)
@@ -339,7 +328,6 @@ ROWS = {
         "unbalanced: gradient by points and masses",
         lambda way: first_of(way, case(1, rho_a=0.5, rho_b=0.5), "x", "a", "b", own=True),
     ),
-    "divergence": Row("unbalanced divergence, gradient by points", _divergence, "its divergence", asks="divergence"),
     "partial": Row("partial transport of a given share", _partial, "partial"),
     "eps_each": Row("eps for each problem", _eps_each, "eps for each"),
     "by_eps": Row("gradient by eps", _by_eps, "gradient by eps"),

@@ -136,8 +136,6 @@ def readme(results: dict[str, Any]) -> str:
         f"for the caches.{note}",
         "",
         _where_slower(results),
-        "",
-        f"![{PLOTS['time_n.png']}](benchmarks/results/time_n.png)",
     ]
     return "\n".join(lines)
 

@@ -124,7 +124,7 @@ def sinkhorn(
             gradient. ``torch.compile`` makes a graph for each number, and one for all tensors.
         rho_a: penalty on the marginal a, in units of the cost: a number, or a tensor ``(B,)`` or ``()``, which gets a
             gradient. None makes it a constraint. With a penalty on either side masses are taken as they are, and their
-            totals are free. The backends "cpu" and "reference" solve such problems, the latter by plain iterations.
+            totals are free. The CPU kernels take quasi-Newton steps here too, the other backends plain iterations.
         rho_b: likewise on the marginal b.
         partial: how much mass is sent: a number, or a tensor ``(B,)`` or ``()``, which gets a gradient; positive, and
             at most the smaller of the totals of a and b. Masses are then taken as they are, and what a point sends or

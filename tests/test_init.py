@@ -249,7 +249,7 @@ def test_what_does_not_fit_is_named() -> None:
         ((f,), TypeError, r"init must be a pair of potentials \(f, g\), got 1"),
         (f, TypeError, "init must be a pair .* got Tensor"),
         ((f, None), TypeError, "g of init must be a tensor"),
-        ((g, f), ValueError, r"f of init must have shape \(B, 3\) or \(3,\), got \(4,\)"),
+        ((g, f), ValueError, r"f of init must have shape \(B, 3\) or \(3,\) beside cost \(2, 3, 4\), got \(4,\)"),
         ((f, g.double()), TypeError, "float64 does not mix .* g of init"),
         ((f, torch.zeros(5, 4)), ValueError, "broadcastable"),
         ((f, g.fill_(torch.nan)), ValueError, "g of init must be finite where there is mass"),

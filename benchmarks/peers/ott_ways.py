@@ -135,30 +135,6 @@ def _way(implicit: bool = True, danskin: bool | None = None) -> Way:
     return solve
 
 
-@functools.cache
-def _divergence_of(eps: float, rhos: tuple[tuple[str, float], ...], iterations: int) -> Function:
-    import jax
-    from ott.geometry.pointcloud import PointCloud
-    from ott.solvers.linear import implicit_differentiation
-    from ott.tools.sinkhorn_divergence import sinkhorn_divergence
-
-    taus = {f"tau_{side}": rho / (rho + eps) for side, rho in rhos}
-    how = implicit_differentiation.ImplicitDiff(solver_kwargs={"ridge_kernel": RIDGE})
-    options = {"threshold": 1e-10, "max_iterations": iterations, "implicit_diff": how, **taus}
-
-    def divergence(x: Any, y: Any, a: Any, b: Any) -> Any:
-        return sinkhorn_divergence(PointCloud, x, y, a=a, b=b, epsilon=eps, solve_kwargs=options)[0]
-
-    return jax.jit(divergence)  # type: ignore[no-any-return]
-
-
-def _divergence(case: Case) -> Tensor:
-    case.one()
-    divergence = _divergence_of(float(case.eps), tuple(case.options(rho_a="a", rho_b="b").items()), case.iterations)
-    x, y = case.points()
-    return _InJax.apply(divergence, x[0], y[0], case.a[0], case.b[0])[None]  # type: ignore[no-any-return]
-
-
 def _hessian(given: Case) -> Tensor:
     """The second derivatives of the value by the cost ``(n, m, n, m)``, by JAX's own transformation."""
     import jax
@@ -210,7 +186,6 @@ OTT = Library(
         "unrolled": _way(implicit=False),
     },
     {
-        "divergence": {"sinkhorn_divergence": _divergence},
         "ragged": {"segment_sinkhorn": _ragged},
         "stream": {"PointCloud, batch_size": _stream},
         "twice": {"jax.hessian": _hessian},

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -65,14 +64,6 @@ def _ours(backend: str | None) -> Way:
         return getattr(out, {"cost": "transport_cost"}.get(name, name))  # type: ignore[no-any-return]
 
     return solve
-
-
-def _our_divergence(case: Case) -> Tensor:
-    loss = otloss.FeatureSinkhornLoss(
-        "sqeuclidean", case.eps, objective="divergence", reduction="none", rho_a=case.rho_a, rho_b=case.rho_b,
-        tol=1e-13, max_iter=case.iterations,
-    )  # fmt: skip
-    return loss(*case.points(), case.a, case.b)  # type: ignore[no-any-return]
 
 
 def _our_ragged(x: list[Tensor], y: list[Tensor], eps: float) -> Tensor:
@@ -163,18 +154,6 @@ def _pot_partial(case: Case, name: str) -> Tensor:
     return solve(case.a[0], case.b[0], case.matrix()[0], case.eps, **options)[None]  # type: ignore[no-any-return]
 
 
-def _pot_divergence(case: Case) -> Tensor:
-    import ot
-
-    case.one()
-    x, y = case.points()
-    rhos = case.options(rho_a="a", rho_b="b")
-    options: dict[str, Any] = {"unbalanced": (rhos["a"], rhos["b"])} if rhos else {}
-    return ot.solve_sample(  # type: ignore[no-any-return]
-        x[0], y[0], case.a[0], case.b[0], reg=case.eps, debias=True, max_iter=case.iterations, tol=1e-13, **options
-    ).value[None]
-
-
 def _pot_stream(x: Tensor, y: Tensor, eps: float, iterations: int) -> Tensor:
     import ot
 
@@ -184,28 +163,26 @@ def _pot_stream(x: Tensor, y: Tensor, eps: float, iterations: int) -> Tensor:
 # --- geomloss --------------------------------------------------------------------------------------------------------
 
 
-def _samples_loss(case: Case, **options: Any) -> Tensor:
+def _geomloss_samples(case: Case, name: str) -> Tensor:
     """Its cost is half the square, and its value counts eps (m_a + m_b) / 2 where a `Case` has eps m_a m_b."""
     from geomloss import SamplesLoss
 
+    if name != "value":
+        raise Missing(f"returns no {name}")
     x, y = case.points()
     rhos = case.options(rho_a="a", rho_b="b")
     if len(set(rhos.values())) + (len(rhos) == 1) > 1:
         raise Missing("has one reach for both sides")
     reach = (rhos["a"] / 2) ** 0.5 if rhos else None
     scaling = 0.999 if case.iterations > 1000 else 0.5
-    loss = SamplesLoss("sinkhorn", p=2, blur=(case.eps / 2) ** 0.5, reach=reach, scaling=scaling, **options)
+    loss = SamplesLoss(
+        "sinkhorn", p=2, blur=(case.eps / 2) ** 0.5, reach=reach, scaling=scaling, debias=False, backend="tensorized"
+    )
     value = 2 * loss(case.a, x, case.b, y)
-    if rhos and not options["debias"]:
+    if rhos:
         totals = case.a.sum(-1), case.b.sum(-1)
         value = value + case.eps * (totals[0] * totals[1] - (totals[0] + totals[1]) / 2)
     return value
-
-
-def _geomloss_samples(case: Case, name: str) -> Tensor:
-    if name != "value":
-        raise Missing(f"returns no {name}")
-    return _samples_loss(case, debias=False, backend="tensorized")
 
 
 def _geomloss_batch(case: Case, name: str) -> Tensor:
@@ -251,7 +228,6 @@ LIBRARIES = (
         "otloss",
         {"sinkhorn": _ours(None), 'backend="reference"': _ours("reference")},
         {
-            "divergence": {"FeatureSinkhornLoss": _our_divergence},
             "ragged": {"feature_sinkhorn of lists": _our_ragged},
             "stream": {"feature_sinkhorn": _our_stream},
         },
@@ -267,14 +243,13 @@ LIBRARIES = (
             "ot.sinkhorn": _pot_started,
             "ot.partial": _pot_partial,
         },
-        {"divergence": {"ot.solve_sample, debias": _pot_divergence}, "stream": {"ot.solve_sample, lazy": _pot_stream}},
+        {"stream": {"ot.solve_sample, lazy": _pot_stream}},
         needs=("ot", "ot.batch"),
     ),
     Library(
         "geomloss",
         {"ot.solve_batch": _geomloss_batch, "SamplesLoss": _geomloss_samples},
         {
-            "divergence": {"SamplesLoss": partial(_samples_loss, debias=True, backend="tensorized")},
             "stream": {"SamplesLoss on KeOps": _geomloss_stream},
         },
         needs=("geomloss", "geomloss.ot"),
