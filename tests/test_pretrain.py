@@ -87,8 +87,8 @@ def test_torchrun_gives_the_curve_of_one_process(few_phantoms: Path, tmp_path: P
             # Sums in another order: float32 rounding (1e-6), which five more steps of training amplify a little.
             assert mine[name] == pytest.approx(other[name], rel=1e-4), (name, mine["step"])
         assert mine["loss"] == pytest.approx(other["loss"], rel=1e-5)
-    # Where the input of a unit is 0 up to rounding, the unit has a gradient in one curve and none in the other. This may
-    # happen in a step. An error would show in every step.
+    # Where the input of a unit is 0 up to rounding, the unit has a gradient in one curve and none in the other. That
+    # happens in a step at most. An error would show in every step.
     gradients = [mine["grad_backbone"] / other["grad_backbone"] - 1 for mine, other in zip(one, two, strict=True)]
     assert sum(abs(apart) > 1e-4 for apart in gradients) <= 1 and max(map(abs, gradients)) < 0.02, gradients
     a, b = (torch.load(tmp_path / name / "backbone.pth", weights_only=True) for name in ("one", "two"))
