@@ -34,7 +34,7 @@ $(VENV)/.dev: $(VENV)/.torch $(SOURCES)
 	@touch $@ $(VENV)/.examples
 
 $(VENV)/.docs: $(VENV)/.torch $(SOURCES)
-	$(INSTALL) ".[docs]"
+	$(INSTALL) ".[docs,examples]"
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.torch $(SOURCES)
