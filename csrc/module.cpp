@@ -23,12 +23,13 @@ struct Inputs {
   Address row_shift, column_shift;  // where solve leaves what it takes out of a dense cost, or 0
   int kind;  // of the cost of features
   Address rho_a, rho_b;  // penalties on the marginals, each 0 for a constraint
+  bool one_left, one_right;  // all problems share them
 
   bool short_rows() const { return n <= otloss::short_rows && m <= otloss::short_rows; }
   template <class T> Problem<T> problem(int64_t i) const {
     const int64_t size = right ? n * d : n * m;
     const auto inverse = [i](Address rho) { return rho ? 1 / *at<T>(rho, i) : T(0); };
-    return {at<T>(left, i * size), at<T>(right, i * m * d), at<T>(a, i * n), at<T>(b, i * m), int(n), int(m), int(d), T(eps),
+    return {at<T>(left, one_left ? 0 : i * size), at<T>(right, one_right ? 0 : i * m * d), at<T>(a, i * n), at<T>(b, i * m), int(n), int(m), int(d), T(eps),
             at<T>(kept, i * n * m), at<T>(row_shift, i * n), at<T>(column_shift, i * m), Kind(kind), rho_a || rho_b, inverse(rho_a),
             inverse(rho_b)};
   }
@@ -215,8 +216,9 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of otloss; use otloss.backends.cpu.";
   py::class_<Inputs>(m, "Inputs")
       .def(py::init([](Address left, Address right, Address a, Address b, int64_t count, int64_t n, int64_t m, int64_t d,
-                       double eps, Address kept, Address row_shift, Address column_shift, int kind, Address rho_a, Address rho_b) {
-        return Inputs{left, right, a, b, count, n, m, d, eps, kept, row_shift, column_shift, kind, rho_a, rho_b};
+                       double eps, Address kept, Address row_shift, Address column_shift, int kind, Address rho_a, Address rho_b, bool one_left,
+                       bool one_right) {
+        return Inputs{left, right, a, b, count, n, m, d, eps, kept, row_shift, column_shift, kind, rho_a, rho_b, one_left, one_right};
       }));
   py::class_<UpstreamAddresses>(m, "UpstreamAddresses").def(py::init([](Address cost, Address value, Address f, Address g) {
     return UpstreamAddresses{cost, value, f, g};

@@ -143,7 +143,9 @@ def _fitting(named: dict[str, tuple[Tensor, tuple[int, ...]]]) -> str:
 
 
 def _spread(x: Tensor, batch: torch.Size, rest: tuple[int, ...]) -> Tensor:
-    """``x`` for every problem of the batch, whose dimensions are joined into one."""
+    """``x`` for every problem of the batch, whose dimensions are joined into one; what all share is not copied."""
+    if x.dim() == len(rest):
+        return x.expand(math.prod(batch), *rest)
     if x.dim() != len(batch) + len(rest) or x.shape[: len(batch)] != batch:
         x = x.expand(*batch, *rest)
     return x if len(batch) == 1 else x.reshape(math.prod(batch), *rest)

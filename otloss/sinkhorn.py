@@ -98,7 +98,8 @@ def sinkhorn(
     another one at the same eps. For eps to 0 both become the exact partial transport.
 
     The leading dimensions of all arguments are broadcast against each other, as PyTorch does it: one cost may serve
-    many marginals, and the reverse. It is then copied for each.
+    many marginals, and the reverse. The CPU kernels read a cost that all problems share from one place; its gradient is
+    made for each and summed.
 
     Args:
         cost: ``(B, n, m)``; ``B`` is any number of leading dimensions, also none. float16 and bfloat16 are solved in

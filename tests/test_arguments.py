@@ -238,3 +238,21 @@ def test_a_backend_without_penalties_is_refused(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(ValueError, match=r"'cpu' has no penalties rho_a and rho_b; take .*'reference'"):
         otloss.cosine_sinkhorn(x, y, rho_a=1.0, backend="cpu")
     assert choose_backend(None, "cpu", relaxed=True) == "reference"
+
+
+@needs_cpu
+@pytest.mark.parametrize("n, m", [(12, 9), (70, 90)])
+@pytest.mark.parametrize("rho", [None, 1.0])
+def test_what_all_problems_share_is_read_from_one_place(n: int, m: int, rho: float | None) -> None:
+    """Bits are those of copies; the gradient is the sum of theirs."""
+    cost, a = torch.rand(n, m), torch.rand(5, n)
+    copies, once = cost.expand(5, n, m).clone().requires_grad_(), cost.clone().requires_grad_()
+    outs = [otloss.sinkhorn(c, a, rho_a=rho, backend="cpu", max_iter=50) for c in (copies, once)]
+    assert torch.equal(outs[0].f, outs[1].f) and torch.equal(outs[0].transport_cost, outs[1].transport_cost)
+    grads = [torch.autograd.grad(out.value.sum(), c)[0] for out, c in zip(outs, (copies, once), strict=True)]
+    torch.testing.assert_close(grads[1], grads[0].sum(0))
+    x, y = torch.rand(n, 4), torch.rand(5, m, 4)
+    for kind in ("cosine", "sqeuclidean", "dot"):
+        f = [otloss.feature_sinkhorn(x.expand(5, n, 4).clone(), y, cost=kind, backend="cpu", rho_a=rho).f]
+        f += [otloss.feature_sinkhorn(x.expand(5, n, 4), y, cost=kind, backend="cpu", rho_a=rho).f]
+        assert torch.equal(*f)

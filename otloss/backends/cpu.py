@@ -8,6 +8,7 @@ number of threads.
 from __future__ import annotations
 
 import importlib
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -59,6 +60,11 @@ def level() -> str:
     return _LEVEL
 
 
+def _is_one(x: Tensor) -> bool:
+    """Whether all problems of a batch share a cost or features, which kernels then read from one place."""
+    return x.stride(0) == 0 and x.shape[0] > 1 and x[0].is_contiguous()
+
+
 class _KernelCall:
     """A problem's inputs made contiguous and kept alive, with the shapes read off once; ``run`` calls a kernel."""
 
@@ -69,8 +75,9 @@ class _KernelCall:
         left, right, a, b, eps = problem.left, problem.right, problem.a, problem.b, problem.eps
         if left.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"the cpu backend takes float32 or float64, not {left.dtype}")
-        self.left, self.a, self.b = left.contiguous(), a.contiguous(), b.contiguous()
-        self.right = None if right is None else right.contiguous()
+        one_left, one_right = _is_one(left), right is not None and _is_one(right)
+        self.left, self.a, self.b = left if one_left else left.contiguous(), a.contiguous(), b.contiguous()
+        self.right = right if right is None or one_right else right.contiguous()
         self.count, self.n, last = left.shape
         self.m, d = (last, 0) if right is None else (right.shape[1], last)
         if max(self.n, self.m, d) >= MOST_POINTS:
@@ -93,6 +100,8 @@ class _KernelCall:
             0 if right is None else KINDS.index(problem.kind),
             _address(self.rho_a),
             _address(self.rho_b),
+            one_left,
+            one_right,
         )
 
     def empty(self, *shape: int) -> Tensor:
@@ -100,7 +109,7 @@ class _KernelCall:
 
     def gradients(self, need_cost: bool) -> Gradients:
         """Room for the gradients that are asked for."""
-        like, left, right = torch.empty_like, self.left, self.right
+        like, left, right = partial(torch.empty_like, memory_format=torch.contiguous_format), self.left, self.right
         return Gradients(
             like(left) if need_cost else NOTHING,
             like(right) if need_cost and right is not None else NOTHING,
