@@ -338,7 +338,7 @@ ROWS = {
     "plan": Row("plan: gradient by points and masses", _gradient("plan", "x", "a")),
     "log_plan": Row("log-plan where the plan underflows", _log_plan, "log-plan"),
     "started": Row("warm start from potentials", _started, "warm start"),
-    "stream": Row("squared distance, cost not stored", _stream, "cost not stored", asks="stream"),
+    "stream": Row("squared distance of one large problem, cost not stored", _stream, asks="stream"),
     "twice": Row("second derivatives", _twice, "second derivatives", asks="twice", in_jax=_twice_in_jax),
     "compiled": Row("compiled as one graph, with gradient", _compiled, asks="compiled", in_jax=_jitted),
     "vmapped": Row("vmap of grad", _vmapped, asks="vmapped", in_jax=_vmapped_in_jax),
