@@ -53,17 +53,27 @@ def kernel_backend() -> str:
     return "cpu"
 
 
-@pytest.fixture(params=["small", "medium", "large", "streamed"])
-def regime(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The Triton kernels of each size in turn, whatever the size; under "streamed" no cost of features is stored."""
+def _set_regime(name: str, monkeypatch: pytest.MonkeyPatch) -> str:
     from triton_problems import REGIMES
 
     from otloss.backends.triton import config
 
-    monkeypatch.setattr(config, "LIMITS", REGIMES[request.param])
-    if request.param == "streamed":
+    monkeypatch.setattr(config, "LIMITS", REGIMES[name])
+    if name == "streamed":
         monkeypatch.setattr(config, "STORED_BYTES", 0)
-    return str(request.param)
+    return name
+
+
+@pytest.fixture(params=["small", "medium", "large", "streamed"])
+def regime(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The Triton kernels of each size in turn, whatever the size; under "streamed" no cost of features is stored."""
+    return _set_regime(request.param, monkeypatch)
+
+
+@pytest.fixture(params=["small", "medium", "large"])
+def dense_regime(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The regimes of a dense cost, which is never made anew."""
+    return _set_regime(request.param, monkeypatch)
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,6 @@ from triton_problems import (
     DTYPES,
     EPS,
     KINDS,
-    REGIMES,
     Given,
     check_implicit,
     check_solve,
@@ -24,15 +23,6 @@ from otloss.backends.protocol import Problem, Start
 
 if not triton.interpreted():
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
-
-from otloss.backends.triton import config
-
-
-@pytest.fixture(params=["small", "medium", "large"])
-def dense_regime(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The regimes of a dense cost, which is never made anew."""
-    monkeypatch.setattr(config, "LIMITS", REGIMES[request.param])
-    return str(request.param)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -20,14 +20,7 @@ from otloss.backends.protocol import Problem, Upstream
 if not triton.interpreted():
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
 
-from otloss.backends.triton import config, launch
-
-
-@pytest.fixture(params=["small", "medium", "large"])
-def dense_regime(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The regimes of a dense cost, which is never made anew."""
-    monkeypatch.setattr(config, "LIMITS", REGIMES[request.param])
-    return str(request.param)
+from otloss.backends.triton import launch
 
 
 @pytest.mark.parametrize(("kind", "offset"), [("all", 1e2), ("rows", -1e4), ("columns", 1e5), ("columns", -1e6)])
