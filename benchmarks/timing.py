@@ -193,6 +193,8 @@ def entrants(workload: Workload, peers: tuple[Peer, ...] = PEERS, quick: bool = 
         if quick and "autodiff" in peer.name:
             found.append((peer, chunk, chunk))
             continue
+        if peer.streams and not quick:
+            chunk = whole
         found.append((peer, whole, chunk))
         if chunk != whole and workload.main and not quick:
             found.append((peer, whole, whole))

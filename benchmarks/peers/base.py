@@ -44,6 +44,7 @@ class Peer:
         quick: whether it also runs in the quick suite.
         main_only: whether it runs on the main workloads only, which keeps the suite short.
         warm_in_full: whether the first call compiles for the exact shape.
+        streams: whether it stores no cost, so that smaller calls would gain it nothing.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Peer:
     quick: bool = False
     main_only: bool = False
     warm_in_full: bool = False
+    streams: bool = False
 
     def missing(self) -> str | None:
         """Why it cannot be used here at all, or None."""

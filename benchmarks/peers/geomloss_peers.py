@@ -74,6 +74,7 @@ PEERS = (
         unfit=_keops_fits,
         main_only=True,
         warm_in_full=True,
+        streams=True,
     ),
     Peer(
         "flash-sinkhorn",
