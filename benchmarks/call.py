@@ -80,7 +80,7 @@ def kernels(inputs: str, with_masses: bool, leaves: Leaves) -> Callable[[], None
     derived = (*solved[:2], cpu._upstream_addresses(upstream), True, cpu._gradient_addresses(gradients, residual))
 
     def run(alive: Any = (problem, solution, gradients, residual, upstream)) -> None:
-        call.run("solve", True, SIZE.iterations, SIZE.tol, *solved)
+        call.run("solve", 0, True, SIZE.iterations, SIZE.tol, *solved)
         call.run("implicit", *derived)
 
     return run
