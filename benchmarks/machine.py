@@ -16,6 +16,8 @@ import otloss
 from otloss.backends import cpu
 
 _PACKAGES = ("torch", "numpy", "POT", "geomloss", "ott-jax", "jax", "pykeops", "flash-sinkhorn")
+CHANGES = ("status", "--porcelain", "-uno", "--", ":/", ":(top,exclude)benchmarks/results")
+"""What changed since the commit, but for the results, which a run itself writes."""
 
 
 def environment() -> dict[str, Any]:
@@ -28,7 +30,7 @@ def environment() -> dict[str, Any]:
         "level": cpu.level() or "reference backend only",
         "python": platform.python_version(),
         "versions": {"otloss": _version("otloss") or otloss.__version__} | {name: _version(name) for name in _PACKAGES},
-        "commit": _git("rev-parse", "--short", "HEAD") + ("-dirty" if _git("status", "--porcelain", "-uno") else ""),
+        "commit": _git("rev-parse", "--short", "HEAD") + ("-dirty" if _git(*CHANGES) else ""),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="minutes"),
         "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
     }
