@@ -12,7 +12,7 @@ from torch import Tensor
 from otloss.backends import choose_backend, get_backend
 from otloss.backends.protocol import COLD, Given, Problem, Start
 from otloss.checks import check_device, check_mask, check_strength, check_tensor, working_dtype
-from otloss.compat import has_values
+from otloss.compat import broadcast_shapes, has_values
 from otloss.cost import COSTS, KINDS_IN_UNITS, centred, in_units
 from otloss.partial import Slack, with_slack
 
@@ -121,7 +121,7 @@ def _batch(named: dict[str, tuple[Tensor, tuple[int, ...]]]) -> torch.Size:
     if all(shape == shapes[0] or not shape for shape in shapes):
         return shapes[0]
     try:
-        return torch.broadcast_shapes(*shapes)
+        return broadcast_shapes(*shapes)
     except RuntimeError:
         got = ", ".join(f"{name} {tuple(x.shape)}" for name, (x, _) in named.items())
         raise ValueError(
