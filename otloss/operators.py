@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from otloss.backends import get_backend
+from otloss.backends.massless import live
 from otloss.backends.protocol import NOTHING, Given, Gradients, Problem, Shift, Solution, Start, is_relaxed
-from otloss.backends.reference import live
 from otloss.checks import no_autocast, warn
 from otloss.compat import OperatorLibrary
 from otloss.gradients import Incoming, State, derive
