@@ -7,7 +7,7 @@ of these. A cell is that of the library's best mode:
 * *yes*: the largest relative error is below 1 %, which leaves room for libraries that anneal;
 * *no*: there is no such argument, output or function, or the call raises;
 * *wrong*: it returns something else, and by how much;
-* *not run here*: the library is not installed, or needs a device that is not there.
+* *not run here*: the library is not installed, or takes what it is given, but on a device that is not there.
 
 ``results/capabilities.json`` has every mode with its error or its message, ``results/capabilities.md`` every row.
 """
@@ -18,6 +18,7 @@ import argparse
 import ctypes
 import gc
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -33,7 +34,7 @@ from benchmarks import results
 from benchmarks.capability_rows import ROWS, Check, Row
 from benchmarks.machine import environment
 from benchmarks.memory import status
-from benchmarks.peers.cases import Missing
+from benchmarks.peers.cases import Missing, NoDevice
 from benchmarks.peers.ott_ways import OTT
 from benchmarks.peers.ways import LIBRARIES, Library
 
@@ -62,7 +63,10 @@ def limit(seconds: int) -> Iterator[None]:
 
 
 def growth(library: str, name: str) -> float:
-    """By how many costs this process grows in a call with its gradient. A first call on few points does not count."""
+    """By how many costs this process grows in a call with its gradient.
+
+    A first call on few points does not count, nor what JAX takes to compile for a number of points.
+    """
     (column,) = (c for c in COLUMNS if c.name == library)
     function = column.special["stream"][name]
 
@@ -71,6 +75,8 @@ def growth(library: str, name: str) -> float:
         torch.autograd.grad(function(x, y, 0.1, ITERATIONS).sum(), x)
 
     run(64)
+    if column.jax:
+        run(POINTS)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     with open("/proc/self/clear_refs", "w") as reset:  # sets the recorded peak back to what is held now
@@ -83,9 +89,13 @@ def growth(library: str, name: str) -> float:
 def grown(library: str, name: str) -> float:
     """`growth` in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.capabilities", "--grow", library, name]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=2 * SECONDS, check=False)
+    # Without its frames JAX ends a message with a remark on them.
+    environment = {**os.environ, "JAX_TRACEBACK_FILTERING": "off"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=2 * SECONDS, check=False, env=environment)
     if done.returncode:
-        raise RuntimeError((done.stderr.strip().splitlines() or ["no message"])[-1])
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        kind, _, said = last.partition(": ")
+        raise NoDevice(said) if kind.endswith(NoDevice.__name__) else RuntimeError(last)
     return float(done.stdout.split()[-1])
 
 
@@ -103,6 +113,8 @@ def tried(check: Check, mode: Callable[..., Any], seconds: int = SECONDS) -> dic
     try:
         with limit(seconds), torch.enable_grad():  # geomloss turns gradients off, and after an error for good
             error = float(check(mode))
+    except NoDevice as failure:
+        return {"state": "not run here", "why": str(failure)}
     except Exception as failure:  # of whatever kind a library has
         said = (str(failure).strip().splitlines() or [""])[0][:200]
         return {"state": "no", "why": said if isinstance(failure, Missing) else f"{type(failure).__name__}: {said}"}
@@ -112,7 +124,10 @@ def tried(check: Check, mode: Callable[..., Any], seconds: int = SECONDS) -> dic
 
 
 def cell(row: Row, library: Library) -> dict[str, Any]:
-    """The best mode's outcome, the name of that mode, and the outcomes of those that were asked up to it."""
+    """The best mode's outcome, the name of that mode, and the outcomes of those that were asked up to it.
+
+    Where a mode takes the problem but could not be run, nobody knows what the best one is.
+    """
     if why := library.missing():
         return {"state": "not run here", "why": why}
     check = row.in_jax if row.in_jax is not None and library.jax else row.check
@@ -126,7 +141,7 @@ def cell(row: Row, library: Library) -> dict[str, Any]:
 
     def rank(name: str) -> tuple[int, float]:
         error = found[name].get("error")
-        return ("wrong", "no").index(found[name]["state"]), math.inf if error is None else error
+        return ("not run here", "wrong", "no").index(found[name]["state"]), math.inf if error is None else error
 
     by = min(found, key=rank)
     return {**found[by], "by": by, "modes": found}
@@ -152,13 +167,16 @@ def table(found: dict[str, Any]) -> list[str]:
 
 
 def readme(found: dict[str, Any]) -> str:
-    """README.md: a row for each library that was run, a column for each capability that has a short name."""
+    """README.md: a row for each library of which something is known, a column for each capability with a short name."""
     keys = [key for key in found["rows"] if ROWS[key].short]
     absent = "; ".join(f"{name} {why}" for name, why in found["not_run"].items())
-    head = f"not run here: {absent}" if absent else ""
+    head = f"?: not run here, {absent}" if absent else ""
     lines = [f"| {head} | {' | '.join(ROWS[key].short for key in keys)} |", "|---" * (len(keys) + 1) + "|"]
-    names = [name for name in found["libraries"] if name not in found["not_run"]]
-    lines += [f"| {name} | {' | '.join(shown(found['rows'][key][name]) for key in keys)} |" for name in names]
+    for name in found["libraries"]:
+        cells = [found["rows"][key][name] for key in keys]
+        texts = ["?" if entry["state"] == "not run here" else shown(entry) for entry in cells]
+        if set(texts) != {"?"}:
+            lines.append(f"| {name} | {' | '.join(texts)} |")
     return "\n".join(lines)
 
 
@@ -175,7 +193,7 @@ def page(found: dict[str, Any]) -> str:
         "",
         *table(found),
         "",
-        *(f"{name} was not run here: it {why}." for name, why in found["not_run"].items()),
+        *(f"{name} {why}: *not run here* is what it would do there." for name, why in found["not_run"].items()),
         "",
         "## By which mode, and why not",
         "",
@@ -191,9 +209,27 @@ def page(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def updated(there: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """The results that are there with the rows of ``found``; ``later`` says where each of these was run.
+
+    Raises:
+        SystemExit: they are of other versions or libraries.
+    """
+    for what, mine, theirs in (
+        ("versions", found["environment"]["versions"], there.get("environment", {}).get("versions")),
+        ("libraries", found["libraries"], there.get("libraries")),
+    ):
+        if mine != theirs:
+            raise SystemExit(f"the results that are there are of other {what}: run all rows again, without --update")
+    rows = {**there["rows"], **found["rows"]}
+    later = {**there.get("later", {}), **dict.fromkeys(found["rows"], found["environment"])}
+    return {**there, "rows": {key: rows[key] for key in ROWS if key in rows}, "later": later}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="*", choices=list(ROWS), default=list(ROWS), help="only these; prints alone")
+    parser.add_argument("--update", action="store_true", help="puts these rows into the results that are there")
     parser.add_argument("--libraries", nargs="*", choices=[c.name for c in COLUMNS], help="only these; prints alone")
     parser.add_argument("--grow", nargs=2, metavar=("LIBRARY", "FUNCTION"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -201,21 +237,23 @@ def main() -> None:
     if args.grow:
         print(growth(*args.grow))
         return
+    if args.update and args.libraries:
+        parser.error("--update takes whole rows, without --libraries")
     columns = [c for c in COLUMNS if args.libraries is None or c.name in args.libraries]
     found: dict[str, Any] = {
         "environment": environment(),
         "libraries": [c.name for c in columns],
-        "not_run": {c.name: why for c in columns if (why := c.missing())},
+        "not_run": {c.name: why for c in columns if (why := c.lacking())},
         "rows": {},
     }
     for key in args.rows:
         cells = found["rows"][key] = {c.name: cell(ROWS[key], c) for c in columns}
         print(f"{key:20}", *(f"{name} {shown(entry)}" for name, entry in cells.items()), sep="  ", flush=True)
-    if len(args.rows) < len(ROWS) or len(columns) < len(COLUMNS):
+    if not args.update and (len(args.rows) < len(ROWS) or len(columns) < len(COLUMNS)):
         return
     from benchmarks.readme import write_pages  # which imports this module
 
-    results.save(results.CAPABILITIES, found)
+    results.save(results.CAPABILITIES, updated(results.load(results.CAPABILITIES), found) if args.update else found)
     write_pages()
 
 

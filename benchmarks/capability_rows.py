@@ -57,6 +57,13 @@ def off(found: Tensor, wanted: Tensor) -> float:
     return float((found.detach() - wanted).abs().max() / wanted.abs().max())
 
 
+def value_by_points(given: Case) -> Tensor:
+    """The true gradient of the value by x."""
+    x, y = given.points()
+    plan = truth(given, "plan")
+    return 2 * (plan.sum(-1, keepdim=True) * x - plan @ y)
+
+
 def plan_or_value(way: Any, given: Case, exact: Case | None = None) -> float:
     """The error of the plan, or of the value where a mode returns no plan."""
     for name in ("plan", "value"):
@@ -133,11 +140,11 @@ def first_of(way: Any, given: Case, *by: str, own: bool = False) -> float:
 
 
 def _without_mass(way: Any) -> float:
-    given = case(2, 7, 6, dense=True)
+    given = case(2, 7, 6)
     a, b = given.a.clone(), given.b.clone()
     a[:, 2] = b[:, -1] = 0
     given = replace(given, a=a / a.sum(-1, keepdim=True), b=b / b.sum(-1, keepdim=True))
-    parts = [replace(given, **{f: getattr(given, f)[k : k + 1] for f in ("a", "b", "cost")}) for k in (0, 1)]
+    parts = [replace(given, **{f: getattr(given, f)[k : k + 1] for f in ("a", "b", "x", "y")}) for k in (0, 1)]
     try:
         return max(plan_or_value(way, given), first_of(way, given, "a"))
     except Missing as missing:
@@ -168,11 +175,7 @@ def _ragged(function: Any) -> float:
     found = function(x, y, 0.2)
     grads = torch.autograd.grad(found.sum(), x)
     worst = off(found, torch.cat([truth(s, "value") for s in uniform]))
-    for grad, s in zip(grads, uniform, strict=True):
-        px, py = s.points()
-        plan = truth(s, "plan")
-        worst = max(worst, off(grad, 2 * (plan.sum(-1, keepdim=True) * px - plan @ py)[0]))
-    return worst
+    return max(worst, *(off(grad, value_by_points(s)[0]) for grad, s in zip(grads, uniform, strict=True)))
 
 
 def _forbidden(way: Any) -> float:
@@ -204,7 +207,7 @@ def _partial(way: Any) -> float:
 
 
 def _eps_each(way: Any) -> float:
-    return plan_or_value(way, case(3, dense=True, eps=torch.tensor([0.1, 0.2, 0.5], dtype=torch.float64)))
+    return plan_or_value(way, case(3, eps=torch.tensor([0.1, 0.2, 0.5], dtype=torch.float64)))
 
 
 def _by_eps(way: Any) -> float:
@@ -237,19 +240,20 @@ def _started(way: Any) -> float:
 
 
 def _twice(way: Any) -> float:
-    """A product with the Hessian of the value by the cost: the change of the plan."""
-    given = case(1, dense=True)
-    assert given.cost is not None
-    leaf = given.cost.clone().requires_grad_()
+    """A product with the Hessian of the value by the points: the change of its gradient."""
+    given = case(1)
+    x, _ = given.points()
+    leaf = x.clone().requires_grad_()
     direction = torch.randn(leaf.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    (grad,) = torch.autograd.grad(way(replace(given, cost=leaf), "value").sum(), leaf, create_graph=True)
+    (grad,) = torch.autograd.grad(way(replace(given, x=leaf), "value").sum(), leaf, create_graph=True)
     if not grad.requires_grad:
         raise Missing("the gradient has no gradient")
     (second,) = torch.autograd.grad((grad * direction).sum(), leaf)
-    return off(second, slope(lambda cost: truth(replace(given, cost=cost), "plan"), given.cost, direction))
+    return off(second, slope(lambda x: value_by_points(replace(given, x=x)), x, direction))
 
 
 def _twice_in_jax(function: Any) -> float:
+    """The same by the cost, whose gradient is the plan."""
     given = case(1, dense=True)
     assert given.cost is not None
     direction = torch.randn(given.cost.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -270,9 +274,10 @@ def _compiled(way: Any) -> float:
     def value(a: Tensor) -> Tensor:
         return way(replace(given, a=a), "value")  # type: ignore[no-any-return]
 
+    plain = _with_gradient(value, given.a)
     torch._dynamo.reset()
     one = _with_gradient(torch.compile(value, fullgraph=True, backend="aot_eager"), given.a)
-    return max(off(x, y) for x, y in zip(one, _with_gradient(value, given.a), strict=True))
+    return max(off(x, y) for x, y in zip(one, plain, strict=True))
 
 
 def _jitted(way: Any) -> float:
@@ -285,18 +290,18 @@ def _vmapped_in_jax(way: Any) -> float:
 
 
 def _vmapped(way: Any) -> float:
-    """The gradient of each of three problems, by ``vmap`` of ``grad``, beside the plan that it has to be."""
-    given = case(3, dense=True)
+    """The gradient by the points of each of three problems, by ``vmap`` of ``grad``."""
+    given = case(3)
 
-    def value(cost: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return way(replace(given, cost=cost[None], a=a[None], b=b[None]), "value")[0]  # type: ignore[no-any-return]
+    def value(x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return way(replace(given, x=x[None], y=y[None], a=a[None], b=b[None]), "value")[0]  # type: ignore[no-any-return]
 
-    assert given.cost is not None
-    return off(torch.func.vmap(torch.func.grad(value))(given.cost, given.a, given.b), truth(given, "plan"))
+    found = torch.func.vmap(torch.func.grad(value))(*given.points(), given.a, given.b)
+    return off(found, value_by_points(given))
 
 
 def _batch(way: Any) -> float:
-    return plan_or_value(way, case(3, dense=True))
+    return plan_or_value(way, case(3))
 
 
 def _stream(grown: Callable[[], float]) -> float:
@@ -316,7 +321,7 @@ def _gradient(name: str, *by: str) -> Check:
 
 
 ROWS = {
-    "batch": Row("a batch of costs in one call", _batch, "batch"),
+    "batch": Row("a batch of problems in one call", _batch, "batch"),
     "without_mass": Row("points without mass, gradients finite", _without_mass),
     "masks": Row("masks", _masks, "masks"),
     "ragged": Row("sets of unequal sizes in one call", _ragged, "ragged sets", asks="ragged"),

@@ -12,7 +12,7 @@ from torch import Tensor
 from otloss.backends import choose_backend, get_backend
 from otloss.backends.protocol import COLD, Given, Problem, Start
 from otloss.checks import check_device, check_mask, check_strength, check_tensor, working_dtype
-from otloss.compat import has_values
+from otloss.compat import broadcast_shapes, has_values
 from otloss.cost import COSTS, KINDS_IN_UNITS, centred, in_units
 from otloss.partial import Slack, with_slack
 
@@ -121,7 +121,7 @@ def _batch(named: dict[str, tuple[Tensor, tuple[int, ...]]]) -> torch.Size:
     if all(shape == shapes[0] or not shape for shape in shapes):
         return shapes[0]
     try:
-        return torch.broadcast_shapes(*shapes)
+        return broadcast_shapes(*shapes)
     except RuntimeError:
         got = ", ".join(f"{name} {tuple(x.shape)}" for name, (x, _) in named.items())
         raise ValueError(
@@ -203,6 +203,29 @@ def _start(put: dict[str, Tensor], unit: Tensor | None) -> Start:
     return Start(f, g)
 
 
+def _cost_or_features(
+    put: dict[str, Tensor], kind: str, makes_cost: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """The cost, or the features that the backend makes it of, in units of eps; 0 where a mask leaves a point out."""
+    mask_x, mask_y, unit = put.get("mask_x"), put.get("mask_y"), put.get("eps")
+    if "cost" in put:
+        cost = _only(_only(put["cost"], mask_x, -1), mask_y, -2)
+    else:
+        x, y = _only(put["x"], mask_x, -1), _only(put["y"], mask_y, -1)
+        if kind == "sqeuclidean" and not (unit is None and mask_x is None and mask_y is None):
+            # So points far from 0 are divided by eps without loss, and those left out lie among the others.
+            x, y = centred(x.to(dtype), y.to(dtype), mask_x, mask_y)
+            x, y = _only(x, mask_x, -1), _only(y, mask_y, -1)
+        if makes_cost:
+            return (x, y) if unit is None else in_units(kind, x, y, unit)
+        cost = COSTS[kind](x, y)
+    if unit is not None:
+        # A forbidden pair must not make the gradient by eps NaN.
+        allowed = cost != torch.inf
+        cost = torch.where(allowed, torch.where(allowed, cost, 0.0) / unit[:, None, None], torch.inf)
+    return cost, None
+
+
 def describe(left: Tensor, right: Tensor | None, kind: str, said: Arguments, backend: str | None) -> Described:
     """The problem of a cost, or of two sets of features and the kind of their cost."""
     named = _named(left, right, said)
@@ -224,26 +247,11 @@ def describe(left: Tensor, right: Tensor | None, kind: str, said: Arguments, bac
         stays = x.dtype in (dtype, torch.bool) or (reads_half and len(rest) == 2)
         put[name] = _spread(x if stays else x.to(dtype), batch, rest)
     mask_x, mask_y, unit = put.get("mask_x"), put.get("mask_y"), put.get("eps")
-    if right is None:
-        left = _only(_only(put["cost"], mask_x, -1), mask_y, -2)
-    else:
-        left, right = _only(put["x"], mask_x, -1), _only(put["y"], mask_y, -1)
-        if kind == "sqeuclidean" and not (unit is None and mask_x is None and mask_y is None):
-            # So points far from 0 are divided by eps without loss, and those left out lie among the others.
-            left, right = centred(left.to(dtype), right.to(dtype), mask_x, mask_y)
-            left, right = _only(left, mask_x, -1), _only(right, mask_y, -1)
-        if not makes_cost:
-            left, right = COSTS[kind](left, right), None
-        elif unit is not None:
-            left, right = in_units(kind, left, right, unit)
+    left, right = _cost_or_features(put, kind, makes_cost, dtype)
     like, count = left if left.dtype == dtype else left.new_empty(0, dtype=dtype), left.shape[0]
     rho_a, rho_b, sent = (_each(getattr(said, k), put.get(k), like, count) for k in ("rho_a", "rho_b", "partial"))
     eps = 1.0 if isinstance(said.eps, Tensor) else float(said.eps)
     if unit is not None:  # the same problem, with costs and penalties in units of eps
-        if right is None:
-            # A forbidden pair must not make the gradient by eps NaN.
-            allowed = left != torch.inf
-            left = torch.where(allowed, torch.where(allowed, left, 0.0) / unit[:, None, None], torch.inf)
         rho_a, rho_b = (None if rho is None else rho / unit for rho in (rho_a, rho_b))
     a, form_a = _mass(put.get("a"), put.get("log_a"), mask_x, like, count, n)
     b, form_b = _mass(put.get("b"), put.get("log_b"), mask_y, like, count, m)

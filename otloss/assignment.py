@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from otloss.backends.reference import live, log_mass, log_sum
+from otloss.backends.massless import live, log_mass
+from otloss.backends.steps import log_sum
 from otloss.checks import check_device, check_tensor, no_autocast, working_dtype
 
 if TYPE_CHECKING:

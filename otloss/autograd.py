@@ -53,7 +53,7 @@ _FORWARD_MODE = (
 )
 
 
-class Sinkhorn(LevelFunction):  # type: ignore[misc]
+class Sinkhorn(LevelFunction):
     """``operators.solve`` with its gradients. Arguments and results are the same, all flat: autograd sees no tuples."""
 
     @staticmethod
@@ -100,7 +100,7 @@ class Sinkhorn(LevelFunction):  # type: ignore[misc]
         raise RuntimeError(_FORWARD_MODE)
 
 
-class Gradient(LevelFunction):  # type: ignore[misc]
+class Gradient(LevelFunction):
     """``operators.gradient`` with its derivative: that of the reference's formula for it, at the same solution.
 
     The formula takes the potentials as variables beside the inputs. Their own derivatives by the inputs are those of
@@ -112,9 +112,9 @@ class Gradient(LevelFunction):  # type: ignore[misc]
         ctx.save_for_backward(*[x if isinstance(x, Tensor) else None for x in arguments])
         ctx.others = [None if isinstance(x, Tensor) else x for x in arguments]
         if is_transformed():
-            return call_at_next_level(operators.gradient, *arguments)  # type: ignore[no-any-return]
+            return call_at_next_level(operators.gradient, *arguments)
         with below_autograd():
-            return operators.gradient(*arguments)  # type: ignore[no-any-return]
+            return operators.gradient(*arguments)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
@@ -167,17 +167,17 @@ LIBRARY.impl("gradient", kernel_for_autograd(operators.gradient, Gradient), "Aut
 def solve(problem: Problem, given: Given, options: Options, start: Start) -> tuple[Tensor, ...]:
     """``operators.solve``, by a shorter way where nothing is transformed."""
     if is_transformed():
-        return operators.solve(*problem, *given, *options, *start)  # type: ignore[no-any-return]
+        return operators.solve(*problem, *given, *options, *start)
     if records_nothing():
         return _solve(problem, given, options, start)
-    return Sinkhorn.apply(*problem, *given, *options, *start)  # type: ignore[no-any-return]
+    return Sinkhorn.apply(*problem, *given, *options, *start)
 
 
 def _solve(problem: Problem, given: Given, options: Options, start: Start) -> tuple[Tensor, ...]:
     """What ``operators.solve`` returns, where nothing is transformed and nothing is recorded."""
     with below_autograd():
         if problem.left.is_meta or is_watched(*problem, *start):  # on the device meta an operator has its fake kernel
-            return operators.solve(*problem, *given, *options, *start)  # type: ignore[no-any-return]
+            return operators.solve(*problem, *given, *options, *start)
         return operators.run_solve(problem, given, options, start)
 
 
@@ -186,5 +186,5 @@ def _gradient(problem: Problem, state: State, incoming: Incoming, *others: Any) 
     with below_autograd():
         if problem.left.is_meta or is_watched(*problem, *incoming):
             flat = chain.from_iterable((problem, state, incoming, *others))
-            return operators.gradient(*flat)  # type: ignore[no-any-return]
+            return operators.gradient(*flat)
         return operators.run_gradient(problem, state, incoming, *others)

@@ -1,4 +1,6 @@
-"""What PyTorch 2.6 lacks and later versions have. Everything else in otloss is written so that all of them take it.
+"""What PyTorch 2.6 lacks and later versions have, and types where PyTorch states none.
+
+Everything else in otloss is written so that all versions take it.
 
 Its compiler takes no ``zip`` of sequences that differ in length, no ``dict |= dict`` and no slice of a named tuple. It
 follows every path through a chain of small operations, which may take hours; :func:`one_operator` is for these.
@@ -6,8 +8,8 @@ follows every path through a chain of small operations, which may take hours; :f
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch.autograd import forward_ad
@@ -35,11 +37,12 @@ def one_operator(name: str, fake: Callable[..., Any]) -> Callable[[Callable[...,
     def decorate(function: Callable[..., Result]) -> Callable[..., Result]:
         if not _OLD:
             return function
-        operator = torch.library.custom_op(f"otloss::{name}", function, mutates_args=())
-        operator.register_fake(fake)
+        made = torch.library.custom_op(f"otloss::{name}", function, mutates_args=())
+        made.register_fake(fake)
+        operator: Callable[..., Result] = made
 
         def call(*args: Any) -> Result:
-            return operator(*args) if torch.compiler.is_compiling() else function(*args)  # type: ignore[no-any-return]
+            return operator(*args) if torch.compiler.is_compiling() else function(*args)
 
         return call
 
@@ -80,9 +83,35 @@ def is_watched(*arguments: Any) -> bool:
     return not _PLAIN.issuperset(map(type, arguments)) or bool(_modes() or _function_modes() or _profiled())
 
 
-#: An autograd function that records at the innermost level of functorch's transforms alone. The kernel of an operator
-#: for autograd is called once at each level. Its ``apply`` looks at no signature, which takes long.
-LevelFunction: Any = torch.autograd.function._SingleLevelFunction
+#: Functions whose types PyTorch does not state.
+broadcast_shapes: Callable[..., torch.Size] = torch.broadcast_shapes
+cuda_is_initialized: Callable[[], bool] = torch.cuda.is_initialized
+cuda_event: Callable[[], torch.cuda.Event] = torch.cuda.Event
+
+if TYPE_CHECKING:
+
+    class OperatorLibrary(torch.library.Library):
+        """A namespace of operators."""
+
+        def __init__(self, ns: str, kind: str) -> None: ...
+
+        def define(self, schema: str, alias_analysis: str = "", *, tags: Sequence[torch.Tag] = ()) -> str: ...
+
+        def impl(self, op_name: str, fn: Callable[..., Any], dispatch_key: str = "", **options: Any) -> None: ...
+
+    class LevelFunction(torch.autograd.Function):
+        """An autograd function that records at the innermost level of functorch's transforms alone.
+
+        The kernel of an operator for autograd is called once at each level. Its ``apply`` looks at no signature, which
+        takes long.
+        """
+
+        @classmethod
+        def apply(cls, *arguments: Any) -> tuple[torch.Tensor, ...]: ...
+
+else:
+    OperatorLibrary = torch.library.Library
+    LevelFunction = torch.autograd.function._SingleLevelFunction
 
 #: A context in which operators are called by their own kernels, without autograd's.
 below_autograd: Any = torch._C._AutoDispatchBelowAutograd
@@ -97,19 +126,21 @@ def call_at_next_level(operator: Callable[..., Result], *arguments: Any) -> Resu
         return operator(*arguments)
 
 
-def kernel_for_autograd(operator: Callable[..., Result], function: Any) -> Callable[..., Result]:
+def kernel_for_autograd(
+    operator: Callable[..., tuple[torch.Tensor, ...]], function: type[LevelFunction]
+) -> Callable[..., tuple[torch.Tensor, ...]]:
     """The kernel for autograd of an operator whose derivative is that of ``function``, a `LevelFunction`.
 
     ``torch.library.register_autograd`` makes one that functorch's transforms refuse.
     """
 
-    def kernel(*arguments: Any) -> Result:
+    def kernel(*arguments: Any) -> tuple[torch.Tensor, ...]:
         if records_nothing():
             with below_autograd():
                 return operator(*arguments)
         from torch._functorch.utils import enable_single_level_autograd_function
 
         with enable_single_level_autograd_function():
-            return function.apply(*arguments)  # type: ignore[no-any-return]
+            return function.apply(*arguments)
 
     return kernel

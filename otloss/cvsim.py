@@ -16,12 +16,12 @@ __all__ = ["CVSIM", "log_softmax_with_perplexity"]
 TOKENS = ("channel", "batch")
 
 
-def check_cvsim(dim: object, num_heads: object, tokens: object) -> None:
+def check_cvsim(dim: int, num_heads: int, tokens: str) -> None:
     """Check the options of `CVSIM`."""
     check_count("dim", dim)
     check_count("num_heads", num_heads)
     check_choice("tokens", tokens, TOKENS)
-    if dim % num_heads:  # type: ignore[operator]
+    if dim % num_heads:
         raise ValueError(f"num_heads must divide dim, got dim={dim} and num_heads={num_heads}")
 
 
@@ -118,7 +118,8 @@ class CVSIM(nn.Module):
         attended = F.scaled_dot_product_attention(q, k, v, scale=scale)
         if self.tokens == "batch":
             attended = attended.transpose(1, 2)
-        return self.out(attended.reshape(batch, self.dim))
+        r: Tensor = self.out(attended.reshape(batch, self.dim))
+        return r
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, num_heads={self.num_heads}, tokens={self.tokens!r}"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -72,9 +72,10 @@ class _TransportLoss(nn.Module):
         solver: str = "auto",
         rho_a: float | Tensor | None = None,
         rho_b: float | Tensor | None = None,
+        partial: float | Tensor | None = None,
     ) -> None:
         super().__init__()
-        for name, strength in (("eps", eps), ("rho_a", rho_a), ("rho_b", rho_b)):
+        for name, strength in (("eps", eps), ("rho_a", rho_a), ("rho_b", rho_b), ("partial", partial)):
             if strength is not None or name == "eps":
                 check_strength(name, strength)
         check_choice("objective", objective, OBJECTIVES)
@@ -92,9 +93,16 @@ class _TransportLoss(nn.Module):
             )
         if objective == "divergence" and rho_a is not rho_b and rho_a != rho_b:
             raise ValueError(f"objective 'divergence' needs one penalty for both sides, got {rho_a=} and {rho_b=}")
+        if partial is not None and objective == "divergence":
+            raise ValueError(
+                f"objective 'divergence' does not take partial, got {partial=}: sets that differ in what is left would "
+                "be at distance 0; take objective 'transport_cost' or 'value', or rho_a and rho_b"
+            )
+        if partial is not None and not (rho_a is None and rho_b is None):
+            raise ValueError(f"give partial, or rho_a and rho_b, not both, got {partial=}, {rho_a=} and {rho_b=}")
         self.eps, self.objective, self.max_iter, self.tol = eps, objective, max_iter, tol
         self.gradient, self.reduction, self.backend, self.solver = gradient, reduction, backend, solver
-        self.rho_a, self.rho_b = rho_a, rho_b
+        self.rho_a, self.rho_b, self.partial = rho_a, rho_b, partial
 
     @property
     def _options(self) -> dict[str, Any]:
@@ -102,6 +110,7 @@ class _TransportLoss(nn.Module):
             "eps": self.eps,
             "rho_a": self.rho_a,
             "rho_b": self.rho_b,
+            "partial": self.partial,
             "max_iter": self.max_iter,
             "tol": self.tol,
             "gradient": self.gradient,
@@ -143,7 +152,7 @@ class _TransportLoss(nn.Module):
             f"eps={self.eps}, objective={self.objective!r}, max_iter={self.max_iter}, tol={self.tol}, "
             f"gradient={self.gradient!r}, reduction={self.reduction!r}, solver={self.solver!r}"
         )
-        some = {"rho_a": self.rho_a, "rho_b": self.rho_b, "backend": self.backend}
+        some = {name: getattr(self, name) for name in ("rho_a", "rho_b", "partial", "backend")}
         return ", ".join([text, *(f"{name}={value!r}" for name, value in some.items() if value is not None)])
 
 
@@ -163,13 +172,14 @@ class SinkhornLoss(_TransportLoss):
     Args:
         eps: strength of the entropy, in units of the cost.
         objective: ``"transport_cost"``, ``"value"`` or ``"divergence"``.
-        max_iter, tol, gradient, solver, backend, rho_a, rho_b: as in :func:`otloss.sinkhorn`. A tensor eps may be an
-            ``nn.Parameter``. The divergence needs rho_a = rho_b; it then holds eps (m_a - m_b)^2 / 2 too, m the totals.
+        max_iter, tol, gradient, solver, backend, rho_a, rho_b, partial: as in :func:`otloss.sinkhorn`. A tensor eps,
+            penalty or partial may be an ``nn.Parameter``. The divergence needs rho_a = rho_b; it then holds
+            eps (m_a - m_b)^2 / 2 too, m the totals. It does not take partial.
         reduction: what to do over problems: ``"mean"``, ``"sum"`` or ``"none"``.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong type or value, or ``gradient="none"`` is combined with an
-            objective other than the transport cost.
+        TypeError, ValueError: an argument is of the wrong type or value; ``gradient="none"`` is combined with an
+            objective other than the transport cost, or ``partial`` with the divergence or a penalty.
 
     Source: Feydy et al. 2019 (arXiv:1810.08278) for the divergence.
 
@@ -178,6 +188,9 @@ class SinkhornLoss(_TransportLoss):
         >>> cost = torch.tensor([[[0.0, 1.0], [1.0, 0.0]], [[1.0, 1.0], [1.0, 1.0]]])
         >>> otloss.SinkhornLoss(eps=0.01, reduction="none")(cost).round(decimals=3).tolist()
         [0.0, 1.0]
+        >>> far = torch.tensor([[0.0, 1.0], [1.0, 0.0], [9.0, 9.0]])  # the last row is far from all: it is left
+        >>> otloss.SinkhornLoss(eps=0.01, partial=0.6)(far).round(decimals=3).item()
+        0.0
         >>> x, y = torch.rand(20, 2), torch.rand(30, 2)
         >>> loss, cost = otloss.SinkhornLoss(objective="divergence"), otloss.sqeuclidean_cost
         >>> bool(loss(cost(x, y), cost_xx=cost(x, x), cost_yy=cost(y, y)) > 0)
@@ -212,7 +225,7 @@ class SinkhornLoss(_TransportLoss):
         """
         within = {"cost_xx": cost_xx, "cost_yy": cost_yy}
         self._check_within(cost, within)
-        solve = partial(sinkhorn, **self._options)
+        solve = functools.partial(sinkhorn, **self._options)
         costs = (cost,), (cost_xx,), (cost_yy,)
         loss, _ = self._objective_of(solve, costs, _Side(a, log_a, mask_x), _Side(b, log_b, mask_y), init)
         return self._reduce(loss)
@@ -259,8 +272,9 @@ class FeatureSinkhornLoss(_TransportLoss):
         cost: ``"cosine"``, ``"sqeuclidean"`` or ``"dot"``, as in :func:`otloss.feature_sinkhorn`.
         eps: strength of the entropy, in units of the cost.
         objective: ``"transport_cost"``, ``"value"`` or ``"divergence"``.
-        max_iter, tol, gradient, solver, backend, rho_a, rho_b: as in :func:`otloss.sinkhorn`. A tensor eps may be an
-            ``nn.Parameter``. The divergence needs rho_a = rho_b; it then holds eps (m_a - m_b)^2 / 2 too, m the totals.
+        max_iter, tol, gradient, solver, backend, rho_a, rho_b, partial: as in :func:`otloss.sinkhorn`. A tensor eps,
+            penalty or partial may be an ``nn.Parameter``. The divergence needs rho_a = rho_b; it then holds
+            eps (m_a - m_b)^2 / 2 too, m the totals. It does not take partial.
         reduction: what to do over problems: ``"mean"``, ``"sum"`` or ``"none"``.
 
     Raises:
@@ -318,7 +332,7 @@ class FeatureSinkhornLoss(_TransportLoss):
         init: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, SinkhornOutput]:
         """The objective ``(B,)`` before reduction, and the solver's output for (x, y), which holds the diagnostics."""
-        solve = partial(feature_sinkhorn, cost=self.cost, **self._options)
+        solve = functools.partial(feature_sinkhorn, cost=self.cost, **self._options)
         x, y, said = padded(x, y, Arguments(self.eps, a, b, log_a, log_b, mask_x, mask_y))
         of_x, of_y = _Side(said.a, said.log_a, said.mask_x), _Side(said.b, said.log_b, said.mask_y)
         return self._objective_of(solve, ((x, y), (x, x), (y, y)), of_x, of_y, init)

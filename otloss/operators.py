@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from otloss.backends import get_backend
+from otloss.backends.massless import live
 from otloss.backends.protocol import NOTHING, Given, Gradients, Problem, Shift, Solution, Start, is_relaxed
-from otloss.backends.reference import live
 from otloss.checks import no_autocast, warn
+from otloss.compat import OperatorLibrary
 from otloss.gradients import Incoming, State, derive
 
 
@@ -314,19 +315,19 @@ def _fold_batch(op: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
 
 # torch.library.custom_op wraps an operator in layers that cost time at each call, and imports PyTorch's compiler at the
 # first one.
-LIBRARY = torch.library.Library("otloss", "DEF")
+LIBRARY = OperatorLibrary("otloss", "DEF")
 
 
 def _operator(
     name: str, kinds: tuple[Any, ...], outputs: int, body: Callable[..., Any], fake: Callable[..., Any]
-) -> Callable[..., Any]:
+) -> Callable[..., tuple[Tensor, ...]]:
     """Define an operator for every device."""
     LIBRARY.define(_schema(name, kinds, outputs), tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, body, "CompositeExplicitAutograd")
     torch.library.register_fake(f"otloss::{name}", fake, lib=LIBRARY)
-    operator = getattr(torch.ops.otloss, name).default
+    operator: Callable[..., tuple[Tensor, ...]] = getattr(torch.ops.otloss, name).default
     torch.library.register_vmap(f"otloss::{name}", _fold_batch(operator), lib=LIBRARY)
-    return operator  # type: ignore[no-any-return]
+    return operator
 
 
 solve = _operator("solve", SOLVE, len(OUTPUTS), _solve, _fake_solve)

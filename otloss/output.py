@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from otloss.partial import Slack, without_slack
 from otloss.summary import Summary, summarise
 
 __all__ = ["PlanSource", "SinkhornOutput"]
+
+Result = TypeVar("Result")
 
 
 class PlanParts(NamedTuple):
@@ -61,13 +63,14 @@ class SinkhornOutput:
         self._solution = solution
         self._made: dict[str, Any] = {}
 
-    def _once(self, name: str, make: Callable[[], Any]) -> Any:
+    def _once(self, name: str, make: Callable[[], Result]) -> Result:
         """What ``make`` returns, made on first use.
 
         What was made under no_grad is not stored where the next use may need a graph.
         """
         if name in self._made:
-            return self._made[name]
+            known: Result = self._made[name]
+            return known
         made = make()
         if torch.is_grad_enabled() or not self._solution.transport_cost.requires_grad:
             self._made[name] = made
@@ -78,7 +81,7 @@ class SinkhornOutput:
         field: Tensor = getattr(self._solution, name)
         source, batch = self._source, self._source.batch
         if cost and (source.unit is not None or source.slack is not None):
-            return self._once(name, lambda: source.in_units(field).reshape(batch))  # type: ignore[no-any-return]
+            return self._once(name, lambda: source.in_units(field).reshape(batch))
         return field if field.shape == batch else self._once(name, lambda: field.reshape(batch))
 
     @property
@@ -104,12 +107,12 @@ class SinkhornOutput:
     @property
     def f(self) -> Tensor:
         """Potentials ``(B, n)``."""
-        return self._once("potentials", self._potentials)[0]  # type: ignore[no-any-return]
+        return self._once("potentials", self._potentials)[0]
 
     @property
     def g(self) -> Tensor:
         """Potentials ``(B, m)``."""
-        return self._once("potentials", self._potentials)[1]  # type: ignore[no-any-return]
+        return self._once("potentials", self._potentials)[1]
 
     @property
     def converged(self) -> Tensor:
@@ -132,7 +135,7 @@ class SinkhornOutput:
     @property
     def plan(self) -> Tensor:
         """The plan ``(B, n, m)``. Any function of it is differentiable in mode "implicit"."""
-        return self._once("plan", self._plan)  # type: ignore[no-any-return]
+        return self._once("plan", self._plan)
 
     def _plan(self) -> Tensor:
         plan, total = self._matrix(transport_plan), self._total()
@@ -178,7 +181,7 @@ class SinkhornOutput:
             >>> out.plan[0, 1].item(), round(out.log_plan[0, 1].item(), 1)
             (0.0, -180.7)
         """
-        return self._once("log_plan", self._log_plan)  # type: ignore[no-any-return]
+        return self._once("log_plan", self._log_plan)
 
     def _mass_bias(self) -> Tensor:
         """eps (m_a - m_b)^2 ``(B,)`` of the totals of the masses, for the divergence; 0 without penalties."""

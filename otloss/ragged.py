@@ -31,7 +31,7 @@ def padded(x: Ragged, y: Ragged, said: Arguments) -> tuple[Tensor, Tensor, Argum
     if is_ragged(y):
         y, of_points = _pad("y", y, {"b": said.b, "log_b": said.log_b, "mask_y": said.mask_y})
         said = said._replace(**of_points)
-    return x, y, said  # type: ignore[return-value]
+    return x, y, said  # type: ignore[return-value]  # what is no tensor now is refused by check_features
 
 
 def _pad(name: str, sets: Ragged, of_points: dict[str, Ragged | None]) -> tuple[Tensor, dict[str, Any]]:

@@ -132,7 +132,7 @@ class _Gather(torch.autograd.Function):
         return torch.cat(parts)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         grad = grad.contiguous().clone()  # all_reduce works in place
         dist.all_reduce(grad)

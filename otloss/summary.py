@@ -53,7 +53,8 @@ class Summary(NamedTuple):
 def _perplexity(mass: Tensor) -> Tensor:
     total = mass.sum(-1, keepdim=True)
     shares = mass / torch.where(total > 0, total, 1.0)
-    return torch.special.entr(shares).sum(-1).exp()
+    entropy: Tensor = torch.special.entr(shares).sum(-1)
+    return entropy.exp()
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks import capabilities, results
 from benchmarks.capability_rows import ROWS, Row, case, gradient
-from benchmarks.peers.cases import Case, Missing, truth
+from benchmarks.peers.cases import Case, Missing, NoDevice, truth
 from benchmarks.peers.ways import LIBRARIES, Library
 
 OURS = LIBRARIES[0]
@@ -53,6 +53,10 @@ def _lacks(case: Case, name: str) -> Tensor:
     raise Missing(f"returns no {name}")
 
 
+def _no_device(case: Case, name: str) -> Tensor:
+    raise NoDevice("needs another machine")
+
+
 def _ten_percent_off(case: Case, name: str) -> Tensor:
     return 1.1 * truth(case, name)
 
@@ -69,6 +73,8 @@ def _not_finite(case: Case, name: str) -> Tensor:
         ({"a": _not_finite, "b": _lacks}, "wrong", "**NaN**", "a"),
         ({"a": _lacks, "b": _raises}, "no", "no", "a"),
         ({}, "no", "no", None),
+        ({"a": _lacks, "b": _no_device, "c": _ten_percent_off}, "not run here", "not run here", "b"),
+        ({"a": _no_device, "b": _exact}, "yes", "yes", "b"),
     ],
 )
 def test_a_cell_is_that_of_the_best_mode(ways: dict[str, Any], state: str, shown: str, by: str | None) -> None:
@@ -96,7 +102,34 @@ def test_what_is_not_installed_or_has_no_device_is_not_run() -> None:
     entry = capabilities.cell(ROWS["batch"], absent)
     assert entry["state"] == "not run here" and "no_such_module" in entry["why"] and "modes" not in entry
     if not torch.cuda.is_available():
-        assert Library("x", {"a": _exact}, cuda=True).missing() == "needs a CUDA device"
+        assert Library("x", {"a": _exact}, cuda=True).lacking() == "needs a CUDA device"
+
+
+def test_without_a_device_a_library_still_shows_what_it_refuses() -> None:
+    pytest.importorskip("flash_sinkhorn")
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    states = {key: capabilities.cell(ROWS[key], LIBRARIES[-1]) for key in ROWS if key not in DEAR}
+    refused = {key for key, entry in states.items() if entry["state"] == "no"}
+    assert {"masks", "ragged", "forbidden", "partial", "eps_each", "by_eps", "started"} <= refused
+    unknown = {"batch", "unbalanced", "semi", "value_masses", "value_points", "twice", "vmapped"}
+    assert {key: states[key]["state"] for key in unknown} == dict.fromkeys(unknown, "not run here")
+
+
+def test_rows_that_are_run_again_go_into_the_results() -> None:
+    entry = {"state": "yes", "error": 0.0, "by": "a", "modes": {}}
+    again = {
+        "environment": {**FOUND["environment"], "commit": "later"},
+        "libraries": FOUND["libraries"],
+        "rows": {"masks": dict.fromkeys(FOUND["libraries"], entry)},
+    }
+    merged = capabilities.updated(FOUND, again)
+    assert list(merged["rows"]) == list(FOUND["rows"]) and merged["environment"] == FOUND["environment"]
+    assert merged["rows"]["masks"] == again["rows"]["masks"] and merged["rows"]["batch"] == FOUND["rows"]["batch"]
+    assert merged["later"]["masks"]["commit"] == "later"
+    versions = {**FOUND["environment"]["versions"], "torch": "1.0"}
+    with pytest.raises(SystemExit, match="other versions: run all rows again"):
+        capabilities.updated(FOUND, {**again, "environment": {**again["environment"], "versions": versions}})
 
 
 def test_a_mode_that_takes_too_long_is_stopped() -> None:

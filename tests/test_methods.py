@@ -52,6 +52,7 @@ def test_trains_and_goes_on_bit_for_bit(
     assert logs[0] == logs[1] and len(logs[0]) == 6
     assert len({row["loss"] for row in logs[0]}) == 6 and all(row["std_g"] > 0 for row in logs[0])
     assert logs[0][-1]["lr"] < max(row["lr"] for row in logs[0])
+    # The runs' own: they hold the state of loops and optimisers, too.
     whole, other = (torch.load(out / "last.ckpt", weights_only=False) for out in (config.out, again.out))
     weights = whole["state_dict"]
     assert all(torch.equal(weights[name], other["state_dict"][name]) for name in start)

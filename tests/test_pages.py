@@ -105,6 +105,25 @@ def test_headings_are_named_as_on_github() -> None:
     assert anchors(text) == {"whose-gradients-are-right", "sup1--a_b--t-c"}
 
 
+def test_files_of_weights_are_read_without_their_code() -> None:
+    """Every ``torch.load``, in the code and on the pages, says so; where it takes more, a comment says why."""
+    calls = 0
+    for name in sorted(name for name in FILES if name.endswith((".py", ".md"))):
+        text = (ROOT / name).read_text()
+        for found in re.finditer(r"torch[.]load[(]", text):
+            depth, end = 1, found.end()
+            while depth and end < len(text):
+                depth += {"(": 1, ")": -1}.get(text[end], 0)
+                end += 1
+            calls, call = calls + 1, text[found.start() : end]
+            assert re.search(r"weights_only=(True|False)", call), f"{name}: {call}"
+        before = ""
+        for line in text.splitlines():
+            assert not re.search(r"weights_only=Fals[e]", line) or "#" in line + before, f"{name}: {line}"
+            before = line
+    assert calls >= 10
+
+
 def lines(page: str) -> int:
     return len((ROOT / page).read_text().splitlines())
 

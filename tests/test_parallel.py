@@ -67,7 +67,7 @@ def test_two_processes_have_the_gradient_of_one() -> None:
     world = 2
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_worker, args=(world, folder), nprocs=world)
-        results = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(world)]
+        results = [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(world)]
     one, x, y = model_and_data()
     want = gradients(one, 0, 1, x, y)
     assert len(want) == 3 and all(grad.abs().max() > 1e-6 for grad in want.values())

@@ -221,3 +221,50 @@ def test_transforms() -> None:
     torch._dynamo.reset()
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(cost, a, sent), loss(cost, a, sent))
+
+
+@pytest.mark.parametrize("objective", ["transport_cost", "value"])
+def test_the_losses_are_the_functions(backend: str, objective: str) -> None:
+    """Value and gradients, also by the share where that is a parameter of the module."""
+    x, y = (torch.randn(3, k, 4, dtype=torch.float64).requires_grad_() for k in (5, 6))
+    a, b = (0.1 + torch.rand(3, k, dtype=torch.float64) for k in (5, 6))
+    sent = torch.nn.Parameter(share(a, b, 0.6))
+    options: dict[str, Any] = {"eps": EPS, "partial": sent, "backend": backend, **EXACT}
+    shown = {"objective": objective, "reduction": "none"}
+    dense = otloss.SinkhornLoss(**options, **shown)
+    assert dict(dense.named_parameters()) == {"partial": sent}
+    cosine, squared = otloss.cosine_cost(x, y), otloss.sqeuclidean_cost(x, y)
+    of_cosine, of_squared = (sinkhorn(cost, a, b, **options) for cost in (cosine, squared))
+    pairs = (
+        (dense(cosine, a, b), of_cosine),
+        (otloss.CosineSinkhornLoss(**options, **shown)(x, y, a, b), of_cosine),
+        (otloss.FeatureSinkhornLoss("sqeuclidean", **options, **shown)(x, y, a, b), of_squared),
+    )
+    for loss, out in pairs:
+        wanted = getattr(out, objective)
+        assert loss.shape == (3,)
+        torch.testing.assert_close(loss, wanted)
+        mine, theirs = (torch.autograd.grad(t.sum(), (x, y, sent), retain_graph=True) for t in (loss, wanted))
+        assert all(grad.abs().max() > 1e-3 for grad in mine)
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_a_loss_of_sets_of_different_sizes() -> None:
+    x, y = [torch.randn(k, 3) for k in (5, 8)], [torch.randn(k, 3) for k in (6, 4)]
+    loss = otloss.CosineSinkhornLoss(partial=0.4, reduction="none", tol=1e-7)
+    alone = [otloss.CosineSinkhornLoss(partial=0.4, tol=1e-7)(*pair) for pair in zip(x, y, strict=True)]
+    torch.testing.assert_close(loss(x, y), torch.stack(alone), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("loss", [otloss.SinkhornLoss, otloss.FeatureSinkhornLoss, otloss.CosineSinkhornLoss])
+def test_what_a_loss_refuses_is_named(loss: type[otloss.SinkhornLoss]) -> None:
+    with pytest.raises(ValueError, match=r"^partial must be positive"):
+        loss(partial=-0.5)
+    with pytest.raises(TypeError, match=r"^partial must be a number"):
+        loss(partial="half")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"objective 'divergence' does not take partial, got partial=0.5"):
+        loss(objective="divergence", partial=0.5)
+    for rho in ("rho_a", "rho_b"):
+        with pytest.raises(ValueError, match="give partial, or rho_a and rho_b, not both"):
+            loss(partial=0.5, **{rho: 1.0})
+    assert "partial=0.5" in repr(loss(partial=0.5)) and "partial" not in repr(loss())

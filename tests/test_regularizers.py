@@ -152,7 +152,7 @@ def test_gather_under_ddp_equals_one_process() -> None:
     world = 2
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_worker, args=(world, folder), nprocs=world)
-        results = [torch.load(os.path.join(folder, f"{rank}.pt")) for rank in range(world)]
+        results = [torch.load(os.path.join(folder, f"{rank}.pt"), weights_only=True) for rank in range(world)]
     layer, data = _layer_and_data(world)
     loss = _combined(layer(data), gather=False)
     loss.backward()

@@ -17,6 +17,10 @@ class Missing(Exception):
     """A library has no such argument, output or function."""
 
 
+class NoDevice(Exception):
+    """A library takes what it is given, but on a device that is not there."""
+
+
 @dataclass(frozen=True)
 class Case:
     """``B`` problems. An option that is None is not asked for.

@@ -165,17 +165,40 @@ def _ragged(x: list[Tensor], y: list[Tensor], eps: float) -> Tensor:
     return _InJax.apply(values, torch.cat(x), torch.cat(y))  # type: ignore[no-any-return]
 
 
-def _stream(x: Tensor, y: Tensor, eps: float, iterations: int) -> Tensor:
+@functools.cache
+def _streamed(eps: float, iterations: int, implicit: bool) -> Function:
+    """The value of a problem whose cost is made again for each use, 256 rows at a time.
+
+    Without implicit differentiation nothing of the iterations is differentiated: the value needs the potentials alone.
+    """
+    import jax
+    from jax.interpreters import batching
     from ott.geometry.pointcloud import PointCloud
     from ott.problems.linear.linear_problem import LinearProblem
+    from ott.solvers.linear import implicit_differentiation
     from ott.solvers.linear.sinkhorn import Sinkhorn
 
-    solver = Sinkhorn(threshold=-1.0, min_iterations=iterations, max_iterations=iterations, inner_iterations=iterations)
+    if not hasattr(batching, "is_vmappable"):  # where ott-jax 0.6.0 looks for it, and JAX 0.10 has it no more
+        from jax._src.interpreters.batching import is_vmappable
+
+        batching.is_vmappable = is_vmappable
+    how = implicit_differentiation.ImplicitDiff() if implicit else None
+    solver = Sinkhorn(
+        threshold=-1.0, min_iterations=iterations, max_iterations=iterations, inner_iterations=iterations,
+        implicit_diff=how, use_danskin=True,
+    )  # fmt: skip
 
     def value(x: Any, y: Any) -> Any:
         return solver(LinearProblem(PointCloud(x, y, epsilon=eps, batch_size=256))).reg_ot_cost
 
-    return _InJax.apply(value, x[0], y[0])  # type: ignore[no-any-return]
+    return jax.jit(value)  # type: ignore[no-any-return]
+
+
+def _stream(implicit: bool) -> Callable[..., Tensor]:
+    def value(x: Tensor, y: Tensor, eps: float, iterations: int) -> Tensor:
+        return _InJax.apply(_streamed(eps, iterations, implicit), x[0], y[0])  # type: ignore[no-any-return]
+
+    return value
 
 
 OTT = Library(
@@ -187,7 +210,10 @@ OTT = Library(
     },
     {
         "ragged": {"segment_sinkhorn": _ragged},
-        "stream": {"PointCloud, batch_size": _stream},
+        "stream": {
+            "PointCloud, batch_size": _stream(implicit=True),
+            "PointCloud, batch_size, Danskin alone": _stream(implicit=False),
+        },
         "twice": {"jax.hessian": _hessian},
         "compiled": {"jax.jit": _way()},
         "vmapped": {"jax.vmap": _way()},

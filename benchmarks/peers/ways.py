@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 import otloss
-from benchmarks.peers.cases import Case, Missing
+from benchmarks.peers.cases import Case, Missing, NoDevice
 
+NO_CUDA = "needs a CUDA device"
 Way = Callable[[Case, str], Tensor]
 """From problems and the name of an output to that output, with its gradient."""
 
@@ -25,7 +26,7 @@ class Library:
         ways: modes that solve a `Case`, by name.
         special: functions of other signatures, by the row that asks for them and by name.
         needs: modules that must import.
-        cuda: whether it needs a CUDA device.
+        cuda: whether it needs a CUDA device. Without one, what it refuses before it asks for one still shows.
         jax: whether it computes in JAX, which has transformations of its own.
     """
 
@@ -37,15 +38,17 @@ class Library:
     jax: bool = False
 
     def missing(self) -> str | None:
-        """Why it cannot run here, or None."""
+        """Why it cannot be called here, or None."""
         try:
             for module in self.needs:
                 importlib.import_module(module)
         except Exception as error:  # a broken install must not stop the others
             return f"does not import: {type(error).__name__}: {error}"
-        if self.cuda and not torch.cuda.is_available():
-            return "needs a CUDA device"
         return None
+
+    def lacking(self) -> str | None:
+        """What it needs that is not here, or None."""
+        return self.missing() or (NO_CUDA if self.cuda and not torch.cuda.is_available() else None)
 
 
 # --- otloss ----------------------------------------------------------------------------------------------------------
@@ -206,21 +209,52 @@ def _geomloss_stream(x: Tensor, y: Tensor, eps: float, iterations: int) -> Tenso
     return 2 * loss(x[0], y[0])
 
 
-def _flash(case: Case, name: str) -> Tensor:
-    """flash-sinkhorn has geomloss's interface, with reaches of their own for both sides, and the whole square."""
+# --- flash-sinkhorn --------------------------------------------------------------------------------------------------
+
+
+def _flash_loss(eps: float | Tensor, iterations: int, **reaches: float) -> Callable[..., Tensor]:
+    """flash-sinkhorn has geomloss's interface, with reaches of their own for both sides, and the whole square.
+
+    Raises:
+        NoDevice: it takes the tensors, but there is no CUDA device.
+    """
     from flash_sinkhorn import SamplesLoss
 
+    loss = SamplesLoss(
+        "sinkhorn", debias=False, eps=eps, n_iters=iterations, use_epsilon_scaling=False, allow_tf32=False, **reaches
+    )
+    if isinstance(eps, Tensor) and eps.requires_grad and not isinstance(loss.eps, Tensor):
+        raise Missing("keeps eps as a plain number, without gradient")
+
+    def value(*tensors: Tensor) -> Tensor:
+        if torch.cuda.is_available():
+            return loss(*(t.float().cuda() for t in tensors)).double().cpu()  # type: ignore[no-any-return]
+        try:
+            return loss(*tensors)  # type: ignore[no-any-return]
+        except ValueError as error:
+            if "requires CUDA" in str(error):
+                raise NoDevice(NO_CUDA) from error
+            raise
+
+    return value
+
+
+def _flash(case: Case, name: str) -> Tensor:
     if name != "value":
         raise Missing(f"returns no {name}")
-    case.one()
-    x, y = case.points()
     reaches = {side: rho**0.5 for side, rho in case.options(rho_a="reach_x", rho_b="reach_y").items()}
-    loss = SamplesLoss(
-        "sinkhorn", debias=False, eps=case.eps, n_iters=case.iterations, use_epsilon_scaling=False, allow_tf32=False,
-        **reaches,
-    )  # fmt: skip
-    value: Tensor = loss(*(t[0].float().cuda() for t in (case.a, x, case.b, y)))
-    return value[None].double().cpu()
+    loss = _flash_loss(case.eps, case.iterations, **reaches)
+    x, y = case.points()
+    return loss(case.a, x, case.b, y)
+
+
+def _flash_ragged(x: list[Tensor], y: list[Tensor], eps: float) -> Tensor:
+    given: Any = (x, y)
+    return _flash_loss(eps, 5000)(*given)
+
+
+def _flash_stream(x: Tensor, y: Tensor, eps: float, iterations: int) -> Tensor:
+    return _flash_loss(eps, iterations)(x, y)
 
 
 LIBRARIES = (
@@ -254,5 +288,11 @@ LIBRARIES = (
         },
         needs=("geomloss", "geomloss.ot"),
     ),
-    Library("flash-sinkhorn", {"SamplesLoss": _flash}, needs=("flash_sinkhorn",), cuda=True),
+    Library(
+        "flash-sinkhorn",
+        {"SamplesLoss": _flash},
+        {"ragged": {"SamplesLoss of lists": _flash_ragged}, "stream": {"SamplesLoss": _flash_stream}},
+        needs=("flash_sinkhorn",),
+        cuda=True,
+    ),
 )

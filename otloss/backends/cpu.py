@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 from functools import partial
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -37,7 +36,7 @@ READS_HALF = False
 MOST_POINTS = 1 << 30  # rounded up to vectors, in 32 bits
 
 # Read once, so that torch.compile sees plain strings.
-_C: ModuleType | None
+_C: Any  # the extension, or None
 try:
     _C = importlib.import_module("otloss._C")
     _LEVEL: str = _C.level()
@@ -131,7 +130,7 @@ _INVALID, _ALL_LIVE = 0, 2
 
 
 def _side(given: Tensor, form: str, share: Tensor) -> Any:
-    return _C.Side(given.data_ptr(), _FORMS[form], share.shape[1], share.data_ptr())  # type: ignore[union-attr]
+    return _C.Side(given.data_ptr(), _FORMS[form], share.shape[1], share.data_ptr())
 
 
 def normalise(problem: Problem, given: Given, check: bool) -> tuple[Problem, bool]:
@@ -171,7 +170,8 @@ def worst_error(solution: Solution) -> float:
     """The largest error of a solution; NaN where a potential or a transport cost is not finite."""
     f, g, cost, error = solution.f, solution.g, solution.transport_cost, solution.error
     addresses = f.data_ptr(), f.shape[1], g.data_ptr(), g.shape[1], cost.data_ptr(), error.data_ptr()
-    return _kernel("worst_error", f)(*addresses, f.shape[0])  # type: ignore[no-any-return]
+    worst: float = _kernel("worst_error", f)(*addresses, f.shape[0])
+    return worst
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -184,12 +184,12 @@ def _contiguous(upstream: Upstream) -> Upstream:
 
 def _upstream_addresses(upstream: Upstream) -> object:
     addresses = [0 if tensor is None else tensor.data_ptr() for tensor in upstream]
-    return _C.UpstreamAddresses(*addresses)  # type: ignore[union-attr]
+    return _C.UpstreamAddresses(*addresses)
 
 
 def _gradient_addresses(gradients: Gradients, residual: Tensor | None) -> object:
     addresses = [grad.data_ptr() for grad in gradients]
-    return _C.GradientAddresses(*addresses[:4], _address(residual), addresses[4])  # type: ignore[union-attr]
+    return _C.GradientAddresses(*addresses[:4], _address(residual), addresses[4])
 
 
 def solve(

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from otloss.backends.protocol import Problem
+from otloss.backends.steps import Opened
 
 MEMORY, PATIENCE, FACTOR, STAGE_SWEEPS = 8, 20, 4.0, 50
 MOST_RANGE, MOST_PLAIN_RANGE, COARSE_GOAL = 6.0, 3.0, 0.05
@@ -40,45 +41,16 @@ def is_symmetric(problem: Problem) -> Tensor:
     return (a == b).all(-1, keepdim=True) & (left == other).flatten(1).all(-1, keepdim=True)
 
 
-def solve(
-    cost: Tensor,
-    a: Tensor,
-    b: Tensor,
-    log_a: Tensor,
-    log_b: Tensor,
-    g: Tensor,
-    eps: float,
-    max_iter: int,
-    tol: float,
-    same: Tensor,
-    apart: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """f, g and the number of sweeps of each problem, from this g; points without mass keep g = 0.
+class Courses:
+    """The courses of a batch from this g; what has one number per problem has shape ``(B, 1)``.
 
     ``same (B, 1)`` says which problems are those of a set with itself; ``apart (B, m)`` is f - g at their solution.
     """
-    return _Batch(cost, a, b, log_a, log_b, g, eps, max_iter, tol, same, apart).run()
 
-
-class _Batch:
-    """The courses of a batch; what has one number per problem has shape ``(B, 1)``."""
-
-    def __init__(
-        self,
-        cost: Tensor,
-        a: Tensor,
-        b: Tensor,
-        log_a: Tensor,
-        log_b: Tensor,
-        g: Tensor,
-        eps: float,
-        max_iter: int,
-        tol: float,
-        same: Tensor,
-        apart: Tensor,
-    ) -> None:
+    def __init__(self, steps: Opened, g: Tensor, max_iter: int, tol: float, same: Tensor, apart: Tensor) -> None:
+        a, b, log_a, log_b, eps = steps.a, steps.b, steps.log_a, steps.log_b, steps.eps
         self.same, self.apart = same, apart
-        self.cost, self.log_a, self.log_b = cost, log_a, log_b
+        self.cost, self.log_a, self.log_b = steps.cost, log_a, log_b
         self.base, self.tol, self.max_iter = eps, tol, max_iter
         self.live = log_b > -torch.inf
         self.a, self.root = torch.where(log_a > -torch.inf, a, 0.0), torch.where(self.live, b, 0.0).sqrt()
@@ -99,6 +71,7 @@ class _Batch:
         self.pairs: list[tuple[Tensor, Tensor, Tensor]] = []  # steps, changes of the residual, 1 / <step, change>
 
     def run(self) -> tuple[Tensor, Tensor, Tensor]:
+        """f, g and the number of sweeps of each problem; points without mass keep g = 0."""
         point = self.g
         while self.active.any():
             f, plain = self._sweep(point)

@@ -17,15 +17,20 @@ import torch
 from torch import Tensor
 
 from otloss.backends import quasi_newton, relaxed
+from otloss.backends.adjoint import solve_adjoint
 from otloss.backends.masses import by_given as by_given
 from otloss.backends.masses import normalise as normalise
 from otloss.backends.masses import worst_error as worst_error
+from otloss.backends.massless import known as known
+from otloss.backends.massless import live as live
+from otloss.backends.massless import log_mass, or_one, tangent_of_no_mass
+from otloss.backends.massless import unrolled_by_mass as unrolled_by_mass
 from otloss.backends.protocol import COLD, Gradients, Problem, Shift, Solution, Start, Upstream, is_relaxed
 from otloss.backends.relaxed import penalties
 from otloss.backends.start import better_start
-from otloss.backends.steps import bounded_exp, f_step, g_step, without_forbidden
+from otloss.backends.steps import Opened, bounded_exp, log_sum, opened, without_forbidden
 from otloss.checks import wide
-from otloss.cost import COSTS, centred, live_rows, negligible, row_norms, unit_rows
+from otloss.cost import COSTS, centred, live_rows, row_norms, unit_rows
 
 TWICE_DIFFERENTIABLE = True
 RELAXES = True
@@ -39,42 +44,6 @@ def status() -> str | None:
     return None
 
 
-def live(mass: Tensor) -> Tensor:
-    """Which points have mass."""
-    return mass > negligible(mass.dtype)
-
-
-def known(x: Tensor, live: Tensor) -> Tensor:
-    """``x``, but 0 where a point without mass has lost it: its potential is of the size of its costs, however large."""
-    return torch.where(live | x.isfinite(), x, 0.0)
-
-
-def unrolled_by_mass(grad: Tensor, mass: Tensor, potential: Tensor, eps: float) -> Tensor:
-    """An unrolled gradient by the masses, 0 where a point without mass has lost it.
-
-    Rounding of its potential, which is of the size of its costs, may move the exponents by 1/256 or more there.
-    """
-    exact = potential.abs() < eps / (128 * torch.finfo(potential.dtype).eps)
-    return torch.where(live(mass) | (exact & grad.isfinite()), grad, 0.0)
-
-
-def log_mass(mass: Tensor) -> Tensor:
-    """log(mass), -inf where there is none."""
-    alive = live(mass)
-    return torch.where(alive, torch.where(alive, mass, 1.0).log(), -torch.inf)
-
-
-def _opened(cost: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The cost for half-steps, and which rows and columns have no mass and are forbidden to all that have.
-
-    Their own cost is 0 here, so that a half-step gives them a finite number. It reaches nobody.
-    """
-    barred = cost == torch.inf
-    rows = (barred | ~live(b).unsqueeze(-2)).all(-1) & ~live(a)
-    columns = (barred | ~live(a).unsqueeze(-1)).all(-2) & ~live(b)
-    return cost.masked_fill(rows.unsqueeze(-1) | columns.unsqueeze(-2), 0.0), rows, columns
-
-
 def _exponent(cost: Tensor, f: Tensor, g: Tensor, eps: float) -> Tensor:
     return ((f.unsqueeze(-1) + g.unsqueeze(-2)) - cost) / eps
 
@@ -82,12 +51,6 @@ def _exponent(cost: Tensor, f: Tensor, g: Tensor, eps: float) -> Tensor:
 def kernel(cost: Tensor, f: Tensor, g: Tensor, eps: float) -> Tensor:
     """k_ij = T_ij / (a_i b_j)."""
     return bounded_exp(_exponent(cost, f, g, eps))
-
-
-def log_sum(exponent: Tensor, dim: int) -> Tensor:
-    """``logsumexp``, but 0 with gradient 0 where every term is exp(-inf)."""
-    nothing = (exponent == -torch.inf).all(dim, keepdim=True)
-    return torch.logsumexp(exponent.masked_fill(nothing, 0.0), dim).masked_fill(nothing.squeeze(dim), 0.0)
 
 
 def _normalised_kernel(cost: Tensor, a: Tensor, b: Tensor, f: Tensor, g: Tensor, eps: float) -> Tensor:
@@ -155,21 +118,19 @@ def unshifted(solution: Solution, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]
     return f + (shift.rows + constant), g + (shift.columns - constant)
 
 
-def _iterate(
-    cost: Tensor, a: Tensor, log_a: Tensor, log_b: Tensor, g: Tensor, eps: float, max_iter: int, tol: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _iterate(steps: Opened, g: Tensor, max_iter: int, tol: float) -> tuple[Tensor, Tensor, Tensor]:
     """f, g and the number of plain iterations of each problem, from this g."""
-    f = torch.zeros_like(a)
-    n_iter = torch.zeros(cost.shape[0], dtype=torch.int64, device=cost.device)
+    f = torch.zeros_like(steps.a)
+    n_iter = torch.zeros(len(f), dtype=torch.int64, device=f.device)
     running = torch.ones_like(n_iter, dtype=torch.bool)
     for iteration in range(max_iter):
-        f_next = f_step(cost, log_b, g, eps)
+        f_next = steps.f_step(g)
         if iteration > 0:
-            running = running & ~(_row_error(a, f, f_next, eps) < tol)
+            running = running & ~(_row_error(steps.a, f, f_next, steps.eps) < tol)
             if not running.any():
                 break
         f = torch.where(running.unsqueeze(-1), f_next, f)
-        g = torch.where(running.unsqueeze(-1), g_step(cost, log_a, f, eps), g)
+        g = torch.where(running.unsqueeze(-1), steps.g_step(f), g)
         n_iter = n_iter + running
     return f, g, n_iter
 
@@ -187,27 +148,26 @@ def solve(
         return _solve_relaxed(problem, max_iter, tol, start.g)
     a, b, eps = problem.a, problem.b, problem.eps
     cost = dense_cost(problem.left, problem.right, problem.kind)
-    log_a, log_b = log_mass(a), log_mass(b)
     minima = _minima(cost, a, b)
     shift = minima if problem.right is None else None
     cost = shifted(cost, shift)
-    opened, lost_a, lost_b = _opened(cost, a, b)
+    steps = opened(cost, a, b, eps)
     g = torch.zeros_like(b) if shift is None else -shift.columns  # potentials 0 of the cost given
     if accelerate:
         g = quasi_newton.start(g, torch.where(live(b), minima.columns, 0.0), eps)
     given = start.g if start.g is None or shift is None else start.g - shift.columns
-    g = better_start(given, g, problem, lambda g: f_step(opened, log_b, g, eps))
+    g = better_start(given, g, problem, steps.f_step)
     same = quasi_newton.is_symmetric(problem) if accelerate else a.new_zeros(len(a), 1, dtype=torch.bool)
     if accelerate:
         apart = torch.zeros_like(b) if shift is None or a.shape != b.shape else shift.columns - shift.rows
-        f, g, n_iter = quasi_newton.solve(opened, a, b, log_a, log_b, g, eps, max_iter, tol, same, apart)
+        f, g, n_iter = quasi_newton.Courses(steps, g, max_iter, tol, same, apart).run()
     else:
-        f, g, n_iter = _iterate(opened, a, log_a, log_b, g, eps, max_iter, tol)
+        f, g, n_iter = _iterate(steps, g, max_iter, tol)
     if same.any():  # f = g of the cost as it was given; to first order the error is the same, half on either side
         half = (f - apart + g) / 2
         f, g = torch.where(same, half + apart, f), torch.where(same, half, g)
-    f = torch.where(live(a), f, f_step(opened, log_b, g, eps)).masked_fill(lost_a, 0.0)
-    g = torch.where(live(b), g, g_step(opened, log_a, f, eps)).masked_fill(lost_b, 0.0)
+    f = torch.where(live(a), f, steps.f_step(g)).masked_fill(steps.lost_a, 0.0)
+    g = torch.where(live(b), g, steps.g_step(f)).masked_fill(steps.lost_b, 0.0)
     constant = ((b * g).sum(-1) - (a * f).sum(-1)).unsqueeze(-1) / 2
     f, g = f + constant, g - constant
     plan = transport_plan(cost, a, b, f, g, eps)
@@ -225,12 +185,11 @@ def _solve_relaxed(problem: Problem, max_iter: int, tol: float, start: Tensor | 
     """The solution under penalties; its potentials have no gauge, and nothing is taken out of the cost."""
     right, a, b, eps = problem.right, problem.a, problem.b, problem.eps
     cost = dense_cost(problem.left, right, problem.kind)
-    log_a, log_b, (of_a, of_b) = log_mass(a), log_mass(b), penalties(problem)
-    opened, lost_a, lost_b = _opened(cost, a, b)
-    g = better_start(start, torch.zeros_like(b), problem, lambda g: f_step(opened, log_b, g, eps))
-    f, g, n_iter = relaxed.iterate(opened, a, b, log_a, log_b, g, of_a, of_b, max_iter, tol)
-    f = torch.where(live(a), f, of_a.damping * f_step(opened, log_b, g, eps)).masked_fill(lost_a, 0.0)
-    g = torch.where(live(b), g, of_b.damping * g_step(opened, log_a, f, eps)).masked_fill(lost_b, 0.0)
+    (of_a, of_b), steps = penalties(problem), opened(cost, a, b, eps)
+    g = better_start(start, torch.zeros_like(b), problem, steps.f_step)
+    f, g, n_iter = relaxed.iterate(steps, g, of_a, of_b, max_iter, tol)
+    f = torch.where(live(a), f, of_a.damping * steps.f_step(g)).masked_fill(steps.lost_a, 0.0)
+    g = torch.where(live(b), g, of_b.damping * steps.g_step(f)).masked_fill(steps.lost_b, 0.0)
     plan = transport_plan(cost, a, b, f, g, eps)
     rows, columns, total = plan.sum(-1), plan.sum(-2), plan.sum((-1, -2))
     error = (rows - a * of_a.share(f)).abs().sum(-1) + (columns - b * of_b.share(g)).abs().sum(-1)
@@ -238,7 +197,7 @@ def _solve_relaxed(problem: Problem, max_iter: int, tol: float, start: Tensor | 
     value = whole + of_a.divergence(rows, a) + of_b.divergence(columns, b)
     shift = None if right is not None else Shift(torch.zeros_like(a), torch.zeros_like(b))
     transport_cost = (plan * without_forbidden(cost)).sum((-1, -2))
-    return Solution(f, g, transport_cost, value, n_iter, error / _or_one(total), shift)
+    return Solution(f, g, transport_cost, value, n_iter, error / or_one(total), shift)
 
 
 def _column(weight: Tensor | None, like: Tensor) -> Tensor:
@@ -270,71 +229,6 @@ def _through_unit_rows(x: Tensor, unit: Tensor, grad: Tensor) -> Tensor:
     return torch.where(live_rows(x), tangent / row_norms(x), 0.0)
 
 
-def _solve_adjoint(plan: Tensor, r: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    """V of [D_a T; T' D_b][U; V] = [r; s] by the Schur complement on the shorter side, and the relative residual.
-
-    D holds the realised marginals; with a and b the system would be inconsistent for a plan that has not converged.
-    The complement on the columns, D_b - T' D_a^-1 T, is then the Laplacian of the graph on them with weights
-    W = T' D_a^-1 T: its diagonal is computed as the degrees of W, a sum without cancellation. It is scaled to diagonal
-    1, its null vector is lifted by a rank-one term, and a ridge of the size of rounding keeps it definite where the
-    graph falls apart into blocks; two steps of refinement take the ridge out again. Cholesky, because MKL 2024.2's
-    batched LU returns wrong results once a process has raised its number of threads. A row or column without mass is
-    left out. Where there are fewer rows, their complement gives U, and V = D_b^-1 (s - T' U).
-    """
-    dtype, (n, m) = plan.dtype, plan.shape[-2:]
-    plan, r, s = wide(plan), wide(r), wide(s)
-    if m <= n:
-        v, residual = _solve_columns(plan, r, s, dtype)
-    else:
-        u, residual = _solve_columns(plan.transpose(-1, -2), s, r, dtype)
-        v = (s - (plan * u.unsqueeze(-1)).sum(-2)) / _or_one(plan.sum(-2))
-    return v.to(dtype), residual.to(dtype)
-
-
-def _solve_columns(plan: Tensor, r: Tensor, s: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """V and the relative residual by the complement on the columns of a plan that was computed in ``dtype``."""
-    m = plan.shape[-1]
-    by_rows = plan / _or_one(plan.sum(-1)).unsqueeze(-1)
-    diagonal = torch.eye(m, dtype=plan.dtype, device=plan.device)
-    weights = (plan.transpose(-1, -2) @ by_rows) * (1 - diagonal)
-    degrees = weights.sum(-1)
-    unroot = torch.where(live(degrees), _or_one(degrees).rsqrt(), 0.0)
-    null = degrees * unroot * _or_one(degrees.sum(-1, keepdim=True)).rsqrt()
-    laplacian = diagonal - unroot.unsqueeze(-1) * weights * unroot.unsqueeze(-2)
-    laplacian = laplacian + null.unsqueeze(-1) * null.unsqueeze(-2)
-    ridge = max(torch.finfo(dtype).eps, m * torch.finfo(plan.dtype).eps)
-    factor, failed = torch.linalg.cholesky_ex(laplacian + ridge * diagonal)
-    of_rows = (by_rows * r.unsqueeze(-1)).sum(-2)
-    right_side = _balanced(s - of_rows, plan.sum(-2))
-    right_side = (unroot * right_side).unsqueeze(-1)
-    z = torch.cholesky_solve(right_side, factor)
-    for _ in range(2):
-        z = z + torch.cholesky_solve(right_side - laplacian @ z, factor)
-    z = z - null.unsqueeze(-1) * (null * z.squeeze(-1)).sum(-1)[..., None, None]
-    z = torch.where(failed[..., None, None] == 0, z, torch.nan)  # it fails only on input that is not finite
-    norm = torch.linalg.vector_norm
-    size, terms = norm(right_side, dim=(-1, -2)), norm(unroot * s, dim=-1) + norm(unroot * of_rows, dim=-1)
-    left_over = norm(right_side - laplacian @ z, dim=(-1, -2))
-    solved = size <= 8 * torch.finfo(dtype).eps * terms  # the right side is the rounding of terms that cancel
-    residual = torch.where(solved, 0.0, left_over / _or_one(size))
-    return unroot * z.squeeze(-1), residual.detach()
-
-
-def _balanced(right_side: Tensor, mass: Tensor) -> Tensor:
-    """The right side with total 0, as an exact one has. What rounding left goes to each point by its mass.
-
-    Each entry was rounded in proportion to its mass. Of a heavy point that is more than a light one's whole entry,
-    which would be lost if the rest were spread evenly.
-    """
-    rest = right_side.sum(-1, keepdim=True) / _or_one(mass.sum(-1, keepdim=True))
-    return right_side - mass * rest
-
-
-def _or_one(x: Tensor) -> Tensor:
-    """``x`` as a divisor: 1 where it counts as zero."""
-    return torch.where(live(x), x, 1.0)
-
-
 def implicit_gradient(
     problem: Problem,
     f: Tensor,
@@ -349,9 +243,7 @@ def implicit_gradient(
     a, b, eps = problem.a, problem.b, problem.eps
     made = dense_cost(problem.left, problem.right, problem.kind)
     if is_relaxed(problem):
-        sides = (log_mass(a), log_mass(b), f, g, *penalties(problem))
-        opened, *_ = _opened(made, a, b)
-        by, residual = relaxed.gradients(made, opened, a, b, *sides, upstream, adjoint)
+        by, residual = relaxed.gradients(made, opened(made, a, b, eps), f, g, *penalties(problem), upstream, adjoint)
         x, y = _pull_back(by.cost, problem) if need_cost else (a.new_empty(0), a.new_empty(0))
         return Gradients(x, y, by.a, by.b, by.rho), residual
     cost = shifted(made, shift)
@@ -365,14 +257,14 @@ def implicit_gradient(
     if adjoint:
         p = torch.zeros_like(f) if upstream.f is None else upstream.f
         q = torch.zeros_like(g) if upstream.g is None else upstream.g
-        rows = _or_one((k * b.unsqueeze(-2)).sum(-1))
-        columns = _or_one((k * a.unsqueeze(-1)).sum(-2))
+        rows = or_one((k * b.unsqueeze(-2)).sum(-1))
+        columns = or_one((k * a.unsqueeze(-1)).sum(-2))
         reduced = w * torch.where(k > 0, cost - f.unsqueeze(-1) - g.unsqueeze(-2), 0.0)  # not 0 * inf
         from_q = eps * (k * q.unsqueeze(-2)).sum(-1)
         from_p = eps * (k * p.unsqueeze(-1)).sum(-2)
         r = (reduced * plan).sum(-1) - a * from_q
         s = (reduced * plan).sum(-2) - b * from_p
-        v, residual = _solve_adjoint(plan, r, s)
+        v, residual = solve_adjoint(plan, r, s)
         # u by the row-normalised kernel: finite and right where a row has no mass; then v likewise.
         u = ((k * b.unsqueeze(-2) * (reduced - v.unsqueeze(-2))).sum(-1) - from_q) / rows
         v_dead = ((k * a.unsqueeze(-1) * (reduced - u.unsqueeze(-1))).sum(-2) - from_p) / columns
@@ -384,30 +276,24 @@ def implicit_gradient(
     return Gradients(grad_left, grad_right, grad_a, grad_b), residual
 
 
-def _tangent_of_no_mass(mass: Tensor) -> Tensor:
-    """0 with the derivative of ``mass`` where there is none."""
-    return torch.where(live(mass), 0.0, mass - mass.detach())
-
-
 def unrolled_gradient(
     problem: Problem, n_iter: Tensor, upstream: Upstream, need_cost: bool, max_iter: int
 ) -> Gradients:
     """Exact gradient of the iterations that were run: the potentials of each are kept, the kernels made again."""
     a, b, eps = problem.a, problem.b, problem.eps
     cost = dense_cost(problem.left, problem.right, problem.kind)
-    opened, *_ = _opened(cost, a, b)
-    log_a, log_b = log_mass(a), log_mass(b)
+    steps = opened(cost, a, b, eps)
     twice = torch.is_grad_enabled()  # then a mass of 0 needs a derivative, which its logarithm does not have
-    of_a, of_b = _tangent_of_no_mass(a).unsqueeze(-1), _tangent_of_no_mass(b).unsqueeze(-2)
+    of_a, of_b = tangent_of_no_mass(a).unsqueeze(-1), tangent_of_no_mass(b).unsqueeze(-2)
     history = [(torch.zeros_like(a), torch.zeros_like(b))]
     for iteration in range(max_iter):
         running = (iteration < n_iter).unsqueeze(-1)
         f, g = history[-1]
-        f_next = f_step(opened, log_b, g, eps)
+        f_next = steps.f_step(g)
         if twice:
             f_next = f_next - eps * (kernel(cost, f_next, g, eps) * of_b).sum(-1)
         f = torch.where(running, f_next, f)
-        g_next = g_step(opened, log_a, f, eps)
+        g_next = steps.g_step(f)
         if twice:
             g_next = g_next - eps * (kernel(cost, f, g_next, eps) * of_a).sum(-2)
         history.append((f, torch.where(running, g_next, g)))

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from otloss.backends.protocol import Problem, Upstream
-from otloss.backends.steps import bounded_exp, f_step, g_step, without_forbidden
+from otloss.backends.steps import Opened, bounded_exp, without_forbidden
 from otloss.checks import wide
 
 
@@ -86,28 +86,19 @@ def _constant(a: Tensor, b: Tensor, f: Tensor, g: Tensor, of_a: Penalty, of_b: P
 
 
 def iterate(
-    cost: Tensor,
-    a: Tensor,
-    b: Tensor,
-    log_a: Tensor,
-    log_b: Tensor,
-    g: Tensor,
-    of_a: Penalty,
-    of_b: Penalty,
-    max_iter: int,
-    tol: float,
+    steps: Opened, g: Tensor, of_a: Penalty, of_b: Penalty, max_iter: int, tol: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """f, g and the number of iterations of each problem, from this g.
 
     A problem stops where the L1 distance of both marginals from those that the potentials ask for is below ``tol`` of
     the plan's mass.
     """
-    eps = of_a.eps
+    a, b, eps = steps.a, steps.b, steps.eps
     f, column_error = torch.zeros_like(a), a.new_zeros(len(a))
     n_iter = torch.zeros(len(a), dtype=torch.int64, device=a.device)
     running = torch.ones_like(n_iter, dtype=torch.bool)
     for iteration in range(max_iter):
-        whole = f_step(cost, log_b, g, eps)
+        whole = steps.f_step(g)
         if iteration > 0:
             rows = torch.where(a > 0, a * torch.exp((f - whole) / eps), 0.0)
             row_error = torch.where(a > 0, rows - a * of_a.share(f), 0.0).abs().sum(-1)
@@ -115,7 +106,7 @@ def iterate(
             if not running.any():
                 break
         f_next = of_a.damping * whole
-        g_next = of_b.damping * g_step(cost, log_a, f_next, eps)
+        g_next = of_b.damping * steps.g_step(f_next)
         t = _constant(a, b, torch.where(a > 0, f_next, 0.0), torch.where(b > 0, g_next, 0.0), of_a, of_b)
         columns, asked = of_b.share(g_next), of_b.share(g_next - t)
         changed = torch.where(b > 0, b * (columns - asked), 0.0).abs().sum(-1)
@@ -166,11 +157,7 @@ class CostGradients(NamedTuple):
 
 def gradients(
     cost: Tensor,
-    opened: Tensor,
-    a: Tensor,
-    b: Tensor,
-    log_a: Tensor,
-    log_b: Tensor,
+    steps: Opened,
     f: Tensor,
     g: Tensor,
     of_a: Penalty,
@@ -195,11 +182,11 @@ def gradients(
         \partial \rho_a = \big\langle a e^{-f/\rho_a} \circ f, w f + U \big\rangle / \rho_a^2
                           + \varepsilon \langle p, f \rangle / (m_a \rho_a^2) + w_V \mathrm{KL}(T1 | a)
 
-    and likewise for b. P and Q are the plan, normalised by rows and by columns. ``opened`` is the cost for half-steps.
+    and likewise for b. P and Q are the plan, normalised by rows and by columns.
     """
-    eps = of_a.eps
-    of_row = (g.unsqueeze(-2) - opened) / eps + log_b.unsqueeze(-2)
-    of_column = (f.unsqueeze(-1) - opened) / eps + log_a.unsqueeze(-1)
+    a, b, eps = steps.a, steps.b, steps.eps
+    of_row = (g.unsqueeze(-2) - steps.cost) / eps + steps.log_b.unsqueeze(-2)
+    of_column = (f.unsqueeze(-1) - steps.cost) / eps + steps.log_a.unsqueeze(-1)
     by_rows, by_columns = of_row.softmax(-1), of_column.softmax(-2)
     rows = a * torch.exp(f / eps + torch.logsumexp(of_row, -1))
     plan = rows.unsqueeze(-1) * by_rows

@@ -49,8 +49,8 @@ import importlib.metadata
 import importlib.util
 import os
 import re
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -65,6 +65,8 @@ RELAXES = True
 KEEPS_COST = True
 KINDS: tuple[str, ...] = ("cosine", "sqeuclidean", "dot")
 READS_HALF = True
+
+Result = TypeVar("Result", Solution, Gradients)
 
 # Read once, as Triton itself does at its import.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -164,12 +166,14 @@ def _part(upstream: Upstream, part: slice) -> Upstream:
     return Upstream(*(None if grad is None else grad[part] for grad in upstream))
 
 
-def _joined(parts: list[Any]) -> Any:
+def _joined(parts: list[Result]) -> Result:
     """One named tuple from those of each group. What one leaves out, all do."""
     if len(parts) == 1:
         return parts[0]
-    fields = zip(*parts, strict=True)
-    return type(parts[0])(*(each[0] if each[0] is None or each[0] is NOTHING else torch.cat(each) for each in fields))
+    of_fields: Any = zip(*parts, strict=True)
+    fields = (each[0] if each[0] is None or each[0] is NOTHING else torch.cat(each) for each in of_fields)
+    make: Callable[..., Result] = type(parts[0])
+    return make(*fields)
 
 
 def solve(
@@ -193,7 +197,7 @@ def solve(
 
             first = None if start.g is None else start.g[part].contiguous()
             parts.append(solver.solve(launch.DeviceProblem(group, room), max_iter, tol, first))
-        return _joined(parts)  # type: ignore[no-any-return]
+        return _joined(parts)
 
 
 def implicit_gradient(
@@ -236,4 +240,4 @@ def unrolled_gradient(
 
             prepared, given = launch.DeviceProblem(group), _part(upstream, part)
             parts.append(gradient.unrolled_gradient(prepared, n_iter[part], given, need_cost, max_iter))
-        return _joined(parts)  # type: ignore[no-any-return]
+        return _joined(parts)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from otloss.backends.triton.tuned import TILES, Bucket
+from otloss.compat import cuda_is_initialized
 
 # The largest n and m of each regime; beyond them problems are streamed. Tests lower them.
 LIMITS = {"small": 64, "medium": 1024}  # of float32; float64 takes two registers a number
@@ -122,7 +123,7 @@ def bucket(n: int, m: int, d: int, double: bool) -> Bucket:
 
 def capability() -> tuple[int, int] | None:
     """Compute capability of the current device, which is the problem's in a call; None where CUDA is not in use."""
-    return _capability(torch.cuda.current_device()) if torch.cuda.is_initialized() else None
+    return _capability(torch.cuda.current_device()) if cuda_is_initialized() else None
 
 
 _capability = functools.cache(torch.cuda.get_device_capability)

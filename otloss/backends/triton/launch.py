@@ -15,6 +15,7 @@ from otloss.backends.reference import live
 from otloss.backends.relaxed import penalties
 from otloss.backends.steps import without_forbidden
 from otloss.backends.triton import config, features, product, stream
+from otloss.compat import cuda_event
 
 MOST_BLOCKS = 65535  # of a grid's second and third dimension
 BURST = 8  # steps between two looks at the device
@@ -327,7 +328,7 @@ def _look(running: Tensor) -> Callable[[], bool]:
         answer_now = bool(running.any())
         return lambda: answer_now
     answer = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(running.any(), non_blocking=True)
-    event = torch.cuda.Event()
+    event = cuda_event()
     event.record()
 
     def wait() -> bool:
