@@ -171,7 +171,8 @@ def variants(shapes: list[tuple[Any, ...]], processors: int) -> list[Variant]:
             left, right = (empty(batch, n, d), empty(batch, m, d)) if d else (empty(batch, n, m), None)
             rhos = [empty(batch) if relaxed else None for _ in range(2)]
             given = Problem(left, right, empty(batch, n), empty(batch, m), 0.05, *rhos, kind)
-            f, g, w, *_, shift = solve(DeviceProblem(given), 50, 1e-5)
+            for accelerate in (False, True):
+                f, g, w, *_, shift = solve(DeviceProblem(given), 50, 1e-5, accelerate=accelerate)
             for adjoint in (True, False):
                 problem = DeviceProblem(given, shift=shift)
                 differentiate = (penalties if relaxed else gradient).implicit_gradient
@@ -222,6 +223,7 @@ def compile_variant(variant: Variant, arch: int) -> Report:
     tile += f", {constants['KIND']}" if constants.get("KIND") in {"sqeuclidean", "dot"} else ""
     tile += ", sqeuclidean" if "add_i" in given else ""
     tile += ", penalties" if "soft" in given else ""
+    tile += ", mixed steps" if given & {"mix", "one"} else ""
     tile += ", float64" if "*fp64" in dict(variant.signature).values() else ""
     return Report(
         triton.__version__, arch, variant.kernel, tile, warps, registers, spilled, shared, programs

@@ -31,6 +31,8 @@ class Case:
     stored: bool = True
     kind: str = "cosine"
     relaxed: bool = False
+    itself: bool = False
+    """Whether it is the problem of a set with itself, which takes mixed steps."""
     n: int = 9
     m: int = 12
     d: int = 16
@@ -40,6 +42,7 @@ class Case:
         cost = "features" if self.features else "dense"
         cost += f", {self.kind}" if self.kind != "cosine" else ""
         cost += ", penalties" if self.relaxed else ""
+        cost += ", a set with itself" if self.itself else ""
         return f"{self.part}, {self.regime}, {cost}" + ("" if self.stored else ", no stored cost")
 
 
@@ -59,6 +62,11 @@ CASES += [
     for regime, stored in (("small", True), ("large", False))
     for part in ("solve", "implicit")
 ]
+CASES += [
+    Case(regime, "solve", features, relaxed=relaxed, itself=True)
+    for regime in ("small", "medium", "large")
+    for features, relaxed in ((False, False), (True, False), (False, True))
+]
 LIMITS = {"small": (64, 1024), "medium": (0, 1024), "large": (0, 0)}
 
 
@@ -76,10 +84,15 @@ def error(case: Case, device: str) -> float:
     torch.manual_seed(0)
     x, y = (torch.randn(3, k, case.d, dtype=torch.float64) / 4 for k in (case.n, case.m))  # costs up to about 2
     a, b = (torch.randn(3, k, dtype=torch.float64).softmax(-1) for k in (case.n, case.m))
+    if case.itself:
+        y, b = x, a
     left, right = (x, y) if case.features else (reference.dense_cost(x, y), None)
+    if case.itself and right is None:
+        left = (left + left.mT) / 2  # a product is symmetric but for rounding
     given = [None if t is None else t.float().to(device) for t in (left, right, a, b)]
     up = [torch.randn(3, dtype=torch.float64).to(device) for _ in range(2)]
-    rhos = [torch.tensor(rho).to(device) if case.relaxed else None for rho in ([0.5, 1.0, 2.0], [4.0, 0.5, 1.0])]
+    strengths = [0.5, 1.0, 2.0], ([0.5, 1.0, 2.0] if case.itself else [4.0, 0.5, 1.0])
+    rhos = [torch.tensor(rho).to(device) if case.relaxed else None for rho in strengths]
     mine = Problem(*given, EPS, *rhos, case.kind)  # type: ignore[arg-type]
     leaves = [t.requires_grad_() for t in _wide(*given[:2]) if t is not None]
     cost = COSTS[case.kind](*leaves) if case.features else leaves[0]  # the reference takes the cost itself
@@ -92,7 +105,11 @@ def error(case: Case, device: str) -> float:
     def run(backend: object, problem: Problem, dtype: torch.dtype) -> tuple[Tensor, ...]:
         upstream = Upstream(*(t.to(dtype) for t in up))
         if case.part == "solve":
-            solution = backend.solve(problem, ITERATIONS, 0.0)  # type: ignore[attr-defined]
+            if case.itself:  # the solution, whatever the steps to it
+                most, tol = (30, 1e-6) if dtype == torch.float32 else (5000, 1e-12)
+                solution = backend.solve(problem, most, tol, accelerate=True)  # type: ignore[attr-defined]
+            else:
+                solution = backend.solve(problem, ITERATIONS, 0.0)  # type: ignore[attr-defined]
             f, g = reference.unshifted(solution, problem.a, problem.b)
             return f, g, solution.transport_cost, solution.value
         if case.part == "implicit":

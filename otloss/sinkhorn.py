@@ -145,8 +145,8 @@ def sinkhorn(
             plain iterations are slow, each only if it provably raises the dual by what a plain iteration is bound to,
             and solves roughly at larger eps first where the start is far off. The solution is the same within ``tol``.
             The problem of a set with itself, of equal masses and of equal features or a symmetric cost, has f = g, and
-            takes about five sweeps at every eps if exp(-C/eps) is positive definite, as distances have it. In mode
-            "unroll", and with tol 0, it is "plain".
+            takes about five sweeps at every eps if exp(-C/eps) is positive definite, as distances have it. On GPUs
+            "auto" is "plain" for all other problems. In mode "unroll", and with tol 0, it is "plain".
         backend: name of a backend, see :func:`otloss.backends`; None takes the best for the device.
 
     Returns:

@@ -82,6 +82,24 @@ def test_small_eps(n: int, m: int) -> None:
             close(one, other, 2 * torch.finfo(torch.float32).eps * (4 + iterations))
 
 
+@pytest.mark.parametrize("rho", [None, 0.5])
+@pytest.mark.parametrize("n", [49, 300, 1500])
+def test_a_set_with_itself_takes_few_sweeps(n: int, rho: float | None) -> None:
+    x, _, a, _ = problem(n, n, torch.float32)
+    cost = otloss.sqeuclidean_cost(x, x) / 40
+    options = {"eps": 0.05, "rho_a": rho, "rho_b": rho, "max_iter": 5000}
+    for solve in (
+        lambda **more: otloss.cosine_sinkhorn(x, x.clone(), a, a, **options, **more),
+        lambda **more: otloss.sinkhorn((cost + cost.mT) / 2, a, a, **options, **more),
+    ):
+        out, plain = solve(), solve(solver="plain")
+        assert out.converged.all() and (out.n_iter <= 10).all()
+        close(out.value, plain.value.double(), 1e-4)
+        close(out.f, out.g.double(), slack(torch.float32))
+        again = solve(init=(out.f, out.g))
+        assert (again.n_iter <= 2).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype: torch.dtype) -> None:
     x, y, *_ = problem(196, 196, torch.float32)

@@ -22,6 +22,7 @@ modules beside it, only when one of them is called.
 ``rows``       n, m up to 1024: blocks of whole rows, one launch and one pass over the cost per iteration
 ``stream``     any size: tiles of a streaming pass, columns split where rows are few
 ``relaxed``    penalties: n, m up to 64, and what ends an iteration of large problems; ``rows`` has its own branches
+``mixed``      the steps of a set with itself, in each regime, and which problems are such
 ``adjoint``    conjugate gradients between those passes
 ``product``    the cost of features, and the way back from its gradient
 ``contract``   gradients of the cost; contracted at once where the cost is not stored
@@ -32,10 +33,11 @@ modules beside it, only when one of them is called.
 ``penalties``  outputs and gradients under penalties, by those of a problem with constraints that has the same plan
 =============  ======================================================================================================
 
-Where new parts belong. Other iterations than the plain ones, such as those of ``quasi_newton.py``, stand beside
-``_medium`` and ``_large`` in ``solver``: a sweep is ``DeviceProblem.half_step`` of both views, the rest vectors. They
-decide on the device, because one look from the host costs as much as many iterations. Another cost of features is
-another branch of ``cost_tile`` and another ``product``, with its way back in ``contract`` and ``features``.
+Where new parts belong. Other iterations than the plain and the mixed ones, such as those of ``quasi_newton.py``, stand
+beside ``_medium`` and ``_large`` in ``solver``: a sweep is ``DeviceProblem.half_step`` of both views, the rest vectors.
+They decide on the device, as ``mixed`` does, because one look from the host costs as much as many iterations. Another
+cost of features is another branch of ``cost_tile`` and another ``product``, with its way back in ``contract`` and
+``features``.
 
 Each module states its equations and its roofline: operations per unit at the sustained rates of one H100 (A100):
 495 (156) TFLOP/s of dense TF32, 132 (108) multiprocessors at 1.7 (1.4) GHz with 128 (64) float32 instructions and 16
@@ -188,7 +190,7 @@ def solve(
 
     The minima of rows and columns are taken out of a dense cost first, unless there are penalties; ``solver.solve``
     says what that and the rest cost. The cost of features is written to ``kept (B, n, m)``. Iterations are the plain
-    ones, ``accelerate`` is not used.
+    ones; with ``accelerate`` the problem of a set with itself takes mixed steps (``mixed.py``).
     """
     with _on(problem.left):
         parts = []
@@ -196,7 +198,7 @@ def solve(
             from otloss.backends.triton import launch, solver  # imports the library
 
             first = None if start.g is None else start.g[part].contiguous()
-            parts.append(solver.solve(launch.DeviceProblem(group, room), max_iter, tol, first))
+            parts.append(solver.solve(launch.DeviceProblem(group, room), max_iter, tol, first, accelerate))
         return _joined(parts)
 
 

@@ -14,7 +14,7 @@ from otloss.backends.protocol import Problem, Shift, is_relaxed
 from otloss.backends.reference import live
 from otloss.backends.relaxed import penalties
 from otloss.backends.steps import without_forbidden
-from otloss.backends.triton import config, features, product, stream
+from otloss.backends.triton import config, features, mixed, product, stream
 from otloss.compat import cuda_event
 
 MOST_BLOCKS = 65535  # of a grid's second and third dimension
@@ -80,9 +80,9 @@ class DeviceProblem:
         self.m, self.d = (last, 0) if right is None else (right.shape[1], last)
         self.dtype, self.double = a.dtype, a.dtype == torch.float64
         self.kind = problem.kind
-        self.penalties, self.soft = None, None
+        self.rhos, self.penalties, self.soft = (problem.rho_a, problem.rho_b), None, None
         if is_relaxed(problem):
-            self.penalties, rhos = penalties(problem), (problem.rho_a, problem.rho_b)
+            self.penalties, rhos = penalties(problem), self.rhos
             self.soft = torch.stack([self.zeros(self.count) if rho is None else eps / rho for rho in rhos], -1)
         self.cost = self.left if self.right is None else kept
         if self.right is not None:
@@ -112,6 +112,29 @@ class DeviceProblem:
         other = copy.copy(self)
         other.a, other.b = a.contiguous(), b.contiguous()
         return other
+
+    def comparable(self) -> tuple[Tensor | None, Tensor | None, int]:
+        """What tells whether a problem is that of a set with itself (``mixed.are_same``), and the length of its rows.
+
+        That is both sides' features, or the cost and None; nothing where shapes or penalties exclude it.
+        """
+        one_sided = (self.rhos[0] is None) != (self.rhos[1] is None)
+        if self.n != self.m or self.n == 1 or one_sided:
+            return None, None, 0
+        return self.left, self.right, self.n if self.right is None else self.d
+
+    def same_sets(self) -> Tensor | None:
+        """Which problems ``(B,)`` are those of a set with itself, 1 or 0; None where all are excluded."""
+        one, other, width = self.comparable()
+        if one is None:
+            return None
+        same = self.a.new_ones(self.count, dtype=torch.int32)
+        rows, cols = config.COMPARED
+        launch(
+            mixed.find_same, (self.count, -(-self.n // rows)), one, other, self.a, self.b, self.soft, same, self.n,
+            width, I=rows, J=cols, tile=config.VECTORS,
+        )  # fmt: skip
+        return same
 
     def take_minima_out(self) -> None:
         """Take the minima of rows, then of columns, out of a dense cost: two launches, each reads the cost once."""

@@ -33,7 +33,8 @@ import triton
 import triton.language as tl
 
 from otloss.backends.triton.compat import jit
-from otloss.backends.triton.small import SCALED
+from otloss.backends.triton.mixed import are_same, meet, mix_columns, mix_small
+from otloss.backends.triton.small import SCALED, begin
 from otloss.backends.triton.tiles import (
     add_splits,
     base2,
@@ -45,6 +46,7 @@ from otloss.backends.triton.tiles import (
     log2_asked,
     log2_total,
     row_step,
+    slope,
     stored_tile,
     vector,
 )
@@ -65,21 +67,21 @@ def marginal_value(mass, asked, f, ratio, soft, eps):
     """
     soft = soft.to(tl.float64)
     rho = tl.full([], eps, tl.float64) / tl.where(soft > 0.0, soft, 1.0)
-    f, ratio, asked = f.to(tl.float64), ratio.to(tl.float64), asked.to(tl.float64)
-    lost = 1.0 - tl.exp2(f * (-1.4426950408889634 / rho))
+    lost, ratio, asked = slope(f, soft, eps), ratio.to(tl.float64), asked.to(tl.float64)
     excess = ratio * tl.log2(tl.where(ratio > 0.0, ratio, 1.0)) * 0.6931471805599453 - (ratio - 1.0)
-    part = tl.where(soft > 0.0, rho * (mass.to(tl.float64) * lost + asked * excess), asked * ratio * f)
+    part = tl.where(soft > 0.0, mass.to(tl.float64) * lost + rho * asked * excess, asked * ratio * lost)
     return tl.where(is_live(mass), part, 0.0)
 
 
-@jit(do_not_specialize=["n", "max_iter"])
+@jit(do_not_specialize=["n", "max_iter", "width"])
 def relax_small(
-    cost, soft, a, b, f_out, g_out, cost_out, value_out, n_iter_out, error_out, n, m, eps: tl.float64,
-    tol: tl.float64, max_iter, N: tl.constexpr, M: tl.constexpr, J: tl.constexpr,
+    cost, soft, a, b, start, one, other, f_out, g_out, cost_out, value_out, n_iter_out, error_out, n, m, width,
+    eps: tl.float64, tol: tl.float64, max_iter, N: tl.constexpr, M: tl.constexpr, J: tl.constexpr,
 ):  # fmt: skip
-    """All iterations, from the ``g_out`` that is there, and all outputs of one problem; grid: problems.
+    """All iterations and all outputs of one problem; grid: problems.
 
-    ``soft`` (count, 2) is eps/rho of both sides.
+    ``soft`` (count, 2) is eps/rho of both sides. If the problem may be that of a set with itself, ``one`` and ``other``
+    are what ``are_same`` compares, else None.
     """
     DTYPE: tl.constexpr = a.dtype.element_ty
     LIMIT: tl.constexpr = 132.0 if tl.float64 == DTYPE else 26.0
@@ -99,10 +101,21 @@ def relax_small(
 
     given_a, given_b = vector(a, i, n, DTYPE), vector(b, j, m, DTYPE)
     live_a, live_b = is_live(given_a), is_live(given_b)
+    given_a, given_b = tl.where(live_a, given_a, 0.0), tl.where(live_b, given_b, 0.0)
     tl.store(f_out + i, tl.zeros([N], DTYPE), mask=i < n)
+    tl.store(g_out + j, tl.zeros([M], DTYPE), mask=j < m)
     tl.debug_barrier()
+    if start is not None:
+        begin(start + p * m, cost, None, None, given_a, given_b, b, g_out, soft_a, soft_b, n, m, eps, inv, N, M, J)
     n_iter = 0
     go = n_iter < max_iter
+    if one is not None:
+        one += p * n * width
+        if other is not None:
+            other += p * n * width
+        same = (soft_a == soft_b) & are_same(one, other, a, b, 0, n, n, width, 16, 128)
+        if same:
+            n_iter, go = mix_small(cost, None, None, a, b, f_out, g_out, live_b, soft_b, n, inv, bound, max_iter, N, J)
     while go:  # an iteration in the log-domain, from the potentials in memory
         f = known(row_step(cost, None, None, i, g_out, b, n, m, inv, N, J), live_a) / stiff_a
         tl.store(f_out + i, f, mask=i < n)
@@ -160,7 +173,9 @@ def relax_small(
         tl.store(g_out + j, g, mask=j < m)
         tl.debug_barrier()
 
-    given_a, given_b = tl.where(live_a, given_a, 0.0), tl.where(live_b, given_b, 0.0)
+    if one is not None:  # noqa: SIM102 (known when compiling)
+        if same:
+            meet(f_out, g_out, None, None, n, N)
     f, g = vector(f_out, i, n, DTYPE), vector(g_out, j, m, DTYPE)
     if tl.min(tl.where(i < n, given_a, 1.0), 0) == 0.0:  # without mass: from the final potentials of the others
         f = known(tl.where(live_a, f, row_step(cost, None, None, i, g_out, b, n, m, inv, N, J) / stiff_a), live_a)
@@ -200,11 +215,15 @@ def relax_small(
     tl.store(n_iter_out + p, n_iter.to(tl.int64))
 
 
-@jit(do_not_specialize=["count", "n", "m", "splits"])
-def balance(part, f, g, a, b, soft, running, missed, count, n, m, eps: tl.float64, splits, I: tl.constexpr):
+@jit(do_not_specialize=["count", "n", "m", "max_iter", "splits"])
+def balance(
+    part, f, g, a, b, soft, running, missed, mix, n_iter, count, n, m, eps: tl.float64, tol: tl.float64, max_iter,
+    splits, I: tl.constexpr,
+):  # fmt: skip
     """Ends an iteration: g from the parts of its half-step, then the constant between f and g. Grid: problems.
 
-    ``missed`` (count) is what the constant changes of the marginals of the columns.
+    ``missed`` (count) is what the constant changes of the marginals of the columns. ``mix`` says which problems take
+    mixed steps in place of that (``mixed.py``); None if none may.
     """
     DTYPE: tl.constexpr = a.dtype.element_ty
     p = tl.program_id(0).to(tl.int64)
@@ -215,6 +234,14 @@ def balance(part, f, g, a, b, soft, running, missed, count, n, m, eps: tl.float6
     rate_a, rate_b = soft_a * inv, soft_b * inv
     f += p * n
     g += p * m
+    if mix is not None:  # noqa: SIM102 (known when compiling)
+        if tl.load(mix + p) >= 0.0:
+            done = tl.load(n_iter + p)
+            mix_columns(
+                part, f, g, b + p * m, None, None, soft_b, mix, running, done, p, count, m, inv, tol, max_iter, splits,
+                I,
+            )  # fmt: skip
+            return
     for start in range(0, m, I):
         j = start + tl.arange(0, I)
         tl.store(g + j, add_splits(part, p, j, m, count, splits, inv) / (1.0 + soft_b), mask=j < m)

@@ -21,6 +21,9 @@ exp(-f_i/rho_a), and that of a column by 1 + s_b. The constant t needs the total
 leaves that of its rows with its share; each program knows all columns. So the next launch adds the constant to g. It is
 kept beside f, which waits without it.
 
+A mixed step (``mixed.py``) is taken where a launch has added the shares: each program then knows g, its half-step, and
+the f that the launch before has left.
+
 Adding the shares costs each program m reads per block from the second-level cache. ``config.row_blocks`` weighs this
 against processors that would have nothing to do.
 
@@ -37,6 +40,7 @@ import triton
 import triton.language as tl
 
 from otloss.backends.triton.compat import jit
+from otloss.backends.triton.mixed import apart, column_gap, column_mass, finite, goes_on, mixed
 from otloss.backends.triton.tiles import (
     add_splits,
     asked_error,
@@ -78,7 +82,7 @@ def accumulate(own, j, part, m, more):
 
 @jit(do_not_specialize=["count", "blocks", "tiles", "n", "max_iter"])
 def iterate_rows(
-    cost, min_i, min_j, a, b, f, g, share, missed, state, soft, level, constant, count, blocks, tiles, n, m,
+    cost, min_i, min_j, a, b, f, g, share, missed, state, soft, level, constant, mix, count, blocks, tiles, n, m,
     eps: tl.float64, tol: tl.float64, max_iter, I: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     """One iteration; grid: problems x ``blocks`` of ``tiles`` times I rows.
@@ -90,6 +94,8 @@ def iterate_rows(
     With penalties ``soft`` (count, 2) is eps/rho of both sides, ``level`` (2, count, blocks) each block's log2 of the
     total that its rows ask for, ``constant`` (count) is to be added to f, and ``missed`` holds the error less ``tol``
     of the plan's mass. Without, all three are None.
+
+    ``mix`` (count, blocks) says which problems take mixed steps (``mixed.py``); None if none may.
     """
     DTYPE: tl.constexpr = a.dtype.element_ty
     TINY: tl.constexpr = 1e-200 if tl.float64 == DTYPE else 1e-25
@@ -99,6 +105,9 @@ def iterate_rows(
     todo = tl.load(state)
     launches = tl.load(state + 1)
     done = tl.load(state + 2)
+    if mix is not None:
+        mix += p * blocks + block
+        last_error = tl.load(mix)
     tl.debug_barrier()  # every warp has read what the first will write
     if todo == STOPPED:
         return
@@ -106,7 +115,10 @@ def iterate_rows(
     every = tl.arange(0, 1024 // I)
     known = (every < blocks) & (done > 0)  # nothing is there before the first pass
     error = tl.sum(tl.load(missed + (ready * count + p) * blocks + every, mask=known, other=0.0), 0)
-    if (todo == LINEAR) & (done > 0) & ((error >= (tol if soft is None else 0.0)) == 0):  # NaN stops
+    settled = (todo == LINEAR) & (done > 0) & ((error >= (tol if soft is None else 0.0)) == 0)  # NaN stops
+    if mix is not None:
+        settled = settled & (last_error < 0.0)
+    if settled:
         tl.store(state, STOPPED)
         return
 
@@ -135,6 +147,22 @@ def iterate_rows(
         gj -= tl.where(live, tl.log2(tl.where(live, t / mass, 1.0)), 0.0) / inv
     elif todo == LOG:
         gj = tl.where(live, add_splits(shares, p, j, m, count, blocks, inv), 0.0)
+    if mix is not None:
+        ended = done < 0  # it is not
+        soft_j = None if soft is None else tl.load(soft + 2 * p + 1)
+        stiff = 1.0 if soft is None else 1.0 + soft_j
+        if (todo != FIRST) & (underflow == 0) & (last_error >= 0.0):
+            before_it = vector(g, j, m, DTYPE)
+            miss = tl.sum(column_gap(b, before_it, gj, j, m, soft_j, inv), 0)
+            if soft is not None:
+                miss = miss / tl.sum(column_mass(b, before_it, gj, j, m, inv), 0)
+            miss = finite(miss)
+            ended = (miss < tol) | (done + 1 >= max_iter)
+            again = (ended == 0) & goes_on(miss, last_error, done + 1)
+            facing = vector(f + ((done + 1) % 2 * count + p) * n, j, n, DTYPE) - apart(min_i, min_j, j, n, DTYPE)
+            gj = tl.where(live & again, mixed(before_it, facing, gj / stiff), gj / stiff)
+            tl.debug_barrier()  # every warp has read the old g
+            tl.store(mix, tl.where(again, miss, -1.0))
     if soft is not None:
         soft_a, soft_b = tl.load(soft + 2 * p), tl.load(soft + 2 * p + 1)
         rate_a, rate_b = soft_a * inv, soft_b * inv
@@ -142,7 +170,10 @@ def iterate_rows(
         level_after = level + (fresh * count + p) * blocks + block
         shift = tl.zeros([], DTYPE)
         column_error = tl.zeros([], DTYPE)
-        if todo != FIRST:
+        plain = todo != FIRST
+        if mix is not None:
+            plain = plain & (last_error < 0.0)
+        if plain:
             gj = gj / (1.0 + soft_b)
             of_rows = tl.load(level_before + every, mask=every < blocks, other=-float("inf"))
             all_b = log2_total(tl.where(live, log2_mass(mass) - gj * rate_b, -float("inf")))
@@ -167,7 +198,10 @@ def iterate_rows(
             if soft is not None:
                 tl.store(constant + p, shift, mask=block == 0)
             tl.debug_barrier()
-        if done >= max_iter:
+        stops = done >= max_iter
+        if mix is not None:
+            stops = stops | ended
+        if stops:
             tl.store(state, STOPPED)
         else:
             tl.store(state, LINEAR)

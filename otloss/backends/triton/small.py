@@ -13,7 +13,7 @@ Adjoint. The row-normalised kernel stays in registers. A step of conjugate gradi
 takes one product with it and one with its transpose, and no exponential.
 
 The minima of rows and columns are taken out of a dense cost wherever it is read (``tiles.py``); the same launch finds
-them first.
+them first. It also sees whether the problem is that of a set with itself (``mixed.py``).
 
 Roofline, padded to N x M = 64 x 64 (49 tokens): an iteration is two operations per entry at 128 per clock and
 multiprocessor, 64 clocks, and two reductions with a latency of about 200 clocks. 50 iterations are 13k clocks, 8 us at
@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 
 from otloss.backends.triton.compat import jit
+from otloss.backends.triton.mixed import apart, are_same, meet, mix_small
 from otloss.backends.triton.tiles import (
     base2,
     column_step,
@@ -34,6 +35,7 @@ from otloss.backends.triton.tiles import (
     known,
     reached,
     row_step,
+    slope,
     stored_tile,
     vector,
 )
@@ -44,40 +46,54 @@ SCALED = tl.constexpr(64)
 
 
 @triton.jit
+def dual(
+    cost, min_i, min_j, mass_a, mass_b, b, g_out, g, soft_a, soft_b, n, m, eps, inv, N: tl.constexpr, J: tl.constexpr
+):
+    """The dual at g, which stands in ``g_out``, and at the f of its rows, up to a constant; softs as in ``begin``."""
+    f = row_step(cost, min_i, min_j, tl.arange(0, N), g_out, b, n, m, inv, N, J)
+    if soft_a is not None:  # a (rho (1 - e) - eps e), e = exp(-f/rho), is a (1 + soft) rho (1 - e) - a eps
+        f, g = (1.0 + soft_a) * slope(f / (1.0 + soft_a), soft_a, eps), slope(g, soft_b, eps)
+    return tl.sum(tl.where(mass_a > 0.0, mass_a * f, 0.0), 0) + tl.sum(tl.where(mass_b > 0.0, mass_b * g, 0.0), 0)
+
+
+@triton.jit
 def begin(
-    start, cost, min_i, min_j, mass_a, mass_b, b, g_out, n, m, eps, inv, N: tl.constexpr, M: tl.constexpr,
-    J: tl.constexpr,
+    start, cost, min_i, min_j, mass_a, mass_b, b, g_out, soft_a, soft_b, n, m, eps, inv, N: tl.constexpr,
+    M: tl.constexpr, J: tl.constexpr,
 ):  # fmt: skip
-    """Puts the start in place of ``g_out``, unless its dual is smaller by eps: see ``better_start``."""
+    """Puts the start in place of ``g_out``, unless its dual is smaller by eps: see ``better_start``.
+
+    With penalties the softs are eps/rho, else None.
+    """
     DTYPE: tl.constexpr = mass_b.dtype
-    i = tl.arange(0, N)
     j = tl.arange(0, M)
     cold = vector(g_out, j, m, DTYPE)
     given = vector(start, j, m, DTYPE)
     if min_i is not None:
         given -= vector(min_j, j, m, DTYPE)
     given = tl.where(mass_b > 0.0, given, 0.0)
-    given -= tl.sum(mass_b * given, 0)
-    f = row_step(cost, min_i, min_j, i, g_out, b, n, m, inv, N, J)
-    before = tl.sum(tl.where(mass_a > 0.0, mass_a * f, 0.0), 0)
-    before += tl.sum(tl.where(mass_b > 0.0, mass_b * cold, 0.0), 0)
+    if soft_a is None:
+        given -= tl.sum(mass_b * given, 0)
+    before = dual(cost, min_i, min_j, mass_a, mass_b, b, g_out, cold, soft_a, soft_b, n, m, eps, inv, N, J)
     tl.debug_barrier()
     tl.store(g_out + j, given, mask=j < m)
     tl.debug_barrier()
-    f = row_step(cost, min_i, min_j, i, g_out, b, n, m, inv, N, J)
-    dual = tl.sum(tl.where(mass_a > 0.0, mass_a * f, 0.0), 0) + tl.sum(mass_b * given, 0)
+    after = dual(cost, min_i, min_j, mass_a, mass_b, b, g_out, given, soft_a, soft_b, n, m, eps, inv, N, J)
     tl.debug_barrier()
-    if (dual >= before - tl.full([], eps, DTYPE)) == 0:  # so for NaN
+    if (after >= before - tl.full([], eps, DTYPE)) == 0:  # so for NaN
         tl.store(g_out + j, cold, mask=j < m)
     tl.debug_barrier()
 
 
-@jit(do_not_specialize=["n", "max_iter"])
+@jit(do_not_specialize=["n", "max_iter", "width"])
 def solve_small(
-    cost, min_i, min_j, a, b, start, f_out, g_out, cost_out, value_out, n_iter_out, error_out, n, m, eps: tl.float64,
-    tol: tl.float64, max_iter, N: tl.constexpr, M: tl.constexpr, J: tl.constexpr,
+    cost, min_i, min_j, a, b, start, one, other, f_out, g_out, cost_out, value_out, n_iter_out, error_out, n, m, width,
+    eps: tl.float64, tol: tl.float64, max_iter, N: tl.constexpr, M: tl.constexpr, J: tl.constexpr,
 ):  # fmt: skip
-    """All iterations and all outputs of one problem, the minima taken out of its cost too; grid: problems."""
+    """All iterations and all outputs of one problem, the minima taken out of its cost too; grid: problems.
+
+    If it may be that of a set with itself, ``one`` and ``other`` are what ``are_same`` compares, else None.
+    """
     DTYPE: tl.constexpr = a.dtype.element_ty
     SAFE: tl.constexpr = 1e40 if tl.float64 == DTYPE else 1e8
     p = tl.program_id(0).to(tl.int64)
@@ -110,10 +126,19 @@ def solve_small(
         tl.store(g_out + j, -least_j, mask=j < m)  # potentials 0 of the cost as given
     tl.debug_barrier()
     if start is not None:
-        begin(start + p * m, cost, min_i, min_j, mass_a, mass_b, b, g_out, n, m, eps, inv, N, M, J)
+        begin(start + p * m, cost, min_i, min_j, mass_a, mass_b, b, g_out, None, None, n, m, eps, inv, N, M, J)
     phi, psi = tl.full([N], 1.0, DTYPE), tl.full([M], 1.0, DTYPE)
     n_iter = 0
     go = n_iter < max_iter
+    if one is not None:
+        one += p * n * width
+        if other is not None:
+            other += p * n * width
+        same = are_same(one, other, a, b, 0, n, n, width, 16, 128)
+        if same:
+            n_iter, go = mix_small(
+                cost, min_i, min_j, a, b, f_out, g_out, mass_b > 0.0, None, n, inv, bound, max_iter, N, J
+            )
     while go:  # an iteration in the log-domain: the first, and from the state before a scaling that was not safe
         g = vector(g_out, j, m, DTYPE) + tl.log2(psi) / inv
         tl.debug_barrier()  # several warps may hold an entry: all have read it before one stores
@@ -151,6 +176,10 @@ def solve_small(
     tl.store(f_out + i, f, mask=i < n)
     tl.store(g_out + j, g, mask=j < m)
     tl.debug_barrier()
+    if one is not None:
+        if same:
+            meet(f_out, g_out, min_i, min_j, n, N)
+        f, g = vector(f_out, i, n, DTYPE), vector(g_out, j, m, DTYPE)
     if tl.min(tl.where(i < n, mass_a, 1.0), 0) == 0.0:  # without mass: from the final potentials of the others
         f = tl.where(mass_a > 0.0, f, reached(row_step(cost, min_i, min_j, i, g_out, b, n, m, inv, N, J)))
         tl.store(f_out + i, f, mask=i < n)
@@ -158,6 +187,8 @@ def solve_small(
     if tl.min(tl.where(j < m, mass_b, 1.0), 0) == 0.0:
         g = tl.where(mass_b > 0.0, g, reached(column_step(cost, min_i, min_j, j, f_out, a, n, m, 0, n, inv, M, J)))
     shift = (tl.sum(mass_b * g, 0) - tl.sum(mass_a * f, 0)) * 0.5
+    if one is not None:  # so that f = g to the bit, where nothing was taken out of the cost
+        shift = tl.where(same, tl.sum(mass_b * apart(min_i, min_j, j, n, DTYPE), 0) * -0.5, shift)
     f, g = f + shift, g - shift
     tl.debug_barrier()
     tl.store(f_out + i, f, mask=i < n)

@@ -11,7 +11,7 @@ Roofline, features, per entry of the cost: 2 d operations of the product (three 
 cores), one exponential, about 8 others. An iteration is two passes, so for n = m = 4096, d = 64: 2 x 1.7e7 entries
 x 384 = 1.3e10 tensor operations (26 us at 495 TFLOP/s of H100, 82 us at 156 of A100), 3.4e7 exponentials (10 us at
 3.6e12/s; 12 us on A100), 2.7e8 others (8 us; 28 us). Stored: two reads of 67 MB (40 us at 3.35 TB/s, 86 us at 1.55).
-Four launches per iteration, three without a split.
+Four launches per iteration, three without a split and without mixed steps.
 
 There are two exponentials per entry and iteration, one for each side. A row's scaling is known only when its last
 column has been seen, and by then the row's first exponentials are gone. To take only one, a multiprocessor would have
@@ -95,12 +95,13 @@ def half_step(
 
 @jit(do_not_specialize=["count", "n", "max_iter", "splits"])
 def commit_rows(
-    part, f, a, running, n_iter, soft, columns, count, n, eps: tl.float64, tol: tl.float64, max_iter, splits,
+    part, f, a, running, n_iter, soft, columns, mix, count, n, eps: tl.float64, tol: tl.float64, max_iter, splits,
     I: tl.constexpr,
 ):  # fmt: skip
     """Takes the rows' half-step over, unless it shows that the state before it is good enough; grid: problems.
 
     With penalties ``soft`` (count, 2) is eps/rho of both sides, and ``columns`` (count) the error of the columns.
+    ``mix`` says which problems take mixed steps (``mixed.py``), whose error the columns tell; None if none may.
     """
     DTYPE: tl.constexpr = a.dtype.element_ty
     p = tl.program_id(0).to(tl.int64)
@@ -120,8 +121,11 @@ def commit_rows(
     error = tl.sum(missed, 0)
     if soft is not None:
         error += tl.load(columns + p)
+    takes = (done == 0) | (error >= (tol if soft is None else 0.0))  # NaN stops
+    if mix is not None:
+        takes = takes | (tl.load(mix + p) >= 0.0)
     tl.debug_barrier()  # every warp has read what the first will write
-    if ((done == 0) | (error >= (tol if soft is None else 0.0))) & (done < max_iter):  # NaN stops
+    if takes & (done < max_iter):
         for start in range(0, n, I):
             i = start + tl.arange(0, I)
             f_next = add_splits(part, p, i, n, count, splits, inv)

@@ -206,6 +206,14 @@ def add_splits(part, p, i, n, count, splits, inv):
 
 
 @triton.jit
+def slope(f, soft, eps):
+    """rho (1 - exp(-f/rho)), rho = eps/soft, in float64, where no terms of size rho cancel; f of a constraint."""
+    soft, f = soft.to(tl.float64), f.to(tl.float64)
+    rho = tl.full([], eps, tl.float64) / tl.where(soft > 0.0, soft, 1.0)
+    return tl.where(soft > 0.0, rho * (1.0 - tl.exp2(f * (-1.4426950408889634 / rho))), f)
+
+
+@triton.jit
 def row_error(a, drift):
     """a_i |(T1)_i / a_i - 1|: the next half-step knows the row sums, T1 = a 2^drift, drift = (f - f_next) inv."""
     return tl.where(is_live(a), a * tl.abs(tl.exp2(drift) - 1.0), 0.0)
