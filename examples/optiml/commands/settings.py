@@ -147,6 +147,8 @@ class ReckonConfig:
     image_size: int = 224
     stem: Stem = "standard"
     precision: Precision = "bf16-mixed"
+    steps: int = 0
+    """Also take so many steps here, on noise in place of films, and measure their time."""
 
     def pretraining(self) -> PretrainConfig:
         """The run, without folders."""
@@ -159,3 +161,5 @@ class ReckonConfig:
         self.pretraining()
         if not self.films or min(self.films) < self.batch_size:
             raise ValueError(f"films must be numbers from the batch size ({self.batch_size}) up, not {self.films}")
+        if self.steps < 0:
+            raise ValueError(f"steps must be 0 or more, not {self.steps}")
