@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 import otloss
@@ -28,9 +29,10 @@ class OPTiML(Method):
             self.dense = mlp(dim, o.dense, layers=2)
             self.dense_variance = otloss.VarianceLoss(gather=True)
             self.dense_covariance = otloss.CovarianceLoss(gather=True)
+        matched = o.objective == "matched"
         self.criterion = otloss.OPTiMLLoss(
             o.dense or dim,
-            alpha=o.alpha,
+            alpha=0.0 if matched else o.alpha,
             beta=o.beta,
             eta=o.eta,
             eps=o.eps,
@@ -42,7 +44,7 @@ class OPTiML(Method):
             num_heads=o.heads,
             shared=o.shared,
             gradient=o.gradient,
-            objective=o.objective,
+            objective="transport_cost" if matched else o.objective,
             max_iter=o.max_iter,
             gather=True,
         )
@@ -64,9 +66,25 @@ class OPTiML(Method):
         loss = out.loss
         if dense:
             loss = loss + o.beta * dense["dense_variance"] + o.eta * dense["dense_covariance"]
+        if o.objective == "matched":
+            out = out._replace(ot=self.matched(z_s, z_t))
+            loss = loss + o.alpha * out.ot
         parts = {name: value.detach() for name, value in out._asdict().items() if name != "loss"}
         log = {**parts, **dense, "map_std": _map_deviation(z_s)}
         return StepOutput(loss, {**log, "std_q": spread(q_s), "std_g": spread(g_s)})
+
+    def matched(self, z_s: Tensor, z_t: Tensor) -> Tensor:
+        """Mean over images of Σ_ij T_ij ‖z_i − z_j‖² / d, where T is the plan of the cosine cost, d the length of z_i.
+
+        The plan is a constant under the option ``gradient="none"``. As in VICRegL (arXiv:2210.01571), vectors are
+        compared as they are, and their variance and covariance are to keep them from collapsing.
+        """
+        with torch.autocast(z_s.device.type, enabled=False):
+            x, y = (z.float().flatten(2) for z in (z_s, z_t))
+            if self.options.match == "position":
+                x, y = x.mT, y.mT
+            _, solved = self.criterion.transport.per_problem(x, y)
+            return (solved.plan * otloss.sqeuclidean_cost(x, y)).sum((1, 2)).mean() / x.shape[2]
 
 
 def _projected(maps: Tensor, head: nn.Module) -> tuple[Tensor, Tensor]:

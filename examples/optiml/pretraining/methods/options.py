@@ -44,8 +44,9 @@ class OPTiMLOptions:
     """Whether R_s and R_t are one module."""
     gradient: Literal["implicit", "unroll", "none"] = "implicit"
     """How the transport is differentiated; "none" holds the plan fixed, and CV-SIM is then not trained."""
-    objective: Literal["transport_cost", "value", "divergence"] = "transport_cost"
-    """What L_OT is; "transport_cost" is as printed."""
+    objective: Literal["transport_cost", "value", "divergence", "matched"] = "transport_cost"
+    """What L_OT is; "transport_cost" is as printed. "matched" is VICReg's invariance between what the plan matches, the
+    mean over dimensions of <T, (z_i - z_j)^2> of the maps as they are; its marginals are uniform."""
     max_iter: int = 200
     """Sinkhorn iterations at most; images that converge earlier stop earlier."""
     invariance: float | None = None
@@ -61,6 +62,8 @@ class OPTiMLOptions:
     def __post_init__(self) -> None:
         if self.dense < 0 or self.dense % self.heads:
             raise ValueError(f"dense must be a multiple of heads ({self.heads}), or 0, not {self.dense}")
+        if self.objective == "matched" and (self.marginals != "uniform" or self.gradient == "unroll"):
+            raise ValueError("objective matched takes marginals uniform, and gradient implicit or none")
 
 
 @dataclass(frozen=True)
