@@ -26,7 +26,8 @@ Stem = Literal["standard", "no-pool", "small"]
 
 #: What fills fields that were not set on the command line, and why (FAITHFULNESS.md has the whole story); a method may
 #: mean something else by a preset (``presets`` of its options).
-#: ``recommended``: what was settled on after short runs (SELECTION.md), among it marginals that cannot collapse.
+#: ``recommended``: what was settled on after short runs (SELECTION.md says what it is worth), among it marginals that
+#: cannot collapse.
 #: ``paper``: the sentences of the paper taken literally, with the trust coefficient LARS is usually given. Weights
 #: hardly move under it, and the marginals collapse.
 #: ``official``: each baseline as its own authors train it; for OPTiML, of which there is no code, the paper's.
