@@ -245,8 +245,11 @@ class PretrainConfig:
         known["options"] = known["options"][self.method]
         if self.imagenet_weights is not None:
             known["imagenet_sha256"] = file_sha256(self.imagenet_weights)
-        if self.stem == "standard":  # not named, so that a run from before there were others is the same run
+        # Not named, so that a run from before there were others is the same run.
+        if self.stem == "standard":
             known.pop("stem")
+        if known["options"].get("near") == 0:
+            known["options"].pop("near")
         return json.loads(json.dumps(known))  # as it will be read back
 
     def key(self) -> str:
