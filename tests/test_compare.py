@@ -104,6 +104,8 @@ def test_a_comparison_is_kept_in_small_files(done: CompareConfig) -> None:
             "segment-Effusion-1-seed0",
         }  # fmt: skip
         assert len(files[f"runs/{name}-seed0.npz"]) < 30_000
+        arrays = np.load(done.results / "runs" / f"{name}-seed0.npz")
+        assert "nih-phantoms/linear-0.1-seed0/ranks" in arrays  # of every share, as there are few test films
     saved = json.loads(files["runs/vicreg-seed0.json"])["pretraining"]
     assert (saved["precision"], saved["epochs"]) == (fast_precision(), 1)
     (epoch,) = csv.DictReader(files["runs/vicreg-seed0.csv"].decode().splitlines())

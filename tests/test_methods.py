@@ -171,7 +171,7 @@ def test_images_that_look_alike_show(method: str) -> None:
 def test_what_is_added_to_optiml(stage: int, dense: int) -> None:
     """The invariance of VICReg; maps of another stage; a dense head with variance and covariance of its own."""
     model = model_of("optiml", stage=stage, dense=dense, invariance=2.0, alpha=3.0, match="position")
-    first, second = batch_of("optiml")
+    first, second, *_ = batch_of("optiml")
     out = model.step(first, second)
     with torch.no_grad():  # in training mode, so statistics are the batch's here too
         maps, pooled = zip(*((s[stage - 3], s[2]) for s in map(model.backbone.stages, (first, second))), strict=True)

@@ -18,7 +18,7 @@ from examples.optiml.data.index import NIH_CLASSES, read_index
 from examples.optiml.data.phantom import PHANTOM_CLASSES
 from examples.optiml.downstream.evaluate import probe_scores
 from examples.optiml.downstream.probe import fit_probe
-from examples.optiml.metrics import class_aucs, macro, patient_draws
+from examples.optiml.metrics import class_aucs, macro, patient_draws, student_quantile
 from examples.optiml.pretraining.monitor import effective_rank, knn_scores
 
 
@@ -51,6 +51,16 @@ def test_within_source_auc_is_blind_to_the_source() -> None:
     assert class_aucs(half, labels, source)[0, 0] == 0.5
     fewer = np.r_[0:20, 45:50, 50:110]  # a: 20 x 5 pairs wrong, b: 225 right
     assert class_aucs(half[fewer], labels[fewer], source[fewer])[0, 0] == 225 / 325
+
+
+@pytest.mark.parametrize(
+    ("share", "freedom", "expected"),
+    [(0.975, 1, 12.7062), (0.975, 2, 4.30265), (0.975, 4, 2.77645), (0.8, 2, 1.06066), (0.975, 1e9, 1.95996)],
+)
+def test_students_quantiles_are_those_of_tables(share: float, freedom: float, expected: float) -> None:
+    assert student_quantile(share, freedom) == pytest.approx(expected, rel=1e-4)
+    assert student_quantile(1 - share, freedom) == pytest.approx(-expected, rel=1e-4)
+    assert student_quantile(0.5, freedom) == 0
 
 
 def test_bootstrap_draws_patients_and_weights_mean_copies() -> None:

@@ -22,12 +22,13 @@ from examples.optiml.commands.sizes import SizeFlags
 from examples.optiml.pretraining.settings import PretrainConfig
 from examples.optiml.pretraining.trainer import pretrain
 from examples.optiml.reporting.comparison_rows import rows
+from examples.optiml.reporting.overview import BEGIN, END
 from examples.optiml.reporting.row_files import comparison_rows, read_rows, reference
 
-MATCHING = Path(__file__).parents[1] / "examples" / "optiml" / "matching.rows"
+STUDY = Path(__file__).parents[1] / "examples" / "optiml" / "study.rows"
 SIZES = SizeFlags(
     image_size=32, stem="no-pool", epochs=1, batch_size=16, precision="32-true", fractions=(1.0,), large_seeds=(0,),
-    heatmap_fractions=(), draws=20, finetune_epochs=1, finetune_steps=2, finetune_max_steps=2, checks=1,
+    heatmap_fractions=(), draws=20, finetune_fractions=(), neighbours=True,
 )  # fmt: skip
 
 
@@ -42,11 +43,12 @@ def test_a_line_is_a_name_and_flags(tmp_path: Path) -> None:
         tmp_path, "# a study", "", "base --optiml.match position --optiml.dense 64  # projected", "optiml", "sup2",
         "positions-0.2 --optiml.match position --optiml.eps 0.2 --optim.lr 5e-4 --preset paper",
         "vicreg-half --method vicreg --vicreg.invariance 12.5", "optiml-eps-0.2 --optiml.eps 0.2",
-        "plain --optiml.alpha 0.6",
+        "plain --optiml.alpha 0.6", "nearer base --optiml.eps 0.1", "nearest nearer --optiml.eps 0.01",
     )  # fmt: skip
     found = {row.arm: row for row in read_rows(path)}
     assert list(found) == [
-        "sup1", "base", "optiml", "sup2", "positions-0.2", "vicreg-half", "optiml-eps-0.2", "plain",
+        "sup1", "base", "optiml", "sup2", "positions-0.2", "vicreg-half", "optiml-eps-0.2", "plain", "nearer",
+        "nearest",
     ]  # fmt: skip
     assert found["base"].overrides == {"options.optiml.match": "position", "options.optiml.dense": 64}
     assert found["positions-0.2"].overrides == {
@@ -55,6 +57,8 @@ def test_a_line_is_a_name_and_flags(tmp_path: Path) -> None:
     vicreg = found["vicreg-half"]
     assert vicreg.method == "vicreg" and vicreg.overrides == {"options.vicreg.invariance": 12.5}
     assert found["plain"].overrides == {}  # the usual value, said aloud
+    assert found["nearer"].overrides == {**found["base"].overrides, "options.optiml.eps": 0.1}
+    assert found["nearest"].overrides == {**found["base"].overrides, "options.optiml.eps": 0.01}
     built_in = {row.arm: row for row in rows("ablation")}
     assert all(found[name] == built_in[name] for name in ("optiml", "optiml-eps-0.2"))  # under their titles
     assert found["sup2"].method is None and found["base"].title == "base"
@@ -77,6 +81,7 @@ def test_a_line_is_a_name_and_flags(tmp_path: Path) -> None:
         ("optiml --optiml.eps 1", "line 2: 'optiml' is a row of another comparison, with other settings"),
         ("vicreg", "line 2: 'vicreg' is a row of another comparison, with other settings"),
         ('a --optiml.match "position', "line 2: No closing quotation"),
+        ("a second --optiml.eps 1", "line 2: there is no row 'second' above"),
     ],
 )
 def test_a_wrong_line_is_named(tmp_path: Path, line: str, message: str) -> None:
@@ -97,19 +102,33 @@ def test_no_file_and_an_empty_one(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_the_file_that_comes_along(tmp_path: Path) -> None:
-    found = [row for row in comparison_rows(str(MATCHING)) if row.method]
-    assert found[0].arm == "optiml" and len(found) > 10
+    found = [row for row in comparison_rows(str(STUDY)) if row.method]
+    assert found[0].arm == "positions" and len(found) > 10
     runs = [row.apply(PretrainConfig(tmp_path, tmp_path)) for row in found]
     assert len({run.key() for run in runs}) == len(found)  # no two rows are one
     varied = {path.rpartition(".")[2] for row in found for path in row.overrides}
-    assert varied == {"match", "dense", "stage", "objective", "marginals", "alpha", "eps"}
+    assert varied >= {"match", "dense", "stage", "objective", "marginals", "alpha", "eps", "invariance"}
+
+
+def test_its_transport_is_worth_what_is_left_when_all_else_is_alike(tmp_path: Path) -> None:
+    """The first question's rows: α alone differs, and VICReg's variance weighs as much, as its code halves the sum."""
+    first, without, vicreg, *_ = (
+        row.apply(PretrainConfig(tmp_path, tmp_path)) for row in comparison_rows(str(STUDY)) if row.method
+    )
+    options = first.options.optiml
+    assert (options.match, options.stage, options.marginals) == ("position", 3, "uniform") and options.alpha > 0
+    assert without.options.optiml == dataclasses.replace(options, alpha=0.0)
+    other = vicreg.options.vicreg
+    assert (other.variance / 2, other.covariance, other.invariance) == (options.beta, options.eta, options.invariance)
+    assert dataclasses.replace(without, options=first.options) == first
+    assert dataclasses.replace(vicreg, options=first.options, method="optiml") == first
 
 
 def test_a_study_in_slices(few_phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     positions = "positions --optiml.match position"
     path = written(tmp_path, positions, positions.replace("positions", "positions-0.2") + " --optiml.eps 0.2")
     config = CompareConfig(
-        few_phantoms, tmp_path / "out", tmp_path / "results", rows=str(path), seeds=(0,), size_flags=SIZES
+        few_phantoms, tmp_path / "out", tmp_path / "results", "few", rows=str(path), seeds=(0,), size_flags=SIZES
     )
     made: list[str] = []
 
@@ -128,7 +147,9 @@ def test_a_study_in_slices(few_phantoms: Path, tmp_path: Path, monkeypatch: pyte
     assert "Not in this report" not in text and f"--rows {path} --budget small --seeds 0 --image-size 32 --stem" in text
     assert "* positions: 1 epochs of optiml at 32 px, stem no-pool, batch 16, seed 0" in text
     assert (config.results / "study" / "report.md").exists()
+    assert "| positions | 1 | " in text.partition(BEGIN)[2].partition(END)[0]
     for name in ("sup1", "positions", "positions-0.2"):
         kept = config.results / "runs" / f"{name}-seed0.json"
         assert kept.stat().st_size < 20_000
+        assert set(json.loads(kept.read_text())["records"]) == {"few/linear-1-seed0", "few/neighbours-1-seed0"}
         assert {r["identity"]["stem"] for r in json.loads(kept.read_text())["records"].values()} == {"no-pool"}

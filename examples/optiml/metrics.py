@@ -101,3 +101,15 @@ class Estimate:
     def of(cls, value: float, replicates: Floats) -> Estimate:
         low, high = np.nanpercentile(replicates, (2.5, 97.5))
         return cls(float(value), float(low), float(high))
+
+
+def student_quantile(share: float, freedom: float) -> float:
+    """The point below which Student's t with ``freedom`` degrees of freedom (1 or more) lies with this probability.
+
+    With t = √freedom · tan θ the density by θ is proportional to cos(θ)^(freedom - 1), which is added up here.
+    """
+    theta = np.linspace(0, np.pi / 2, 200_001)
+    density = np.cos(theta) ** (min(freedom, 1e6) - 1)
+    above = np.concatenate([[0.0], np.cumsum(density[1:] + density[:-1])])  # the mass between 0 and theta, unscaled
+    found = np.interp(abs(share - 0.5), 0.5 * above / above[-1], theta)
+    return float(np.sign(share - 0.5) * np.sqrt(min(freedom, 1e6)) * np.tan(found))

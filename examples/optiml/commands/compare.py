@@ -12,8 +12,10 @@ from ..downstream.arms import SUP1, SUP2
 from ..downstream.result_files import Record
 from ..errors import CommandError
 from ..reporting.comparison_page import pretraining_table, provenance_text
+from ..reporting.comparison_rows import BUILT_IN
 from ..reporting.differences import auc_measures, beyond_zero, dice_measure, difference_table, replicated, verdicts
 from ..reporting.figures import draw_curves
+from ..reporting.overview import OverviewRow, overview
 from ..reporting.report import RECORDS, report
 from ..reporting.row_store import Stores
 from ..reporting.tables import Table
@@ -55,10 +57,32 @@ def write_report(comparison: Comparison, records: list[Record], stores: Stores) 
         draw_curves(trained, out / "curves.png")
         picture = "![Loss, deviations and kNN over epochs](curves.png)"
         notes = f"## Pretraining\n\n{pretraining_table(curves)}\n{picture}\n\n{notes}"
-    path = report(records, out, console, (table,), notes)
+    opening = "" if config.rows in BUILT_IN else overview_of(comparison, records, stores)
+    path = report(records, out, console, (table,), notes, opening)
     shutil.copytree(out, final, dirs_exist_ok=True, ignore=shutil.ignore_patterns(RECORDS))
     console.print(f"Copied to {final}")
     return path
+
+
+def overview_of(comparison: Comparison, records: list[Record], stores: Stores) -> str:
+    """The rows of a file on the main data set, after the row that they are compared with; nothing without that row."""
+    if comparison.reference not in stores:
+        return ""
+    first = [row for row in comparison.rows if row.arm == comparison.reference]
+    others = [row for row in comparison.rows if row.method and row.arm != comparison.reference]
+    ordered = [*first, *others, *(row for row in comparison.rows if row.method is None)]
+    rows = [
+        OverviewRow(
+            row.arm,
+            row.title,
+            {seed: files.arrays_of(records) for seed, files in stores[row.arm].items()},
+            [files.curves for files in stores[row.arm].values() if files.curves],
+        )
+        for row in ordered
+        if row.arm in stores
+    ]
+    data, sizes = comparison.main_set, comparison.sizes
+    return overview(data.index, data.name, sizes.fractions, sizes.draws, rows)
 
 
 def differences(comparison: Comparison, records: list[Record], stores: Stores) -> tuple[Table, str]:

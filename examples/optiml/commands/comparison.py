@@ -37,8 +37,6 @@ from .xray import stages
 
 #: Subfolder of ``results`` with the files of each row and seed.
 RUNS = "runs"
-#: How often a pretraining is monitored with labels.
-MONITORED = 5
 
 
 class NotComplete(Exception):
@@ -184,7 +182,7 @@ class Comparison:
                 image_size=sizes.image_size, stem=sizes.stem, seed=seed,
                 augment=AugmentConfig(min_scale=sizes.min_scale), workers=self.config.workers,
                 precision=budget.precision or fast_precision(), options=options,
-                monitor=MonitorConfig(every=max(1, sizes.epochs // MONITORED)),
+                monitor=MonitorConfig(every=max(1, sizes.epochs // self.config.monitored)),
             )
         )  # fmt: skip
         as_kept = replace(run, precision=kept.get("precision", run.precision))

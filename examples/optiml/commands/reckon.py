@@ -1,7 +1,8 @@
 """What a pretraining takes, before anybody has run it: operations, memory and views of a step, and hours.
 
-Operations are counted and memory is added up on a small batch. The CPU time of the views is measured here. Hours follow
-from a device's rate and from the share of it that training reaches, which is an assumption.
+Operations are counted and memory is added up on a small batch. The CPU time of the views is measured here, and the time
+of a step if asked. Hours follow from a device's rate and from the share of it that training reaches, which is an
+assumption.
 """
 
 from __future__ import annotations
@@ -68,6 +69,7 @@ def reckon(config: ReckonConfig) -> dict[str, Any]:
         "transport_operations_per_step": config.batch_size * _transport(run),
         "bytes": {str(devices): weights + at_batch(kept, config.batch_size // devices) for devices in EFFICIENCY},
         "view_seconds_per_image": seconds,
+        "step_seconds": _step_seconds(run, config.steps),
         "efficiency": {str(devices): share for devices, share in EFFICIENCY.items()},
         "devices": DEVICES,
         "runs": runs,
@@ -143,6 +145,23 @@ def _view_seconds(config: PretrainConfig, rounds: int = 9, films: int = 10) -> f
     return median(times)
 
 
+def _step_seconds(config: PretrainConfig, steps: int) -> float | None:
+    """Median time of a step here, after one that does not count, without making its views; None for no steps."""
+    if not steps:
+        return None
+    model, half, times = build(config).train(), config.precision != "32-true", list[float]()
+    optimizer, views = model._optimizer(model._parameter_groups()), _batch(config, config.batch_size)
+    for _ in range(steps + 1):
+        started = time.perf_counter()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            loss = model.step(*views).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        times.append(time.perf_counter() - started)
+    return median(times[1:])
+
+
 def _transport(config: PretrainConfig) -> int:
     """At most so many operations of the Sinkhorn iterations for an image; 0 for a method that has none."""
     if config.method != "optiml":
@@ -175,6 +194,9 @@ def summary(found: dict[str, Any]) -> str:
         f"* The views of a film take {view:.1f} ms of one core of an {processor}, without reading the film.",
         f"* Weights, optimiser and what the backward pass needs: {memory}, without workspaces.",
     ]
+    if taken := found.get("step_seconds"):  # which figures of earlier versions do not have
+        threads = found["made"]["threads"]
+        lines.append(f"* A step takes {taken:.3g} s here, without its views; number of threads: {threads}.")
     return "\n".join(lines)
 
 

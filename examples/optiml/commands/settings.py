@@ -90,7 +90,7 @@ class CompareConfig:
     """What to segment: a finding, or whatever else there are masks of, such as Lung."""
     rows: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(BUILT_IN) + ",FILE}")] = "methods"
     """methods: Tables I and II, Figs 2 and 3. ablation: Table III, one factor at a time, VICReg. Or a file with a line
-    for each row: its name, then flags of pretrain (matching.rows is one)."""
+    for each row: its name, then flags of pretrain (study.rows is one)."""
     only: tuple[str, ...] = ()
     """Make these rows and no others. All that are complete are reported."""
     report_only: bool = False
@@ -101,10 +101,14 @@ class CompareConfig:
     size_flags: Annotated[SizeFlags, tyro.conf.arg(name="")] = field(default_factory=SizeFlags)
     imagenet_weights: Path | None = None
     """File with torchvision's ImageNet weights of a ResNet18, for the row sup2. Unset: they are downloaded."""
+    monitored: int = 5
+    """How often a pretraining is measured with labels, as the report's curves show; 1: at its end."""
     workers: int = 0
     """Processes that read and augment films beside the training; 0: the training does it itself."""
 
     def __post_init__(self) -> None:
+        if self.monitored < 1:
+            raise ValueError(f"monitored must be 1 or more, not {self.monitored}")
         if self.budget not in BUDGETS:
             raise ValueError(f"budget must be one of {', '.join(BUDGETS)}, not {self.budget!r}")
         arms = [row.arm for row in comparison_rows(self.rows)]
@@ -130,7 +134,7 @@ class CompareConfig:
 
 @dataclass(frozen=True)
 class ReckonConfig:
-    """Count what a step of pretraining takes, and reckon the hours of a run; nothing is trained. See PAPER-RUN.md."""
+    """Count what a step of pretraining takes, and reckon the hours of a run; no film is read. See PAPER-RUN.md."""
 
     out: Path | None = None
     """Also write all figures here, as JSON."""
@@ -143,6 +147,8 @@ class ReckonConfig:
     image_size: int = 224
     stem: Stem = "standard"
     precision: Precision = "bf16-mixed"
+    steps: int = 0
+    """Also take so many steps here, on noise in place of films, and measure their time."""
 
     def pretraining(self) -> PretrainConfig:
         """The run, without folders."""
@@ -155,3 +161,5 @@ class ReckonConfig:
         self.pretraining()
         if not self.films or min(self.films) < self.batch_size:
             raise ValueError(f"films must be numbers from the batch size ({self.batch_size}) up, not {self.films}")
+        if self.steps < 0:
+            raise ValueError(f"steps must be 0 or more, not {self.steps}")

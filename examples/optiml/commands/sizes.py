@@ -28,13 +28,15 @@ class Sizes:
     """Smallest share of the film that a crop of the pretraining shows. Unset: the method's."""
 
     fractions: tuple[float, ...] = (0.01, 0.1, 1.0)
-    """Shares of the training labels to learn from, frozen and fine-tuned."""
+    """Shares of the training labels to learn from."""
     small_seeds: Annotated[tuple[int, ...], tyro.conf.arg(name="seeds")] = SMALL_SEEDS
     """Label subsets to draw for fractions below a tenth, where few patients decide."""
     large_seeds: tuple[int, ...] = LARGE_SEEDS
     """Label subsets to draw for the other fractions."""
     finetune_seeds: tuple[int, ...] | None = None
     """Of ``large_seeds``, those that are also fine-tuned. Unset: all."""
+    finetune_fractions: tuple[float, ...] | None = None
+    """Of ``fractions``, those that are also fine-tuned; with no number after it, none. Unset: all."""
     neighbours: bool = True
     """Also score frozen features by a vote of the nearest training films, with all labels."""
     finetune: TrainConfig = field(default_factory=lambda: TrainConfig(lr=1e-3, epochs=5, min_steps=60, checks=5))
@@ -71,6 +73,10 @@ class Sizes:
             check_seeds("large_seeds", self.large_seeds)
         if self.finetune_seeds is not None:
             check_seeds("finetune_seeds", self.finetune_seeds)
+
+    def tuned(self, fraction: float) -> bool:
+        """Whether networks are also fine-tuned with this share of the labels."""
+        return self.finetune_fractions is None or fraction in self.finetune_fractions
 
     def split_fractions(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """The fractions that ``small_seeds`` serve, and those that ``large_seeds`` serve."""
@@ -136,11 +142,15 @@ class SizeFlags:
     """Of the pretraining. Unset: each budget's own; small takes bf16-mixed where the processor computes in it, else
     32-true. What is kept counts whatever it was made in, and goes on in that."""
     fractions: tuple[float, ...] | None = None
-    """Shares of the labels, frozen and fine-tuned."""
+    """Shares of the labels."""
     small_seeds: tuple[int, ...] | None = None
     """Label subsets of fractions below a tenth."""
     large_seeds: tuple[int, ...] | None = None
     """Of the other fractions; pretraining seeds add to the spread."""
+    neighbours: bool | None = None
+    """Also score frozen features by a vote of the nearest training films, with all labels."""
+    finetune_fractions: tuple[float, ...] | None = None
+    """Of ``fractions``, those that are also fine-tuned; with no number after it, none. Unset: all."""
     heatmap_fractions: tuple[float, ...] | None = None
     finetune_lr: float | None = None
     finetune_epochs: int | None = None
@@ -172,6 +182,8 @@ class SizeFlags:
             fractions=_first_set(self.fractions, usual.fractions),
             small_seeds=_first_set(self.small_seeds, usual.small_seeds),
             large_seeds=_first_set(self.large_seeds, usual.large_seeds),
+            neighbours=_first_set(self.neighbours, usual.neighbours),
+            finetune_fractions=_first_set(self.finetune_fractions, usual.finetune_fractions),
             finetune=_training(
                 usual.finetune, self.finetune_lr, self.finetune_epochs, self.finetune_steps, self.finetune_max_steps,
                 self.checks,

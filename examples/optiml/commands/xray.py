@@ -177,7 +177,9 @@ def stages(
         yield from evaluate(vote, console, start, features)
     if large and sizes.finetune_seeds is not None:
         plan[-1] = (large, sizes.finetune_seeds)
-    console.rule(f"evaluate, finetune: {name}")
+    plan = [(kept, seeds) for fractions, seeds in plan if (kept := tuple(filter(sizes.tuned, fractions)))]
+    if plan:
+        console.rule(f"evaluate, finetune: {name}")
     for fractions, seeds in plan:
         tuned = EvaluateConfig(
             start.data, protocol="finetune", fractions=fractions, seeds=seeds, train=sizes.finetune, draws=sizes.draws,

@@ -27,7 +27,8 @@ def arm_of(run: dict[str, Any]) -> str:
     if method != "optiml":
         return method
     options = run.get("options", {})
-    parts = (options.get("beta", 1) > 0 and options.get("eta", 1) > 0, options.get("marginals") != "uniform")
+    cvsim = options.get("marginals") not in ("uniform", "overlap")
+    parts = (options.get("beta", 1) > 0 and options.get("eta", 1) > 0, cvsim)
     return next(arm for arm, on in ABLATION.items() if on == parts)
 
 

@@ -26,7 +26,8 @@ Stem = Literal["standard", "no-pool", "small"]
 
 #: What fills fields that were not set on the command line, and why (FAITHFULNESS.md has the whole story); a method may
 #: mean something else by a preset (``presets`` of its options).
-#: ``recommended``: what was settled on after short runs (SELECTION.md), among it marginals that cannot collapse.
+#: ``recommended``: what was settled on after short runs (SELECTION.md says what it is worth), among it marginals that
+#: cannot collapse.
 #: ``paper``: the sentences of the paper taken literally, with the trust coefficient LARS is usually given. Weights
 #: hardly move under it, and the marginals collapse.
 #: ``official``: each baseline as its own authors train it; for OPTiML, of which there is no code, the paper's.
@@ -244,8 +245,11 @@ class PretrainConfig:
         known["options"] = known["options"][self.method]
         if self.imagenet_weights is not None:
             known["imagenet_sha256"] = file_sha256(self.imagenet_weights)
-        if self.stem == "standard":  # not named, so that a run from before there were others is the same run
+        # Not named, so that a run from before there were others is the same run.
+        if self.stem == "standard":
             known.pop("stem")
+        if known["options"].get("near") == 0:
+            known["options"].pop("near")
         return json.loads(json.dumps(known))  # as it will be read back
 
     def key(self) -> str:

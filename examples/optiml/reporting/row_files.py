@@ -1,10 +1,11 @@
 """Rows of a comparison from a file: a line for each, with its name and the flags of ``pretrain`` in which it differs.
 
     # What follows a # is not read. The first row is what the others are compared with.
-    optiml
-    optiml-match-position   --optiml.match position
-    positions-value         --optiml.match position --optiml.objective value
+    positions               --optiml.match position --optiml.dense 256
+    positions-value         positions --optiml.objective value
     vicreg                  --method vicreg
+
+A row above may stand before the flags: its own flags then come first, and the last of two equal ones counts.
 """
 
 from __future__ import annotations
@@ -43,13 +44,17 @@ def read_rows(path: Path) -> list[ComparisonRow]:
     """The untrained network, then the rows of a file in its order. A ValueError names the line that is wrong."""
     if not path.is_file():
         raise ValueError(f"rows must be {', '.join(BUILT_IN)} or a file of rows, not {path}")
-    found = [ComparisonRow(SUP1)]
+    found, flags_of = [ComparisonRow(SUP1)], dict[str, list[str]]()
     for number, line in enumerate(path.read_text().splitlines(), 1):
         try:
-            words = shlex.split(line, comments=True)
-            if not words:
+            name, *flags = shlex.split(line, comments=True) or [""]
+            if not name:
                 continue
-            row = _row(words[0], words[1:])
+            if flags and not flags[0].startswith("-"):
+                if flags[0] not in flags_of:
+                    raise ValueError(f"there is no row {flags[0]!r} above")
+                flags[:1] = flags_of[flags[0]]
+            flags_of[name], row = flags, _row(name, flags)
             if row.arm in [other.arm for other in found]:
                 raise ValueError(f"there are two rows {row.arm!r}")
         except ValueError as error:

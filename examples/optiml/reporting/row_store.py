@@ -23,6 +23,8 @@ from ..downstream.result_files import Record
 from ..pretraining.log import epoch_means, log_frame, read_log
 
 FILMS = "films"
+#: With so many test films at most, test scores are kept for every share of the labels, else with all labels only.
+SMALL_SET = 1000
 
 
 def ranks(scores: NDArray[Any]) -> NDArray[Any]:
@@ -80,7 +82,7 @@ class RowStore:
         return [key for key, r in self.records.items() if _with_scores(r) and f"{key}/ranks" not in self.arrays]
 
     def _store_arrays(self, key: str, record: Record, arrays: dict[str, NDArray[Any]]) -> None:
-        if _with_scores(record):
+        if _with_scores(record) or (record["stage"] == "evaluate" and len(arrays["scores"]) <= SMALL_SET):
             self.arrays[f"{key}/ranks"] = ranks(arrays["scores"])
         elif record["stage"] == "segment":
             self.arrays[f"{key}/dice"] = arrays["dice"].astype(np.float16)
@@ -151,7 +153,7 @@ def monitor_columns(measured: dict[str, float]) -> dict[str, float]:
 
 
 def _with_scores(record: Record) -> bool:
-    """Whether the ranks of the record's test scores are stored."""
+    """Whether the ranks of the record's test scores are stored however many films there are."""
     return bool(record["stage"] == "evaluate" and record["fraction"] == 1.0)
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import torch
 from torch import Tensor, nn
 
 import otloss
 
 from ..network import FEATURE_DIM, expander, mlp
-from ..settings import PretrainConfig
+from ..settings import AugmentConfig, PretrainConfig
+from ..views import Views, two_views
 from .base import Method, StepOutput, spread
 from .options import OPTiMLOptions
+from .places import PlacedViews, centres, shared
 
 
 class OPTiML(Method):
@@ -28,21 +33,24 @@ class OPTiML(Method):
             self.dense = mlp(dim, o.dense, layers=2)
             self.dense_variance = otloss.VarianceLoss(gather=True)
             self.dense_covariance = otloss.CovarianceLoss(gather=True)
+        usual = (
+            o if not o.solved_here else replace(o, alpha=0.0, marginals="uniform", objective="transport_cost", near=0.0)
+        )
         self.criterion = otloss.OPTiMLLoss(
             o.dense or dim,
-            alpha=o.alpha,
+            alpha=usual.alpha,
             beta=o.beta,
             eta=o.eta,
             eps=o.eps,
             match=o.match,
-            marginals=o.marginals,
+            marginals=usual.marginals,
             perplexity=o.perplexity,
             invariance=o.invariance,
             tokens=o.tokens,
             num_heads=o.heads,
             shared=o.shared,
             gradient=o.gradient,
-            objective=o.objective,
+            objective=usual.objective,
             max_iter=o.max_iter,
             gather=True,
         )
@@ -50,7 +58,11 @@ class OPTiML(Method):
     def watched(self) -> dict[str, nn.Module | None]:
         return {**super().watched(), "cvsim": self.criterion.cvsim, "dense": self.dense}
 
-    def step(self, first: Tensor, second: Tensor) -> StepOutput:
+    @classmethod
+    def views(cls, image_size: int, config: AugmentConfig) -> Views:
+        return PlacedViews(two_views(image_size, config))
+
+    def step(self, first: Tensor, second: Tensor, *places: Tensor) -> StepOutput:
         o = self.options
         (*maps_s, g_s), (*maps_t, g_t) = self.backbone.stages(first), self.backbone.stages(second)
         q_s, q_t = self.expander(g_s), self.expander(g_t)
@@ -64,9 +76,49 @@ class OPTiML(Method):
         loss = out.loss
         if dense:
             loss = loss + o.beta * dense["dense_variance"] + o.eta * dense["dense_covariance"]
+        if o.solved_here:
+            out = out._replace(**self.transport(z_s, z_t, *places))
+            loss = loss + o.alpha * out.ot
         parts = {name: value.detach() for name, value in out._asdict().items() if name != "loss"}
         log = {**parts, **dense, "map_std": _map_deviation(z_s)}
         return StepOutput(loss, {**log, "std_q": spread(q_s), "std_g": spread(g_s)})
+
+    def transport(self, z_s: Tensor, z_t: Tensor, *places: Tensor) -> dict[str, Tensor]:
+        """L_OT where ``OPTiMLLoss`` cannot compute it, and its diagnostics, of maps of views at ``places`` (B, 4).
+
+        The cost is 1 - cos plus ``near`` times the squared distance between what positions show. L_OT is the transport
+        cost or the value; or, as the objective "matched", the mean over images of Σ_ij T_ij ‖z_i - z_j‖² / d, where d
+        is the length of z_i. As in VICRegL (arXiv:2210.01571) vectors are then compared as they are, and their variance
+        and covariance are to keep them from collapsing. Under the option ``gradient="none"`` the plan T is a constant.
+        """
+        o, (rows, columns) = self.options, z_s.shape[2:]
+        with torch.autocast(z_s.device.type, enabled=False):
+            x, y = (z.float().flatten(2) for z in (z_s, z_t))
+            if o.match == "position":
+                x, y = x.mT, y.mT
+            cost, masses = otloss.cosine_cost(x, y), [x.new_full(x.shape[:2], 1 / x.shape[1])] * 2
+            if o.near:
+                cost = cost + o.near * otloss.sqeuclidean_cost(*(centres(place, rows, columns) for place in places))
+            if o.marginals == "overlap":
+                masses = [_normalised(shared(*pair, rows, columns)) for pair in (places, places[::-1])]
+            solved = otloss.sinkhorn(cost, *masses, eps=o.eps, max_iter=o.max_iter, gradient=o.gradient)
+            if o.objective == "matched":
+                ot = (solved.plan * otloss.sqeuclidean_cost(x, y)).sum((1, 2)).mean() / x.shape[2]
+            else:
+                ot = getattr(solved, o.objective).mean()
+            return {
+                "ot": ot,
+                "transport_cost": solved.transport_cost.mean(),
+                "perplexity": torch.special.entr(torch.cat(masses)).sum(1).exp().mean(),
+                "marginal_error": solved.marginal_error.detach().amax(),
+                "converged": solved.converged.float().mean(),
+            }
+
+
+def _normalised(mass: Tensor) -> Tensor:
+    """Masses (B, n) that add up to 1; equal ones where there are none."""
+    total = mass.sum(1, keepdim=True)
+    return torch.where(total > 0, mass / total.clamp_min(1e-30), 1 / mass.shape[1])
 
 
 def _projected(maps: Tensor, head: nn.Module) -> tuple[Tensor, Tensor]:

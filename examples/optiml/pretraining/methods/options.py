@@ -31,9 +31,13 @@ class OPTiMLOptions:
     """Entropic regularisation of the transport."""
     match: Literal["channel", "position"] = "channel"
     """What is transported: channels (d x d, as printed) or positions (hw x hw)."""
-    marginals: Literal["perplexity", "hardest", "learned", "detached", "uniform"] | None = None
+    marginals: Literal["perplexity", "hardest", "learned", "detached", "uniform", "overlap"] | None = None
     """How CV-SIM sets the marginals; "learned" is as printed and is known to collapse, "hardest" raises the transport
-    cost. Unset: the preset's."""
+    cost. Without CV-SIM: "uniform", or "overlap", by how much of a position's part of the film the other view shows.
+    Unset: the preset's."""
+    near: float = 0.0
+    """What a pair of positions costs in addition for the squared distance, in widths of the film, between what they
+    show."""
     perplexity: float = 0.5
     """Share of the points that the marginals are spread over, under the policies "perplexity" and "hardest"."""
     tokens: Literal["channel", "batch"] = "channel"
@@ -44,8 +48,9 @@ class OPTiMLOptions:
     """Whether R_s and R_t are one module."""
     gradient: Literal["implicit", "unroll", "none"] = "implicit"
     """How the transport is differentiated; "none" holds the plan fixed, and CV-SIM is then not trained."""
-    objective: Literal["transport_cost", "value", "divergence"] = "transport_cost"
-    """What L_OT is; "transport_cost" is as printed."""
+    objective: Literal["transport_cost", "value", "divergence", "matched"] = "transport_cost"
+    """What L_OT is; "transport_cost" is as printed. "matched" is VICReg's invariance between what the plan matches, the
+    mean over dimensions of <T, (z_i - z_j)^2> of the maps as they are; its marginals are uniform."""
     max_iter: int = 200
     """Sinkhorn iterations at most; images that converge earlier stop earlier."""
     invariance: float | None = None
@@ -61,6 +66,24 @@ class OPTiMLOptions:
     def __post_init__(self) -> None:
         if self.dense < 0 or self.dense % self.heads:
             raise ValueError(f"dense must be a multiple of heads ({self.heads}), or 0, not {self.dense}")
+        if self.near < 0:
+            raise ValueError(f"near must be 0 or more, not {self.near}")
+        placed = [flag for flag, on in (("near", self.near), ("marginals overlap", self.marginals == "overlap")) if on]
+        if placed and self.match != "position":
+            raise ValueError(f"{placed[0]} is for match position")
+        taken = (
+            self.marginals in ("uniform", "overlap") and self.gradient != "unroll" and self.objective != "divergence"
+        )
+        if self.solved_here and not (taken and (self.objective, self.gradient) != ("value", "none")):
+            raise ValueError(
+                f"{placed[0] if placed else 'objective matched'} takes marginals uniform or overlap, gradient implicit "
+                "or none, and no objective divergence, nor value with gradient none"
+            )
+
+    @property
+    def solved_here(self) -> bool:
+        """Whether the method solves the transport itself, as ``otloss.OPTiMLLoss`` does not know this one."""
+        return self.objective == "matched" or self.near > 0 or self.marginals == "overlap"
 
 
 @dataclass(frozen=True)
