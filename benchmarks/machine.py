@@ -29,7 +29,7 @@ def environment() -> dict[str, Any]:
         "memory_gib": round(_meminfo("MemTotal"), 1),
         "level": cpu.level() or "reference backend only",
         "python": platform.python_version(),
-        "versions": {"otloss": _version("otloss") or otloss.__version__} | {name: _version(name) for name in _PACKAGES},
+        "versions": {"otloss": otloss.__version__} | {name: _version(name) for name in _PACKAGES},
         "commit": _git("rev-parse", "--short", "HEAD") + ("-dirty" if _git(*CHANGES) else ""),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="minutes"),
         "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),

@@ -15,7 +15,7 @@ from otloss.output import SinkhornOutput
 from otloss.regularizers import CovarianceLoss, VarianceLoss
 from otloss.sinkhorn import cosine_sinkhorn, feature_sinkhorn, sinkhorn
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "CVSIM",

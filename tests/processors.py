@@ -44,6 +44,7 @@ LEFT_OUT = {
     "test_arm64.py": "compiles only",
     "test_benchmarks.py": "tests what times the others",
     "test_gpu_stages.py": "tests what runs on a GPU",
+    "test_installs.py": "tests the build and pages",
     "test_cpu_levels.py": "runs every level by itself, whatever the settings",
     "test_pages.py": "reads pages",
     "test_triton.py": "its interpreter takes minutes and computes with NumPy",

@@ -45,7 +45,8 @@ except ImportError as error:
     _C, _LEVEL = None, ""
     _PROBLEM = (
         f"the extension otloss._C is not built ({error}); "
-        "run `pip install .` with a C++17 compiler (GCC 12, Clang 12 or newer) and, if build isolation is off, pybind11"
+        "run `pip install .` with a C++17 compiler (GCC 12, Clang 12 or newer, clang-cl) "
+        "and, if build isolation is off, pybind11"
     )
 
 
