@@ -79,7 +79,7 @@ def test_penalties(regime: str, dtype: torch.dtype, rho: float) -> None:
     for one, other in zip(got[2:4], want[2:4], strict=True):
         close(one, other, slack(dtype) + TOL)
     # The error of a marginal at one point is eps times that of its potential there, relative to its mass.
-    close(a * got.f, exact(given).a * want.f, slack(dtype) + TOL * EPS / 0.1)
+    close(given.a * got.f, exact(given).a * want.f, slack(dtype) + TOL * EPS / 0.1)
     check_equal_potentials(got, given)
     one_sided = given._replace(rho_b=2 * rhos)  # another penalty on either side: not that of a set with itself
     got, want = solve(one_sided, 6), reference.solve(exact(one_sided), 6, TOL)
