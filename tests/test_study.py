@@ -66,6 +66,17 @@ def test_the_page_quotes_the_report() -> None:
     assert overview() in (FOLDER / "SELECTION.md").read_text()
 
 
+def test_the_page_says_how_many_films_there_are_and_what_a_step_takes() -> None:
+    page = " ".join((FOLDER / "SELECTION.md").read_text().split())
+    records = json.loads((RESULTS / "runs" / "positions-seed0.json").read_text())["records"].values()
+    (record,) = (r for r in records if (r["protocol"], r["fraction"]) == ("linear", 1.0))
+    assert f"{record['train_images']:,} for training" in page and f"and {record['images']} of " in page
+    networks = {path.stem: json.loads(path.read_text()) for path in (RESULTS / "seconds").glob("*.json")}
+    assert len(networks) == 5
+    for name, found in networks.items():
+        assert f"{found['step_seconds']:.2f} s" in page, name
+
+
 def test_its_means_are_those_of_the_records() -> None:
     """The intervals need the films' labels, which are not in the repository; the means do not."""
     found: dict[str, dict[int, dict[str, list[float]]]] = {}
