@@ -68,8 +68,7 @@ def test_that_of_a_set_with_itself_is_symmetric(dtype: torch.dtype) -> None:
     for n, d in ((5, 3), (70, 3), (131, 40)):
         x, other = (torch.randn(k, n, d, dtype=dtype) for k in (3, 1))
         cost = sqeuclidean_cost(x, torch.cat((x[:2], other)))
-        assert torch.equal(cost[:2], cost[:2].mT)
-        assert torch.equal(cost[2:], sqeuclidean_cost(x[2:], other)) and not torch.equal(cost[2], cost[2].mT)
+        assert torch.equal(cost[:2], cost[:2].mT) and not torch.equal(cost[2], cost[2].mT)
         mapped = torch.func.vmap(sqeuclidean_cost)(x, x)
         assert torch.equal(mapped, mapped.mT)
 
