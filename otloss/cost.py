@@ -104,7 +104,8 @@ def sqeuclidean_cost(x: Tensor, y: Tensor) -> Tensor:
     The distance is computed from points that are moved to their common mean, in float64, as
     :math:`|x_i|^2 + |y_j|^2 - 2 \langle x_i, y_j \rangle`, and rounded once. So neither the cancellation in that sum
     nor a large common offset of the points loses digits that float32 holds. Equal points have a cost of 0, up to
-    rounding in float64, and gradient 0. The cost is never negative and can be differentiated twice.
+    rounding in float64, and gradient 0. The cost is never negative and can be differentiated twice. That of a set with
+    itself is symmetric, bit for bit.
 
     Args:
         x: points ``(B, n, d)``. ``B`` stands for any number of leading dimensions, also none.
@@ -130,7 +131,11 @@ def sqeuclidean_cost(x: Tensor, y: Tensor) -> Tensor:
         points, others = centred(wide(x), wide(y))
         squares = points.square().sum(-1).unsqueeze(-1) + others.square().sum(-1).unsqueeze(-2)
         cost = (squares - 2 * (points @ others.transpose(-1, -2))).to(dtype)
-        return cost + (cost.clamp(min=0) - cost).detach()
+        exact = cost.clamp(min=0).detach()
+        if points.shape[-2] == others.shape[-2]:  # a product rounds its entries (i, j) and (j, i) apart
+            same = (points == others).all(-1).all(-1)[..., None, None]
+            exact = torch.where(same, 0.5 * (exact + exact.transpose(-1, -2)), exact)
+        return cost + (exact - cost).detach()
 
 
 def dot_cost(x: Tensor, y: Tensor) -> Tensor:

@@ -62,6 +62,17 @@ def test_equal_points_cost_nothing(dtype: torch.dtype, offset: float) -> None:
     assert (sqeuclidean_cost(same, same) <= 2**-53).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_that_of_a_set_with_itself_is_symmetric(dtype: torch.dtype) -> None:
+    """Bit for bit, however the product rounds; a problem whose sets differ is left as it is."""
+    for n, d in ((5, 3), (70, 3), (131, 40)):
+        x, other = (torch.randn(k, n, d, dtype=dtype) for k in (3, 1))
+        cost = sqeuclidean_cost(x, torch.cat((x[:2], other)))
+        assert torch.equal(cost[:2], cost[:2].mT) and not torch.equal(cost[2], cost[2].mT)
+        mapped = torch.func.vmap(sqeuclidean_cost)(x, x)
+        assert torch.equal(mapped, mapped.mT)
+
+
 def test_two_far_clusters() -> None:
     """Distances within a cluster keep their digits beside one 1e4 times as large."""
     x = torch.cat((torch.rand(5, 2), torch.rand(5, 2) + 1e4))
