@@ -72,7 +72,7 @@ def sweeps(found: dict[str, Any]) -> str:
     for name, title in SOLVER_ROWS.items():
         s = found[name]["summary"]
         cells = [
-            f"{s['problems']:,} of {title}",
+            f"{s['problems']:,} with {title}",
             *(f"{s[f'{solver} sweeps']:,}" for solver in ("plain", "auto")),
             str(s["auto slower by more than 10 %"]),
             f"{s['plain not converged']} and {s['auto not converged']}",

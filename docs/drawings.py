@@ -146,11 +146,11 @@ def _unbalanced(path: Path) -> None:
     """Outliers under constraints, under penalties, and where only a share is sent."""
     generator = torch.Generator().manual_seed(2)
     x, y = torch.rand(20, 2, generator=generator), torch.rand(20, 2, generator=generator)
-    x[:2] += torch.tensor([-1.6, 0.4])
-    y[:3] += torch.tensor([2.2, 0.0])
+    x[:2] += torch.tensor([-1.0, 1.0])
+    y[:3] += torch.tensor([1.2, 0.9])
     figure, panels = _panels(3)
-    options = ({}, {"rho_a": 0.5, "rho_b": 0.5}, {"partial": 0.8})
-    titles = ("constraints", "rho_a = rho_b = 0.5", "partial = 0.8")
+    options = ({}, {"rho_a": 0.3, "rho_b": 0.3}, {"partial": 0.8})
+    titles = ("constraints", "rho_a = rho_b = 0.3", "partial = 0.8")
     for axes, given, title in zip(panels, options, titles, strict=True):
         _show(axes, x, y, otloss.feature_sinkhorn(x, y, cost="sqeuclidean", eps=0.02, **given), title)
     _save(figure, path)
@@ -174,8 +174,12 @@ def _divergence(path: Path) -> None:
     y = radius.unsqueeze(-1) * torch.stack((angle.cos(), angle.sin()), -1)
     x = 0.2 * torch.randn(80, 2, generator=generator) + torch.tensor([1.5, 0.0])
     figure, panels = _panels(3)
-    places = ("before", x), ("after descending the value", _flow(x, y, "value"))
-    for axes, (title, points) in zip(panels, (*places, ("... the divergence", _flow(x, y, "divergence"))), strict=True):
+    views = {
+        "before": x,
+        "after descending the value": _flow(x, y, "value"),
+        "after descending the divergence": _flow(x, y, "divergence"),
+    }
+    for axes, (title, points) in zip(panels, views.items(), strict=True):
         axes.scatter(*y.T, s=8, color=BLUE)
         axes.scatter(*points.T, s=8, color=RED)
         axes.set(title=title, xticks=[], yticks=[], aspect="equal", xlim=(-1.2, 2.1), ylim=(-1.2, 1.2))
