@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks import capabilities, report, results
+from benchmarks import capabilities, overview, report, results, solver, tolerance
 
 ROOT = Path(__file__).parent.parent
 README, BENCHMARKS, GPU = ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "docs" / "gpu.md"
+PERFORMANCE = ROOT / "docs" / "performance.md"
 ALL_ROWS, ALL_CAPABILITIES = results.FOLDER / "cpu.md", results.FOLDER / "capabilities.md"
 
 
@@ -30,6 +31,9 @@ def sections() -> dict[tuple[Path, str], str]:
         (README, "capabilities"): capabilities.readme(results.load(results.CAPABILITIES)),
         (BENCHMARKS, "bench"): report.details(cpu, plots),
         (GPU, "static"): report.static(results.load(results.STATIC)),
+        (PERFORMANCE, "fixed"): overview.fixed(cpu),
+        (PERFORMANCE, "tolerance"): overview.to_tolerance(results.load(tolerance.RESULTS)),
+        (PERFORMANCE, "sweeps"): overview.sweeps(results.load(solver.RESULTS)),
     }
 
 

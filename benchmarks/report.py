@@ -135,7 +135,7 @@ def readme(results: dict[str, Any]) -> str:
         "compute the same number. POT gets the whole batch in one call; in brackets stand calls that are small enough "
         f"for the caches.{note}",
         "",
-        _where_slower(results),
+        where_slower(results),
     ]
     return "\n".join(lines)
 
@@ -170,7 +170,7 @@ def _over_all(ratios: list[tuple[float | None, float | None]]) -> str:
     return f"Over all rows of the table it is {' and '.join(ranges)}." if len(ratios) > 1 and ranges else ""
 
 
-def _where_slower(results: dict[str, Any]) -> str:
+def where_slower(results: dict[str, Any]) -> str:
     """On which points of the two curves a peer is faster than otloss."""
     places, who = [], []
     for axis, text in (("batch", "up to {} problems of 64 × 64"), ("n", "16 problems of up to {0} × {0}")):

@@ -44,7 +44,13 @@ copybutton_exclude = ".linenos, .gp, .go"
 autodoc_default_options = {"exclude-members": "count, index, __new__, training"}
 
 
+def read(app: Any, name: str, source: list[str]) -> None:
+    """Put what this build has drawn and printed into a page."""
+    source[0] = gallery.as_built(name, source[0])
+
+
 def setup(app: Any) -> None:
-    """Run the recipes before the pages are read."""
+    """Draw the pictures and run the recipes before the pages are read."""
     app.connect("builder-inited", lambda app: gallery.make(HERE / "generated"))
+    app.connect("source-read", read)
     app.add_directive("mermaid", gallery.Diagram)

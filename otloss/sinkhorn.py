@@ -214,7 +214,7 @@ def feature_sinkhorn(
         \lVert x_i - y_j \rVert^2 \;\text{("sqeuclidean")}, \qquad
         -\langle x_i, y_j \rangle \;\text{("dot")}
 
-    geomloss and flash-sinkhorn halve the second: for their plan take twice their eps here.
+    geomloss halves the second, and so does flash-sinkhorn with ``half_cost=True``: for their plan take twice their eps.
 
     The costs of the batch are not stored, unless a gradient may follow and they are at most half as large as the
     features, where n and m are small beside d. The reference backend stores them. The CPU backend holds that of one

@@ -220,13 +220,13 @@ def test_pages_are_written_from_files_alone(
 ) -> None:
     """Only what is between the markers changes, and it comes out as it was."""
     before: dict[str, str] = {}
-    for name in ("README", "BENCHMARKS", "GPU", "ALL_ROWS", "ALL_CAPABILITIES"):
+    for name in ("README", "BENCHMARKS", "GPU", "PERFORMANCE", "ALL_ROWS", "ALL_CAPABILITIES"):
         page: Path = getattr(readme, name)
         copy = tmp_path / f"{name}.md"
         before[name] = page.read_text()
         copy.write_text(
             re.sub(
-                r"(<!-- (bench|peers|capabilities|static):begin -->\n).*?(<!-- \2:end)",
+                r"(<!-- (bench|peers|capabilities|static|fixed|tolerance|sweeps):begin -->\n).*?(<!-- \2:end)",
                 r"\1old\n\3",
                 before[name],
                 flags=re.S,

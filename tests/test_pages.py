@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import otloss
+
 ROOT = Path(__file__).parent.parent
 FENCE = re.compile(r"^ {0,3}(```+|~~~+).*?^ {0,3}\1[`~]*[ \t]*$", re.MULTILINE | re.DOTALL)
 
@@ -201,6 +203,60 @@ def test_the_code_of_the_page_of_problems_runs(block: str) -> None:
     """Each block by itself; it says what it promises in assertions."""
     assert "assert" in block
     exec(block, {})
+
+
+WITH_CODE = [page for page in PAGES if page.startswith("docs/") and code_blocks(page)]
+
+
+@pytest.mark.parametrize("page", WITH_CODE)
+def test_the_code_of_a_page_runs(page: str) -> None:
+    """All blocks in their order and in one namespace, as a reader types them and as the site runs them."""
+    found: dict[str, object] = {}
+    for block in code_blocks(page):
+        for peer in re.findall(r"^import (ot|ot\.batch|geomloss\.ot)$", block, re.MULTILINE):
+            pytest.importorskip(peer, reason=f"{peer} is not installed")
+        exec(block, found)
+
+
+def test_code_is_marked_as_what_it_is() -> None:
+    """A block under another name would not be run."""
+    known = {"", "python", "bash", "text", "mermaid"}
+    for page in ("README.md", *(page for page in PAGES if page.startswith("docs/"))):
+        marks = {fence[0].splitlines()[0].strip(" `~") for fence in FENCE.finditer((ROOT / page).read_text())}
+        assert {mark for mark in marks if not mark.startswith("{")} <= known, page
+    assert {"docs/quickstart.md", "docs/gradients.md", "docs/marginals.md", "docs/problems.md"} <= set(WITH_CODE)
+
+
+def test_every_public_name_is_on_the_page_of_names() -> None:
+    page = (ROOT / "docs/api.md").read_text()
+    shown = set(re.findall(r"^\.\. auto(?:function|class|exception):: otloss\.(\S+)$", page, re.MULTILINE))
+    assert set(otloss.__all__) - {"plot"} <= shown
+    assert {f"plot.{name}" for name in otloss.plot.__all__} <= shown
+
+
+def test_what_is_promised_is_tested() -> None:
+    """Every test that the page of promises names is there: a file, a function in it, or ``::`` one in the same file."""
+    names = re.findall(r"`((?:tests/\w+\.py)?(?:::\w+)?)`", (ROOT / "docs/numerics.md").read_text())
+    file = ""
+    for name in names:
+        path, _, function = name.partition("::")
+        file = path or file
+        assert file in FILES, name
+        assert not function or f"def {function}(" in (ROOT / file).read_text(), name
+    assert len(names) > 30
+
+
+def test_pictures_are_those_that_are_drawn() -> None:
+    """Each is kept, and shown by a page."""
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+    spec = importlib.util.spec_from_file_location("drawings", ROOT / "docs/drawings.py")
+    assert spec is not None and spec.loader is not None
+    drawings = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(drawings)
+    kept = {Path(name).name for name in FILES if name.startswith("docs/pictures/")}
+    assert set(drawings.DRAWINGS) == kept
+    shown = {target for page in PAGES if page.startswith("docs/") for target in targets((ROOT / page).read_text())}
+    assert {f"pictures/{name}" for name in drawings.DRAWINGS} <= shown
 
 
 def test_a_module_of_the_benchmarks_page_exists() -> None:
