@@ -166,7 +166,8 @@ def section(found: dict[str, Any]) -> list[str]:
 
 def page(runs: dict[str, dict[str, Any]]) -> str:
     """Every run that is kept."""
-    return "\n".join(["# This tree beside older commits", "", *(line for run in runs.values() for line in section(run))])
+    lines = [line for run in runs.values() for line in section(run)]
+    return "\n".join(["# This tree beside older commits", "", *lines])
 
 
 def main() -> None:
