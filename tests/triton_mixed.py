@@ -78,8 +78,9 @@ def test_penalties(regime: str, dtype: torch.dtype, rho: float) -> None:
     assert (got.n_iter <= FEW).all() and (got.error < TOL + slack(dtype)).all()
     for one, other in zip(got[2:4], want[2:4], strict=True):
         close(one, other, slack(dtype) + TOL)
-    # The error of a marginal at one point is eps times that of its potential there, relative to its mass.
-    close(given.a * got.f, exact(given).a * want.f, slack(dtype) + TOL * EPS / 0.1)
+    # The error of a marginal at one point is eps times that of its potential there, relative to its mass. The reference
+    # nears f = g from both sides, slowly where the penalties are large.
+    close(given.a * got.f, exact(given).a * (want.f + want.g) / 2, slack(dtype) + TOL * EPS / 0.1)
     check_equal_potentials(got, given)
     one_sided = given._replace(rho_b=2 * rhos)  # another penalty on either side: not that of a set with itself
     got, want = solve(one_sided, 6), reference.solve(exact(one_sided), 6, TOL)
@@ -93,13 +94,13 @@ def test_other_problems_of_the_batch_take_plain_iterations(regime: str, relaxed:
     """To the bit those without mixed steps. The last feature or the last cost of a set may make the difference."""
     if kind == "dense" and regime == "streamed":
         pytest.skip("a dense cost is never made anew")
-    left, right, a, b = same_sets(kind, 33, torch.float32, batch=4)
+    left, right, a, b = same_sets(kind, 18, torch.float32, batch=4)
     other = left if right is None else right
     other[1, -1, -2] *= 1.5
     b[2] = b[2].flip(-1)
     rhos = [None, None] if not relaxed else [torch.ones(4), torch.ones(4)]
     given = Problem(left, right, a, b, 0.5, *rhos)
-    got, plain = solve(given, 30), triton.solve(given, 30, TOL)
+    got, plain = solve(given, 6), triton.solve(given, 6, TOL)
     f, g = reference.unshifted(plain, a, b)
     for one, two in zip(got[:6], (f, g, *plain[2:6]), strict=True):
         assert torch.equal(one[1:3], two[1:3])
@@ -108,8 +109,8 @@ def test_other_problems_of_the_batch_take_plain_iterations(regime: str, relaxed:
 
 def test_a_cost_that_is_not_that_of_distances(dense_regime: str) -> None:
     """Mixed steps are slow there. Plain iterations go on, and take few sweeps more than alone. One cost has offsets."""
-    _, _, a, b = same_sets("dense", 20, F64)
-    cost, offset = torch.rand(2, 20, 20, dtype=F64), 5 * torch.randn(20, dtype=F64)
+    _, _, a, b = same_sets("dense", 9, F64)
+    cost, offset = torch.rand(2, 9, 9, dtype=F64), 5 * torch.randn(9, dtype=F64)
     for symmetric in (cost, cost + offset + offset.unsqueeze(-1)):
         given = Problem((symmetric + symmetric.mT) / 2, None, a, b, EPS)
         got, plain = solve(given, 300, 1e-9), triton.solve(given, 300, 1e-9)
@@ -125,7 +126,7 @@ def test_offsets_and_forbidden_pairs(dense_regime: str) -> None:
     cost = given.left.clone()
     cost[:, 2, 5] = cost[:, 5, 2] = torch.inf
     barred = given._replace(left=cost)
-    got, want = solve(barred, 300), reference.solve(barred, 300, 1e-10)
+    got, want = solve(barred, 100), reference.solve(barred, 1000, 1e-10)
     close(got.value, want.value, 1e-4)
     assert got.f.isfinite().all() and got.transport_cost.isfinite().all()
 
@@ -133,7 +134,7 @@ def test_offsets_and_forbidden_pairs(dense_regime: str) -> None:
 @pytest.mark.parametrize("relaxed", [False, True])
 def test_the_first_and_the_last_sweep(regime: str, relaxed: bool) -> None:
     """``max_iter`` bounds the sweeps, and a start at the solution is seen in the first one."""
-    left, right, a, b = same_sets("features" if regime == "streamed" else "dense", 21, F64)
+    left, right, a, b = same_sets("features" if regime == "streamed" else "dense", 18, F64)
     rhos = [None, None] if not relaxed else [torch.full((2,), 0.5, dtype=F64)] * 2
     given = Problem(left, right, a, b, EPS, *rhos)
     whole = solve(given, 200, 1e-9)
@@ -142,7 +143,7 @@ def test_the_first_and_the_last_sweep(regime: str, relaxed: bool) -> None:
         assert part.n_iter.tolist() == [most] * 2 and part.value.isfinite().all()
         check_equal_potentials(part, given)
     assert solve(given, 200, TOL, whole.g).n_iter.tolist() == [1, 1]
-    far = solve(given, 200, 1e-9, 1e3 * torch.randn(2, 21, dtype=F64))
+    far = solve(given, 200, 1e-9, 1e3 * torch.randn(2, 18, dtype=F64))
     assert torch.equal(far.n_iter, whole.n_iter)
     close(far.value, whole.value, 1e-8)
 
