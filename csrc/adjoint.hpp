@@ -72,7 +72,10 @@ template <class T> struct Adjoint {
     normalise_dead_columns();
     team.each(cost.parts.count, [&](int part) {
       T *mass = S + size_t(part) * cost.cols, *rhs = h + size_t(part) * cost.cols;
-      for (int i0 = cost.parts.begin(part); i0 < cost.parts.end(part); i0 += block) assemble_block(i0, mass, rhs);
+      for (int i0 = cost.parts.begin(part); i0 < cost.parts.end(part); i0 += block) {
+        assemble_block(i0, mass, rhs);
+        poll_after_block(cost.block_work());
+      }
     });
     add_parts(S, cost.parts.count, cost.cols);
     add_parts(h, cost.parts.count, cost.cols);
@@ -98,6 +101,7 @@ template <class T> struct Adjoint {
             if (pass == 0) peak[j] = std::max(peak[j], z);
             else total[j] += std::exp2(z - peak[j]);
           }
+        poll(cost.block_work());
       }
     for (int j = 0; j < cost.m; ++j)
       if (live[j] == 0 && peak[j] > none) log_c[j] = -(peak[j] + std::log2(total[j]));
@@ -284,6 +288,7 @@ template <class T> struct Adjoint {
           if (weights == Weights::none) gradient_rows<Weights::none>(i, w_rows, w);
           else if (weights == Weights::cosines) gradient_rows<Weights::cosines>(i, w_rows, w);
           else gradient_rows<Weights::totals>(i, w_rows, w);
+          poll_after_block(int64_t(rows_at_once) * cost.cols);
         }
         const T* G = M + size_t(i0) * cost.ld;
         cost.pull_rows(G, i0, count, w_rows, out);

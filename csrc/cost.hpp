@@ -115,13 +115,17 @@ template <class T> struct Cost {
     y_ = Points<T>(p.right, m, p.d, p.kind, centre, false, gradient, arena);
     if (product) {
       panels_ = arena.take<T>(size_t(x_.width) * (cols + lanes<T>));
-      for (int j = 0; j < filled(m); j += lanes<T>) y_.pack_transposed(j, panel(j), panel_ld);
+      for (int j = 0; j < filled(m); j += lanes<T>) {
+        y_.pack_transposed(j, panel(j), panel_ld);
+        poll_after_row(j / lanes<T>, int64_t(lanes<T>) * y_.width);
+      }
       for (int j = filled(m); j < m; ++j) y_.write_row(j, [=](int k, auto) { return single(j) + std::min(k, y_.width - lanes<T>); });
     }
     if (gradient && p.d < x_.width) gx_ = arena.take<T>(size_t(n) * x_.width), gy_ = arena.take<T>(size_t(m) * x_.width);
   }
 
   T* row(int i) const { return C + size_t(i) * ld; }
+  int64_t block_work() const { return int64_t(block) * cols * (1 + p.d / 16); }  // of filling a block of rows, as poll() counts it
 
   // Fills rows i0 .. i0 + count - 1; what is beyond the last row becomes 0.
   void fill(int i0, int count = block) const {
@@ -140,7 +144,10 @@ template <class T> struct Cost {
 
   // Copies C without its padding to `to`, for a later gradient. Does nothing if `to` is null.
   void copy_cost_to(T* to) const {
-    for (int i = 0; to && i < n; ++i) std::memcpy(to + size_t(i) * m, row(i), sizeof(T) * m);
+    for (int i = 0; to && i < n; ++i) {
+      std::memcpy(to + size_t(i) * m, row(i), sizeof(T) * m);
+      poll_after_row(i, m);
+    }
   }
 
   // How many rows of a gradient are formed before they are contracted.
@@ -155,8 +162,10 @@ template <class T> struct Cost {
       return;
     }
     const int step = chunk_size(m, most_depth, lanes<T>);
-    for (int j = 0; j < m; j += step)
+    for (int j = 0; j < m; j += step) {
       pull<false>(G + j, x_, i0, count, y_, j, std::min(step, m - j), w, gx_ ? gx_ : out.left, j == 0, j + step >= m);
+      poll(int64_t(count) * step * (1 + p.d / 16));
+    }
     for (int i = i0; gx_ && i < i0 + count; ++i) unpad(x_, i, gx_, out.left);
   }
 
@@ -169,6 +178,7 @@ template <class T> struct Cost {
     for (int i = i0; i < i0 + count; i += step) {
       const int depth = std::min(step, i0 + count - i);
       pull<true>(G + size_t(i - i0) * ld + j0, y_, j0, width, x_, i, depth, w, gy_ ? gy_ : out.right, i == 0, i + depth == n);
+      poll(int64_t(depth) * width * (1 + p.d / 16));
     }
     for (int j = j0; gy_ && i0 + count == n && j < j0 + width; ++j) unpad(y_, j, gy_, out.right);
   }

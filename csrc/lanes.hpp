@@ -87,6 +87,7 @@ template <class T> struct Lanes {
       cost.fill(0, n);
       keep(lane, cost);
       arena.rewind(mark);
+      poll(int64_t(n) * m * (1 + p->d / 16));
     }
     for (int lane = count; lane < L; ++lane) std::memset(staged + lane * step(), 0, sizeof(T) * step());
     const int ld = leading<T>(m);

@@ -161,6 +161,7 @@ template <class T> struct LaneAdjoint : Lanes<T> {
       active &= (norm > target * target * start) & (k - last < Adjoint<T>::cg_patience);
       if (!any<T>(active)) break;
       steps -= active;
+      poll(int64_t(n) * m * Base::L);
       for (int j = 0; j < m; ++j) set(v, j, at(unroot, j) * at(dir, j));
       normal(v, work);
       for (int j = 0; j < m; ++j) set(work, j, at(dir, j) - at(unroot, j) * (shrink * at(work, j)));
@@ -258,7 +259,7 @@ void implicit_lanes(const Problem<T>* p, int count, Arena& arena, const T* const
       arena.rewind(mark);
     }
   }
-  const Team alone;
+  const Team alone(p->n, p->m, p->d);
   for (int lane = 0; lane < count; ++lane)
     if (fallback[lane]) implicit_gradient(p[lane], arena, alone, f[lane], g[lane], up[lane], adjoint, grads[lane]);
 }

@@ -58,6 +58,7 @@ template <class T> struct LaneQuasiNewton : LaneSolver<T> {
     for (Course<T>& c : course) c = Course<T>(this->p->eps, tol, max_iter);
     active = ~fallback;
     while (any<T>(active)) {
+      poll(int64_t(n) * m * L);
       Vec error, reach, slope, range;
       evaluate(error, reach, slope, range);
       typename Course<T>::Verdict verdict[L] = {};
@@ -337,7 +338,7 @@ void solve_lanes(const Problem<T>* p, int count, Arena& arena, bool accelerate, 
     fallback = s.fallback;
     write_solutions(s, count, outs);
   }
-  const Team alone;
+  const Team alone(p->n, p->m, p->d);
   for (int lane = 0; lane < count; ++lane)
     if (fallback[lane]) {
       const int64_t spent = p->relaxed ? n_iter[lane] : 0;

@@ -65,6 +65,7 @@ template <class T> struct LaneRelaxed : LaneSolver<T> {
     for (int lane = 0; lane < L; ++lane) n_iter[lane] = fallback[lane] ? 0 : most;
     Mask active = ~fallback;
     for (int64_t k = 0; k < most && any<T>(active); ++k) {
+      poll(int64_t(n) * m * L);
       const Mask lost = active & iterate(), done = k > 0 ? active & ~lost & (error() < tol) : Mask{};
       fallback |= lost;
       active &= ~(lost | done);

@@ -43,6 +43,7 @@ template <class T> struct LaneSolver : Lanes<T> {
     for (int lane = 0; lane < L; ++lane) n_iter[lane] = max_iter;
     mask<T> active = ~fallback;
     for (int64_t k = 0; k < max_iter && any<T>(active); ++k) {
+      poll(int64_t(n) * m * L);
       Vec missed, reach;
       iterate(missed, reach);
       const mask<T> done = k > 0 ? active & (missed < tol) : mask<T>{}, lost = active & ~done & ~(reach <= Solver<T>::wide);

@@ -3,6 +3,12 @@
 // An address is an integer (Tensor.data_ptr()), 0 for "none". The caller vouches for shape, dtype and contiguity.
 #include <pybind11/pybind11.h>
 
+#include <atomic>
+
+#ifndef _WIN32
+#include <pthread.h>
+#endif
+
 #include "dispatch.hpp"
 #include "pool.hpp"
 
@@ -74,7 +80,9 @@ int useful(int threads, double entries) { return entries < 2e5 ? 1 : threads; }
 template <class Task> void each_problem(const Inputs& in, int threads, double passes, Task task) {
   threads = useful(threads, double(in.count) * in.n * in.m * passes);
   const bool together = in.count < threads && in.n * in.m >= 2 * part_entries;
-  parallel(in.count, together ? 1 : threads, [&](int64_t i, Arena& scratch) { task(i, scratch, Team(together ? threads : 1)); });
+  parallel(in.count, together ? 1 : threads, [&](int64_t i, Arena& scratch) {
+    task(i, scratch, Team(int(in.n), int(in.m), int(in.d), together ? threads : 1));
+  });
 }
 
 // Problems with short rows in groups, one to a lane: full ones, or as full as leaves no thread idle. A lane's result is its own.
@@ -200,6 +208,29 @@ template <class T> double worst_error(Address f, int64_t n, Address g, int64_t m
   return worst;
 }
 
+// Python runs the handlers of signals on its main thread alone, between bytecodes. Where that thread is in a call, the call asks.
+std::atomic<unsigned long> main_thread{0};
+
+bool handler_raises() {
+  if (PyThread_get_thread_ident() != main_thread) return false;
+  const py::gil_scoped_acquire gil;
+  return PyErr_CheckSignals() != 0;  // the exception stays set on this thread until the call has ended
+}
+
+void answer_signals() {
+  main_thread = py::module_::import("threading").attr("main_thread")().attr("ident").cast<unsigned long>();
+#ifndef _WIN32
+  pthread_atfork(nullptr, nullptr, [] { main_thread = PyThread_get_thread_ident(); });
+#endif
+  signal_wants_stop = handler_raises;
+  py::register_local_exception_translator([](std::exception_ptr thrown) {
+    try {
+      if (thrown) std::rethrow_exception(thrown);
+    } catch (const Stopped&) {  // the handler's exception is set
+    }
+  });
+}
+
 template <class T> double probe_read(int64_t bytes) {
   Arena scratch;
   return kernels_of<T>(level()).probe_read(scratch, bytes);
@@ -214,6 +245,7 @@ template <class T> double probe_products(int n, int m, int d, int part) {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of otloss; use otloss.backends.cpu.";
+  answer_signals();
   py::class_<Inputs>(m, "Inputs")
       .def(py::init([](Address left, Address right, Address a, Address b, int64_t count, int64_t n, int64_t m, int64_t d,
                        double eps, Address kept, Address row_shift, Address column_shift, int kind, Address rho_a, Address rho_b, bool one_left,

@@ -41,6 +41,7 @@ OTLOSS_INLINE void sweep_rows(const T* K, int begin, int end, int cols, int ld, 
       }
     else
       for (int j = 0; j < cols; j += lanes<T>) add(j);
+    poll_after_block(int64_t(block) * cols);
   }
 }
 
@@ -85,6 +86,7 @@ template <class T> void log_rows(const Team& team, const Cost<T>& cost, T eps, c
       const T most = max_of<T>(top), peak = most == -forbidden<T> ? T(0) : most;
       for (int j = 0; j < cost.cols; j += lanes<T>) total += exp2<T>(exponent(c, g, j, T(0), scale) + load(log_b + j) - peak);
       f[i] = -back * (peak + std::log2(sum<T>(total)));
+      poll_after_row(i, cost.cols);
     }
   });
 }
@@ -101,6 +103,7 @@ template <class T> void log_cols(const Team& team, const Cost<T>& cost, T eps, c
         if (log_a[i] == none) continue;
         const T* c = cost.row(i);
         for (int j = begin; j < end; j += lanes<T>) add(j, (f[i] - load(c + j)) * scale + log_a[i]);
+        poll_after_row(i, width);
       }
     };
     each(0, cost.n, [&](int j, vec<T> z) __attribute__((always_inline)) { store<T>(peak + j, max(z, load(peak + j))); });

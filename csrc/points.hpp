@@ -18,6 +18,7 @@ template <class T> const T* centre_of(const Problem<T>& p, Arena& arena) {
   for (int k = 0; k < p.d; ++k) low[k] = std::numeric_limits<T>::infinity(), high[k] = -low[k];
   const auto read = [=, d = p.d](const T* x, const T* mass, int count) {
     for (int i = 0; i < count; ++i, x += d) {
+      poll_after_row(i, d);
       if (!(mass[i] > dead_mass<T>)) continue;
       int k = 0;
       for (; k + lanes<T> <= d; k += lanes<T>) {
@@ -67,6 +68,7 @@ template <class T> struct Points {
     for (int i = 0; centre && i < count; ++i)
       for (int k = 0; k < d; ++k) room[size_t(i) * width + k] -= centre[k];
     for (int i = 0; i < count; ++i) {
+      poll_after_row(i, width);
       if (kind != Kind::cosine) {
         factor[i] = 1, scale[i] = kind == Kind::sqeuclidean ? 2 : 1;
         continue;
@@ -76,9 +78,14 @@ template <class T> struct Points {
       if (total > small && total < large) factor[i] = scale[i] = 1 / std::sqrt(total);
       else rescale(i, room);
     }
-    for (int i = 0; unpacked && i < count; ++i)
+    for (int i = 0; unpacked && i < count; ++i) {
       write_row(i, [=](int k, auto) { return units + size_t(i) * width + std::min(k, width - lanes<T>); });
-    for (int i = 0; pack && i < count; ++i) write_row(i, [=](int k, auto NV) { return unit<NV>(k, i); });
+      poll_after_row(i, width);
+    }
+    for (int i = 0; pack && i < count; ++i) {
+      write_row(i, [=](int k, auto NV) { return unit<NV>(k, i); });
+      poll_after_row(i, width);
+    }
   }
 
   const T* row(int i) const { return rows + size_t(i) * stride; }

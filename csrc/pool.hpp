@@ -11,18 +11,19 @@
 namespace otloss {
 
 // Runs task(i, scratch of the thread) for i = 0 .. count - 1 on up to `threads` threads. The calling thread is one of them.
-// The first exception that a task throws is thrown again here, after all threads have stopped.
+// The first exception that a task throws is thrown again here, after all threads have stopped; the others stop at their next poll().
 void parallel(int64_t count, int threads, const std::function<void(int64_t, Arena&)>& task);
 
 // The threads over which a kernel may spread the parts of one problem. The parts depend on the problem's shape, never on the
 // number of threads.
 class Team {
  public:
-  explicit Team(int threads = 1) : threads_(threads) {}
+  Team(int n, int m, int d, int threads = 1)
+      : threads_(threads), part_(int64_t(std::min(double(poll_entries), double(n) * m * (1 + d / 16)))) {}
   // Runs task(i) for i = 0 .. count - 1. Kernels of every instruction level call this, so the pool gets only plain pointers.
   template <class Task> void each(int count, const Task& task) const {
     if (threads_ <= 1 || count <= 1)
-      for (int i = 0; i < count; ++i) task(i);
+      for (int i = 0; i < count; ++i) task(i), poll(part_);
     else
       spread(count, [](const void* context, int i) { (*static_cast<const Task*>(context))(i); }, &task);
   }
@@ -30,6 +31,7 @@ class Team {
  private:
   void spread(int count, void (*call)(const void*, int), const void* context) const;
   int threads_;
+  int64_t part_;  // about the entries of a part, as poll() counts them
 };
 
 }  // namespace otloss

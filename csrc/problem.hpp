@@ -22,6 +22,8 @@
 #include <type_traits>
 #include <utility>
 
+#include "stop.hpp"
+
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
@@ -50,11 +52,13 @@ template <class T> bool is_symmetric(const Problem<T>& p) {
   if (p.n != p.m || !same(p.a, p.b, p.n)) return false;
   if (p.right) return same(p.left, p.right, size_t(p.n) * p.d);
   constexpr int tile = 32;  // rows and columns that stay in the cache
-  for (int i0 = 0; i0 < p.n; i0 += tile)
+  for (int i0 = 0; i0 < p.n; i0 += tile) {
     for (int j0 = 0; j0 <= i0; j0 += tile)
       for (int i = i0; i < std::min(i0 + tile, p.n); ++i)
         for (int j = j0; j < std::min(j0 + tile, i); ++j)
           if (p.left[size_t(i) * p.m + j] != p.left[size_t(j) * p.m + i]) return false;
+    poll(int64_t(tile) * i0);
+  }
   return true;
 }
 

@@ -84,6 +84,7 @@ template <class T> struct QuasiNewton : Solver<T> {
     for (int i = 0; i < cost.n; ++i) {
       if (!(a[i] > 0)) continue;
       const T *c = cost.row(i), whole = dot(c, b, cost.cols);
+      poll(cost.cols);
       if (std::isfinite(whole)) {
         mean += double(a[i]) * (double(whole) - next_phi[i]);
         continue;

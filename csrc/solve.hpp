@@ -57,6 +57,7 @@ template <class T> struct Solver {
           const bool counts = live_row(i);
           for (int j = 0; counts && j < cost.cols; j += lanes<T>) store<T>(low + j, min(load(c + j) - row_shift[i], load(low + j)));
         }
+        poll_after_block(cost.block_work());
       }
     });
     if (!minima) return;
@@ -127,6 +128,7 @@ template <class T> struct Solver {
           std::memcpy(to + i0, all, sizeof(T) * block);
         };
         keep(t, rho), keep(tc, sharp_of);
+        poll_after_block(int64_t(block) * cost.cols);
       }
     });
     add_parts(sigma, cost.parts.count, cost.cols);
@@ -135,7 +137,7 @@ template <class T> struct Solver {
   // task(first row) for every block of rows, part by part.
   template <class Row> void each_block(Row task) {
     team.each(cost.parts.count, [&](int part) {
-      for (int i0 = cost.parts.begin(part); i0 < cost.parts.end(part); i0 += block) task(i0);
+      for (int i0 = cost.parts.begin(part); i0 < cost.parts.end(part); i0 += block) task(i0), poll_after_block(int64_t(block) * cost.cols);
     });
   }
 

@@ -22,7 +22,7 @@ void unrolled_gradient(const Problem<T>& p, Arena& arena, int64_t n_iter, const 
   arena.reset(Cost<T>::bytes(p, out.left) + Solver<T>::bytes(p) + Arena::bytes<T>((n_iter + 1) * rows) +
               Arena::bytes<T>((n_iter + 1) * cols) + 2 * Arena::bytes<T>(rows) + 5 * Arena::bytes<T>(cols));
   const Cost<T> cost(p, arena, true, out.left);
-  const Team alone;
+  const Team alone(p.n, p.m, p.d);
   Solver<T> s(cost, arena, alone);
   T *f = arena.take<T>((n_iter + 1) * rows), *g = arena.take<T>((n_iter + 1) * cols);
   T *lambda = arena.take<T>(rows), *da = arena.take<T>(rows);
@@ -53,9 +53,10 @@ void unrolled_gradient(const Problem<T>& p, Arena& arena, int64_t n_iter, const 
   // Column sums are taken part by part, as in a sweep. visit(i) adds the terms of row i to `some` and `more`.
   const auto by_parts = [&](int count, T* total, T* other, auto visit) __attribute__((always_inline)) {
     for (int part = 0; part < cost.parts.count; ++part) {
-      for (int i = cost.parts.begin(part); i < std::min(count, cost.parts.end(part)); ++i) visit(i);
+      for (int i = cost.parts.begin(part); i < std::min(count, cost.parts.end(part)); ++i) visit(i), poll_after_block(cost.cols);
       for (size_t j = 0; j < cols; ++j) total[j] += some[j], some[j] = 0;
       for (size_t j = 0; other && j < cols; ++j) other[j] += more[j], more[j] = 0;
+      poll(2 * int64_t(cost.parts.size) * cost.cols);
     }
   };
   const T *fk = f + n_iter * rows, *gk = g + n_iter * cols;
