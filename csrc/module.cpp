@@ -112,13 +112,13 @@ void solve(const Inputs& in, Address start, bool accelerate, int64_t max_iter, d
     return p;
   };
   if (in.short_rows())
-    return each_group(in, kernel.lanes, threads, double(max_iter + 10), [&](int64_t first, int count, Arena& scratch) {
+    return each_group(in, kernel.lanes, threads, double(max_iter) + 10, [&](int64_t first, int count, Arena& scratch) {
       Problem<T> problems[most_lanes];
       Solution<T> solutions[most_lanes];
       for (int k = 0; k < count; ++k) problems[k] = problem(first + k), solutions[k] = solution(first + k);
       kernel.solve_lanes(problems, count, scratch, accelerate, max_iter, T(tol), solutions);
     });
-  each_problem(in, threads, double(max_iter + 10), [&](int64_t i, Arena& scratch, const Team& team) {
+  each_problem(in, threads, double(max_iter) + 10, [&](int64_t i, Arena& scratch, const Team& team) {
     kernel.solve(problem(i), scratch, team, accelerate, max_iter, T(tol), solution(i));
   });
 }

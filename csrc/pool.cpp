@@ -3,6 +3,7 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <cstdio>
 #include <exception>
 #include <mutex>
 #include <system_error>
@@ -249,7 +250,18 @@ void run(int64_t count, int threads, const Task& task) {
   for (int64_t i = 0; i < count; ++i) task(i, scratch());
 }
 
+class NoScratch : public std::bad_alloc {
+ public:
+  explicit NoScratch(size_t bytes) { std::snprintf(text_, sizeof(text_), "cannot allocate %zu bytes of scratch for one thread", bytes); }
+  const char* what() const noexcept override { return text_; }
+
+ private:
+  char text_[80];
+};
+
 }  // namespace
+
+void no_scratch(size_t bytes) { throw NoScratch(bytes); }
 
 bool (*signal_wants_stop)() = nullptr;
 

@@ -100,8 +100,11 @@ inline void want_large_pages(void* data, size_t bytes) {
 #endif
 }
 
+// Throws std::bad_alloc with a message that says how many bytes of scratch the system has refused.
+[[noreturn]] void no_scratch(size_t bytes);
+
 // Scratch of one thread: a bump allocator that grows to the largest problem seen. Call reset() first, with all the bytes that
-// will be taken, and trim() with the number of threads when a call is done.
+// will be taken, and trim() with the number of threads when a call is done. If reset() throws, the scratch is empty.
 class Arena {
  public:
   Arena() = default;
@@ -111,7 +114,8 @@ class Arena {
     if (bytes > size_) {
       release();
       const size_t size = (bytes + large_page - 1) / large_page * large_page;
-      data_ = static_cast<char*>(::operator new(size, std::align_val_t(large_page)));
+      data_ = static_cast<char*>(::operator new(size, std::align_val_t(large_page), std::nothrow));
+      if (!data_) no_scratch(size);
       size_ = size;
       want_large_pages(data_, size_);
     }

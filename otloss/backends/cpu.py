@@ -60,6 +60,13 @@ def level() -> str:
     return _LEVEL
 
 
+def _check_size(problem: Problem) -> None:
+    (_, n, last), right = problem.left.shape, problem.right
+    m, d = (last, 0) if right is None else (right.shape[1], last)
+    if max(n, m, d) >= MOST_POINTS:
+        raise ValueError(f"the cpu backend takes less than 2^30 points and features, got {(n, m, d)}")
+
+
 def _is_one(x: Tensor) -> bool:
     """Whether all problems of a batch share a cost or features, which kernels then read from one place."""
     return x.stride(0) == 0 and x.shape[0] > 1 and x[0].is_contiguous()
@@ -75,13 +82,12 @@ class _KernelCall:
         left, right, a, b, eps = problem.left, problem.right, problem.a, problem.b, problem.eps
         if left.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"the cpu backend takes float32 or float64, not {left.dtype}")
+        _check_size(problem)
         one_left, one_right = _is_one(left), right is not None and _is_one(right)
         self.left, self.a, self.b = left if one_left else left.contiguous(), a.contiguous(), b.contiguous()
         self.right = right if right is None or one_right else right.contiguous()
         self.count, self.n, last = left.shape
         self.m, d = (last, 0) if right is None else (right.shape[1], last)
-        if max(self.n, self.m, d) >= MOST_POINTS:
-            raise ValueError(f"the cpu backend takes less than 2^30 points and features, got {(self.n, self.m, d)}")
         self.rho_a, self.rho_b = (None if rho is None else rho.contiguous() for rho in (problem.rho_a, problem.rho_b))
         self.relaxed = is_relaxed(problem)
         self.suffix = "float32" if left.dtype == torch.float32 else "float64"
@@ -119,7 +125,12 @@ class _KernelCall:
         )
 
     def run(self, kernel: str, *arguments: object) -> None:
-        getattr(_C, f"{kernel}_{self.suffix}")(self.inputs, *arguments, torch.get_num_threads())
+        try:
+            getattr(_C, f"{kernel}_{self.suffix}")(self.inputs, *arguments, torch.get_num_threads())
+        except MemoryError as error:
+            of = "" if self.right is None else f" with {self.right.shape[2]} features each"
+            points = f"{self.n} x {self.m} points{of} in {self.suffix}"
+            raise MemoryError(f"the cpu backend has no memory for a problem of {points}: {error}") from None
 
 
 def _kernel(name: str, like: Tensor) -> Any:
@@ -142,6 +153,7 @@ def normalise(problem: Problem, given: Given, check: bool) -> tuple[Problem, boo
     """
     if is_relaxed(problem):
         return masses.normalise(problem, given, check)
+    _check_size(problem)
     of_a, of_b = problem.a.contiguous(), problem.b.contiguous()
     a, b = torch.empty_like(of_a), torch.empty_like(of_b)
     sides = _side(of_a, given.a, a), _side(of_b, given.b, b)
