@@ -7,7 +7,7 @@ PY      := $(VENV)/bin/python
 SOURCES := pyproject.toml $(wildcard setup.py MANIFEST.in csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help example example-xray test test-all test-processors bench bench-quick bench-gpu lint docs clean
+.PHONY: help example example-xray test test-all test-processors sanitize sanitize-threads bench bench-quick bench-gpu lint docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,6 +58,24 @@ test-all: test  ## the same with every case of the long grids, of which test tak
 # Arguments go to the script, which gives pytest what is not its own: make test-processors PROCESSORS_ARGS="--only avx2".
 test-processors: $(VENV)/.dev  ## the tests that compute, as on older processors and with more threads (15 minutes)
 	$(PY) tests/processors.py $(PROCESSORS_ARGS)
+
+# The kernels without Python in a program of random calls, at every level that the processor has: needs only a compiler.
+# SANITIZE_ARGS="SEED SECONDS" repeats a run, or makes it longer.
+SANITIZED := $(filter-out csrc/module.cpp,$(wildcard csrc/*.cpp)) tests/sanitize/driver.cpp
+comma := ,
+SANITIZE = mkdir -p build/$@; set -e; \
+	for file in $(SANITIZED); do echo $$file; done | xargs -P 2 -I {} sh -c '$(CXX) -std=c++17 -O1 -g1 -fno-omit-frame-pointer \
+	  -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wno-psabi -fno-sanitize-recover=all -fsanitize=$(1) -pthread \
+	  -c {} -o build/$@/$$(basename {}).o'; \
+	$(CXX) -fsanitize=$(1) -pthread $(foreach file,$(SANITIZED),build/$@/$(notdir $(file)).o) -o build/$@/driver; \
+	for level in baseline v3 v4; do OTLOSS_CPU_LEVEL=$$level build/$@/driver $(SANITIZE_ARGS); done
+
+sanitize:  ## the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer (3 minutes)
+	@$(call SANITIZE,address$(comma)undefined)
+
+sanitize-threads: export TSAN_OPTIONS = die_after_fork=0 halt_on_error=1
+sanitize-threads:  ## the CPU kernels under ThreadSanitizer (3 minutes)
+	@$(call SANITIZE,thread)
 
 bench: $(VENV)/.bench  ## time otloss and its peers, draw the plots, write the README's table (more than an hour)
 	$(PY) -m benchmarks all $(BENCH_ARGS)

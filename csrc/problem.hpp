@@ -27,6 +27,9 @@
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
 
 namespace otloss {
 
@@ -111,36 +114,55 @@ class Arena {
   Arena(const Arena&) = delete;
   ~Arena() { release(); }
   void reset(size_t bytes) {
+    bytes += 1024 * gap;
     if (bytes > size_) {
       release();
       const size_t size = (bytes + large_page - 1) / large_page * large_page;
       data_ = static_cast<char*>(::operator new(size, std::align_val_t(large_page), std::nothrow));
       if (!data_) no_scratch(size);
-      size_ = size;
+      size_ = used_ = size;
       want_large_pages(data_, size_);
     }
-    used_ = 0;
+    rewind(0);
   }
   void trim(int threads) {
     if (size_ > keep / threads) release();
   }
   size_t used() const { return used_; }
-  void rewind(size_t used) { used_ = used; }  // gives back what was taken since
+  void rewind(size_t used) {  // gives back what was taken since
+#ifdef __SANITIZE_ADDRESS__
+    __asan_unpoison_memory_region(data_ + used, used_ - used);
+    std::memset(data_ + used, 0xff, used_ - used);  // NaN, for whoever reads what was not written
+    __asan_poison_memory_region(data_ + used, used_ - used);
+#endif
+    used_ = used;
+  }
   // Always inline: a copy of its own would be shared by all levels, whatever instructions it was compiled to.
   template <class T> inline __attribute__((always_inline)) T* take(size_t count) {
     T* p = reinterpret_cast<T*>(data_ + used_);
-    used_ += bytes<T>(count);
+    used_ += bytes<T>(count) + gap;
     if (used_ > size_) throw std::bad_alloc();
+#ifdef __SANITIZE_ADDRESS__
+    __asan_unpoison_memory_region(p, count * sizeof(T));
+#endif
     return p;
   }
   template <class T> static constexpr inline __attribute__((always_inline)) size_t bytes(size_t count) { return (count * sizeof(T) + 63) / 64 * 64; }
 
  private:
   static constexpr size_t keep = size_t(256) << 20;  // a thread that has more than its share of this gives it back
+#ifdef __SANITIZE_ADDRESS__
+  static constexpr size_t gap = 64;  // behind all that is taken, so that a sanitizer sees what reads or writes there
+#else
+  static constexpr size_t gap = 0;
+#endif
   void release() {
+#ifdef __SANITIZE_ADDRESS__
+    __asan_unpoison_memory_region(data_, size_);
+#endif
     if (data_) ::operator delete(data_, std::align_val_t(large_page));
     data_ = nullptr;
-    size_ = 0;
+    size_ = used_ = 0;
   }
   char* data_ = nullptr;
   size_t size_ = 0, used_ = 0;
