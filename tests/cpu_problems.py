@@ -16,6 +16,7 @@ from torch import Tensor
 from otloss.backends import cpu, reference
 from otloss.backends.protocol import Gradients, Problem, Solution, Upstream
 
+cpu.PROCESSORS = 64  # a test may have more threads than there are processors
 needs_cpu = pytest.mark.skipif(cpu.status() is not None, reason=f"cpu backend: {cpu.status()}")
 
 DTYPES = (torch.float32, torch.float64)

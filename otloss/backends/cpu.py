@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from otloss.backends import masses
+from otloss.backends import masses, processors
 from otloss.backends.protocol import (
     COLD,
     NOTHING,
@@ -35,6 +35,7 @@ KEEPS_COST = True
 KINDS: tuple[str, ...] = ("cosine", "sqeuclidean", "dot")  # in the order of csrc/problem.hpp
 READS_HALF = False
 MOST_POINTS = 1 << 30  # rounded up to vectors, in 32 bits
+PROCESSORS = processors.available()  # no call takes more threads
 
 # Read once, so that torch.compile sees plain strings.
 _C: ModuleType | None
@@ -126,7 +127,7 @@ class _KernelCall:
 
     def run(self, kernel: str, *arguments: object) -> None:
         try:
-            getattr(_C, f"{kernel}_{self.suffix}")(self.inputs, *arguments, torch.get_num_threads())
+            getattr(_C, f"{kernel}_{self.suffix}")(self.inputs, *arguments, min(torch.get_num_threads(), PROCESSORS))
         except MemoryError as error:
             of = "" if self.right is None else f" with {self.right.shape[2]} features each"
             points = f"{self.n} x {self.m} points{of} in {self.suffix}"
