@@ -118,8 +118,7 @@ void look() {
 class Pool {
  public:
   void run(int64_t count, int threads, const Task& task) {
-    std::unique_lock<std::timed_mutex> turn(turn_, std::defer_lock);
-    while (!turn.try_lock() && !turn.try_lock_for(patience)) look();
+    const Turn turn(*this);
     {
       std::lock_guard<std::mutex> lock(mutex_);
       const int helpers = grow(threads - 1);
@@ -145,6 +144,27 @@ class Pool {
   }
 
  private:
+  // Calls of several threads take turns.
+  struct Turn {
+    Pool& pool;
+    explicit Turn(Pool& pool) : pool(pool) {
+      std::unique_lock<std::mutex> lock(pool.mutex_);
+      while (pool.taken_ && !pool.free_.wait_for(lock, patience, [&] { return !pool.taken_; })) {
+        lock.unlock();
+        look();
+        lock.lock();
+      }
+      pool.taken_ = true;
+    }
+    ~Turn() {
+      {
+        std::lock_guard<std::mutex> lock(pool.mutex_);
+        pool.taken_ = false;
+      }
+      pool.free_.notify_one();
+    }
+  };
+
   // Starts threads until there are `helpers` of them, or as many as the system gives. Returns how many may be used.
   int grow(int helpers) {
     try {
@@ -194,9 +214,9 @@ class Pool {
     }
   }
 
-  std::timed_mutex turn_;
   std::mutex mutex_;
-  std::condition_variable start_, done_;
+  bool taken_ = false;  // whether it is someone's turn
+  std::condition_variable free_, start_, done_;
   std::vector<std::thread> threads_;
   const Task* task_ = nullptr;
   Call* call_ = nullptr;

@@ -43,6 +43,16 @@ def tall() -> Call:
     return lambda: otloss.sinkhorn(cost, eps=0.01, tol=0.0, max_iter=ENDLESS)
 
 
+def through_operators() -> Call:
+    """Under a transform PyTorch's dispatcher stands between."""
+    cost = torch.rand(4, 200, 200)
+
+    def solve(one: Tensor) -> Tensor:
+        return otloss.sinkhorn(one, eps=0.01, tol=0.0, max_iter=ENDLESS).transport_cost
+
+    return lambda: torch.func.vmap(solve)(cost)
+
+
 def without_mass() -> Call:
     """Iterations in the log-domain throughout."""
     cost, a = torch.rand(2000, 600), torch.rand(2000)
@@ -82,6 +92,7 @@ CALLS: dict[str, Callable[[], Call]] = {
     "features": features,
     "tall": tall,
     "log-domain": without_mass,
+    "through operators": through_operators,
     "gradient": lambda: backward(30_000, 128, max_iter=1, eps=0.001),
     "gradient in lanes": lambda: backward(400_000, 40, max_iter=1, eps=0.001),
     "gradient by unrolling": lambda: backward(8, 256, max_iter=20_000, eps=0.1, gradient="unroll"),
