@@ -96,12 +96,15 @@ from otloss.backends.protocol import Problem
 SHAPES = (64, 49), (30, 150), (1, 1200)
 PROBLEMS = [Problem(torch.rand(k, n, n), None, *[torch.full((k, n), 1 / n)] * 2, 0.1) for k, n in SHAPES]
 
+def running():
+    return len(os.listdir("/proc/self/task"))
+
 def started():
     "How many threads calls of the kernels start."
-    before = len(os.listdir("/proc/self/task"))
+    before = running()
     for problem in PROBLEMS:
         cpu.solve(problem, 20, 0.0)
-    return len(os.listdir("/proc/self/task")) - before
+    return running() - before
 
 class Seen(Dataset):
     def __len__(self):
@@ -113,9 +116,12 @@ def main():
     processors, cpu.PROCESSORS = cpu.PROCESSORS, 64
     assert torch.get_num_threads() == 1, "OMP_NUM_THREADS"
     assert started() == 0
+    alone, begun = running(), time.monotonic()
     for context in "fork", "spawn":
         for seen in DataLoader(Seen(), num_workers=2, batch_size=None, multiprocessing_context=context):
             assert seen.tolist() == [1, 0], (context, seen)
+    while running() > alone and time.monotonic() < begun + 60:
+        time.sleep(0.01)  # threads of the loaders' queues end a little later
     for threads, more in (3, 2), (3, 0), (2, 0), (4, 1):
         torch.set_num_threads(threads)
         assert started() == more, threads
