@@ -125,7 +125,7 @@ def test_a_large_penalty_leaves_the_system_accurate(regime: str, monkeypatch: py
     check_implicit(given)
 
 
-@pytest.mark.parametrize("most", range(2, 8))
+@pytest.mark.parametrize("most", [2, 7])
 @pytest.mark.parametrize("regime", ["small", "large"])
 def test_the_multipliers_have_no_component_that_nothing_reduces(
     regime: str, most: int, monkeypatch: pytest.MonkeyPatch
