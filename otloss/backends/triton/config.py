@@ -153,7 +153,7 @@ def contract(n: int, m: int, d: int, double: bool) -> tuple[Tile, int]:
 FEATURE_ROWS = 16
 VECTOR = 1024
 VECTORS = Tile(FEATURE_ROWS, VECTOR, MIN_SIDE, 8, 3)
-COMPARED = (32, 128)  # rows and columns at a time, where two sets are compared
+COMPARED = (32, 64)  # rows and columns at a time, where two sets are compared
 
 
 def feature_depth(d: int) -> int:

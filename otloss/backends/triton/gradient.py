@@ -117,6 +117,8 @@ def _multipliers(
     z, unit, start, solved = _conjugate_gradients(
         problem, f, g, pull * by_rho, scale * unroot, root, h * unroot, a * rho, torch.where(live_a, y, 0.0)
     )
+    if constant is not None:  # else it is a matter of the gauge
+        z = _without(z, root)
     v = unroot * z
     product = problem.sums(problem.rows, f, g, scale * v)[0] * by_rho
     back = h + scale * problem.sums(problem.columns, g, f, pull * product)[0]
@@ -148,7 +150,8 @@ def _conjugate_gradients(
     right side is only the rounding of the terms ``mass y^2``, which cancel: there z = 0 solves the system.
     """
     count, n, m, d = problem.count, problem.n, problem.m, problem.d
-    res = _without(right_side, root)
+    # Twice: what rounding leaves along root is never reduced, and z would grow along it.
+    res = _without(_without(right_side, root), root)
     unit = res.abs().amax(-1, keepdim=True)
     unit = torch.where(unit > 0, unit, 1.0)
     res = (res / unit).contiguous()

@@ -313,6 +313,8 @@ def adjoint_small(
     k = tl.where(live_a[:, None] | live_b[None, :], k * by_rho[:, None] * (scale / stretch)[None, :], 0.0)
     size = tl.sum(root * root, 0)
     res = without(tl.where(root > 0.0, h / stretch, 0.0), root, size)
+    if soft is not None:  # once more: what rounding leaves along root is never reduced, and z would grow along it
+        res = without(res, root, size)
     unit = tl.max(tl.abs(res), 0)  # of which there may be no square
     unit = tl.where(unit > 0.0, unit, 1.0)
     res = res / unit
@@ -355,6 +357,8 @@ def adjoint_small(
 
     tl.debug_barrier()
     z = vector(v_out, j, m, DTYPE) * unit
+    if soft is not None:  # else it is a matter of the gauge
+        z = without(z, root, size)
     tl.debug_barrier()
     product = tl.sum(k * z[None, :], 1)
     stretch = tl.where(root > 0.0, root, 1.0)
