@@ -44,7 +44,7 @@ def test_no_test_film_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         split, kind = ("train", "val", "test")[number % 3], np.eye(3, dtype=int)[number // 3 % 3]
         lines.append(f"images/{number}.jpg,p{number // 3}-{split},{split},{','.join(map(str, kind))}")
         if split != "test":
-            Image.new("L", (16, 16), number).save(folder / "images" / f"{number}.jpg")
+            Image.linear_gradient("L").resize((16, 16)).save(folder / "images" / f"{number}.jpg")
     (folder / "labels.csv").write_text("\n".join(lines) + "\n")
     monkeypatch.chdir(tmp_path)
     of_script = commands(tmp_path / "DATA", tmp_path / "results")
