@@ -123,4 +123,4 @@ def only(s: Setting, place: int) -> tuple[Verdict, dict[str, Any]]:
         warnings.simplefilter("ignore", otloss.ConvergenceWarning)
         (verdict,) = check(alone)
         t = tensors(alone)
-        return verdict, {} if verdict.state == "raised" else again(alone, t, run(alone, t, "cpu"), 0)
+        return verdict, again(alone, t, run(alone, t, "cpu"), 0)  # what the check has caught is raised here

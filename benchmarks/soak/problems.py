@@ -131,7 +131,7 @@ def tensors(s: Setting) -> Tensors:
         stacked = stacked if stacked.dtype == torch.bool else stacked.to(dtype)
         if s.strided and stacked.dim() == 3:
             stacked = stacked.mT.contiguous().mT
-        if s.shared and name in ("cost", "x") and s.masked != "ragged":
+        if s.shared and name in ("cost", "x", "y") and s.masked != "ragged":
             same = (stacked == stacked[:1]).flatten().all()
             stacked = stacked[0].contiguous().expand_as(stacked) if same else stacked
         found[name] = stacked

@@ -145,6 +145,7 @@ def random_setting(seed: int, group: int, first: int) -> Setting:
     partial = "" if relaxed or divergence or gradient == "unroll" or chance(0.85) else rng.choice(("float", "tensor"))
     lists = "ragged" if features and not partial else "mask"
     masked = rng.choices(("", "mask", lists), (75, 15, 10))[0]
+    starts = not partial and masked != "ragged" and gradient != "unroll"
     forbidden = kind == "dense" and not divergence and chance(0.15)
     how = rng.choice(("float", "tensor"))
     rho = rng.choice(((how, how), (how, ""), ("", how))) if relaxed else ("", "")
@@ -167,7 +168,7 @@ def random_setting(seed: int, group: int, first: int) -> Setting:
         zeros=not forbidden and chance(0.25),
         masses=masses, masked=masked, forbidden=forbidden, rho=rho, rho_size=scale * power(0.2, 2.0), partial=partial,
         tensor_eps=chance(0.2),
-        init=rng.choices(("", "near", "far"), (85, 10, 5))[0] if not (partial or gradient == "unroll") else "",
+        init=rng.choices(("", "near", "far"), (85, 10, 5))[0] if starts else "",
         shared=not divergence and chance(0.1),
         strided=chance(0.1),
         gradient=gradient, solver=rng.choice(("auto", "auto", "plain")),
