@@ -135,7 +135,7 @@ def ends(s: Setting, out: otloss.SinkhornOutput) -> Ends:
         logs = out._matrix(assignment.log_plan).double()
         if not more:
             logs = _filled(logs, s.n, s.m, value=-torch.inf)
-        f, g = _filled(out.f.double(), s.n), _filled(out.g.double(), s.m)
+        f, g = _filled(out.f.detach().double(), s.n), _filled(out.g.detach().double(), s.m)
         return Ends(logs.logsumexp(-1), logs.logsumexp(-2), f, g, out.marginal_error, out.converged, out.n_iter)
 
 

@@ -64,7 +64,8 @@ def _cost(s: Setting, t: Tensors) -> Tensor:
     if s.kind == "dot":
         return -(x @ y.mT)
     squares = [p.square().sum(-1, keepdim=True) for p in (x, y)]
-    x, y = (p / torch.where(k > 0, k, 1.0).sqrt() for p, k in zip((x, y), squares, strict=True))
+    # A zero row has the cost 1 to all, and no gradient.
+    x, y = (torch.where(k > 0, p, 0.0) / torch.where(k > 0, k, 1.0).sqrt() for p, k in zip((x, y), squares, strict=True))
     return 1 - x @ y.mT
 
 
@@ -84,10 +85,11 @@ def _masses(s: Setting, t: Tensors, change: Change) -> tuple[dict[str, Tensor], 
                 x = mass = mask.double() / mask.sum(-1, keepdim=True)
             x = mass = _times(x, factor)
         mass = (mass if mask is None else torch.where(mask, mass, 0.0)).detach()
-        if not free and real and "uniform" not in s.masses:  # float32 masses have totals that float64 tells apart
+        passed = form != "uniform" or not isinstance(factor, float)
+        if not free and passed and given:  # float32 masses have totals that float64 tells apart
             ratio = real[0].sum(-1, keepdim=True) / mass.sum(-1, keepdim=True)
             x, mass = (x + ratio.log() if form == "logs" else _times(x, ratio)), mass * ratio
-        if form != "uniform" or not isinstance(factor, float):
+        if passed:
             given[f"log_{side}" if form == "logs" else side] = x
         real.append(mass)
     return given, Sides(*(m if free else m / m.sum(-1, keepdim=True) for m in real))
