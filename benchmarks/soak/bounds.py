@@ -10,7 +10,7 @@ With u = 2^-24 (2^-53 in float64), a kernel makes two kinds of errors.
   costs moved by u S, with random signs and all in one direction, and masses moved by 2 u. The largest change of a few
   draws times ``ROOM``, which is the room of the tests in ``tests/cpu_problems.py``, is allowed.
 * It stops. The plan that it returns is the exact solution for the marginals that this plan has. The truth is solved
-  again for these, and twice the change is allowed. That holds for any tol.
+  again for these, and twice the change is allowed, also of what holds masses beside the plan. That holds for any tol.
 
 The system of a gradient is solved by conjugate gradients to a relative residual of 5e-7 (1e-12 in float64,
 csrc/adjoint.hpp), which moves its solution as costs do that are moved by so much; this is at most half of what the room
@@ -80,15 +80,17 @@ def _factors(s: Setting, t: Tensors, end: Ends, sides: Sides) -> list[Tensor]:
     return found
 
 
-def stopped(s: Setting, t: Tensors, got: Run, known: Truth) -> tuple[tuple[Change, ...], Tensor]:
-    """Every problem with the marginals of the plan that was got, and by what ``(B,)`` that move was multiplied."""
-    scale, moves = torch.full_like(each(t), 1e7), []
+def stopped(s: Setting, t: Tensors, got: Run, known: Truth) -> tuple[tuple[Change, ...], Tensor, Tensor]:
+    """Every problem with the marginals of the plan that was got, by what ``(B,)`` that move was multiplied, and by what
+    share of itself a mass was moved at most before that."""
+    scale, share, moves = torch.full_like(each(t), 1e7), torch.zeros_like(each(t)), []
     for end, exact, sides in zip(got.ends, known.ends, known.sides, strict=True):
         extended = _extended(sides, t["partial"]) if s.partial else sides
         both = zip(_factors(s, t, end, extended), _factors(s, t, exact, extended), strict=True)
         off = [x / y - 1 for x, y in both]
         whole = sum((mass * x.abs()).sum(-1) / mass.sum(-1) for mass, x in zip(extended, off, strict=True))
         most = torch.maximum(*(x.abs().amax(-1) for x in off))
+        share = torch.maximum(share, most)
         scale = torch.minimum(scale, torch.minimum(LEAST_MOVE / whole, 0.5 / most).nan_to_num(nan=torch.inf))
         moves.append((sides, extended, off))
     scale, changes = scale.clamp_min(1.0), []
@@ -101,7 +103,7 @@ def stopped(s: Setting, t: Tensors, got: Run, known: Truth) -> tuple[tuple[Chang
             changes.append(Change(0.0, a[:, :-1], b[:, :-1], sent))
         else:
             changes.append(Change(0.0, a, b))
-    return tuple(changes), scale
+    return tuple(changes), scale, share
 
 
 def _extended(sides: Sides, sent: Tensor) -> Sides:
@@ -144,8 +146,9 @@ def compare(
         for name, x in parts(known, other.found):
             moved[name] = torch.maximum(moved[name], _apart(x, right[name]) * (unit / STEP[s.torch_dtype]))
     if s.gradient != "unroll":
-        changes, scale = stopped(s, t, got, known)
-        short = {name: _apart(x, right[name]) / scale for name, x in parts(known, truth(s, t, changes, known).found)}
+        changes, scale, share = stopped(s, t, got, known)
+        for name, x in parts(known, truth(s, t, changes, known).found):
+            short[name] = _apart(x, right[name]) / scale + share * _by_share(s, t, name, right[name])
     added, found = terms(s, t, known), {}
     for name, x in parts(known, got.found):
         room = max(ROOM, 2 * CG_TARGET[s.torch_dtype] / unit) if _needs_system(s, name) else ROOM
@@ -159,6 +162,23 @@ def compare(
     if not s.partial:
         found["marginal_error"] = (*_claims(s, t, got, known), zero)
     return found
+
+
+def _by_share(s: Setting, t: Tensors, name: str, right: Tensor) -> Tensor:
+    """What a number changes by, relative to the share of itself that a mass is off by, beside what the plan changes.
+
+    The same plan belongs to masses a with potentials f, and to a' with f - eps log(a'/a). So potentials, and what
+    holds a mass or a potential beside the plan, are those of the masses that were given.
+    """
+    eps = eps_of(s, t)
+    if name.startswith(("f", "g")):
+        return eps
+    if not name.startswith("by "):
+        return torch.zeros_like(eps)
+    if s.output in ("transport_cost", "value", "divergence"):
+        masses = name.startswith(("by a", "by b", "by log_"))
+        return t["weight 0"].abs() * eps if masses else torch.zeros_like(eps)
+    return largest(finite(right))
 
 
 def _lost(s: Setting, t: Tensors, known: Truth) -> Tensor:

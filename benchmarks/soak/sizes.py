@@ -78,7 +78,8 @@ def terms(s: Setting, t: Tensors, known: Truth) -> Tensors:
     """
     eps, sides, end, plan = eps_of(s, t), known.sides[0], known.ends[0], known.plans[0]
     live = (sides.a > 0).unsqueeze(-1) & (sides.b > 0).unsqueeze(-2) & known.costs[0].isfinite()
-    inner = largest(torch.where(live, exponents(s, t, known, 0), 0.0))
+    sizes = torch.where(live, exponents(s, t, known, 0), 0.0)
+    inner = largest(sizes)
     size = largest(torch.where(live, known.costs[0], 0.0)) + eps
     size = size + largest(torch.where(sides.a > 0, end.f, 0.0)) + largest(torch.where(sides.b > 0, end.g, 0.0))
     weights = torch.cat([t[name].abs().reshape(len(eps), -1) for name in t if name.startswith("weight")], -1)
@@ -94,6 +95,7 @@ def terms(s: Setting, t: Tensors, known: Truth) -> Tensors:
     found = dict.fromkeys(("by cost", "by cost_xx", "by cost_yy"), by_plan / eps)
     found |= dict.fromkeys(("by a", "by b", "by log_a", "by log_b"), by_mass * total)
     found |= dict.fromkeys(("transport_cost", "value", "divergence"), 2 * size * total) | {"f": size, "g": size}
+    found |= {"plan": largest(plan * sizes) / eps, "barycentric": far * inner / eps}
     found |= {"by eps": by_mass * total / eps * (1 + inner / eps), "by points": most * s.n}
     for side, rho in zip("ab", strengths(s, t), strict=True):
         if rho is not None:

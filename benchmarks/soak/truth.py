@@ -65,7 +65,7 @@ def _cost(s: Setting, t: Tensors) -> Tensor:
         return -(x @ y.mT)
     squares = [p.square().sum(-1, keepdim=True) for p in (x, y)]
     # A zero row has the cost 1 to all, and no gradient.
-    x, y = (torch.where(k > 0, p, 0.0) / torch.where(k > 0, k, 1.0).sqrt() for p, k in zip((x, y), squares, strict=True))
+    x, y = (torch.where(k > 0, p, 0.0) / k.clamp_min(1e-100).sqrt() for p, k in zip((x, y), squares, strict=True))
     return 1 - x @ y.mT
 
 
@@ -138,7 +138,8 @@ def _solve(
         options["partial"] = _times(t["partial"], change.sent)
     if steps is not None:
         return otloss.sinkhorn(cost, **options, tol=0.0, max_iter=int(steps)), sides
-    rounding = 2**-50 * float((_spread(cost, sides, s.relaxed) / t.get("eps", torch.tensor(s.eps))).max())
+    eps = t["eps"].detach() if s.tensor_eps else s.eps
+    rounding = 2**-50 * float((_spread(cost, sides, s.relaxed) / eps).max())
     if start is not None and not s.partial:
         options["init"] = (start.f, start.g)
     return otloss.sinkhorn(cost, **options, tol=max(TOL, rounding), max_iter=MAX_ITER), sides
@@ -168,6 +169,8 @@ def _once(
             found["divergence"] = found["divergence"] + 0.5 * t.get("eps", s.eps) * (totals[0] - totals[1]).square()
     else:
         found = outputs(s, t, outs[0])
+        if not s.relaxed:
+            found |= _in_gauge(s, t, found["f"], found["g"])
     grads, by_cost = by_name(given, loss(s, t, found), tuple(costs))
     plans = [out.plan.detach() for out in outs]
     filled = [torch.zeros_like(c) if g is None else g for c, g in zip(costs, by_cost, strict=True)]
@@ -176,8 +179,23 @@ def _once(
     return Truth(shown, ended, [c.detach() for c in costs], filled, plans, sides)
 
 
+def _in_gauge(s: Setting, t: Tensors, f: Tensor, g: Tensor) -> Tensors:
+    """f and g with <a, f> = <b, g> of the masses before a change: the gauge of what is compared with."""
+    a, b = _differentiable_masses(s, t)
+    if not s.partial:
+        a, b = a / a.sum(-1, keepdim=True), b / b.sum(-1, keepdim=True)
+    gap = (b * g).sum(-1, keepdim=True) - (a * f).sum(-1, keepdim=True)
+    gap = gap / (a.sum(-1, keepdim=True) + b.sum(-1, keepdim=True))
+    f, g = f + gap, g - gap
+    return {
+        "f": f if "mask_x" not in t else torch.where(t["mask_x"], f, 0.0),
+        "g": g if "mask_y" not in t else torch.where(t["mask_y"], g, 0.0),
+    }
+
+
 def _differentiable_masses(s: Setting, t: Tensors) -> tuple[Tensor, Tensor]:
-    given, sides = _masses(s, t, Change())
+    """The masses as they were given, without a change; 0 where a mask leaves a point out."""
+    given, sides = _masses(s, t | {"count": t["weight 0"]}, Change())
     found = []
     for side, real, mask in (("a", sides.a, t.get("mask_x")), ("b", sides.b, t.get("mask_y"))):
         x = given[f"log_{side}"].exp() if f"log_{side}" in given else given.get(side, real)
