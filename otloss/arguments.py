@@ -162,7 +162,7 @@ def _mass(
     if mask is None:
         return like.new_full((count, n), 1 / n), "uniform"
     share = mask.to(like.dtype)
-    return share / share.sum(-1, keepdim=True), "masses"
+    return share / share.sum(-1, keepdim=True), "uniform"
 
 
 def _check_values(tensors: dict[str, Tensor]) -> None:
