@@ -7,6 +7,7 @@ KeyboardInterrupt; it then says when, and whether the next call gives what it ga
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 import time
@@ -131,4 +132,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in a shell's background begins without it
     main()
