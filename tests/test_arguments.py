@@ -82,6 +82,15 @@ def test_a_mask_is_a_crop(backend: str, dense: bool, masses: str) -> None:
     assert all(bool(grad.isfinite().all()) for grad in grads)
 
 
+def test_uniform_masses_under_a_mask_stand_beside_masses_of_any_total(backend: str) -> None:
+    cost, mask = torch.rand(6, 5, dtype=torch.float64), _masks()[1]
+    a = (0.5 + torch.rand(6, dtype=torch.float64)).requires_grad_()
+    options = {"mask_y": mask, "backend": backend, **EXACT}
+    got, want = (otloss.sinkhorn(cost, mass, **options).value for mass in (a, a / a.sum()))
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(*(torch.autograd.grad(value, a)[0] for value in (got, want)))
+
+
 def test_a_mask_for_each_problem() -> None:
     x, y, _, _ = _problem()
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 0, 1, 0, 1], [1, 1, 1, 1, 1]], dtype=torch.bool)
