@@ -19,6 +19,7 @@ from PIL import Image
 from examples.optiml.__main__ import cli
 from examples.optiml.data.index import read_index
 from examples.optiml.downstream.arms import SUP1
+from examples.optiml.pretraining.log import read_log
 from examples.optiml.reporting.overview import BEGIN, END
 from examples.optiml.reporting.row_files import comparison_rows
 
@@ -75,6 +76,9 @@ def test_the_page_says_how_many_films_there_are_and_what_a_step_takes() -> None:
     assert len(networks) == 5
     for name, found in networks.items():
         assert f"{found['step_seconds']:.2f} s" in page, name
+    runs = [read_log(RESULTS / "runs" / f"{name}-rate-0.001-seed0.csv") for name in ("positions", "positions-alpha-0")]
+    with_it, without = (f"{run[-1]['effective_rank']:.1f}" for run in runs)
+    assert f"effective rank of {with_it}, those without transport with {without}" in page
 
 
 def test_its_means_are_those_of_the_records() -> None:
