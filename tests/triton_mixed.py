@@ -108,7 +108,7 @@ def test_other_problems_of_the_batch_take_plain_iterations(regime: str, relaxed:
 
 
 def test_a_cost_that_is_not_that_of_distances(dense_regime: str) -> None:
-    """Mixed steps are slow there, and plain iterations go on. Sweeps as in ``test_divergence.py``; one cost has offsets."""
+    """Mixed steps are slow there, and plain iterations go on. Sweeps as in ``test_divergence.py``."""
     _, _, a, b = same_sets("dense", 9, F64)
     cost, offset = torch.rand(2, 9, 9, dtype=F64), 5 * torch.randn(9, dtype=F64)
     for symmetric in (cost, cost + offset + offset.unsqueeze(-1)):
