@@ -108,13 +108,13 @@ def test_other_problems_of_the_batch_take_plain_iterations(regime: str, relaxed:
 
 
 def test_a_cost_that_is_not_that_of_distances(dense_regime: str) -> None:
-    """Mixed steps are slow there. Plain iterations go on, and take few sweeps more than alone. One cost has offsets."""
+    """Mixed steps are slow there, and plain iterations go on. Sweeps as in ``test_divergence.py``."""
     _, _, a, b = same_sets("dense", 9, F64)
     cost, offset = torch.rand(2, 9, 9, dtype=F64), 5 * torch.randn(9, dtype=F64)
     for symmetric in (cost, cost + offset + offset.unsqueeze(-1)):
         given = Problem((symmetric + symmetric.mT) / 2, None, a, b, EPS)
         got, plain = solve(given, 300, 1e-9), triton.solve(given, 300, 1e-9)
-        assert (got.n_iter <= plain.n_iter + 10).all() and (plain.error < 1e-9).all() and (got.error < 1e-9).all()
+        assert got.n_iter.sum() <= plain.n_iter.sum() and (plain.error < 1e-9).all() and (got.error < 1e-9).all()
         close(got.value, plain.value, 1e-8)
         check_equal_potentials(got, given)
 
