@@ -88,7 +88,8 @@ def page(found: dict[str, Any]) -> str:
         f"{states.get('not converged', 0):,} problems ({_share(states.get('not converged', 0), problems)}) did not "
         f"converge, and said so; of {states.get('no truth', 0):,} the reference did not converge to 1e-12 either, so "
         "that they were not compared. Of "
-        f"{states.get('warned of', 0):,} a gradient is beyond its bound, of which the call warns. {_share(loose, numbers)} of the bounds are above a tenth of the largest entry: "
+        f"{states.get('warned of', 0):,} a gradient is beyond its bound, of which the call warns. "
+        f"{_share(loose, numbers)} of the bounds are above a tenth of the largest entry: "
         "these problems are too ill-conditioned for the comparison to say much.",
         "",
         "## Largest error over its bound",
