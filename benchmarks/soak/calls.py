@@ -39,9 +39,8 @@ class Run:
     found: Tensors
     ends: list[Ends]
 
-    def of(self, place: int) -> Run:
-        """Of one problem."""
-        here = slice(place, place + 1)
+    def of(self, here: slice | Tensor) -> Run:
+        """Of some problems."""
         ends = [Ends(*(x[here] for x in end)) for end in self.ends]
         return Run({name: x[here] for name, x in self.found.items()}, ends)
 

@@ -139,7 +139,7 @@ def random_setting(seed: int, group: int, first: int) -> Setting:
     features, divergence = not verb.lower().startswith("sinkhorn"), verb.endswith("Loss")
     kind = "cosine" if verb == "cosine_sinkhorn" else rng.choice(tuple(POINTS)) if features else "dense"
     content = rng.choice(POINTS[kind] if features else ("points",) if divergence else MATRICES)
-    n, m = (rng.choice(rng.choices(SIZES, SIZE_SHARES)[0]) for _ in range(2))
+    n, m = (rng.choice(rng.choices(SIZES, (3, 1, 0) if divergence else SIZE_SHARES)[0]) for _ in range(2))
     n, m = (max(n, m), max(n, m)) if content.endswith("permutation") or chance(0.1) else (n, m)
     gradient = "implicit" if divergence else rng.choices(("implicit", "unroll", "none"), (75, 15, 10))[0]
     relaxed = gradient != "unroll" and content not in SLOW_RELAXED and chance(0.25)
@@ -161,7 +161,7 @@ def random_setting(seed: int, group: int, first: int) -> Setting:
     )
     return Setting(
         seed, group, first,
-        count=max(1, min(MOST_PROBLEMS, MOST_ENTRIES // (n * m))),
+        count=max(1, min(MOST_PROBLEMS, MOST_ENTRIES // (n * m if not divergence else n * m + n * n + m * m))),
         verb=verb, kind=kind, content=content, n=n, m=m, d=rng.choice(DIMENSIONS) if features else 0, dtype=dtype,
         scale=scale,
         eps=scale * (power(0.05, 1.0) if relaxed else power(0.005, 0.02) if chance(0.1) else power(0.02, 1.0)),

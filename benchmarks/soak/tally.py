@@ -87,7 +87,9 @@ def page(found: dict[str, Any]) -> str:
         f"**{len(found['failures'])} beyond a bound**. {numbers:,} numbers were compared. "
         f"{states.get('not converged', 0):,} problems ({_share(states.get('not converged', 0), problems)}) did not "
         f"converge, and said so; of {states.get('no truth', 0):,} the reference did not converge to 1e-12 either, so "
-        f"that they were not compared. {_share(loose, numbers)} of the bounds are above a tenth of the largest entry: "
+        "that they were not compared. Of "
+        f"{states.get('warned of', 0):,} a gradient is beyond its bound, of which the call warns. "
+        f"{_share(loose, numbers)} of the bounds are above a tenth of the largest entry: "
         "these problems are too ill-conditioned for the comparison to say much.",
         "",
         "## Largest error over its bound",

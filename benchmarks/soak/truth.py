@@ -17,7 +17,7 @@ from benchmarks.soak.calls import Ends, Run, by_name, ends, leaves, loss, output
 from benchmarks.soak.problems import Tensors
 from benchmarks.soak.settings import Setting
 
-TOL, MAX_ITER = 1e-12, 4000
+TOL, MAX_ITER = 1e-12, 2000
 
 
 class Change(NamedTuple):
