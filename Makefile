@@ -37,6 +37,11 @@ $(VENV)/.docs: $(VENV)/.torch $(SOURCES)
 	$(INSTALL) ".[docs,examples]"
 	@touch $@
 
+# For .ci/run: everything in one go, which builds the kernels once.
+$(VENV)/.all: $(VENV)/.torch $(SOURCES)
+	$(INSTALL) ".[dev,docs,examples]"
+	@touch $@ $(VENV)/.dev $(VENV)/.docs $(VENV)/.examples
+
 $(VENV)/.bench: $(VENV)/.torch $(SOURCES)
 	$(INSTALL) ".[bench]"
 	@touch $@
