@@ -20,6 +20,7 @@ from triton_problems import (
     REGIMES,
     Given,
     check_implicit,
+    check_reads_what_is_written,
     check_solve,
     close,
     problem,
@@ -107,17 +108,7 @@ def everything(given: Given) -> list[Tensor]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_is_read_before_it_is_written(regime: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given = problem(kind, 17, 19, torch.float32)
-    torch.manual_seed(1)
-    want = everything(given)
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    torch.use_deterministic_algorithms(True)  # new memory is filled with NaN and with the largest integers
-    try:
-        assert torch.empty(3).isnan().all()
-        torch.manual_seed(1)
-        got = everything(given)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert all(map(torch.equal, got, want)) and all(x.isfinite().all() for x in got)
+    check_reads_what_is_written(lambda: everything(given), monkeypatch)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,6 +10,9 @@ cost; a gradient of the plan to 1/eps times that, and through the adjoint system
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import pytest
 import torch
 from conftest import reference_solution
 from torch import Tensor
@@ -40,6 +43,21 @@ def close(got: Tensor, want: Tensor, tolerance: float) -> None:
     size = max(float(want.abs().max()), 0.1) if want.numel() else 0.1
     difference = float((got.double() - want).abs().max()) if want.numel() else 0.0
     assert difference <= tolerance * size, (difference / size, tolerance)
+
+
+def check_reads_what_is_written(everything: Callable[[], list[Tensor]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same numbers, all of them finite, where new memory is filled with NaN and with the largest integers."""
+    torch.manual_seed(1)
+    want = everything()
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        torch.manual_seed(1)
+        got = everything()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(map(torch.equal, got, want)) and all(x.isfinite().all() for x in got)
 
 
 def problem(kind: str, n: int, m: int, dtype: torch.dtype, batch: int = 2, d: int = 5, masked: bool = True) -> Given:

@@ -11,7 +11,18 @@ import pytest
 import torch
 from conftest import relative
 from torch import Tensor
-from triton_problems import DTYPES, EPS, REGIMES, Given, close, problem, slack, upstream, wide
+from triton_problems import (
+    DTYPES,
+    EPS,
+    REGIMES,
+    Given,
+    check_reads_what_is_written,
+    close,
+    problem,
+    slack,
+    upstream,
+    wide,
+)
 
 import otloss
 from otloss.backends import reference, triton
@@ -178,14 +189,7 @@ def everything(given: Problem) -> list[Tensor]:
 
 def test_nothing_is_read_before_it_is_written(regime: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given = relaxed(some(regime, torch.float32), BOTH)
-    want = everything(given)
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    torch.use_deterministic_algorithms(True)  # new memory is filled with NaN and with the largest integers
-    try:
-        got = everything(given)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert all(map(torch.equal, got, want)) and all(x.isfinite().all() for x in got)
+    check_reads_what_is_written(lambda: everything(given), monkeypatch)
 
 
 def test_groups_of_problems_take_their_own_penalties(monkeypatch: pytest.MonkeyPatch) -> None:

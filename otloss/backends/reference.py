@@ -21,10 +21,7 @@ from otloss.backends.adjoint import solve_adjoint
 from otloss.backends.masses import by_given as by_given
 from otloss.backends.masses import normalise as normalise
 from otloss.backends.masses import worst_error as worst_error
-from otloss.backends.massless import known as known
-from otloss.backends.massless import live as live
-from otloss.backends.massless import log_mass, or_one, tangent_of_no_mass
-from otloss.backends.massless import unrolled_by_mass as unrolled_by_mass
+from otloss.backends.massless import live, log_mass, or_one, tangent_of_no_mass, unrolled_by_mass
 from otloss.backends.protocol import COLD, Gradients, Problem, Shift, Solution, Start, Upstream, is_relaxed
 from otloss.backends.relaxed import penalties
 from otloss.backends.start import better_start

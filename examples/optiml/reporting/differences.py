@@ -35,6 +35,12 @@ Replicates = dict[int, Floats]
 Arrays = dict[int, dict[str, NDArray[Any]]]
 
 
+def paired(a: Replicates, b: Replicates) -> Floats | None:
+    """``a`` minus ``b`` under each seed that both have, one seed a row; None if they share none."""
+    seeds = sorted(a.keys() & b.keys())
+    return np.stack([a[seed] - b[seed] for seed in seeds]) if seeds else None
+
+
 @dataclass(frozen=True)
 class Difference(Summary):
     """One row minus another."""
@@ -45,17 +51,15 @@ class Difference(Summary):
     @classmethod
     def between(cls, a: Replicates, b: Replicates) -> Difference | None:
         """``a`` minus ``b`` over the seeds that both have; None if they share no seed, or the figure is not defined."""
-        seeds = sorted(a.keys() & b.keys())
-        if not seeds:
+        if (gaps := paired(a, b)) is None:
             return None
-        gaps = np.stack([a[seed] - b[seed] for seed in seeds])
         mean = gaps.mean(axis=0)
         if np.isnan(mean[0]):  # nothing to find among the test films
             return None
-        deviation = gaps[:, 0].std(ddof=1) if len(seeds) > 1 else 0.0
+        deviation = gaps[:, 0].std(ddof=1) if len(gaps) > 1 else 0.0
         found = Estimate.of(mean[0], mean[1:])
         agreed = len(set(np.sign(gaps[:, 0]))) == 1
-        return cls(found.value, float(deviation), found.low, found.high, len(seeds), agreed)
+        return cls(found.value, float(deviation), found.low, found.high, len(gaps), agreed)
 
     def text(self, digits: int) -> str:
         spread = f" ± {self.deviation:.{digits}f}" if self.seeds > 1 else ""

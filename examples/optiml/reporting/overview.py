@@ -17,7 +17,7 @@ from ..downstream.arms import SUP1
 from ..downstream.finetune import usable_classes
 from ..markdown import markdown_table
 from ..metrics import Floats, class_aucs, macro, student_quantile
-from .differences import Arrays, Replicates, draws_with_original
+from .differences import Arrays, Replicates, draws_with_original, paired
 
 #: A row's epochs under each seed, as ``RowStore.curves`` has them.
 Curves = list[list[dict[str, float]]]
@@ -53,11 +53,9 @@ class Effect:
     @classmethod
     def between(cls, a: Replicates, b: Replicates) -> Effect | None:
         """``a`` minus ``b``; None if they share no seed."""
-        seeds = sorted(a.keys() & b.keys())
-        if not seeds:
+        if (gaps := paired(a, b)) is None:
             return None
-        gaps = np.stack([a[seed] - b[seed] for seed in seeds])
-        value, count = float(gaps[:, 0].mean()), len(seeds)
+        value, count = float(gaps[:, 0].mean()), len(gaps)
         if count == 1:
             return cls(value, count)
         of_seeds, of_patients = float(gaps[:, 0].var(ddof=1)) / count, float(np.nanvar(gaps[:, 1:].mean(axis=0)))

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from otloss.backends.massless import known, live, unrolled_by_mass
 from otloss.backends.protocol import Gradients, Upstream
-from otloss.backends.reference import known, live, unrolled_by_mass
 from otloss.backends.triton import adjoint, config, contract, rows, small, stream
 from otloss.backends.triton.launch import DeviceProblem, View, iterate, launch
 

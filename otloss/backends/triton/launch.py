@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from otloss.backends.massless import live
 from otloss.backends.protocol import Problem, Shift, is_relaxed
-from otloss.backends.reference import live
 from otloss.backends.relaxed import penalties
 from otloss.backends.steps import without_forbidden
 from otloss.backends.triton import config, features, mixed, product, stream

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from otloss.backends.massless import known, live
 from otloss.backends.protocol import Gradients, Solution, Upstream
-from otloss.backends.reference import known, live
 from otloss.backends.relaxed import Penalty
 from otloss.backends.triton.gradient import Side, by_cost, multipliers
 from otloss.backends.triton.launch import DeviceProblem

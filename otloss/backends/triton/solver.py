@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from otloss.backends.massless import known, live
 from otloss.backends.protocol import Problem, Shift, Solution
-from otloss.backends.reference import known, live
 from otloss.backends.start import better_start
 from otloss.backends.triton import config, mixed, penalties, relaxed, rows, small, stream
 from otloss.backends.triton.launch import DeviceProblem, iterate, launch
