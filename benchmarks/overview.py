@@ -8,7 +8,11 @@ from benchmarks import report, targets
 from benchmarks.peers import OURS
 from benchmarks.tolerance import EPS, SHAPES, TOLERANCES
 
-SOLVER_ROWS = {"random": "random costs and masses", "peaked": "peaked masses, ties and permutations"}
+SOLVER_ROWS = {
+    "random": "random costs and masses",
+    "peaked": "peaked masses, ties and permutations",
+    "float32": "the first kinds in float32, and matched views",
+}
 """The sets of problems in ``solver.json``, and what they are called."""
 
 

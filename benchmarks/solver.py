@@ -6,7 +6,8 @@
 The problems cross sizes, kinds of cost, kinds of masses, eps and tol. "auto" is held to three promises: it converges
 wherever "plain" does, to the same transport cost within tol, and takes no more than 1.1 times its sweeps, with ``ROOM``
 sweeps of room for problems that take a few. As many problems again have what makes plain iterations short, and hard to
-foresee: masses of which few count, ties and permutations.
+foresee: masses of which few count, ties and permutations. A third set is in float32. Among it are matched views: every
+point is near one partner, so that a plain iteration changes little more than rounding does.
 """
 
 from __future__ import annotations
@@ -29,11 +30,17 @@ MAX_ITER, ROOM = 20_000, 2
 KINDS = ("uniform", "squared distances", "line", "cosine", "blocks", "repeated rows", "offsets", "grid")
 PEAKED_KINDS = ("ties", "permutation", "uniform", "cosine", "grid", "line", "noisy permutation", "squared distances")
 SPREADS, PEAKED_SPREADS = (0.0, 1.0, 3.0), (0.0, 3.0, 5.0, 12.0)
+SETS = {
+    "random": (KINDS, SPREADS, torch.float64, 1e-7),
+    "peaked": (PEAKED_KINDS, PEAKED_SPREADS, torch.float64, 1e-7),
+    "float32": (("matched views", *KINDS), SPREADS, torch.float32, 1e-5),
+}
+"""Kinds of costs, spreads of masses, dtype and least tol of each set of problems."""
 
 
 @dataclass
 class Case:
-    """One random problem, in float64."""
+    """One random problem."""
 
     kind: str
     spread: float
@@ -100,6 +107,10 @@ def random_cost(kind: str, n: int, m: int, rng: torch.Generator) -> Tensor:
         return uniform(n, m) + 3 * uniform(n, 1) + 3 * uniform(1, m)
     if kind == "grid":
         return integers(4, n, m).double() / 2
+    if kind == "matched views":
+        cost = 0.72 + 0.05 * torch.randn(n, m, generator=rng, dtype=torch.float64)
+        cost.diagonal().copy_(0.02 + 0.15 * uniform(min(n, m)))
+        return cost
     if kind == "ties":
         return integers(3, n, m).double()
     if kind.endswith("permutation"):
@@ -108,9 +119,9 @@ def random_cost(kind: str, n: int, m: int, rng: torch.Generator) -> Tensor:
     return uniform(n, m)
 
 
-def random_cases(count: int, seed: int = 0, peaked: bool = False) -> Iterator[Case]:
-    """Problems of all kinds in turn: up to 64 points a side, eps from 0.002 to 1, tol from 1e-7 to 1e-2."""
-    kinds, spreads = (PEAKED_KINDS, PEAKED_SPREADS) if peaked else (KINDS, SPREADS)
+def random_cases(count: int, seed: int = 0, name: str = "random") -> Iterator[Case]:
+    """Problems of a set, of all its kinds in turn: up to 64 points a side, eps from 0.002 to 1, tol from 1e-7 to 1e-2."""
+    kinds, spreads, dtype, least_tol = SETS[name]
     rng = torch.Generator().manual_seed(seed)
 
     def number(low: float, high: float) -> float:
@@ -119,11 +130,12 @@ def random_cases(count: int, seed: int = 0, peaked: bool = False) -> Iterator[Ca
     for index in range(count):
         kind = kinds[index % len(kinds)]
         n, m = (int(k) for k in torch.randint(1, 65, (2,), generator=rng))
-        m = n if kind.endswith("permutation") else m
-        spread = spreads[int(torch.randint(len(spreads), (), generator=rng))]
+        m = n if kind.endswith(("permutation", "views")) else m
+        spread = spreads[int(torch.randint(len(spreads), (), generator=rng))] if kind != "matched views" else 0.0
         a, b = ((spread * torch.randn(k, generator=rng, dtype=torch.float64)).softmax(0) for k in (n, m))
         eps, tol = 10 ** number(math.log10(0.002), 0), 10.0 ** int(number(-7, -2))
-        yield Case(kind, spread, eps, tol, random_cost(kind, n, m, rng), a, b)
+        cost = random_cost(kind, n, m, rng)
+        yield Case(kind, spread, eps, max(tol, least_tol), *(t.to(dtype) for t in (cost, a, b)))
 
 
 def compare(case: Case, backend: str = "cpu") -> Outcome:
@@ -178,8 +190,8 @@ def main() -> None:
     parser.add_argument("--problems", type=int, default=2000)
     count = parser.parse_args().problems
     found = {}
-    for name, peaked in (("random", False), ("peaked", True)):
-        outcomes = [compare(case) for case in random_cases(count, peaked=peaked)]
+    for name in SETS:
+        outcomes = [compare(case) for case in random_cases(count, name=name)]
         totals = summary(outcomes)
         print(f"{name}:")
         for what, value in totals.items():

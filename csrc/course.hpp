@@ -25,10 +25,17 @@ constexpr int patience = 20;      // sweeps at the problem's eps before larger o
 constexpr int stage_factor = 4;   // between the eps of two stages
 constexpr int stage_sweeps = 50;  // most of a stage with a larger eps
 
+// Of a pair: whether its change is rounding. Such a pair waits, and is added to the next; near a permutation, where plain steps hardly
+// change the residual, only many of them together tell anything. The changes are differences of one residual after the other, so
+// that the rounding of their sum is that of its ends.
+template <class T> bool is_rounding(T change) {
+  constexpr T noise = 8 * std::numeric_limits<T>::epsilon();
+  return change <= noise * noise;
+}
+
 // 1 / <step, change> of a pair, 0 if it tells nothing: its curvature is not positive, or the change is rounding.
 template <class T> T inverse_curvature(T along, T step, T change) {
-  constexpr T noise = 8 * std::numeric_limits<T>::epsilon();
-  return along > 0 && along * along > T(1e-10) * step * change && change > noise * noise ? 1 / along : T(0);
+  return along > 0 && along * along > T(1e-10) * step * change && !is_rounding(change) ? 1 / along : T(0);
 }
 
 template <class T> struct Course {

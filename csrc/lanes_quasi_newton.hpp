@@ -17,7 +17,7 @@ template <class T> struct LaneQuasiNewton : LaneSolver<T> {
   T *last_phi, *last_psi;  // the scalings of lanes that are done, whose vectors run on
   Vec inverse[memory] = {};
   Course<T> course[L];
-  Mask active;
+  Mask active, waiting = {};  // waiting: whose newest pair is to be added to the next
   int newest = 0;
 
   LaneQuasiNewton(const Problem<T>* p, int count, Arena& arena) : Base(p, count, arena) {
@@ -167,20 +167,30 @@ template <class T> struct LaneQuasiNewton : LaneSolver<T> {
     return by_rows * T(ln2) + by_columns;
   }
 
+  void forget(Mask where) {
+    for (Vec& x : inverse) x = where ? Vec{} : x;
+    waiting &= ~where;
+  }
+
   // Saves the steps of some lanes and the changes of their residuals; clears the memory of others.
   void remember(Mask some, Mask cleared) {
+    const T *last_step = steps[newest], *last_change = changes[newest];
     newest = (newest + 1) % memory;
+    forget(cleared);
     Vec along{}, step{}, change{};
     for (int j = 0; j < m; ++j) {
-      const Vec s = some ? at(dir, j) : Vec{}, y = some ? at(residual, j) - at(trial, j) : Vec{};
+      const Vec s = (some ? at(dir, j) : Vec{}) + (waiting ? at(last_step, j) : Vec{});
+      const Vec y = (some ? at(residual, j) - at(trial, j) : Vec{}) + (waiting ? at(last_change, j) : Vec{});
       set(steps[newest], j, s);
       set(changes[newest], j, y);
       along += s * y;
       step += s * s;
       change += y * y;
     }
-    for (Vec& x : inverse) x = cleared ? Vec{} : x;
-    for (int lane = 0; lane < L; ++lane) inverse[newest][lane] = inverse_curvature(along[lane], step[lane], change[lane]);
+    for (int lane = 0; lane < L; ++lane) {
+      inverse[newest][lane] = inverse_curvature(along[lane], step[lane], change[lane]);
+      waiting[lane] = -int(some[lane] && is_rounding(change[lane]));
+    }
   }
 
   // The trial becomes the state of some lanes.
@@ -221,8 +231,8 @@ template <class T> struct LaneQuasiNewton : LaneSolver<T> {
       if (moving[lane]) {
         eps[lane] = course[lane].stage_eps();
         scale[lane] = exponent_scale(eps[lane]);
-        for (Vec& x : inverse) x[lane] = 0;
       }
+    forget(moving);
     this->first_rows(moving);
     for (int j = 0; j < m; ++j) set(plain, j, moving ? splat<T>(1) : at(plain, j));
   }
@@ -276,6 +286,7 @@ template <class T> struct LaneQuasiNewton : LaneSolver<T> {
     };
     const auto times = [](Vec inverse, Vec x) { return inverse != 0 ? inverse * x : Vec{}; };  // no pair stays none, whatever x is
     Vec weight[memory], slope{}, top{}, bottom{}, shorter{};
+    Mask down{};  // whose direction is none of ascent
     if (count) {
       slope = add(residual, Vec{}, steps[pairs[0]], steps[pairs[0]]);
       for (int i = 0; i < count; ++i) {
@@ -300,9 +311,10 @@ template <class T> struct LaneQuasiNewton : LaneSolver<T> {
         c.slope = slope[lane] * shorter[lane];
       } else {
         some[lane] = 0;
-        for (Vec& x : inverse) x[lane] = 0;
+        down[lane] = -int(weights[lane] > 0);
       }
     }
+    forget(down);
     for (int j = 0; j < m; ++j) {
       const Vec d = at(dir, j) * shorter;
       set(dir, j, d);

@@ -26,6 +26,7 @@ template <class T> struct QuasiNewton : Solver<T> {
   T *point, *plain, *residual, *gradient, *trial, *trial_gradient, *dir, *root, *unroot, *steps[memory], *changes[memory];
   T inverse[memory];  // 1 / <step, change>; 0 where there is no pair
   int newest = 0;
+  bool waiting = false;  // whether the newest pair is to be added to the next
 
   static size_t bytes(const Problem<T>& p) {
     const size_t n = round_up<T>(p.n), m = round_up<T>(p.m);
@@ -107,6 +108,7 @@ template <class T> struct QuasiNewton : Solver<T> {
 
   void forget() {
     for (T& x : inverse) x = 0;
+    waiting = false;
   }
 
   // Runs a stage to its end. False if something is not finite; the outputs say so.
@@ -192,11 +194,16 @@ template <class T> struct QuasiNewton : Solver<T> {
 
   // Saves the step to `point` and the change of the residual along it.
   void remember() {
-    newest = (newest + 1) % memory;
+    if (!waiting) newest = (newest + 1) % memory;
     T *step = steps[newest], *change = changes[newest];
-    std::memcpy(step, dir, sizeof(T) * cost.cols);
-    for (int j = 0; j < cost.cols; j += lanes<T>) store<T>(change + j, load(residual + j) - load(trial + j));
-    inverse[newest] = inverse_curvature(dot(step, change, cost.cols), dot(step, step, cost.cols), dot(change, change, cost.cols));
+    if (!waiting) std::memset(step, 0, sizeof(T) * cost.cols), std::memset(change, 0, sizeof(T) * cost.cols);
+    for (int j = 0; j < cost.cols; j += lanes<T>) {
+      store<T>(step + j, load(step + j) + load(dir + j));
+      store<T>(change + j, load(change + j) + (load(residual + j) - load(trial + j)));
+    }
+    const T size = dot(change, change, cost.cols);
+    inverse[newest] = inverse_curvature(dot(step, change, cost.cols), dot(step, step, cost.cols), size);
+    waiting = is_rounding(size);
   }
 
   void plain_step(Course<T>& course) {

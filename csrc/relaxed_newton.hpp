@@ -29,7 +29,7 @@ template <class T> struct RelaxedNewton : Relaxed<T> {
   };
   Point state, trial;
   T *y, *dir, *steps[memory], *changes[memory];  // y of the state
-  bool paired[memory] = {};
+  bool paired[memory] = {}, waiting = false;  // waiting: whether the newest pair is to be added to the next
   int newest = 0;
 
   static size_t bytes(const Problem<T>& p) { return Base::bytes(p) + (8 + 2 * memory) * Arena::bytes<T>(round_up<T>(p.m)); }
@@ -74,7 +74,10 @@ template <class T> struct RelaxedNewton : Relaxed<T> {
   }
 
  private:
-  void forget() { std::fill(paired, paired + memory, false); }
+  void forget() {
+    std::fill(paired, paired + memory, false);
+    waiting = false;
+  }
 
   // A sweep at the trial point, to which the constant is added. False if something is not finite. The error is known to `noise`.
   bool evaluate(T& error, T& slope, T& range, T& noise) {
@@ -146,10 +149,15 @@ template <class T> struct RelaxedNewton : Relaxed<T> {
 
   // Saves the step to the trial point and the change of the plain step along it.
   void remember() {
-    newest = (newest + 1) % memory;
-    std::memcpy(steps[newest], dir, sizeof(T) * cost.cols);
-    for (int j = 0; j < cost.cols; j += lanes<T>) store<T>(changes[newest] + j, load(state.step + j) - load(trial.step + j));
+    if (!waiting) newest = (newest + 1) % memory;
+    T *step = steps[newest], *change = changes[newest];
+    if (!waiting) std::memset(step, 0, sizeof(T) * cost.cols), std::memset(change, 0, sizeof(T) * cost.cols);
+    for (int j = 0; j < cost.cols; j += lanes<T>) {
+      store<T>(step + j, load(step + j) + load(dir + j));
+      store<T>(change + j, load(change + j) + (load(state.step + j) - load(trial.step + j)));
+    }
     paired[newest] = true;
+    waiting = is_rounding(inner(change, change));
   }
 
   // The trial point, from `dir`.

@@ -7,6 +7,8 @@ import torch
 from cpu_problems import DTYPES, close, cosine, features, needs_cpu, slack, wide
 from torch import Tensor
 
+from benchmarks.solver import random_cost
+from otloss import sinkhorn
 from otloss.backends import cpu, reference
 from otloss.backends.protocol import Backend, Gradients, Problem, Solution, Upstream
 
@@ -122,6 +124,16 @@ def test_quasi_newton_steps_lead_to_the_same_solution(
     assert float(fast.error.max()) < tol + rounding
     for mine, theirs in zip(fast[2:4], plain[2:4], strict=True):
         close(mine, theirs.double(), 100 * tol + rounding)
+
+
+@pytest.mark.parametrize("rhos", [(None, 5.0), (100.0, 100.0)])
+@pytest.mark.parametrize("n", [16, 40])
+def test_steps_that_change_no_more_than_rounding(n: int, rhos: tuple[float | None, float | None]) -> None:
+    """Every point is near one partner, as in test_solver.py."""
+    rng = torch.Generator().manual_seed(1)
+    cost = torch.stack([random_cost("matched views", n, n, rng) for _ in range(16)]).float()
+    out = sinkhorn(cost, eps=0.05, tol=1e-5, max_iter=200, rho_a=rhos[0], rho_b=rhos[1], backend="cpu")
+    assert out.converged.all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -65,7 +65,8 @@ class Courses:
         self.sweeps, self.first, self.wasted, self.level = whole, whole, whole, whole
         self.error, self.rate, self.slope, self.range, self.plain_range = number, number, number, number, number
         self.way = number - 1
-        self.active, self.fresh, self.newton, self.going = flag, flag, ~flag, ~flag
+        self.active, self.fresh = flag, flag
+        self.newton, self.going, self.waiting = ~flag, ~flag, ~flag  # waiting: whose last pair is to be added to the next
         self.f, self.g, self.plain = torch.zeros_like(a), torch.where(self.live, g, 0.0), torch.zeros_like(b)
         self.residual = self.gradient = self.step = torch.zeros_like(b)
         self.pairs: list[tuple[Tensor, Tensor, Tensor]] = []  # steps, changes of the residual, 1 / <step, change>
@@ -124,12 +125,18 @@ class Courses:
     def _remember(self, kept: Tensor, residual: Tensor) -> None:
         some = kept & ~self.fresh
         step, change = torch.where(some, self.step, 0.0), torch.where(some, self.residual - residual, 0.0)
+        if self.pairs:
+            last_step, last_change, _ = self.pairs[-1]
+            step = step + torch.where(self.waiting, last_step, 0.0)
+            change = change + torch.where(self.waiting, last_change, 0.0)
         along, size = _inner(step, change), _inner(change, change)
-        noise = 8 * torch.finfo(step.dtype).eps
-        tells = (along > 0) & (along**2 > 1e-10 * _inner(step, step) * size) & (size > noise**2)
+        rounding = size <= (8 * torch.finfo(step.dtype).eps) ** 2
+        tells = (along > 0) & (along**2 > 1e-10 * _inner(step, step) * size) & ~rounding
         self.pairs = [*self.pairs, (step, change, torch.where(tells, 1 / along, 0.0))][-MEMORY:]
+        self.waiting = some & rounding
 
     def _forget(self, where: Tensor) -> None:
+        self.waiting = self.waiting & ~where
         self.pairs = [(step, change, torch.where(where, 0.0, weight)) for step, change, weight in self.pairs]
 
     def _crawls(self) -> Tensor:
