@@ -251,23 +251,24 @@ template <class T> struct Adjoint {
     return size;
   }
 
-  // V by conjugate gradients, then U and the V of dead columns by one more sweep, which also shows the true residual.
+  // A live column's V takes a Jacobi step where its mass is below `tiny` of the mean, but not below what is still exact.
+  static constexpr T tiny = T(1e-4), countable = std::numeric_limits<T>::min() / std::numeric_limits<T>::epsilon();
+
+  // V by conjugate gradients, then U and the V of dead columns by one more sweep, which also shows the true residual. Conjugate
+  // gradients see sqrt(S) V, and leave the V of a tiny mass with an error that is not tiny. A Jacobi step from the same sweep mends
+  // it. U does not feel that step, since tiny masses hardly count in it.
   T multipliers() {
     const T ones = p.relaxed ? along_ones(*this) : T(0), start = conjugate_gradients(), shrink = T(of_a.soft * of_b.soft);
     for (int j = 0; p.relaxed && j < cost.m; ++j) V[j] += live[j] * ones;
     normal(V, work);
-    T left = 0;
+    const T few = tiny * dot(root, root, cost.cols) / T(cost.m);
     for (int j = 0; j < cost.cols; ++j) {
-      if (live[j] != 0) {
-        res[j] = (h[j] + shrink * work[j] - S[j] * V[j]) * unroot[j];
-        res[j] /= rhs_scale;
-      } else {
-        res[j] = 0;
-        if (S[j] > 0) V[j] = (h[j] + shrink * work[j]) / S[j];
-      }
+      const T wanted = h[j] + shrink * work[j];
+      res[j] = live[j] != 0 ? (wanted - S[j] * V[j]) * unroot[j] / rhs_scale : T(0);
+      if (live[j] != 0 ? S[j] < few && S[j] > countable : S[j] > 0) V[j] = wanted / S[j];
     }
     project(res);
-    left = dot(res, res, cost.cols);
+    const T left = dot(res, res, cost.cols);
     for (int i = 0; i < cost.n; ++i) fu[i] = T(of_a.soft) * (y[i] - fu[i]);  // U
     return start == 0 ? T(0) : std::sqrt(left / start);
   }

@@ -191,7 +191,12 @@ template <class T> struct LaneAdjoint : Lanes<T> {
     const Vec ones = relaxed ? along_ones() : Vec{}, start = conjugate_gradients();
     for (int j = 0; relaxed && j < m; ++j) set(best, j, at(best, j) + ones);
     normal(best, work);
-    for (int j = 0; j < m; ++j) set(res, j, (at(h, j) + shrink * at(work, j) - at(S, j) * at(best, j)) * at(unroot, j) / rhs_scale);
+    const Vec few = inner(root, root) * (Adjoint<T>::tiny / T(m));
+    for (int j = 0; j < m; ++j) {
+      const Vec wanted = at(h, j) + shrink * at(work, j), mass = at(S, j);
+      set(res, j, (wanted - mass * at(best, j)) * at(unroot, j) / rhs_scale);
+      set(best, j, (mass < few) & (mass > Adjoint<T>::countable) ? wanted / mass : at(best, j));
+    }
     project(res);
     for (int i = 0; i < n; ++i) set(fu, i, soft_a * (at(y, i) - at(fu, i)));
     return start == 0 ? Vec{} : Base::square_root(inner(res, res) / start);

@@ -69,7 +69,7 @@ template <class T> struct RelaxedNewton : Relaxed<T> {
       if (!course.stage_is_over() && !newton_step(course)) plain_step(course);
     }
     n_iter = course.k;
-    if (!(course.error < course.goal)) columns.move_by(y, state.step);
+    columns.move_by(y, state.step);
     std::swap(y, columns.x);
   }
 

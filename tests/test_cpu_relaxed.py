@@ -126,6 +126,18 @@ def test_quasi_newton_steps_lead_to_the_same_solution(
         close(mine, theirs.double(), 100 * tol + rounding)
 
 
+@pytest.mark.parametrize("n", [20, 90])
+def test_the_potentials_of_tiny_masses_obey_their_equation(n: int) -> None:
+    """The marginal error does not see them, and yet g is what f asks for."""
+    cost, (a, b) = torch.rand(32, n, n), ((12 * torch.randn(32, n)).softmax(-1) for _ in range(2))
+    eps, rho = 0.8, 0.3
+    out = sinkhorn(cost, a, b, eps=eps, tol=1e-6, max_iter=1000, rho_b=rho, backend="cpu")
+    assert out.converged.all()
+    exponents = (out.f.double().unsqueeze(-1) - cost) / eps + a.double().log().unsqueeze(-1)
+    asked = -eps * exponents.logsumexp(-2) * rho / (rho + eps)
+    assert torch.allclose(out.g.double(), asked, atol=1e-6)
+
+
 @pytest.mark.parametrize("rhos", [(None, 5.0), (100.0, 100.0)])
 @pytest.mark.parametrize("n", [16, 40])
 def test_steps_that_change_no_more_than_rounding(n: int, rhos: tuple[float | None, float | None]) -> None:

@@ -53,6 +53,15 @@ def test_a_planted_fault_is_reported_with_what_makes_its_problem_again(
     assert show(seed, index)
 
 
+@pytest.mark.parametrize("index", [24, 29])
+def test_gradients_by_tiny_masses(index: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """Problems in which those by masses of 1e-10 of the total were once off by some percent."""
+    s = setting_of(0, index)
+    assert s.dtype == "float32" and s.spread == 12 and any(s.rho) and not all(s.rho)
+    assert show(0, index)
+    assert "compared" in capsys.readouterr().out
+
+
 def test_a_problem_is_made_again_by_itself() -> None:
     for s in settings(SEED, 300):
         place = s.count - 1

@@ -138,7 +138,7 @@ def compare(
     """The error, the bound and the size ``(B,)`` of every output and gradient. ``t`` is in float64."""
     if missing := known.found.keys() ^ got.found.keys():
         raise AssertionError(f"only one of both backends has {', '.join(sorted(missing))}")
-    unit, zero = torch.finfo(s.torch_dtype).eps / 2, torch.zeros_like(each(t))
+    unit, zero, added = torch.finfo(s.torch_dtype).eps / 2, torch.zeros_like(each(t)), terms(s, t, known)
     right = dict(parts(known, known.found))
     moved, short = dict.fromkeys(right, zero), dict.fromkeys(right, zero)
     for draw in range(draws):
@@ -148,8 +148,8 @@ def compare(
     if s.gradient != "unroll":
         changes, scale, share = stopped(s, t, got, known)
         for name, x in parts(known, truth(s, t, changes, known).found):
-            short[name] = _apart(x, right[name]) / scale + share * _by_share(s, t, name, right[name])
-    added, found = terms(s, t, known), {}
+            short[name] = _apart(x, right[name]) / scale + share * _by_share(s, t, name, right[name], added)
+    found = {}
     for name, x in parts(known, got.found):
         room = max(ROOM, 2 * CG_TARGET[s.torch_dtype] / unit) if _needs_system(s, name) else ROOM
         size = largest(finite(right[name]))
@@ -164,7 +164,7 @@ def compare(
     return found
 
 
-def _by_share(s: Setting, t: Tensors, name: str, right: Tensor) -> Tensor:
+def _by_share(s: Setting, t: Tensors, name: str, right: Tensor, added: Tensors) -> Tensor:
     """What a number changes by, relative to the share of itself that a mass is off by, beside what the plan changes.
 
     The same plan belongs to masses a with potentials f, and to a' with f - eps log(a'/a). So potentials, and what
@@ -178,7 +178,7 @@ def _by_share(s: Setting, t: Tensors, name: str, right: Tensor) -> Tensor:
     if s.output in ("transport_cost", "value", "divergence"):
         masses = name.startswith(("by a", "by b", "by log_"))
         return t["weight 0"].abs() * eps if masses else torch.zeros_like(eps)
-    return largest(finite(right))
+    return torch.maximum(largest(finite(right)), added.get(name.removesuffix(", no mass"), eps * 0.0))
 
 
 def _lost(s: Setting, t: Tensors, known: Truth) -> Tensor:
