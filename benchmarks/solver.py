@@ -120,7 +120,7 @@ def random_cost(kind: str, n: int, m: int, rng: torch.Generator) -> Tensor:
 
 
 def random_cases(count: int, seed: int = 0, name: str = "random") -> Iterator[Case]:
-    """Problems of a set, of all its kinds in turn: up to 64 points a side, eps from 0.002 to 1, tol from 1e-7 to 1e-2."""
+    """Problems of a set, its kinds in turn: up to 64 points a side, eps from 0.002 to 1, tol from 1e-7 to 1e-2."""
     kinds, spreads, dtype, least_tol = SETS[name]
     rng = torch.Generator().manual_seed(seed)
 

@@ -66,7 +66,7 @@ class Courses:
         self.error, self.rate, self.slope, self.range, self.plain_range = number, number, number, number, number
         self.way = number - 1
         self.active, self.fresh = flag, flag
-        self.newton, self.going, self.waiting = ~flag, ~flag, ~flag  # waiting: whose last pair is to be added to the next
+        self.newton, self.going, self.waiting = ~flag, ~flag, ~flag  # waiting: its last pair is added to the next
         self.f, self.g, self.plain = torch.zeros_like(a), torch.where(self.live, g, 0.0), torch.zeros_like(b)
         self.residual = self.gradient = self.step = torch.zeros_like(b)
         self.pairs: list[tuple[Tensor, Tensor, Tensor]] = []  # steps, changes of the residual, 1 / <step, change>
