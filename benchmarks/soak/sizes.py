@@ -95,7 +95,7 @@ def terms(s: Setting, t: Tensors, known: Truth) -> Tensors:
     found = dict.fromkeys(("by cost", "by cost_xx", "by cost_yy"), by_plan / eps)
     found |= dict.fromkeys(("by a", "by b", "by log_a", "by log_b"), by_mass * total)
     found |= dict.fromkeys(("transport_cost", "value", "divergence"), 2 * size * total) | {"f": size, "g": size}
-    found |= {"plan": largest(plan * sizes) / eps, "barycentric": far * inner / eps}
+    found |= {"plan": largest(plan * sizes) / eps, "log_plan": inner / eps, "barycentric": far * inner / eps}
     found |= {"by eps": by_mass * total / eps * (1 + inner / eps), "by points": most * s.n}
     for side, rho in zip("ab", strengths(s, t), strict=True):
         if rho is not None:
