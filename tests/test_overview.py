@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 pytest.importorskip("lightly", reason="the example needs otloss[examples]")
 pytest.importorskip("pytorch_lightning", reason="the example needs otloss[examples]")
 
+from PIL import Image
+
 from examples.optiml.data.index import ChestIndex, read_index
 from examples.optiml.data.nih_writer import PhantomConfig, write_phantoms
 from examples.optiml.data.subsets import label_fraction
 from examples.optiml.downstream.finetune import usable_classes
 from examples.optiml.downstream.scores import Scored
-from examples.optiml.reporting.overview import BEGIN, END, Effect, OverviewRow, overview
+from examples.optiml.reporting.figures import draw_effects
+from examples.optiml.reporting.overview import BEGIN, END, Effect, OverviewRow, holm, overview
 from examples.optiml.reporting.row_store import ranks
 
 FRACTIONS = (0.5, 1.0)
@@ -70,14 +75,27 @@ def test_one_seed_has_no_interval_and_rows_without_a_common_one_no_difference() 
     assert Effect.between({0: np.zeros(3)}, {1: np.zeros(3)}) is None
 
 
+def test_the_correction_for_many_intervals() -> None:
+    """Student's t at 10 degrees of freedom leaves 5 % beyond 2.2281 and 1 % beyond 3.1693 (any table has them)."""
+    at = [Effect(t, 3, 1.0, 10.0) for t in (2.2281, -3.1693)]
+    assert [gap.probability for gap in at] == pytest.approx([0.05, 0.01], rel=1e-3)
+    # Three intervals: the least probability must be below 0.05/3, the next below 0.05/2, the last below 0.05.
+    strong, middle, weak = (Effect(t, 3, 1.0, 10.0) for t in (3.2, 2.7, 2.1))
+    assert [gap.beyond for gap in (strong, middle, weak)] == [True, True, False]
+    assert holm([weak, middle, strong]) == [strong, middle]
+    assert holm([Effect(2.4, 3, 1.0, 10.0), weak, weak]) == []  # beyond by itself, not among three
+    assert holm([Effect(9.0, 1)]) == []  # one seed
+    assert holm([Effect(0.0, 3, 0.0, np.inf), Effect(1.0, 3, 0.0, np.inf)]) == [Effect(1.0, 3, 0.0, np.inf)]
+
+
 def test_equal_rows_differ_by_nothing(index: ChestIndex) -> None:
-    cells = table(overview(index, "set", FRACTIONS, 50, [row(index, "a", 0.5), row(index, "b", 0.5)]))
+    cells = table(overview(index, "set", FRACTIONS, 50, [row(index, "a", 0.5), row(index, "b", 0.5)]).text)
     assert cells["b"]["frozen, all"].endswith("(+0.0 [+0.0, +0.0])")
 
 
-def test_the_table_has_the_figures_of_the_records(index: ChestIndex) -> None:
+def test_the_table_has_the_figures_of_the_records(index: ChestIndex, tmp_path: Path) -> None:
     rows = [row(index, "first", 1.0), row(index, "better", 0.1), row(index, "sup1", 3.0, (1,))]
-    text = overview(index, "set", FRACTIONS, 200, rows)
+    text, effects = overview(index, "set", FRACTIONS, 200, rows)
     assert text.startswith(BEGIN) and text.rstrip().endswith(END)
     cells = table(text)
     assert list(cells) == ["first", "better", "untrained"] and cells["untrained"]["seeds"] == "1"
@@ -101,10 +119,15 @@ def test_the_table_has_the_figures_of_the_records(index: ChestIndex) -> None:
         assert gap.startswith(f"{levels['better'] - levels['first']:+.1f} [")
         assert "[" not in cells["untrained"][column]  # one seed
     assert [cells["first"][name] for name in ("rank", "converged", "seconds")] == ["20.0", "75.0 %", "0.60"]
+    gap = effects["frozen, all"]["better"]
+    assert gap.text() in cells["better"]["frozen, all"] and list(effects["neighbours"]) == ["better", "untrained"]
+    draw_effects(effects, tmp_path / "effects.png")
+    with Image.open(tmp_path / "effects.png") as picture:
+        assert picture.width > picture.height > 100
     assert "Of the 3 intervals of pretrained rows " in text and "truly 0, 0.15 would" in text
 
 
 def test_without_a_second_seed_it_says_so(index: ChestIndex) -> None:
     rows = [row(index, name, noise, (0,)) for name, noise in (("first", 1.0), ("better", 0.1))]
-    text = overview(index, "set", FRACTIONS, 20, rows)
+    text, _ = overview(index, "set", FRACTIONS, 20, rows)
     assert "there is no interval yet" in text and "±" not in table(text)["better"]["frozen, all"]

@@ -108,8 +108,20 @@ def student_quantile(share: float, freedom: float) -> float:
 
     With t = √freedom · tan θ the density by θ is proportional to cos(θ)^(freedom - 1), which is added up here.
     """
+    theta, above = _student_angles(freedom)
+    found = np.interp(abs(share - 0.5), above, theta)
+    return float(np.sign(share - 0.5) * np.sqrt(min(freedom, 1e6)) * np.tan(found))
+
+
+def student_tails(t: float, freedom: float) -> float:
+    """The probability that Student's t lies farther from 0 than this, on either side."""
+    theta, above = _student_angles(freedom)
+    return float(1 - 2 * np.interp(np.arctan(abs(t) / np.sqrt(min(freedom, 1e6))), theta, above))
+
+
+def _student_angles(freedom: float) -> tuple[Floats, Floats]:
+    """Angles from 0 to a right one, and the probability that the angle of t lies between 0 and each."""
     theta = np.linspace(0, np.pi / 2, 200_001)
     density = np.cos(theta) ** (min(freedom, 1e6) - 1)
-    above = np.concatenate([[0.0], np.cumsum(density[1:] + density[:-1])])  # the mass between 0 and theta, unscaled
-    found = np.interp(abs(share - 0.5), 0.5 * above / above[-1], theta)
-    return float(np.sign(share - 0.5) * np.sqrt(min(freedom, 1e6)) * np.tan(found))
+    above = np.concatenate([[0.0], np.cumsum(density[1:] + density[:-1])])
+    return theta, 0.5 * above / above[-1]

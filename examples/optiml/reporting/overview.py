@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from ..data.subsets import label_fraction
 from ..downstream.arms import SUP1
 from ..downstream.finetune import usable_classes
 from ..markdown import markdown_table
-from ..metrics import Floats, class_aucs, macro, student_quantile
+from ..metrics import Floats, class_aucs, macro, student_quantile, student_tails
 from .differences import Arrays, Replicates, draws_with_original, paired
 
 #: A row's epochs under each seed, as ``RowStore.curves`` has them.
@@ -29,9 +30,9 @@ BEGIN, END = "<!-- overview:begin -->", "<!-- overview:end -->"
 MEANING = (
     "AUC in percent: mean over pretraining seeds ± deviation. In brackets: the row minus the first one under the same "
     "seeds, with its 95 % interval for other seeds and other patients (and the same subsets of labels), in bold where "
-    "that leaves out 0. Rank: the effective rank of the pooled features at the end. Perplexity: of the marginals, at "
-    "the end. Converged: share of the images whose transport did, over the whole run. Seconds: of a step, without its "
-    "views."
+    "that leaves out 0, with a † where it also does after Holm's correction for the number of intervals. Rank: the "
+    "effective rank of the pooled features at the end. Perplexity: of the marginals, at the end. Converged: share of "
+    "the images whose transport did, over the whole run. Seconds: of a step, without its views."
 )
 
 
@@ -78,6 +79,15 @@ class Effect:
         return low > 0 or high < 0
 
     @property
+    def probability(self) -> float:
+        """Of a difference as large or larger if the true one is 0; NaN for a single seed."""
+        if np.isnan(self.error):
+            return np.nan
+        if self.error == 0:
+            return 1.0 if self.value == 0 else 0.0
+        return student_tails(self.value / self.error, self.freedom)
+
+    @property
     def detectable(self) -> float:
         """The smallest true difference whose interval would leave out 0 with a chance of :data:`POWER`."""
         if np.isnan(self.error):
@@ -101,8 +111,19 @@ class OverviewRow:
     curves: Curves
 
 
-def overview(index: ChestIndex, dataset: str, fractions: Sequence[float], draws: int, rows: list[OverviewRow]) -> str:
-    """The table in Markdown between marks, by which a page can be compared with it, and two lines on what it can tell.
+class Overview(NamedTuple):
+    """A comparison at a glance."""
+
+    text: str
+    """The table in Markdown between marks, by which a page can be compared with it, and what it can tell."""
+    effects: dict[str, dict[str, Effect]]
+    """By column and title, what a row differs by from the first one."""
+
+
+def overview(
+    index: ChestIndex, dataset: str, fractions: Sequence[float], draws: int, rows: list[OverviewRow]
+) -> Overview:
+    """The overview of these rows.
 
     Args:
         index: the films that were evaluated on.
@@ -123,17 +144,22 @@ def overview(index: ChestIndex, dataset: str, fractions: Sequence[float], draws:
     effects = {name: [Effect.between(x, found[0]) for x in found[1:]] for name, found in figures.items()}
     logs = [_log_cells(row.curves) for row in rows]
     logged = [name for name in logs[0] if any(log[name] for log in logs)]
+    trained = [place for place, row in enumerate(rows[1:]) if row.arm != SUP1]
+    of_trained = {name: [gaps[place] for place in trained] for name, gaps in effects.items()}
+    holding = holm([gap for gaps in of_trained.values() for gap in gaps if gap])
     lines = []
     for place, row in enumerate(rows):
         gaps = [effects[name][place - 1] if place else None for name in figures]
-        cells = [_cell(found[place], gap) for found, gap in zip(figures.values(), gaps, strict=True)]
+        cells = [_cell(found[place], gap, gap in holding) for found, gap in zip(figures.values(), gaps, strict=True)]
         seeds = {seed for found in figures.values() for seed in found[place]}
         title = "untrained" if row.arm == SUP1 else row.title
         lines.append([title, str(len(seeds)), *cells, *(logs[place][name] for name in logged)])
     table = markdown_table(["", "seeds", *figures, *logged], lines, align="right")
-    trained = [place for place, row in enumerate(rows[1:]) if row.arm != SUP1]
-    reach = _reach({name: [gaps[place] for place in trained] for name, gaps in effects.items()})
-    return "\n".join([BEGIN, MEANING, "", *table, "", reach, END, ""])
+    reach = _reach(of_trained, len(holding))
+    by_title = {
+        name: {line[0]: gap for line, gap in zip(lines[1:], gaps, strict=True) if gap} for name, gaps in effects.items()
+    }
+    return Overview("\n".join([BEGIN, MEANING, "", *table, "", reach, END, ""]), by_title)
 
 
 def _aucs(index: ChestIndex, prefix: str, fraction: float, arrays: Arrays, weights: Floats) -> Replicates:
@@ -151,12 +177,21 @@ def _aucs(index: ChestIndex, prefix: str, fraction: float, arrays: Arrays, weigh
     return found
 
 
-def _cell(of_seeds: Replicates, gap: Effect | None) -> str:
+def holm(effects: list[Effect]) -> list[Effect]:
+    """Those that are beyond 0 by Holm's rule: with 95 % certainty none of them all is there by chance."""
+    known = sorted((gap for gap in effects if not np.isnan(gap.error)), key=lambda gap: gap.probability)
+    for place, gap in enumerate(known):
+        if gap.probability > 0.05 / (len(known) - place):
+            return known[:place]
+    return known
+
+
+def _cell(of_seeds: Replicates, gap: Effect | None, holds: bool) -> str:
     if not of_seeds:
         return ""
     values = [x[0] for x in of_seeds.values()]
     spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.1f}{spread}" + (f" ({gap.text()})" if gap else "")
+    return f"{np.mean(values):.1f}{spread}" + (f" ({gap.text()})" + "†" * holds if gap else "")
 
 
 def _log_cells(curves: Curves) -> dict[str, str]:
@@ -173,7 +208,7 @@ def _log_cells(curves: Curves) -> dict[str, str]:
     return {name: form.format(np.mean(x)) if x else "" for name, (x, form) in figures.items()}
 
 
-def _reach(effects: dict[str, list[Effect | None]]) -> str:
+def _reach(effects: dict[str, list[Effect | None]], holding: int) -> str:
     """How many intervals between pretrained rows leave out 0, and which differences were within reach."""
     known = {name: [gap for gap in gaps if gap and not np.isnan(gap.error)] for name, gaps in effects.items()}
     found = [gap.beyond for gaps in known.values() for gap in gaps]
@@ -182,6 +217,6 @@ def _reach(effects: dict[str, list[Effect | None]]) -> str:
     within = [f"{name} {np.median([gap.detectable for gap in gaps]):.1f}" for name, gaps in known.items() if gaps]
     return (
         f"Of the {len(found)} intervals of pretrained rows {sum(found)} leave out 0; of as many differences that are "
-        f"truly 0, {len(found) / 20:.2g} would. A true difference of this many points is found with a chance of "
-        f"{100 * POWER:.0f} % (median over rows): {', '.join(within)}."
+        f"truly 0, {len(found) / 20:.2g} would. After Holm's correction {holding} do. A true difference of this many "
+        f"points is found with a chance of {100 * POWER:.0f} % (median over rows): {', '.join(within)}."
     )
