@@ -108,3 +108,11 @@ def test_its_means_are_those_of_the_records() -> None:
             if arm != "positions":
                 shown = re.search(r"\(\**([+-][\d.]+)", values[column])
                 assert shown is not None and float(shown[1]) == pytest.approx(gap, abs=0.051)
+
+
+def test_the_readme_says_what_pretraining_gains() -> None:
+    """The recommended settings minus the untrained network."""
+    cells = {line.split("|")[1].strip(): line.split("|") for line in overview().splitlines() if line.startswith("|")}
+    gains = [float(cells["recommended"][k].split()[0]) - float(cells["untrained"][k].split()[0]) for k in (3, 5)]
+    said = "the frozen features gain {:.1f} points with 1 % of the labels and {:.1f} with all".format(*gains)
+    assert said in " ".join((FOLDER.parents[1] / "README.md").read_text().split())
