@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import signal
+import threading
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -183,7 +185,7 @@ def convert_all(
         if workers == 1:
             yield from map(note, map(convert, jobs))
             return
-        pool = ProcessPoolExecutor(workers, initializer=_leave_interrupts_to_the_parent)
+        pool = ProcessPoolExecutor(workers, initializer=_begin_worker, initargs=(os.getpid(),))
         try:
             yield from map(note, _map_ahead(pool, jobs, min(16, -(-len(records) // workers)), 4 * workers))
         finally:
@@ -206,5 +208,13 @@ def _convert_batch(jobs: list[Job]) -> list[Done]:
     return [convert(job) for job in jobs]
 
 
-def _leave_interrupts_to_the_parent() -> None:
+def _begin_worker(parent: int) -> None:
+    """Interrupts are the parent's business. A worker whose parent was killed would wait for work for ever."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
