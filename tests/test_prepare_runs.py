@@ -25,7 +25,7 @@ from xray_layouts import column, film, nih, reasons, rsna, run, write_dicom, wri
 from examples.optiml.__main__ import cli
 from examples.optiml.data.index import read_index
 from examples.optiml.data.nih_writer import PhantomConfig, write_phantoms
-from examples.optiml.data.prepare import READERS
+from examples.optiml.data.prepare import READERS, convert
 from examples.optiml.data.prepare.command import main, prepare
 from examples.optiml.data.prepare.settings import PrepareConfig
 
@@ -165,6 +165,22 @@ def test_the_command_says_why_it_cannot_write(
     with pytest.raises(SystemExit) as stop:
         cli(["prepare", "--dataset", "nih", *where])
     assert stop.value.code == f"Stopped: {message.format(tmp_path / 'out')}, the same command goes on from there."
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="there are no such signals")
+def test_an_interrupt_while_workers_start_is_the_parents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It comes where all processes of the group get it before a worker has said that it ignores it."""
+    begin = convert._begin_worker
+
+    def begun(parent: int) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        begin(parent)
+
+    monkeypatch.setattr(convert, "_begin_worker", begun)
+    assert run("nih", nih(tmp_path / "nih"), tmp_path / "out", workers=2).converted == 5
+    assert "KeyboardInterrupt" not in capfd.readouterr().err
 
 
 @pytest.mark.skipif(os.name == "nt", reason="there are no such signals")

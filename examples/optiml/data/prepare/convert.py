@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from itertools import islice
@@ -197,7 +198,8 @@ def _map_ahead(pool: ProcessPoolExecutor, jobs: Iterable[Job], batch: int, ahead
     pending: deque[Future[list[Done]]] = deque()
     jobs = iter(jobs)
     while some := list(islice(jobs, batch)):
-        pending.append(pool.submit(_convert_batch, some))
+        with _interrupts_wait():
+            pending.append(pool.submit(_convert_batch, some))
         if len(pending) > ahead:
             yield from pending.popleft().result()
     while pending:
@@ -206,6 +208,19 @@ def _map_ahead(pool: ProcessPoolExecutor, jobs: Iterable[Job], batch: int, ahead
 
 def _convert_batch(jobs: list[Job]) -> list[Done]:
     return [convert(job) for job in jobs]
+
+
+@contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """A process that starts within is not interrupted before ``_begin_worker``; this one is, but after it."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _begin_worker(parent: int) -> None:
