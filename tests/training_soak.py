@@ -35,7 +35,7 @@ from examples.optiml.pretraining.settings import MonitorConfig, PretrainConfig
 from examples.optiml.pretraining.trainer import pretrain
 
 RESULTS, PAGE = (results.FOLDER / f"training_soak.{ending}" for ending in ("json", "md"))
-BATCH, SIZE, FILMS = 16, 64, 160
+BATCH, SIZE, FILMS = 16, 32, 64
 #: Bytes for each step: half of the pooled features of a batch.
 BOUND = BATCH * 512 * 4 / 2
 #: Rows of the page's table.
