@@ -7,7 +7,7 @@ PY      := $(VENV)/bin/python
 SOURCES := pyproject.toml $(wildcard setup.py MANIFEST.in csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help example example-xray test test-all test-processors sanitize sanitize-threads bench bench-quick bench-gpu lint docs clean
+.PHONY: help example example-xray test test-all test-processors sanitize sanitize-threads coverage bench bench-quick bench-gpu lint docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -81,6 +81,9 @@ sanitize:  ## the CPU kernels under AddressSanitizer and UndefinedBehaviorSaniti
 sanitize-threads: export TSAN_OPTIONS = die_after_fork=0 halt_on_error=1
 sanitize-threads:  ## the CPU kernels under ThreadSanitizer (3 minutes)
 	@$(call SANITIZE,thread)
+
+coverage: $(VENV)/.dev  ## the lines of otloss and csrc that the tests do not reach: a page in benchmarks/results (15 minutes)
+	$(PY) tests/uncovered.py $(COVERAGE_ARGS)
 
 bench: $(VENV)/.bench  ## time otloss and its peers, draw the plots, write the README's table (more than an hour)
 	$(PY) -m benchmarks all $(BENCH_ARGS)

@@ -230,6 +230,16 @@ REFUSED: list[tuple[Callable[[Tensor, Tensor], object], type[Exception], str]] =
     (lambda x, y: otloss.cosine_sinkhorn(x, y[0]), ValueError, r"got \(3, 6, 4\) and \(5, 4\); .* expand it"),
     (lambda x, y: otloss.feature_sinkhorn(x, y, cost="l1"), ValueError, "cost must be one of 'cosine', 'sqeuclidean'"),
     (lambda x, y: otloss.cosine_sinkhorn(x, y, rho_a=True), TypeError, "rho_a must be a number"),
+    (
+        lambda x, y: otloss.cosine_sinkhorn(x, y, mask_x=torch.tensor(True)),
+        ValueError,
+        r"mask_x must have shape \(B, n\), got \(\)",
+    ),
+    (
+        lambda x, y: otloss.feature_sinkhorn(1e30 * x, 1e30 * y, cost="sqeuclidean"),
+        ValueError,
+        "the cost is too large for torch.float32 at eps=0.05, results are not finite; rescale both",
+    ),
 ]
 
 

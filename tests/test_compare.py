@@ -36,7 +36,7 @@ from examples.optiml.data.nih_writer import PhantomConfig, write_phantoms
 from examples.optiml.downstream.arms import ABLATION, arm_of
 from examples.optiml.downstream.finetune import usable_classes
 from examples.optiml.downstream.scores import Scored
-from examples.optiml.errors import CommandError
+from examples.optiml.errors import CommandError, DiskError
 from examples.optiml.metrics import comparable_patients
 from examples.optiml.pretraining.log import read_log
 from examples.optiml.pretraining.methods import METHODS
@@ -309,6 +309,22 @@ def test_an_interruption_loses_nothing(done: CompareConfig, tmp_path: Path, monk
     late = kept(config, "sup1")
     assert len(late) == 6 and all(late[key] == record for key, record in early.items())
     assert (config.results / "methods" / "fig2-nih-phantoms-0.1.png").exists()
+
+
+def test_no_row_is_tried_after_one_that_the_disk_has_no_room_for(
+    done: CompareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[str] = []
+
+    def full(run: PretrainConfig, console: Console) -> None:
+        tried.append(run.method)
+        raise DiskError("Stopped: no space left")
+
+    monkeypatch.setattr("examples.optiml.commands.comparison.pretrain", full)
+    config = dataclasses.replace(done, results=tmp_path / "results", out=tmp_path / "out", only=("vicreg", "optiml"))
+    with pytest.raises(CommandError, match=r"^Stopped: no space left$"):
+        compare(config, QUIET)
+    assert len(tried) == 1
 
 
 def test_the_time_before_an_interruption_counts(

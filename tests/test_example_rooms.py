@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from examples.optiml.__main__ import COMMANDS
+from examples.optiml.__main__ import COMMANDS, cli
 from examples.optiml.data.index import read_index
 from examples.optiml.data.prepare import READERS, reader
 from examples.optiml.pretraining.log import epoch_means, log_frame
@@ -26,6 +26,18 @@ HEAVY = {"torch", "torchvision", "pytorch_lightning", "lightly", "numpy", "panda
 
 def _room(module: list[str]) -> str:
     return module[0] if module and module[0] in ORDER else ""
+
+
+def test_an_interrupt_is_one_line_also_before_the_command_begins(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tyro.extras.subcommand_cli_from_dict", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        cli(["report"])
+    assert stop.value.code == 130 and capsys.readouterr().err.startswith("Interrupted. The same command goes on")
 
 
 def test_imports_go_one_way() -> None:

@@ -259,6 +259,8 @@ def test_what_does_not_fit_is_named() -> None:
             otloss.sinkhorn(cost, init=init)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="gradient 'unroll'"):
         otloss.sinkhorn(cost, init=(f, torch.zeros(4)), gradient="unroll")
+    with pytest.raises(ValueError, match="give init or partial, not both"):
+        otloss.sinkhorn(cost, init=(f, torch.zeros(4)), partial=0.5)
 
 
 def test_the_recipe() -> None:

@@ -442,6 +442,7 @@ def test_bad_options(options: dict, error: type[Exception], message: str) -> Non
         ({0: torch.rand(4, 9, 16), 1: torch.rand(4, 7, 16)}, ValueError, "or equally many tokens, to compare channels"),
         ({1: torch.rand(4, 16, 2, 2)}, ValueError, "z_s and z_t must have the same height and width"),
         ({2: torch.rand(4, 2, 12)}, ValueError, r"q_s must have shape \(B, D\), got \(4, 2, 12\)"),
+        ({3: torch.rand(4, 12)}, ValueError, r"q_s and q_t must be equally wide, got \(4, 24\) and \(4, 12\)"),
         ({3: torch.rand(5, 24)}, ValueError, r"equally many images, got \[4, 4, 4, 5\]"),
         ({0: torch.ones(4, 16, 3, 3).int()}, TypeError, "z_s must be a floating-point tensor, got torch.int32"),
         ({0: torch.rand(4, 16, 3, 3).double()}, TypeError, "float64 does not mix"),

@@ -12,6 +12,7 @@ pytest.importorskip("pandas", reason="the example needs otloss[examples]")
 
 from examples.optiml.data.images import ImageStore
 from examples.optiml.data.index import NIH_CLASSES, read_index
+from examples.optiml.data.nih_format import ENTRY_FILE
 from examples.optiml.data.nih_writer import PhantomConfig, write_phantoms
 from examples.optiml.data.phantom import PHANTOM_CLASSES, draw
 
@@ -24,6 +25,23 @@ def test_a_phantom_depends_on_its_three_numbers_alone() -> None:
     assert np.array_equal(first.image, again.image) and first.labels == again.labels
     for other in (draw(4, 5, 1, 48), draw(3, 6, 1, 48), draw(3, 5, 0, 48)):
         assert not np.array_equal(first.image, other.image)
+
+
+def test_half_a_table_is_not_taken_for_a_whole_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table comes last, and its presence says that all films are there."""
+    write = Path.write_text
+
+    def cut_off(self: Path, text: str) -> None:
+        write(self, text[: len(text) // 2])
+        if self.name.startswith(ENTRY_FILE):
+            raise KeyboardInterrupt
+
+    config = PhantomConfig(tmp_path / "data", 4, 2, 32)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            write_phantoms(config)
+    assert len(read_index(write_phantoms(config))) == 6
 
 
 def test_phantom_labels_masks_and_boxes_agree() -> None:

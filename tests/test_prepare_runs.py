@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +25,11 @@ from xray_layouts import column, film, nih, reasons, rsna, run, write_dicom, wri
 from examples.optiml.__main__ import cli
 from examples.optiml.data.index import read_index
 from examples.optiml.data.nih_writer import PhantomConfig, write_phantoms
-from examples.optiml.data.prepare import READERS
+from examples.optiml.data.prepare import READERS, convert
 from examples.optiml.data.prepare.command import main, prepare
 from examples.optiml.data.prepare.settings import PrepareConfig
+
+ROOT = Path(__file__).parents[1]
 
 # --- the overlap with NIH --------------------------------------------------------------------------------------------
 
@@ -139,6 +145,57 @@ def test_a_full_disk_stops_and_loses_nothing(tmp_path: Path, monkeypatch: pytest
         with pytest.raises(OSError, match="No space left"):
             run("nih", root, tmp_path / "out")
     assert run("nih", root, tmp_path / "out").converted == 3
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (errno.ENOSPC, "no space left on the disk of {}. When there is room"),
+        (errno.EROFS, "the disk of {} is read-only. When it can be written again"),
+    ],
+)
+def test_the_command_says_why_it_cannot_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, message: str
+) -> None:
+    def fails(*args: Any, **options: Any) -> None:
+        raise OSError(number, "as the system says it")
+
+    where = ["--root", str(nih(tmp_path / "nih")), "--out", str(tmp_path / "out"), "--workers", "1"]
+    monkeypatch.setattr(Image.Image, "save", fails)
+    with pytest.raises(SystemExit) as stop:
+        cli(["prepare", "--dataset", "nih", *where])
+    assert stop.value.code == f"Stopped: {message.format(tmp_path / 'out')}, the same command goes on from there."
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="there are no such signals")
+def test_an_interrupt_while_workers_start_is_the_parents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It comes where all processes of the group get it before a worker has said that it ignores it."""
+    begin = convert._begin_worker
+
+    def begun(parent: int) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        begin(parent)
+
+    monkeypatch.setattr(convert, "_begin_worker", begun)
+    assert run("nih", nih(tmp_path / "nih"), tmp_path / "out", workers=2).converted == 5
+    assert "KeyboardInterrupt" not in capfd.readouterr().err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there are no such signals")
+def test_workers_end_with_a_parent_that_is_killed() -> None:
+    """They hold its standard output, which is at its end once all are gone."""
+    script = """
+import os, signal
+from concurrent.futures import ProcessPoolExecutor
+from examples.optiml.data.prepare.convert import _begin_worker
+pool = ProcessPoolExecutor(2, initializer=_begin_worker, initargs=(os.getpid(),))
+print(*pool.map(abs, [-1, -2]), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL and done.stdout == "1 2\n", done.stderr
 
 
 def test_another_preparation_is_not_overwritten(tmp_path: Path) -> None:

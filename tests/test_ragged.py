@@ -117,6 +117,7 @@ BAD: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: otloss.cosine_sinkhorn(X, [X[0], X[1].to("meta")]), ValueError, r"y\[1\] must be on cpu .* got meta"),
     (lambda: otloss.cosine_sinkhorn([X[0], X[1][:0]], X), ValueError, r"x\[1\] .* at least one point .* got \(0, 4\)"),
     (lambda: otloss.cosine_sinkhorn([X[0], X[1][0]], X), ValueError, r"x\[1\] must have shape \(n, d\), got \(4,\)"),
+    (lambda: otloss.cosine_sinkhorn([X[0], X[1][None]], X), ValueError, r"x\[1\] must have shape .* got \(1, 2, 4\)"),
     (lambda: otloss.cosine_sinkhorn([X[0], 3], X), TypeError, r"x\[1\] must be a tensor of shape \(n, d\), got int"),
     (lambda: otloss.cosine_sinkhorn(X, X, [torch.ones(3)]), ValueError, "a must hold 2 tensors as x does, got 1"),
     (lambda: otloss.cosine_sinkhorn(X, X, [torch.ones(3)] * 2), ValueError, r"a\[1\] must have 2 entries as x\[1\]"),

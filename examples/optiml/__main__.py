@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from pathlib import Path
 from typing import Any
 
 import tyro
@@ -11,7 +12,7 @@ import tyro
 from .commands.settings import CompareConfig, ExampleConfig, ReckonConfig, XrayConfig
 from .data.prepare.settings import PrepareConfig
 from .downstream.settings import EvaluateConfig, HeatmapConfig, SegmentConfig
-from .errors import CommandError
+from .errors import CommandError, DiskError
 from .pretraining.settings import INTERRUPTED, PretrainConfig
 from .reporting.settings import ReportConfig
 
@@ -32,21 +33,25 @@ COMMANDS: dict[str, tuple[type, str]] = {
 
 def cli(args: list[str] | None = None) -> None:
     """Parse the command line and run the command it names."""
-    config = tyro.extras.subcommand_cli_from_dict(
-        {name: config for name, (config, _) in COMMANDS.items()},
-        prog="python -m examples.optiml",
-        description="OPTiML on chest X-rays: pretrain a ResNet18 with optimal transport, then see what it has learnt.",
-        args=args,
-    )
-    module = next(module for kind, module in COMMANDS.values() if isinstance(config, kind))
     try:
-        _run(module, config)
+        _run(_parse(args))
     except KeyboardInterrupt:
         print("Interrupted. The same command goes on from here.", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
 
 
-def _run(module: str, config: Any) -> None:
+def _parse(args: list[str] | None) -> Any:
+    """The configuration of the command that the line names."""
+    return tyro.extras.subcommand_cli_from_dict(
+        {name: config for name, (config, _) in COMMANDS.items()},
+        prog="python -m examples.optiml",
+        description="OPTiML on chest X-rays: pretrain a ResNet18 with optimal transport, then see what it has learnt.",
+        args=args,
+    )
+
+
+def _run(config: Any) -> None:
+    module = next(module for kind, module in COMMANDS.values() if isinstance(config, kind))
     command = importlib.import_module(f"{__package__}.{module}")
     from .data.images import UnreadableImage  # its libraries are loaded by now
 
@@ -54,6 +59,11 @@ def _run(module: str, config: Any) -> None:
         command.main(config)
     except (CommandError, UnreadableImage) as error:
         raise SystemExit(str(error)) from error
+    except OSError as error:
+        stopped = DiskError.of(error, config.out or Path())
+        if stopped is None:
+            raise
+        raise SystemExit(str(stopped)) from error
 
 
 if __name__ == "__main__":

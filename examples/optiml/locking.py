@@ -8,7 +8,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from .errors import CommandError
+from .errors import CommandError, DiskError
 
 #: Left behind by every command that works in a folder; it holds nothing, and the system frees it however one ends.
 LOCK = ".lock"
@@ -27,7 +27,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
             f"{folder} is in use: another command is at work there. Let it end, or choose another --out."
         ) from None
     except OSError as error:
-        raise CommandError(f"cannot write to {folder} ({error.strerror}); choose another --out") from error
+        raise DiskError(f"cannot write to {folder} ({error.strerror}); choose another --out") from error
     try:
         yield
     finally:

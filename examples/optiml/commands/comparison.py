@@ -21,7 +21,7 @@ from ..data.masks import mask_set
 from ..downstream.arms import ROWS, SUP1, SUP2
 from ..downstream.result_files import Record
 from ..downstream.starting_weights import Start
-from ..errors import CommandError
+from ..errors import CommandError, DiskError
 from ..pretraining.log import log_frame
 from ..pretraining.monitor import measure, subsample
 from ..pretraining.network import load_backbone
@@ -116,6 +116,8 @@ class Comparison:
                 if str(reason):
                     self.console.print(str(reason))
                 continue
+            except DiskError:
+                raise
             except CommandError as error:
                 self.console.print(f"{name} is left out: {error}", soft_wrap=True)
                 failed += [] if row.arm == SUP2 else [name]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from ..atomic import atomic_path
 from .nih_format import BOX_FILE, BOX_HEADER, BOX_SPACE, ENTRY_FILE, ENTRY_HEADER, ORIGIN_FILE, TEST_FILE, TRAIN_FILE
 from .phantom import Phantom, draw
 
@@ -76,5 +77,6 @@ def write_layout(root: Path, films: Iterable[tuple[str, int, int, Phantom]], tra
     (root / TEST_FILE).write_text("\n".join(names[train:]) + "\n")
     (root / ORIGIN_FILE).write_text(origin)
     # Written last: its presence says that the folder is complete.
-    (root / ENTRY_FILE).write_text("\n".join(entries) + "\n")
+    with atomic_path(root / ENTRY_FILE) as part:
+        part.write_text("\n".join(entries) + "\n")
     return root

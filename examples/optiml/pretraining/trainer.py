@@ -7,7 +7,6 @@ variance, covariance, the log) looks at all of them.
 
 from __future__ import annotations
 
-import errno
 import importlib.util
 import logging
 import signal
@@ -30,7 +29,7 @@ import otloss
 from ..atomic import torch_save_atomic
 from ..data.images import ImageStore, UnreadableImage
 from ..data.index import ChestIndex, open_index
-from ..errors import CommandError
+from ..errors import CommandError, DiskError
 from ..locking import folder_lock
 from .callbacks import EpochLines, StopAfter, TensorBoard
 from .checkpoint import AtomicCheckpointIO, Interrupted, LastCheckpoint
@@ -134,12 +133,10 @@ def clear_stops(last: Path, console: Console) -> Iterator[None]:
     except (NonFiniteLoss, UnreadableImage) as error:
         raise CommandError(f"Stopped: {error} {_state(last)}") from error
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        stopped = DiskError.of(error, last.parent, _state(last))
+        if stopped is None:
             raise
-        raise CommandError(
-            f"Stopped: no space left on the disk of {last.parent}. {_state(last)} "
-            "When there is room, the same command goes on from there."
-        ) from error
+        raise stopped from error
 
 
 def _state(last: Path) -> str:

@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ...atomic import atomic_path, write_json
+from ...errors import DiskError
 from ...locking import LOCK, folder_lock
 from ..index import BOXES_FILE, IMAGE_FOLDER, INDEX_FILE, PREPARED_FILE, SPLITS, ChestIndex, read_index
 from . import reader
@@ -279,5 +280,6 @@ def main(config: PrepareConfig) -> None:
     except KeyboardInterrupt:
         raise SystemExit("stopped; the same command goes on from here") from None
     except (ValueError, OSError, BrokenProcessPool) as error:
-        raise SystemExit(f"prepare: {error}") from error
+        stopped = DiskError.of(error, config.out) if isinstance(error, OSError) else None
+        raise SystemExit(str(stopped or f"prepare: {error}")) from error
     report(prepared, config, console)

@@ -6,9 +6,12 @@ import errno
 import json
 import os
 import signal
+import threading
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from itertools import islice
@@ -183,7 +186,7 @@ def convert_all(
         if workers == 1:
             yield from map(note, map(convert, jobs))
             return
-        pool = ProcessPoolExecutor(workers, initializer=_leave_interrupts_to_the_parent)
+        pool = ProcessPoolExecutor(workers, initializer=_begin_worker, initargs=(os.getpid(),))
         try:
             yield from map(note, _map_ahead(pool, jobs, min(16, -(-len(records) // workers)), 4 * workers))
         finally:
@@ -195,7 +198,8 @@ def _map_ahead(pool: ProcessPoolExecutor, jobs: Iterable[Job], batch: int, ahead
     pending: deque[Future[list[Done]]] = deque()
     jobs = iter(jobs)
     while some := list(islice(jobs, batch)):
-        pending.append(pool.submit(_convert_batch, some))
+        with _interrupts_wait():
+            pending.append(pool.submit(_convert_batch, some))
         if len(pending) > ahead:
             yield from pending.popleft().result()
     while pending:
@@ -206,5 +210,26 @@ def _convert_batch(jobs: list[Job]) -> list[Done]:
     return [convert(job) for job in jobs]
 
 
-def _leave_interrupts_to_the_parent() -> None:
+@contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """A process that starts within is not interrupted before ``_begin_worker``; this one is, but after it."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _begin_worker(parent: int) -> None:
+    """Interrupts are the parent's business. A worker whose parent was killed would wait for work for ever."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
