@@ -152,7 +152,8 @@ def compare(
             short[name] = _apart(x, right[name])
         changes, scale, share = stopped(s, t, got, known)
         for name, x in parts(known, truth(s, t, changes, known).found):
-            short[name] = short[name] + _apart(x, right[name]) / scale + share * _by_share(s, t, name, right[name], added)
+            by_share = share * _by_share(s, t, name, right[name], added)
+            short[name] = short[name] + _apart(x, right[name]) / scale + by_share
     found = {}
     for name, x in parts(known, got.found):
         room = max(ROOM, 2 * CG_TARGET[s.torch_dtype] / unit) if _needs_system(s, name) else ROOM
