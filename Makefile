@@ -7,7 +7,7 @@ PY      := $(VENV)/bin/python
 SOURCES := pyproject.toml $(wildcard setup.py MANIFEST.in csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help example example-xray test test-all test-processors sanitize sanitize-threads coverage bench bench-quick bench-gpu lint docs clean
+.PHONY: help example example-xray test test-all test-processors sanitize sanitize-threads tidy coverage bench bench-quick bench-gpu lint docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -81,6 +81,13 @@ sanitize:  ## the CPU kernels under AddressSanitizer and UndefinedBehaviorSaniti
 sanitize-threads: export TSAN_OPTIONS = die_after_fork=0 halt_on_error=1
 sanitize-threads:  ## the CPU kernels under ThreadSanitizer (3 minutes)
 	@$(call SANITIZE,thread)
+
+# The headers of Python and pybind11 count as the system's: only what is in csrc/ is looked at.
+TIDY_FLAGS = -std=c++17 -Wno-psabi -isystem $$($(PY) -c "import sysconfig; print(sysconfig.get_path('include'))") \
+	-isystem $$($(PY) -c "import pybind11; print(pybind11.get_include())")
+tidy: $(VENV)/.dev  ## clang-tidy over csrc/, with the checks of .clang-tidy; warnings are errors (5 minutes)
+	@$(PY) -m pip install --quiet clang-tidy
+	ls csrc/*.cpp | xargs -P 2 -I {} $(VENV)/bin/clang-tidy --quiet {} -- $(TIDY_FLAGS)
 
 coverage: $(VENV)/.dev  ## the lines of otloss and csrc that the tests do not reach: a page in benchmarks/results (15 minutes)
 	$(PY) tests/uncovered.py $(COVERAGE_ARGS)

@@ -217,6 +217,7 @@ template <class T> struct Adjoint {
     for (int j = 0; j < m; ++j) rhs_scale = std::max(rhs_scale, std::fabs(res[j]));
     if (rhs_scale == 0) rhs_scale = 1;
     for (int j = 0; j < m; ++j) res[j] /= rhs_scale;
+    project(res);  // products of a tiny loss were lost above
     const T start = dot(res, res, m);
     T norm = start, least = start, terms = 0;
     for (int i = 0; i < cost.n; ++i) terms += A[i] * (y[i] / rhs_scale) * (y[i] / rhs_scale);

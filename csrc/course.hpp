@@ -53,7 +53,7 @@ template <class T> struct Course {
 
   Course() = default;
   Course(T eps, T tol, int64_t max_iter)
-      : eps(eps), tol(tol), goal(tol), max_iter(max_iter), cap(max_iter), watching(max_iter >= 4 * patience) {}
+      : eps(eps), tol(tol), goal(tol), max_iter(max_iter), cap(max_iter), watching(max_iter >= int64_t(4) * patience) {}
 
   // After a sweep at the trial point: trusted tells whether its sums are, trial_slope is that of D along the step. If the answer is
   // doubtful, decide() has the last word.

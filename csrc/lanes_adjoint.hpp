@@ -143,6 +143,7 @@ template <class T> struct LaneAdjoint : Lanes<T> {
     for (int j = 0; j < m; ++j) rhs_scale = max(max(at(res, j), -at(res, j)), rhs_scale);
     rhs_scale = rhs_scale == 0 ? rhs_scale + 1 : rhs_scale;
     for (int j = 0; j < m; ++j) set(res, j, at(res, j) / rhs_scale);
+    project(res);
     Vec terms{};
     for (int i = 0; i < n; ++i) terms += at(A, i) * (at(y, i) / rhs_scale) * (at(y, i) / rhs_scale);
     Vec start = inner(res, res), size = start;

@@ -29,10 +29,10 @@ void answer_signals() {
   pthread_atfork(nullptr, nullptr, [] { main_thread = PyThread_get_thread_ident(); });
 #endif
   signal_wants_stop = handler_raises;
-  py::register_local_exception_translator([](std::exception_ptr thrown) {
+  py::register_local_exception_translator([](std::exception_ptr thrown) {  // NOLINT(performance-unnecessary-value-param)
     try {
       if (thrown) std::rethrow_exception(thrown);
-    } catch (const Stopped&) {  // the handler's exception is set
+    } catch (const Stopped&) {  // the handler's exception is set; NOLINT(bugprone-empty-catch)
     }
   });
 }

@@ -15,7 +15,8 @@ namespace otloss::OTLOSS_LEVEL {
 template <class T> struct Penalty {
   double inverse, soft, slack;  // 1/rho, rho/(rho + eps), eps/rho
 
-  Penalty(T inverse = 0, T eps = 1) : inverse(inverse), soft(1 / (1 + double(eps) * inverse)), slack(double(eps) * inverse) {}
+  Penalty() : Penalty(0) {}
+  explicit Penalty(T inverse, T eps = 1) : inverse(inverse), soft(1 / (1 + double(eps) * inverse)), slack(double(eps) * inverse) {}
 
   // The marginal that a potential asks for, per mass.
   double share(double f) const { return std::exp(-f * inverse); }

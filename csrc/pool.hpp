@@ -19,7 +19,7 @@ void parallel(int64_t count, int threads, const std::function<void(int64_t, Aren
 class Team {
  public:
   Team(int n, int m, int d, int threads = 1)
-      : threads_(threads), part_(int64_t(std::min(double(poll_entries), double(n) * m * (1 + d / 16)))) {}
+      : threads_(threads), part_(entries(n, m, 1 + d / 16)) {}
   // Runs task(i) for i = 0 .. count - 1. Kernels of every instruction level call this, so the pool gets only plain pointers.
   template <class Task> void each(int count, const Task& task) const {
     if (threads_ <= 1 || count <= 1)
@@ -29,6 +29,7 @@ class Team {
   }
 
  private:
+  static int64_t entries(int n, int m, int panels) { return int64_t(std::min(double(poll_entries), double(n) * m * panels)); }
   void spread(int count, void (*call)(const void*, int), const void* context) const;
   int threads_;
   int64_t part_;  // about the entries of a part, as poll() counts them

@@ -97,6 +97,7 @@ def kept_of_pretrain(out: Path) -> State:
     if (out / "backbone.pth").exists():
         steps = sys.maxsize
     elif (out / "last.ckpt").exists():
+        # The command's own, of a moment ago; it holds the state of the loop beside the weights.
         steps = torch.load(out / "last.ckpt", weights_only=False)["global_step"]
     return {f"{out.name} {row['step']}": row for row in _rows(out / "metrics.csv") if int(row["step"]) <= steps}
 
