@@ -4,7 +4,8 @@
 
 A row of RATES.rows is named after its method and its rate, such as ``simclr-0.0005``. Its score is the mean of three
 AUCs: of the frozen features with 10 % and with all of the labels, and of the nearest neighbours. The best row of each
-method is printed as it stands there. Last comes ``sup2``: ImageNet's weights, where they are at hand.
+method is printed as it stands there. After OPTiML's come the rows of the paper's Table III, with the same rate. Last
+comes ``sup2``: ImageNet's weights, where they are at hand.
 """
 
 from __future__ import annotations
@@ -18,7 +19,15 @@ from pathlib import Path
 import numpy as np
 
 from ..downstream.arms import SUP2
+from .comparison_rows import RECOMMENDED
 
+#: Table III: OPTiML without some of its parts. Invariance goes with variance and covariance: without these, a constant
+#: embedding would minimise it.
+ABLATION = {
+    "optiml-no-var-cov": "--optiml.beta 0 --optiml.eta 0 --optiml.invariance 0",
+    "optiml-no-cv-sim": "--optiml.marginals uniform",
+    "optiml-neither": "--optiml.beta 0 --optiml.eta 0 --optiml.invariance 0 --optiml.marginals uniform",
+}
 #: What the score is the mean of: protocol and share of the labels.
 COLUMNS = (("linear", 0.1), ("linear", 1.0), ("neighbours", 1.0))
 
@@ -55,15 +64,19 @@ def chosen(rows: Path, runs: Path) -> Iterator[str]:
     yield "# Each method under the best of its learning rates, chosen on films that are not test films. Written by"
     yield f"# methods.sh from {rows.name}. In brackets: the mean AUC in percent of every rate, by which it was chosen."
     for method, candidates in by_method(rows).items():
-        scores = [score(runs, name) for name, _ in candidates]
-        if any(x is None for x in scores):
+        scores = np.array([np.nan if (x := score(runs, name)) is None else x for name, _ in candidates])
+        if np.isnan(scores).any():
+            best = len(candidates) // 2
             yield f"# {method}: not all rates have been tried; the middle one."
-            yield candidates[len(candidates) // 2][1]
-            continue
-        known = np.array(scores, dtype=float)
-        tried = [f"{name.rpartition('-')[2]} ({100 * x:.1f})" for (name, _), x in zip(candidates, known, strict=True)]
-        yield f"# {method}: {', '.join(tried)}."
-        yield candidates[int(known.argmax())][1]
+        else:
+            best = int(scores.argmax())
+            rates = [name.rpartition("-")[2] for name, _ in candidates]
+            tried = [f"{rate} ({100 * x:.1f})" for rate, x in zip(rates, scores, strict=True)]
+            yield f"# {method}: {', '.join(tried)}."
+        name, line = candidates[best]
+        yield line
+        if method == RECOMMENDED:
+            yield from (f"{row} {name} {flags}" for row, flags in ABLATION.items())
     yield SUP2
 
 
