@@ -24,9 +24,9 @@ from .comparison_rows import RECOMMENDED
 #: Table III: OPTiML without some of its parts. Invariance goes with variance and covariance: without these, a constant
 #: embedding would minimise it.
 ABLATION = {
-    "optiml-no-var-cov": "--optiml.beta 0 --optiml.eta 0 --optiml.invariance 0",
-    "optiml-no-cv-sim": "--optiml.marginals uniform",
-    "optiml-neither": "--optiml.beta 0 --optiml.eta 0 --optiml.invariance 0 --optiml.marginals uniform",
+    "no-var-cov": "--optiml.beta 0 --optiml.eta 0 --optiml.invariance 0",
+    "no-cv-sim": "--optiml.marginals uniform",
+    "no-var-cov-no-cv-sim": "--optiml.beta 0 --optiml.eta 0 --optiml.invariance 0 --optiml.marginals uniform",
 }
 #: What the score is the mean of: protocol and share of the labels.
 COLUMNS = (("linear", 0.1), ("linear", 1.0), ("neighbours", 1.0))
