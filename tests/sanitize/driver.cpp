@@ -186,7 +186,9 @@ template <class T> class Batch {
  private:
   std::vector<T> rates() {
     std::vector<T> rho(count);
-    for (T& x : rho) x = like == ordinary ? T(0.1 + random_.uniform()) : random_.of({T(1e-3), T(1), T(1e6)});
+    // Ordinary ones are not so small beside the cost of many features that exp(cost/rho) has no number.
+    const double unit = !features || kind == 0 ? 1 : kind == 1 ? double(d) : std::sqrt(double(d));
+    for (T& x : rho) x = like == ordinary ? T((0.1 + random_.uniform()) * unit) : random_.of({T(1e-3), T(1), T(1e6)});
     return rho;
   }
   Random& random_;
