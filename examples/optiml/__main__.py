@@ -13,7 +13,7 @@ from .data.prepare.settings import PrepareConfig
 from .downstream.settings import EvaluateConfig, HeatmapConfig, SegmentConfig
 from .errors import CommandError
 from .pretraining.settings import INTERRUPTED, PretrainConfig
-from .reporting.settings import ReportConfig
+from .reporting.settings import ChooseConfig, ReportConfig
 
 #: The options of each command, and the module whose ``main`` runs it. It is imported when the command runs, not before.
 COMMANDS: dict[str, tuple[type, str]] = {
@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "heatmap": (HeatmapConfig, "downstream.heatmap"),
     "report": (ReportConfig, "reporting.report"),
     "compare": (CompareConfig, "commands.compare"),
+    "choose": (ChooseConfig, "reporting.choice"),
 }
 
 
