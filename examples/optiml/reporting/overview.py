@@ -242,7 +242,7 @@ def _reach(effects: Effects, count: int) -> str:
     known = {name: [gap for gap in gaps if gap and not np.isnan(gap.error)] for name, gaps in effects.items()}
     found = [gap.beyond for gaps in known.values() for gap in gaps]
     if not found:
-        return "One seed says nothing about others, so there is no interval yet."
+        return "No two pretrained rows share two seeds, so there is no interval yet."
     within = [f"{name} {np.median([gap.detectable for gap in gaps]):.1f}" for name, gaps in known.items() if gaps]
     return (
         f"Of the {len(found)} intervals of pretrained rows {sum(found)} leave out 0; of as many differences that are "
