@@ -43,7 +43,8 @@ def test_a_line_is_a_name_and_flags(tmp_path: Path) -> None:
         tmp_path, "# a study", "", "base --optiml.match position --optiml.dense 64  # projected", "optiml", "sup2",
         "positions-0.2 --optiml.match position --optiml.eps 0.2 --optim.lr 5e-4 --preset paper",
         "vicreg-half --method vicreg --vicreg.invariance 12.5", "optiml-eps-0.2 --optiml.eps 0.2",
-        "plain --optiml.alpha 0.6", "nearer base --optiml.eps 0.1", "nearest nearer --optiml.eps 0.01",
+        "plain --optiml.alpha 0.6", "nearer base --title 'Rather near' --optiml.eps 0.1",
+        "nearest nearer --optiml.eps 0.01",
     )  # fmt: skip
     found = {row.arm: row for row in read_rows(path)}
     assert list(found) == [
@@ -59,6 +60,8 @@ def test_a_line_is_a_name_and_flags(tmp_path: Path) -> None:
     assert found["plain"].overrides == {}  # the usual value, said aloud
     assert found["nearer"].overrides == {**found["base"].overrides, "options.optiml.eps": 0.1}
     assert found["nearest"].overrides == {**found["base"].overrides, "options.optiml.eps": 0.01}
+    assert (found["nearer"].title, found["nearest"].title) == ("Rather near", "nearest")  # a title is a row's own
+    assert found["nearest"].flags[-2:] == ("--optiml.eps", "0.01") and "--title" not in found["nearest"].flags
     built_in = {row.arm: row for row in rows("ablation")}
     assert all(found[name] == built_in[name] for name in ("optiml", "optiml-eps-0.2"))  # under their titles
     assert found["sup2"].method is None and found["base"].title == "base"
@@ -81,6 +84,10 @@ def test_a_line_is_a_name_and_flags(tmp_path: Path) -> None:
         ("optiml --optiml.eps 1", "line 2: 'optiml' is a row of another comparison, with other settings"),
         ("vicreg", "line 2: 'vicreg' is a row of another comparison, with other settings"),
         ('a --optiml.match "position', "line 2: No closing quotation"),
+        ("a --title --optiml.eps 1", "line 2: --title lacks its value"),
+        ("a --optiml.eps 1 --title", "line 2: --title lacks its value"),
+        ("a --title first --optiml.eps 1", "line 2: there are two rows under the title 'first'"),
+        ("optiml --title mine", "line 2: 'optiml' is a row of another comparison, with a title of its own"),
         ("a second --optiml.eps 1", "line 2: there is no row 'second' above"),
     ],
 )
