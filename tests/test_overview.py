@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,13 +10,15 @@ import pytest
 pytest.importorskip("lightly", reason="the example needs otloss[examples]")
 pytest.importorskip("pytorch_lightning", reason="the example needs otloss[examples]")
 
+from PIL import Image
+
 from examples.optiml.data.index import ChestIndex, read_index
 from examples.optiml.data.nih_writer import PhantomConfig, write_phantoms
 from examples.optiml.data.subsets import label_fraction
 from examples.optiml.downstream.finetune import usable_classes
 from examples.optiml.downstream.scores import Scored
-from examples.optiml.metrics import holm, student_tails
-from examples.optiml.reporting.overview import BEGIN, END, Effect, OverviewRow, held, overview
+from examples.optiml.reporting.figures import draw_effects
+from examples.optiml.reporting.overview import BEGIN, END, Effect, OverviewRow, holm, overview
 from examples.optiml.reporting.row_store import ranks
 
 FRACTIONS = (0.5, 1.0)
@@ -67,35 +69,23 @@ def test_an_interval_is_for_other_seeds_and_other_patients() -> None:
     assert few is not None and few.freedom == pytest.approx(1) and not few.beyond  # 12.7 standard errors
 
 
-def test_holms_correction() -> None:
-    """By hand: 0.005 ≤ 0.05 / 4 and 0.01 ≤ 0.05 / 3, but 0.03 > 0.05 / 2, and after the first that fails none holds."""
-    assert holm([0.01, 0.04, 0.03, 0.005]) == [True, False, False, True]
-    assert holm([0.012] * 4) == [True] * 4 and holm([0.013] * 4) == [False] * 4 and holm([]) == []
-
-
-@pytest.mark.parametrize(("t", "freedom"), [(12.7062, 1), (-2.0369, 32), (1.95996, np.inf)])
-def test_the_tails_of_students_t(t: float, freedom: float) -> None:
-    """From tables: beyond these lie 5 %."""
-    assert student_tails(t, freedom) == pytest.approx(0.05, abs=2e-5)
-    assert student_tails(0.0, freedom) == 1
-
-
-def test_what_holds_after_correction_is_marked_apart() -> None:
-    """A normal difference of 2.5 errors has a chance of 0.0124, one of 2 errors 0.0455, and 0.05 / 3 = 0.0167."""
-    sure, unsure, none = (Effect(value, 3, 1.0, np.inf) for value in (2.5, -2.0, 0.5))
-    assert [gap.chance for gap in (sure, unsure)] == pytest.approx([0.0124, 0.0455], abs=1e-4)
-    effects = {"frozen": [sure, None, Effect(9.0, 1)], "neighbours": [unsure, none, sure]}
-    assert held(effects, [0, 1]) == {("frozen", 0)}
-    assert held(effects, [0, 1, 2]) == {("frozen", 0), ("neighbours", 2)}  # 0.0124 ≤ 0.05 / 4
-    assert held(effects, [1]) == set() and held({"frozen": [unsure]}, [0]) == {("frozen", 0)}
-    assert (sure.text(True), unsure.text(False)) == ("**+2.5 [+0.5, +4.5]**", "*-2.0 [-4.0, -0.0]*")
-    assert (Effect(0.0, 3, 0.0, np.inf).chance, Effect(0.1, 3, 0.0, np.inf).chance) == (1, 0)
-
-
 def test_one_seed_has_no_interval_and_rows_without_a_common_one_no_difference() -> None:
     one = Effect.between({3: np.array([2.0, 1.0])}, {3: np.array([1.0, 1.0])})
     assert one is not None and one.text() == "+1.0" and not one.beyond and np.isnan(one.detectable)
     assert Effect.between({0: np.zeros(3)}, {1: np.zeros(3)}) is None
+
+
+def test_the_correction_for_many_intervals() -> None:
+    """Student's t at 10 degrees of freedom leaves 5 % beyond 2.2281 and 1 % beyond 3.1693 (any table has them)."""
+    at = [Effect(t, 3, 1.0, 10.0) for t in (2.2281, -3.1693)]
+    assert [gap.probability for gap in at] == pytest.approx([0.05, 0.01], rel=1e-3)
+    # Three intervals: the least probability must be below 0.05/3, the next below 0.05/2, the last below 0.05.
+    strong, middle, weak = (Effect(t, 3, 1.0, 10.0) for t in (3.2, 2.7, 2.1))
+    assert [gap.beyond for gap in (strong, middle, weak)] == [True, True, False]
+    assert holm([weak, middle, strong]) == [strong, middle]
+    assert holm([Effect(2.4, 3, 1.0, 10.0), weak, weak]) == []  # beyond by itself, not among three
+    assert holm([Effect(9.0, 1)]) == []  # one seed
+    assert holm([Effect(0.0, 3, 0.0, np.inf), Effect(1.0, 3, 0.0, np.inf)]) == [Effect(1.0, 3, 0.0, np.inf)]
 
 
 def test_equal_rows_differ_by_nothing(index: ChestIndex) -> None:
@@ -103,10 +93,9 @@ def test_equal_rows_differ_by_nothing(index: ChestIndex) -> None:
     assert cells["b"]["frozen, all"].endswith("(+0.0 [+0.0, +0.0])")
 
 
-def test_the_table_has_the_figures_of_the_records(index: ChestIndex) -> None:
+def test_the_table_has_the_figures_of_the_records(index: ChestIndex, tmp_path: Path) -> None:
     rows = [row(index, "first", 1.0), row(index, "better", 0.1), row(index, "sup1", 3.0, (1,))]
-    found = overview(index, "set", FRACTIONS, 200, rows)
-    text = found.text
+    text, effects = overview(index, "set", FRACTIONS, 200, rows)
     assert text.startswith(BEGIN) and text.rstrip().endswith(END)
     cells = table(text)
     assert list(cells) == ["first", "better", "untrained"] and cells["untrained"]["seeds"] == "1"
@@ -130,24 +119,22 @@ def test_the_table_has_the_figures_of_the_records(index: ChestIndex) -> None:
         assert gap.startswith(f"{levels['better'] - levels['first']:+.1f} [")
         assert "[" not in cells["untrained"][column]  # one seed
     assert [cells["first"][name] for name in ("rank", "converged", "seconds")] == ["20.0", "75.0 %", "0.60"]
-    assert "Of the 3 intervals of pretrained rows 3 leave out 0" in text and "truly 0, 0.15 would" in text
-    assert "After correction 3 hold." in text and "(**+" in cells["better"]["neighbours"]
-    (section,) = found.differences.sections
-    assert [row.name for row in section.rows] == ["better", "untrained"]
-    for drawn in section.rows[0].cells:
-        assert drawn.ours is not None
-        shown = f"{drawn.ours.value:+.1f} [{drawn.ours.low:+.1f}, {drawn.ours.high:+.1f}]"
-        assert f"(**{shown}**)" in cells["better"][drawn.column]
+    gap = effects["frozen, all"]["better"]
+    assert gap.text() in cells["better"]["frozen, all"] and list(effects["neighbours"]) == ["better", "untrained"]
+    draw_effects(effects, tmp_path / "effects.png")
+    with Image.open(tmp_path / "effects.png") as picture:
+        assert picture.width > picture.height > 100
+    assert "Of the 3 intervals of pretrained rows " in text and "truly 0, 0.15 would" in text
 
 
 def test_imagenets_weights_are_compared_under_every_seed(index: ChestIndex) -> None:
     """They were scored under one, which the column of seeds says."""
-    rows = [row(index, "first", 1.0), row(index, "sup2", 0.1, (1,))]
-    cells = table(overview(index, "set", FRACTIONS, 50, rows).text)["sup2"]
-    assert cells["seeds"] == "1" and re.search(r"\(\*\*\+[\d.]+ \[\+", cells["neighbours"])
+    found = overview(index, "set", FRACTIONS, 50, [row(index, "first", 1.0), row(index, "sup2", 0.1, (1,))])
+    gap = found.effects["neighbours"]["sup2"]
+    assert table(found.text)["sup2"]["seeds"] == "1" and gap.seeds == 3 and gap.interval[0] > 0
 
 
 def test_without_a_second_seed_it_says_so(index: ChestIndex) -> None:
     rows = [row(index, name, noise, (0,)) for name, noise in (("first", 1.0), ("better", 0.1))]
-    text = overview(index, "set", FRACTIONS, 20, rows).text
+    text, _ = overview(index, "set", FRACTIONS, 20, rows)
     assert "there is no interval yet" in text and "±" not in table(text)["better"]["frozen, all"]

@@ -1,7 +1,4 @@
-"""The study of SELECTION.md and the table of COMPARISON.md: the pages quote what the commands reported.
-
-The study's command reads no test film.
-"""
+"""The study of SELECTION.md: its command reads no test film, and the page quotes what the command reported."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ from PIL import Image
 
 from examples.optiml.__main__ import cli
 from examples.optiml.data.index import read_index
-from examples.optiml.downstream.arms import SUP1, SUP2
+from examples.optiml.downstream.arms import SUP1
 from examples.optiml.pretraining.log import read_log
 from examples.optiml.reporting.overview import BEGIN, END
 from examples.optiml.reporting.row_files import comparison_rows
@@ -60,30 +57,14 @@ def test_no_test_film_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         cli([*of_script["compare"], "--report-only"])
 
 
-#: Files of rows whose reports have an overview, each with its folder of results and the page that quotes it.
-QUOTED = {"study": (RESULTS, "SELECTION.md"), "methods": (FOLDER / "results" / "methods", "COMPARISON.md")}
-NOT_DONE = "**The runs are not done yet**"
-
-
-def overview(rows: str) -> str:
+def overview() -> str:
     """What the report says first."""
-    path = QUOTED[rows][0] / rows / "report.md"
-    if not path.exists():
-        pytest.skip(f"the runs of {rows}.rows are not done")
-    return BEGIN + path.read_text().partition(BEGIN)[2].partition(END)[0] + END
+    text = (RESULTS / "study" / "report.md").read_text()
+    return BEGIN + text.partition(BEGIN)[2].partition(END)[0] + END
 
 
-@pytest.mark.parametrize("rows", QUOTED)
-def test_the_page_quotes_the_report(rows: str) -> None:
-    page = (FOLDER / QUOTED[rows][1]).read_text()
-    assert overview(rows) in page and NOT_DONE not in page
-
-
-def test_without_a_report_the_page_says_so() -> None:
-    if (QUOTED["methods"][0] / "methods" / "report.md").exists():
-        pytest.skip("there is a report")
-    page = (FOLDER / "COMPARISON.md").read_text()
-    assert NOT_DONE in page and BEGIN not in page
+def test_the_page_quotes_the_report() -> None:
+    assert overview() in (FOLDER / "SELECTION.md").read_text()
 
 
 def test_the_page_says_how_many_films_there_are_and_what_a_step_takes() -> None:
@@ -100,22 +81,21 @@ def test_the_page_says_how_many_films_there_are_and_what_a_step_takes() -> None:
     assert f"effective rank of {with_it}, those without transport with {without}" in page
 
 
-@pytest.mark.parametrize("rows", QUOTED)
-def test_the_means_are_those_of_the_records(rows: str) -> None:
+def test_its_means_are_those_of_the_records() -> None:
     """The intervals need the films' labels, which are not in the repository; the means do not."""
-    text, found = overview(rows), dict[str, dict[int, dict[str, list[float]]]]()
-    for path in (QUOTED[rows][0] / "runs").glob("*-seed*.json"):
+    found: dict[str, dict[int, dict[str, list[float]]]] = {}
+    for path in (RESULTS / "runs").glob("*-seed*.json"):
         arm, _, seed = path.stem.rpartition("-seed")
         of_seed = found.setdefault(arm, {}).setdefault(int(seed), {})
         for record in json.loads(path.read_text())["records"].values():
             share = ", all" if record["fraction"] == 1 else f" {100 * record['fraction']:g} %"
             column = "neighbours" if record["protocol"] == "neighbours" else f"frozen{share}"
             of_seed.setdefault(column, []).append(record["macro_auc"])
-    head, _, *lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
+    head, _, *lines = [line.strip("|").split("|") for line in overview().splitlines() if line.startswith("|")]
     columns = [cell.strip() for cell in head][1:]
+    first = found["positions"]
     assert columns[:5] == ["seeds", "frozen 1 %", "frozen 10 %", "frozen, all", "neighbours"]
-    known = comparison_rows(str(FOLDER / f"{rows}.rows"))
-    arms, first = {row.title: row.arm for row in known} | {"untrained": SUP1}, found[known[1].arm]
+    arms = {row.title: row.arm for row in comparison_rows(str(FOLDER / "study.rows"))} | {"untrained": SUP1}
     for name, *cells in lines:
         arm = arms[name.strip()]
         values = dict(zip(columns, map(str.strip, cells), strict=True))
@@ -123,9 +103,8 @@ def test_the_means_are_those_of_the_records(rows: str) -> None:
         for column in columns[1:5]:
             mean = np.mean([100 * np.mean(of_seed[column]) for of_seed in found[arm].values()])
             assert float(re.match(r"[\d.]+", values[column])[0]) == pytest.approx(mean, abs=0.051)  # type: ignore[index]
-            under = dict.fromkeys(first, *found[arm].values()) if arm == SUP2 else found[arm]  # the same weights
-            both = sorted(first.keys() & under.keys())
-            gap = np.mean([100 * (np.mean(under[s][column]) - np.mean(first[s][column])) for s in both])
-            if arm != known[1].arm:
+            both = sorted(first.keys() & found[arm].keys())
+            gap = np.mean([100 * (np.mean(found[arm][s][column]) - np.mean(first[s][column])) for s in both])
+            if arm != "positions":
                 shown = re.search(r"\(\**([+-][\d.]+)", values[column])
                 assert shown is not None and float(shown[1]) == pytest.approx(gap, abs=0.051)

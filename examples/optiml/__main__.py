@@ -27,7 +27,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "heatmap": (HeatmapConfig, "downstream.heatmap"),
     "report": (ReportConfig, "reporting.report"),
     "compare": (CompareConfig, "commands.compare"),
-    "choose": (ChooseConfig, "reporting.choice"),
+    "choose": (ChooseConfig, "reporting.rates"),
 }
 
 

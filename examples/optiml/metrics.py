@@ -9,7 +9,6 @@ intervals resample patients, not images.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -105,38 +104,24 @@ class Estimate:
 
 
 def student_quantile(share: float, freedom: float) -> float:
-    """The point below which Student's t with ``freedom`` degrees of freedom (1 or more) lies with this probability."""
-    theta, mass = _student(freedom)
-    found = np.interp(abs(share - 0.5), mass, theta)
+    """The point below which Student's t with ``freedom`` degrees of freedom (1 or more) lies with this probability.
+
+    With t = √freedom · tan θ the density by θ is proportional to cos(θ)^(freedom - 1), which is added up here.
+    """
+    theta, above = _student_angles(freedom)
+    found = np.interp(abs(share - 0.5), above, theta)
     return float(np.sign(share - 0.5) * np.sqrt(min(freedom, 1e6)) * np.tan(found))
 
 
 def student_tails(t: float, freedom: float) -> float:
-    """The probability that Student's t with ``freedom`` degrees of freedom lies at least as far from 0 as ``t``."""
-    theta, mass = _student(freedom)
-    return float(1 - 2 * np.interp(np.arctan(abs(t) / np.sqrt(min(freedom, 1e6))), theta, mass))
+    """The probability that Student's t lies farther from 0 than this, on either side."""
+    theta, above = _student_angles(freedom)
+    return float(1 - 2 * np.interp(np.arctan(abs(t) / np.sqrt(min(freedom, 1e6))), theta, above))
 
 
-def _student(freedom: float) -> tuple[Floats, Floats]:
-    """Angles θ from 0 up, and the probability that Student's t lies between 0 and √freedom · tan θ.
-
-    The density by θ is proportional to cos(θ)^(freedom - 1), which is added up here.
-    """
+def _student_angles(freedom: float) -> tuple[Floats, Floats]:
+    """Angles from 0 to a right one, and the probability that the angle of t lies between 0 and each."""
     theta = np.linspace(0, np.pi / 2, 200_001)
     density = np.cos(theta) ** (min(freedom, 1e6) - 1)
-    mass = np.concatenate([[0.0], np.cumsum(density[1:] + density[:-1])])
-    return theta, 0.5 * mass / mass[-1]
-
-
-def holm(chances: Sequence[float], level: float = 0.05) -> list[bool]:
-    """Which of several p-values hold after Holm's correction for their number.
-
-    The chance that any difference holds that is truly 0 is then at most ``level``, whatever they have to do with each
-    other.
-    """
-    order, held = np.argsort(chances, kind="stable"), [False] * len(chances)
-    for rank, place in enumerate(order):
-        if chances[place] > level / (len(chances) - rank):
-            break
-        held[place] = True
-    return held
+    above = np.concatenate([[0.0], np.cumsum(density[1:] + density[:-1])])
+    return theta, 0.5 * above / above[-1]

@@ -14,11 +14,11 @@ from ..errors import CommandError
 from ..reporting.comparison_page import pretraining_table, provenance_text
 from ..reporting.comparison_rows import BUILT_IN
 from ..reporting.differences import auc_measures, beyond_zero, dice_measure, difference_table, replicated, verdicts
-from ..reporting.figures import draw_curves, draw_table
+from ..reporting.figures import draw_curves, draw_effects
 from ..reporting.overview import Overview, OverviewRow, overview
 from ..reporting.report import RECORDS, report
 from ..reporting.row_store import Stores
-from ..reporting.tables import Table, as_csv
+from ..reporting.tables import Table
 from .comparison import Comparison
 from .settings import CompareConfig
 from .xray import outlined
@@ -57,28 +57,21 @@ def write_report(comparison: Comparison, records: list[Record], stores: Stores) 
         draw_curves(trained, out / "curves.png")
         picture = "![Loss, deviations and kNN over epochs](curves.png)"
         notes = f"## Pretraining\n\n{pretraining_table(curves)}\n{picture}\n\n{notes}"
-    opening = "" if config.rows in BUILT_IN else write_overview(comparison, records, stores, out)
+    found = None if config.rows in BUILT_IN else overview_of(comparison, records, stores)
+    if found and found.effects:
+        out.mkdir(parents=True, exist_ok=True)
+        draw_effects(found.effects, out / "effects.png")
+    opening = f"{found.text}\n![Every row minus the first one](effects.png)\n" if found else ""
     path = report(records, out, console, (table,), notes, opening)
     shutil.copytree(out, final, dirs_exist_ok=True, ignore=shutil.ignore_patterns(RECORDS))
     console.print(f"Copied to {final}")
     return path
 
 
-def write_overview(comparison: Comparison, records: list[Record], stores: Stores, out: Path) -> str:
-    """Draw the rows' differences, and return the report's first section; empty without the row to compare with."""
+def overview_of(comparison: Comparison, records: list[Record], stores: Stores) -> Overview | None:
+    """The rows of a file on the main data set, after the row that they are compared with; None without that row."""
     if comparison.reference not in stores:
-        return ""
-    found = overview_of(comparison, records, stores)
-    if not found.differences.sections:
-        return found.text
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "overview.csv").write_text(as_csv(found.differences))
-    draw_table(found.differences, out / "overview.png")
-    return f"{found.text}\n![{found.differences.title}](overview.png)\n"
-
-
-def overview_of(comparison: Comparison, records: list[Record], stores: Stores) -> Overview:
-    """The rows of a file on the main data set, after the row that they are compared with."""
+        return None
     first = [row for row in comparison.rows if row.arm == comparison.reference]
     others = [row for row in comparison.rows if row.method and row.arm != comparison.reference]
     ordered = [*first, *others, *(row for row in comparison.rows if row.method is None)]

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from .overview import Effect
 from .tables import Section, Table
 
 OURS, PAPER, WITHIN, BOX = "#1f5fa8", "#b0483a", "#6aa9d8", "#5dff6a"
@@ -103,6 +104,26 @@ def draw_curves(curves: dict[str, list[list[dict[str, float]]]], path: Path) -> 
             axes.spines[["top", "right"]].set_visible(False)
     for axes, name in zip(grid[-1], ("loss", "deviation", "kNN AUC on validation"), strict=True):
         axes.set_xlabel(f"{name} over epochs", fontsize=8)
+    _save(figure, path)
+
+
+def draw_effects(effects: dict[str, dict[str, Effect]], path: Path) -> None:
+    """For each measure a dot per row: its difference from the first row with the 95 % interval, where there is one."""
+    titles = list(dict.fromkeys(title for rows in effects.values() for title in rows))
+    figure = Figure(figsize=(1.8 + 2.2 * len(effects), 0.9 + 0.27 * len(titles)), layout="constrained")
+    places = figure.subplots(1, len(effects), squeeze=False, sharey=True)[0]
+    for axes, (measure, rows) in zip(places, effects.items(), strict=True):
+        for title, gap in rows.items():
+            reach = gap.value - gap.interval[0]
+            colour = OURS if gap.beyond else "#888888"
+            bar = None if np.isnan(reach) else reach
+            axes.errorbar(gap.value, titles.index(title), xerr=bar, fmt="o", ms=4, lw=1.2, color=colour)
+        axes.axvline(0, color="#888888", lw=0.8)
+        axes.set_title(measure, fontsize=9)
+        axes.tick_params(labelsize=8)
+    figure.axes[0].set_yticks(range(len(titles)), titles)
+    figure.axes[0].invert_yaxis()
+    figure.supxlabel("points of AUC above the first row; blue where the interval leaves out 0", fontsize=8)
     _save(figure, path)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,9 +17,8 @@ from ..data.subsets import label_fraction
 from ..downstream.arms import SUP1, SUP2
 from ..downstream.finetune import usable_classes
 from ..markdown import markdown_table
-from ..metrics import Floats, class_aucs, holm, macro, student_quantile, student_tails
+from ..metrics import Floats, class_aucs, macro, student_quantile, student_tails
 from .differences import Arrays, Replicates, draws_with_original, paired
-from .tables import Cell, Row, Section, Summary, Table
 
 #: A row's epochs under each seed, as ``RowStore.curves`` has them.
 Curves = list[list[dict[str, float]]]
@@ -29,9 +29,8 @@ POWER = 0.8
 BEGIN, END = "<!-- overview:begin -->", "<!-- overview:end -->"
 MEANING = (
     "AUC in percent: mean over pretraining seeds ± deviation. In brackets: the row minus the first one under the same "
-    "seeds, with its 95 % interval for other seeds and other patients (and the same subsets of labels). In italics "
-    "where that leaves out 0. In bold where the difference also holds after Holm's correction for the number of "
-    "intervals of pretrained rows; those of the untrained network are corrected for their own number. Rank: the "
+    "seeds, with its 95 % interval for other seeds and other patients (and the same subsets of labels), in bold where "
+    "that leaves out 0, with a † where it also does after Holm's correction for the number of intervals. Rank: the "
     "effective rank of the pooled features at the end. Perplexity: of the marginals, at the end. Converged: share of "
     "the images whose transport did, over the whole run. Seconds: of a step, without its views."
 )
@@ -80,10 +79,12 @@ class Effect:
         return low > 0 or high < 0
 
     @property
-    def chance(self) -> float:
-        """The p-value: how likely a difference so far from 0 would be if the true one were 0."""
+    def probability(self) -> float:
+        """Of a difference as large or larger if the true one is 0; NaN for a single seed."""
+        if np.isnan(self.error):
+            return np.nan
         if self.error == 0:
-            return float(self.value == 0)
+            return 1.0 if self.value == 0 else 0.0
         return student_tails(self.value / self.error, self.freedom)
 
     @property
@@ -93,20 +94,11 @@ class Effect:
             return np.nan
         return (student_quantile(0.975, self.freedom) + student_quantile(POWER, self.freedom)) * self.error
 
-    def text(self, holds: bool = False) -> str:
-        """The difference with its interval, to be put in brackets. ``holds``: also after correction."""
+    def text(self) -> str:
+        """The difference with its interval, to be put in brackets."""
         low, high = self.interval
         shown = f"{self.value:+.1f}" if np.isnan(low) else f"{self.value:+.1f} [{low:+.1f}, {high:+.1f}]"
-        return f"**{shown}**" if holds else f"*{shown}*" if self.beyond else shown
-
-    def summary(self) -> Summary:
-        """For a table; the ends of an interval that is not known are the value."""
-        low, high = (self.value, self.value) if np.isnan(self.error) else self.interval
-        return Summary(self.value, 0.0, low, high, self.seeds)
-
-
-#: The differences of all rows but the first, by column.
-Effects = dict[str, list[Effect | None]]
+        return f"**{shown}**" if self.beyond else shown
 
 
 @dataclass(frozen=True)
@@ -119,20 +111,19 @@ class OverviewRow:
     curves: Curves
 
 
-@dataclass(frozen=True)
-class Overview:
-    """What is known of all rows."""
+class Overview(NamedTuple):
+    """A comparison at a glance."""
 
     text: str
     """The table in Markdown between marks, by which a page can be compared with it, and what it can tell."""
-    differences: Table
-    """Each row minus the first one, to be drawn. It has no section where there is no difference."""
+    effects: dict[str, dict[str, Effect]]
+    """By column and title, what a row differs by from the first one."""
 
 
 def overview(
     index: ChestIndex, dataset: str, fractions: Sequence[float], draws: int, rows: list[OverviewRow]
 ) -> Overview:
-    """Compare all rows with the first one.
+    """The overview of these rows.
 
     Args:
         index: the films that were evaluated on.
@@ -150,54 +141,35 @@ def overview(
             if any(found):
                 share = "" if protocol == "neighbours" else ", all" if fraction == 1 else f" {100 * fraction:g} %"
                 figures[name + share] = found
-    effects: Effects = {}
-    for name, (first, *found) in figures.items():
-        known = [_under_all_seeds(x, first) if row.arm == SUP2 else x for row, x in zip(rows[1:], found, strict=True)]
-        effects[name] = [Effect.between(x, first) for x in known]
-    trained, others = [], []
-    for place, row in enumerate(rows[1:]):
-        (others if row.arm == SUP1 else trained).append(place)
-    of_trained = held(effects, trained)
-    marked = of_trained | held(effects, others)
+    effects = {
+        name: [_difference(row, x, first) for row, x in zip(rows[1:], found, strict=True)]
+        for name, (first, *found) in figures.items()
+    }
     logs = [_log_cells(row.curves) for row in rows]
     logged = [name for name in logs[0] if any(log[name] for log in logs)]
+    trained = [place for place, row in enumerate(rows[1:]) if row.arm != SUP1]
+    of_trained = {name: [gaps[place] for place in trained] for name, gaps in effects.items()}
+    holding = holm([gap for gaps in of_trained.values() for gap in gaps if gap])
     lines = []
     for place, row in enumerate(rows):
-        cells = []
-        for name, found in figures.items():
-            gap = effects[name][place - 1] if place else None
-            cells.append(_cell(found[place], gap.text((name, place - 1) in marked) if gap else ""))
+        gaps = [effects[name][place - 1] if place else None for name in figures]
+        cells = [_cell(found[place], gap, gap in holding) for found, gap in zip(figures.values(), gaps, strict=True)]
         seeds = {seed for found in figures.values() for seed in found[place]}
-        lines.append([_title(row), str(len(seeds)), *cells, *(logs[place][name] for name in logged)])
+        title = "untrained" if row.arm == SUP1 else row.title
+        lines.append([title, str(len(seeds)), *cells, *(logs[place][name] for name in logged)])
     table = markdown_table(["", "seeds", *figures, *logged], lines, align="right")
-    reach = _reach({name: [gaps[place] for place in trained] for name, gaps in effects.items()}, len(of_trained))
-    return Overview("\n".join([BEGIN, MEANING, "", *table, "", reach, END, ""]), _drawn(dataset, rows, effects))
+    reach = _reach(of_trained, len(holding))
+    by_title = {
+        name: {line[0]: gap for line, gap in zip(lines[1:], gaps, strict=True) if gap} for name, gaps in effects.items()
+    }
+    return Overview("\n".join([BEGIN, MEANING, "", *table, "", reach, END, ""]), by_title)
 
 
-def _title(row: OverviewRow) -> str:
-    return "untrained" if row.arm == SUP1 else row.title
-
-
-def _under_all_seeds(x: Replicates, first: Replicates) -> Replicates:
-    """ImageNet's weights are the same under every seed, and were scored under one."""
-    return dict.fromkeys(first, next(iter(x.values()))) if x else x
-
-
-def held(effects: Effects, places: list[int]) -> set[tuple[str, int]]:
-    """Which differences of the rows at these places hold after correction for their number, by column and place."""
-    known = {(name, i): gaps[i] for name, gaps in effects.items() for i in places}
-    chances = {key: gap.chance for key, gap in known.items() if gap and not np.isnan(gap.error)}
-    return {key for key, holds in zip(chances, holm(list(chances.values())), strict=True) if holds}
-
-
-def _drawn(dataset: str, rows: list[OverviewRow], effects: Effects) -> Table:
-    lines = []
-    for place, row in enumerate(rows[1:]):
-        found = [(name, gaps[place]) for name, gaps in effects.items()]
-        lines.append(Row(_title(row), [Cell(name, None, gap.summary() if gap else None) for name, gap in found]))
-    known = any(gap for gaps in effects.values() for gap in gaps)
-    sections = [Section(dataset, lines, MEANING, 1, True)] if known else []
-    return Table("overview", f"Each row minus {_title(rows[0])}: points of AUC, other seeds and patients", sections)
+def _difference(row: OverviewRow, figures: Replicates, first: Replicates) -> Effect | None:
+    """A row minus the first one. ImageNet's weights are the same under every seed, and were scored under one."""
+    if row.arm == SUP2 and figures:
+        figures = dict.fromkeys(first, next(iter(figures.values())))
+    return Effect.between(figures, first)
 
 
 def _aucs(index: ChestIndex, prefix: str, fraction: float, arrays: Arrays, weights: Floats) -> Replicates:
@@ -215,12 +187,21 @@ def _aucs(index: ChestIndex, prefix: str, fraction: float, arrays: Arrays, weigh
     return found
 
 
-def _cell(of_seeds: Replicates, gap: str) -> str:
+def holm(effects: list[Effect]) -> list[Effect]:
+    """Those that are beyond 0 by Holm's rule: with 95 % certainty none of them all is there by chance."""
+    known = sorted((gap for gap in effects if not np.isnan(gap.error)), key=lambda gap: gap.probability)
+    for place, gap in enumerate(known):
+        if gap.probability > 0.05 / (len(known) - place):
+            return known[:place]
+    return known
+
+
+def _cell(of_seeds: Replicates, gap: Effect | None, holds: bool) -> str:
     if not of_seeds:
         return ""
     values = [x[0] for x in of_seeds.values()]
     spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.1f}{spread}" + (f" ({gap})" if gap else "")
+    return f"{np.mean(values):.1f}{spread}" + (f" ({gap.text()})" + "†" * holds if gap else "")
 
 
 def _log_cells(curves: Curves) -> dict[str, str]:
@@ -237,15 +218,15 @@ def _log_cells(curves: Curves) -> dict[str, str]:
     return {name: form.format(np.mean(x)) if x else "" for name, (x, form) in figures.items()}
 
 
-def _reach(effects: Effects, count: int) -> str:
-    """How many intervals between pretrained rows leave out 0, also after correction; which were within reach."""
+def _reach(effects: dict[str, list[Effect | None]], holding: int) -> str:
+    """How many intervals between pretrained rows leave out 0, and which differences were within reach."""
     known = {name: [gap for gap in gaps if gap and not np.isnan(gap.error)] for name, gaps in effects.items()}
     found = [gap.beyond for gaps in known.values() for gap in gaps]
     if not found:
-        return "No two pretrained rows share two seeds, so there is no interval yet."
+        return "One seed says nothing about others, so there is no interval yet."
     within = [f"{name} {np.median([gap.detectable for gap in gaps]):.1f}" for name, gaps in known.items() if gaps]
     return (
         f"Of the {len(found)} intervals of pretrained rows {sum(found)} leave out 0; of as many differences that are "
-        f"truly 0, {len(found) / 20:.2g} would. After correction {count} hold. Before it, a true difference of this "
-        f"many points is found with a chance of {100 * POWER:.0f} % (median over rows): {', '.join(within)}."
+        f"truly 0, {len(found) / 20:.2g} would. After Holm's correction {holding} do. A true difference of this many "
+        f"points is found with a chance of {100 * POWER:.0f} % (median over rows): {', '.join(within)}."
     )

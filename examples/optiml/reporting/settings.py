@@ -23,7 +23,7 @@ class ChooseConfig:
     """Choose each method's learning rate from a comparison of rates; write methods.rows and ablation.rows with them."""
 
     rows: Path = PACKAGE / "rates.rows"
-    """What was compared: rows named METHOD-rate-RATE."""
+    """What was compared: rows named METHOD-RATE."""
     results: Path = PACKAGE / "results" / "rates"
     """Where ``compare`` put the records."""
     out: Path = PACKAGE

@@ -80,12 +80,12 @@ class Rated:
 
 
 def rated(rows: list[ComparisonRow], runs: Path) -> list[Rated]:
-    """The methods with their scores. ``rows``: named METHOD-rate-RATE. ``runs``: the folder with their records."""
+    """The methods with their scores. ``rows``: named METHOD-RATE. ``runs``: the folder with their records."""
     of_methods = defaultdict[str, dict[str, ComparisonRow]](dict)
     for row in rows:
-        name, mark, rate = row.arm.rpartition("-rate-")
-        if not mark or row.overrides.get("optim.lr") != _number(rate):
-            raise CommandError(f"a row must be named METHOD-rate-RATE after its --optim.lr, not {row.arm!r}")
+        name, _, rate = row.arm.rpartition("-")
+        if not name or row.overrides.get("optim.lr") != _number(rate):
+            raise CommandError(f"a row must be named METHOD-RATE after its --optim.lr, not {row.arm!r}")
         of_methods[name][rate] = row
     result = []
     for name, by_rate in of_methods.items():

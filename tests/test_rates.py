@@ -22,18 +22,19 @@ from PIL import Image
 
 from examples.optiml.__main__ import cli
 from examples.optiml.data.index import read_index
+from examples.optiml.downstream.arms import SUP1
 from examples.optiml.errors import CommandError
 from examples.optiml.pretraining.methods import METHODS
 from examples.optiml.pretraining.settings import PretrainConfig
-from examples.optiml.reporting.choice import FIGURES, ablation_file, methods_file, rated, score
 from examples.optiml.reporting.comparison_rows import PRINTED, ComparisonRow, rows
-from examples.optiml.reporting.overview import BEGIN
+from examples.optiml.reporting.overview import BEGIN, END
+from examples.optiml.reporting.rates import FIGURES, ablation_file, methods_file, rated, score
 from examples.optiml.reporting.row_files import read_rows
 from examples.optiml.reporting.row_store import RowStore
 
 FOLDER = Path(__file__).parents[1] / "examples" / "optiml"
 RATES = [row for row in read_rows(FOLDER / "rates.rows") if row.method]
-NAMES = [*dict.fromkeys(row.arm.rpartition("-rate-")[0] for row in RATES)]
+NAMES = [*dict.fromkeys(row.arm.rpartition("-")[0] for row in RATES)]
 
 
 def commands(folder: Path, *arguments: str, script: str = "methods.sh") -> list[list[str]]:
@@ -84,8 +85,8 @@ def test_every_method_has_the_same_three_rates() -> None:
     assert set(NAMES) == {*METHODS, "optiml-printed"} and len(RATES) == 3 * len(NAMES)
     built_in = {row.arm: row for row in rows("methods")}
     for name in NAMES:
-        three = [row for row in RATES if row.arm.rpartition("-rate-")[0] == name]
-        assert [row.overrides["optim.lr"] for row in three] == [1.5e-4, 5e-4, 1.5e-3]
+        three = [row for row in RATES if row.arm.rpartition("-")[0] == name]
+        assert [row.overrides["optim.lr"] for row in three] == [2e-4, 5e-4, 1.5e-3]
         for row in three:
             assert row.method == built_in[name].method
             rest = {path: x for path, x in row.overrides.items() if path != "optim.lr"}
@@ -118,9 +119,9 @@ def test_the_best_rate_is_taken(tmp_path: Path) -> None:
         aucs = dict(zip(FIGURES, (tenth, [everything], [near]), strict=True))
         write_records(tmp_path, row, {**aucs, ("linear", 0.01): [0.99 if row is three[0] else 0.1]})
     (found,) = rated(three, tmp_path)
-    assert found.rate == "0.0005" and found.scores == pytest.approx({"0.00015": 70, "0.0005": 72, "0.0015": 70.3333})
+    assert found.rate == "0.0005" and found.scores == pytest.approx({"0.0002": 70, "0.0005": 72, "0.0015": 70.3333})
     comment, line = found.lines()
-    assert comment == "# SimCLR: 70.00 at 0.00015; 72.00 at 0.0005; 70.33 at 0.0015."
+    assert comment == "# SimCLR: 70.00 at 0.0002; 72.00 at 0.0005; 70.33 at 0.0015."
     assert line == "simclr-tuned --title SimCLR --method simclr --optim.lr 0.0005 --optim.warmup-epochs 3"
     write_records(tmp_path, three[2], {figure: [0.9] for figure in FIGURES})
     (found,) = rated(three, tmp_path)
@@ -133,11 +134,11 @@ def test_without_all_its_records_a_method_keeps_the_middle_rate(tmp_path: Path) 
     write_records(tmp_path, three[0], {figure: [0.9] for figure in FIGURES[:2]})  # stopped before the neighbours
     (found,) = rated(three, tmp_path)
     assert found.rate == "0.0005" and found.scores.keys() == {"0.0015"}
-    assert found.lines()[0] == "# BYOL: 90.00 at 0.0015; no records yet at 0.00015, 0.0005, so the middle rate."
+    assert found.lines()[0] == "# BYOL: 90.00 at 0.0015; no records yet at 0.0002, 0.0005, so the middle rate."
     other = dataclasses.replace(three[2], overrides={**three[2].overrides, "options.byol.dim": 8})
     assert score(other, RowStore(tmp_path, f"{three[2].arm}-seed0")) is None  # the records are of other settings
-    with pytest.raises(CommandError, match="named METHOD-rate-RATE after its"):
-        rated([dataclasses.replace(three[0], arm="byol-rate-1")], tmp_path)
+    with pytest.raises(CommandError, match="named METHOD-RATE after its"):
+        rated([dataclasses.replace(three[0], arm="byol-1")], tmp_path)
 
 
 def test_the_committed_rows_are_what_the_committed_records_give() -> None:
@@ -191,7 +192,7 @@ def test_from_the_films_to_the_tables(tmp_path: Path, monkeypatch: pytest.Monkey
         for command in commands(tmp_path, part, "DATA", *tiny.split(), *(("--only", *only) if only else ())):
             cli([*command, "--workers", "1"] if command[0] == "prepare" else command)
 
-    run("rates", *(f"vicreg-rate-{rate}" for rate in ("0.00015", "0.0005", "0.0015")))
+    run("rates", *(f"vicreg-{rate}" for rate in ("0.0002", "0.0005", "0.0015")))
     index = read_index(tmp_path / "data" / "pneumonia-select")
     assert len(index) == 45 and set(index.splits) == {"train", "val", "test"}
     run("choose")
@@ -201,7 +202,7 @@ def test_from_the_films_to_the_tables(tmp_path: Path, monkeypatch: pytest.Monkey
         by_figure = [[r["macro_auc"] for r in kept if (r["protocol"], r["fraction"]) == x] for x in FIGURES]
         scores[path.stem] = np.mean([np.mean(x) for x in by_figure])
     assert len(scores) == 3
-    best = max(scores, key=scores.__getitem__).removeprefix("vicreg-rate-").removesuffix("-seed0")
+    best = max(scores, key=scores.__getitem__).removeprefix("vicreg-").removesuffix("-seed0")
     chosen = {row.arm: row.overrides.get("optim.lr") for row in read_rows(example / "methods.rows")}
     assert chosen["vicreg-tuned"] == float(best) and chosen["optiml-tuned"] == 5e-4
 
@@ -216,6 +217,39 @@ def test_from_the_films_to_the_tables(tmp_path: Path, monkeypatch: pytest.Monkey
     assert all(path.read_bytes() == kept for path, kept in before.items())  # what both tables share is made once
     for name, row in (("methods", "VICReg"), ("ablation", "OPTiML without variance, covariance and CV-SIM")):
         text = (results / name / "report.md").read_text().partition(BEGIN)[2]
-        assert f"| {row} | 1 | " in text and "(overview.png)" in text
-        assert (results / name / "overview.png").stat().st_size > 1000
-        assert f",{row}," in (results / name / "overview.csv").read_text().replace('"', "")
+        assert f"| {row} | 1 | " in text and "(effects.png)" in text
+        assert (results / name / "effects.png").stat().st_size > 1000
+
+
+PAGE = FOLDER / "COMPARISON.md"
+REPORT = FOLDER / "results" / "methods" / "methods" / "report.md"
+
+
+def test_the_page_quotes_the_report_or_says_that_there_is_none() -> None:
+    page = PAGE.read_text()
+    if not REPORT.exists():
+        assert "**The runs are not done yet**" in page and BEGIN not in page
+        return
+    assert BEGIN + REPORT.read_text().partition(BEGIN)[2].partition(END)[0] + END in page and "not done" not in page
+
+
+def test_the_means_of_the_page_are_those_of_the_records() -> None:
+    """The intervals need the films' labels, which are not in the repository; the means do not."""
+    if not REPORT.exists():
+        pytest.skip("the runs of methods.rows are not done")
+    head, _, *lines = [line.strip("|").split("|") for line in PAGE.read_text().splitlines() if line.startswith("|")]
+    columns = [cell.strip() for cell in head][1:]
+    arms = {row.title: row.arm for row in read_rows(FOLDER / "methods.rows")} | {"untrained": SUP1}
+    figures = {
+        "frozen 1 %": ("linear", 0.01),
+        **dict(zip(("frozen 10 %", "frozen, all", "neighbours"), FIGURES, strict=True)),
+    }
+    for name, *cells in lines:
+        files = [*(FOLDER / "results" / "methods" / "runs").glob(f"{arms[name.strip()]}-seed*.json")]
+        shown = dict(zip(columns, map(str.strip, cells), strict=True))
+        assert shown["seeds"] == str(len(files))
+        for column, wanted in figures.items():
+            kept = [json.loads(path.read_text())["records"].values() for path in files]
+            of_seeds = [[r["macro_auc"] for r in x if (r["protocol"], r["fraction"]) == wanted] for x in kept]
+            mean = 100 * np.mean([np.mean(x) for x in of_seeds])
+            assert float(shown[column].split()[0]) == pytest.approx(mean, abs=0.051), (name, column)
