@@ -1,4 +1,4 @@
-"""The committed results of ``make example``: the gain that the pages promise, and the pages that quote it."""
+"""The committed results of ``make example`` and of the pipeline on NIH's labels, and the pages that quote them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("lightly", reason="the example needs otloss[examples]")
@@ -49,3 +50,21 @@ def test_the_pages_quote_the_results() -> None:
     screen = results()[0]["screen"]
     figures = screen[: screen.index("the intervals resample the test patients.") + 1]
     assert block(ROOT / "README.md").strip() == "\n".join(["```text", *figures, "```"])
+
+
+def test_the_table_of_the_pipeline_has_the_means_of_the_records() -> None:
+    folder = ROOT / "examples" / "optiml"
+    records = json.loads((folder / "results" / "cxr-dev" / "records.json").read_text())
+
+    def mean(arm: str, **of: str) -> str:
+        mine = [r for r in records if r["arm"] == arm and r["fraction"] == 1 and of.items() <= r.items()]
+        figures = [r["raw"]["macro"] if r["stage"] == "evaluate" else r["positives"] for r in mine]
+        return f"{100 * np.mean([figure['value'] for figure in figures]):.1f}"
+
+    page = (folder / "EVALUATE.md").read_text().partition("<!-- cxr-dev:begin -->")[2].partition("<!--")[0]
+    _, _, *lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.split("\n")[1:-1]]
+    protocols = [(data, protocol) for data in ("nih-cxr-dev", "rsna-cxr-dev") for protocol in ("linear", "finetune")]
+    assert [name for name, *_ in lines] == ["untrained", "OPTiML"]
+    for arm, (_, *cells) in zip(("sup1", "optiml"), lines, strict=True):
+        evaluated = [mean(arm, dataset=data, protocol=protocol) for data, protocol in protocols]
+        assert cells == [*evaluated, mean(arm, stage="segment", label="Lung")]

@@ -127,6 +127,13 @@ def test_the_table_has_the_figures_of_the_records(index: ChestIndex, tmp_path: P
     assert "Of the 3 intervals of pretrained rows " in text and "truly 0, 0.15 would" in text
 
 
+def test_imagenets_weights_are_compared_under_every_seed(index: ChestIndex) -> None:
+    """They were scored under one, which the column of seeds says."""
+    found = overview(index, "set", FRACTIONS, 50, [row(index, "first", 1.0), row(index, "sup2", 0.1, (1,))])
+    gap = found.effects["neighbours"]["sup2"]
+    assert table(found.text)["sup2"]["seeds"] == "1" and gap.seeds == 3 and gap.interval[0] > 0
+
+
 def test_without_a_second_seed_it_says_so(index: ChestIndex) -> None:
     rows = [row(index, name, noise, (0,)) for name, noise in (("first", 1.0), ("better", 0.1))]
     text, _ = overview(index, "set", FRACTIONS, 20, rows)

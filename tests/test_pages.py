@@ -136,6 +136,7 @@ def test_the_readme_is_short() -> None:
 
 def test_the_page_of_the_example_is_short() -> None:
     assert lines("examples/optiml/README.md") <= 150
+    assert lines("examples/optiml/COMPARISON.md") <= 60
 
 
 WITH_COMMANDS = (

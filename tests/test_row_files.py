@@ -43,7 +43,8 @@ def test_a_line_is_a_name_and_flags(tmp_path: Path) -> None:
         tmp_path, "# a study", "", "base --optiml.match position --optiml.dense 64  # projected", "optiml", "sup2",
         "positions-0.2 --optiml.match position --optiml.eps 0.2 --optim.lr 5e-4 --preset paper",
         "vicreg-half --method vicreg --vicreg.invariance 12.5", "optiml-eps-0.2 --optiml.eps 0.2",
-        "plain --optiml.alpha 0.6", "nearer base --optiml.eps 0.1", "nearest nearer --optiml.eps 0.01",
+        "plain --optiml.alpha 0.6", "nearer base --title 'Rather near' --optiml.eps 0.1",
+        "nearest nearer --optiml.eps 0.01",
     )  # fmt: skip
     found = {row.arm: row for row in read_rows(path)}
     assert list(found) == [
@@ -59,6 +60,8 @@ def test_a_line_is_a_name_and_flags(tmp_path: Path) -> None:
     assert found["plain"].overrides == {}  # the usual value, said aloud
     assert found["nearer"].overrides == {**found["base"].overrides, "options.optiml.eps": 0.1}
     assert found["nearest"].overrides == {**found["base"].overrides, "options.optiml.eps": 0.01}
+    assert (found["nearer"].title, found["nearest"].title) == ("Rather near", "nearest")  # a title is a row's own
+    assert found["nearest"].flags[-2:] == ("--optiml.eps", "0.01") and "--title" not in found["nearest"].flags
     built_in = {row.arm: row for row in rows("ablation")}
     assert all(found[name] == built_in[name] for name in ("optiml", "optiml-eps-0.2"))  # under their titles
     assert found["sup2"].method is None and found["base"].title == "base"
@@ -81,6 +84,10 @@ def test_a_line_is_a_name_and_flags(tmp_path: Path) -> None:
         ("optiml --optiml.eps 1", "line 2: 'optiml' is a row of another comparison, with other settings"),
         ("vicreg", "line 2: 'vicreg' is a row of another comparison, with other settings"),
         ('a --optiml.match "position', "line 2: No closing quotation"),
+        ("a --title --optiml.eps 1", "line 2: --title lacks its value"),
+        ("a --optiml.eps 1 --title", "line 2: --title lacks its value"),
+        ("a --title first --optiml.eps 1", "line 2: there are two rows under the title 'first'"),
+        ("optiml --title mine", "line 2: 'optiml' is a row of another comparison, with a title of its own"),
         ("a second --optiml.eps 1", "line 2: there is no row 'second' above"),
     ],
 )
@@ -103,7 +110,7 @@ def test_no_file_and_an_empty_one(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_the_file_that_comes_along(tmp_path: Path) -> None:
     found = [row for row in comparison_rows(str(STUDY)) if row.method]
-    assert found[0].arm == "positions" and len(found) > 10
+    assert {"positions", "vicreg-variance-50"} < {row.arm for row in found} and len(found) > 10
     runs = [row.apply(PretrainConfig(tmp_path, tmp_path, row.method or "")) for row in found]
     assert len({run.key() for run in runs}) == len(found)  # no two rows are one
     varied = {path.rpartition(".")[2] for row in found for path in row.overrides}
@@ -112,8 +119,10 @@ def test_the_file_that_comes_along(tmp_path: Path) -> None:
 
 def test_its_transport_is_worth_what_is_left_when_all_else_is_alike(tmp_path: Path) -> None:
     """The first question's rows: α alone differs, and VICReg's variance weighs as much, as its code halves the sum."""
-    first, without, vicreg, *_ = (
-        row.apply(PretrainConfig(tmp_path, tmp_path, row.method)) for row in comparison_rows(str(STUDY)) if row.method
+    named = {row.arm: row for row in comparison_rows(str(STUDY)) if row.method}
+    first, without, vicreg = (
+        named[arm].apply(PretrainConfig(tmp_path, tmp_path, named[arm].method or ""))
+        for arm in ("positions", "positions-alpha-0", "vicreg-variance-50")
     )
     options = first.options.optiml
     assert (options.match, options.stage, options.marginals) == ("position", 3, "uniform") and options.alpha > 0

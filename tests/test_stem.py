@@ -149,7 +149,7 @@ def test_the_card_of_a_usual_run_says_how_to_load_it(few_phantoms: Path, tmp_pat
 
 
 def test_runs_from_before_there_were_stems_are_the_standard_ones() -> None:
-    known = json.loads((RESULTS / "compare" / "runs" / "vicreg-seed0.json").read_text())["pretraining"]
+    known = json.loads((RESULTS / "compare-phantoms" / "runs" / "vicreg-seed0.json").read_text())["pretraining"]
     now = PretrainConfig(Path(), Path(), "vicreg").identity()
     assert now.keys() == known.keys() - {"data_fingerprint"}
     assert PretrainConfig(Path(), Path(), "vicreg", stem="small").identity().keys() - now.keys() == {"stem"}

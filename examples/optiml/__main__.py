@@ -14,7 +14,7 @@ from .data.prepare.settings import PrepareConfig
 from .downstream.settings import EvaluateConfig, HeatmapConfig, SegmentConfig
 from .errors import CommandError, DiskError
 from .pretraining.settings import INTERRUPTED, PretrainConfig
-from .reporting.settings import ReportConfig
+from .reporting.settings import ChooseConfig, ReportConfig
 
 #: The options of each command, and the module whose ``main`` runs it. It is imported when the command runs, not before.
 COMMANDS: dict[str, tuple[type, str]] = {
@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "heatmap": (HeatmapConfig, "downstream.heatmap"),
     "report": (ReportConfig, "reporting.report"),
     "compare": (CompareConfig, "commands.compare"),
+    "choose": (ChooseConfig, "reporting.rates"),
 }
 
 

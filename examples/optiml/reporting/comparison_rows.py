@@ -48,6 +48,8 @@ class ComparisonRow:
     """The settings of ``PretrainConfig``, by dotted path, in which the row differs from the others."""
     title: str = ""
     """How the report prints the row. Unset: the paper's name for the arm, or else the arm."""
+    flags: tuple[str, ...] = field(default=(), compare=False)
+    """The flags of ``pretrain`` that a file of rows gives it."""
 
     def __post_init__(self) -> None:
         if not self.title:

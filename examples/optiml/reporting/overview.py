@@ -14,7 +14,7 @@ import numpy as np
 
 from ..data.index import ChestIndex
 from ..data.subsets import label_fraction
-from ..downstream.arms import SUP1
+from ..downstream.arms import SUP1, SUP2
 from ..downstream.finetune import usable_classes
 from ..markdown import markdown_table
 from ..metrics import Floats, class_aucs, macro, student_quantile, student_tails
@@ -141,7 +141,10 @@ def overview(
             if any(found):
                 share = "" if protocol == "neighbours" else ", all" if fraction == 1 else f" {100 * fraction:g} %"
                 figures[name + share] = found
-    effects = {name: [Effect.between(x, found[0]) for x in found[1:]] for name, found in figures.items()}
+    effects = {
+        name: [_difference(row, x, first) for row, x in zip(rows[1:], found, strict=True)]
+        for name, (first, *found) in figures.items()
+    }
     logs = [_log_cells(row.curves) for row in rows]
     logged = [name for name in logs[0] if any(log[name] for log in logs)]
     trained = [place for place, row in enumerate(rows[1:]) if row.arm != SUP1]
@@ -160,6 +163,13 @@ def overview(
         name: {line[0]: gap for line, gap in zip(lines[1:], gaps, strict=True) if gap} for name, gaps in effects.items()
     }
     return Overview("\n".join([BEGIN, MEANING, "", *table, "", reach, END, ""]), by_title)
+
+
+def _difference(row: OverviewRow, figures: Replicates, first: Replicates) -> Effect | None:
+    """A row minus the first one. ImageNet's weights are the same under every seed, and were scored under one."""
+    if row.arm == SUP2 and figures:
+        figures = dict.fromkeys(first, next(iter(figures.values())))
+    return Effect.between(figures, first)
 
 
 def _aucs(index: ChestIndex, prefix: str, fraction: float, arrays: Arrays, weights: Floats) -> Replicates:

@@ -1,84 +1,162 @@
-"""Which learning rate each method gets in the comparison: the best that was tried, on films that are not test films.
+"""Choose each method's learning rate from a comparison of rates, and write the rows that are compared with it.
 
-    python -m examples.optiml.reporting.rates RATES.rows RESULTS > METHODS.rows
-
-A row of RATES.rows is named after its method and its rate, such as ``simclr-0.0005``. Its score is the mean of three
-AUCs: of the frozen features with 10 % and with all of the labels, and of the nearest neighbours. The best row of each
-method is printed as it stands there. After OPTiML's come the rows of the paper's Table III, with the same rate. Last
-comes ``sup2``: ImageNet's weights, where they are at hand.
+Nothing else is chosen here, and every method has as many rates to choose from.
 """
 
 from __future__ import annotations
 
-import json
-import re
-import sys
-from collections.abc import Iterator
+import shlex
+from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from ..downstream.arms import SUP2
-from .comparison_rows import RECOMMENDED
+from ..atomic import atomic_path
+from ..errors import CommandError
+from ..pretraining.settings import PretrainConfig
+from .comparison_rows import RECOMMENDED, ComparisonRow, methods
+from .row_files import TITLE, read_rows
+from .row_store import RowStore
+from .settings import ChooseConfig
 
-#: Table III: OPTiML without some of its parts. Invariance goes with variance and covariance: without these, a constant
-#: embedding would minimise it.
-ABLATION = {
-    "no-var-cov": "--optiml.beta 0 --optiml.eta 0 --optiml.invariance 0",
-    "no-cv-sim": "--optiml.marginals uniform",
-    "no-var-cov-no-cv-sim": "--optiml.beta 0 --optiml.eta 0 --optiml.invariance 0 --optiml.marginals uniform",
+#: What the choice is made by: protocols and shares of the labels.
+FIGURES = (("linear", 0.1), ("linear", 1.0), ("neighbours", 1.0))
+RULE = (
+    "The rule: of a method's rates, the one with the highest mean of three macro AUCs on the scored part of the films",
+    "that are no test films: frozen with 10 % of the labels (mean over their subsets), frozen with all of them, and",
+    "nearest neighbours.",
+)
+SEED = 0
+PRINTED = "optiml-printed"
+#: Table III's parts, and variance and covariance by themselves: what a row is called, its title, and its flags.
+#: Invariance goes with the variance: without this, a constant embedding would minimise it.
+PARTS = {
+    "no-cvsim": ("without CV-SIM", "--optiml.marginals uniform"),
+    "no-variance": ("without variance", "--optiml.beta 0 --optiml.invariance 0"),
+    "no-covariance": ("without covariance", "--optiml.eta 0"),
+    "no-varcov": ("without variance and covariance", "--optiml.beta 0 --optiml.eta 0 --optiml.invariance 0"),
+    "neither": (
+        "without variance, covariance and CV-SIM",
+        "--optiml.beta 0 --optiml.eta 0 --optiml.invariance 0 --optiml.marginals uniform",
+    ),
 }
-#: What the score is the mean of: protocol and share of the labels.
-COLUMNS = (("linear", 0.1), ("linear", 1.0), ("neighbours", 1.0))
 
 
-def score(runs: Path, name: str) -> float | None:
-    """The mean AUC of a row over its seeds; None if a record is missing."""
-    found = []
-    for path in sorted(runs.glob(f"{name}-seed*.json")):
-        if path.stem.rpartition("-seed")[0] != name:
-            continue
-        records = json.loads(path.read_text())["records"].values()
-        for protocol, fraction in COLUMNS:
-            aucs = [r["macro_auc"] for r in records if (r["protocol"], r["fraction"]) == (protocol, fraction)]
-            if not aucs:
-                return None
-            found.append(float(np.mean(aucs)))
-    return float(np.mean(found)) if found else None
+@dataclass(frozen=True)
+class Rated:
+    """One method under several rates."""
+
+    name: str
+    rates: dict[str, ComparisonRow]
+    """Its rows, by rate from the lowest up."""
+    scores: dict[str, float]
+    """The figure that decides, in percent, of the rates that have records."""
+
+    @property
+    def rate(self) -> str:
+        """The best rate; the middle one unless all have records."""
+        if len(self.scores) < len(self.rates):
+            return list(self.rates)[len(self.rates) // 2]
+        return max(self.scores, key=self.scores.__getitem__)
+
+    @property
+    def arm(self) -> str:
+        return f"{self.name}-tuned"
+
+    @property
+    def title(self) -> str:
+        """The method's, as built-in comparisons print it."""
+        return next((row.title for row in methods() if row.arm == self.name), self.name)
+
+    def lines(self) -> list[str]:
+        """The row with the rate, after a comment that says how it was chosen."""
+        found = [f"{score:.2f} at {rate}" for rate, score in self.scores.items()]
+        if missing := [rate for rate in self.rates if rate not in self.scores]:
+            found.append(f"no records yet at {', '.join(missing)}, so the middle rate")
+        flags = self.rates[self.rate].flags
+        return [f"# {self.title}: {'; '.join(found)}.", shlex.join([self.arm, TITLE, self.title, *flags])]
 
 
-def by_method(rows: Path) -> dict[str, list[tuple[str, str]]]:
-    """The names and lines of a file of rows, by method."""
-    found: dict[str, list[tuple[str, str]]] = {}
-    for line in rows.read_text().splitlines():
-        if line.strip() and not line.startswith("#"):
-            name = line.split()[0]
-            if not (match := re.fullmatch(r"(.+)-(\d*\.\d+)", name)):
-                raise ValueError(f"{rows}: a row is named METHOD-RATE, not {name}")
-            found.setdefault(match[1], []).append((name, line))
-    return found
+def rated(rows: list[ComparisonRow], runs: Path) -> list[Rated]:
+    """The methods with their scores. ``rows``: named METHOD-RATE. ``runs``: the folder with their records."""
+    of_methods = defaultdict[str, dict[str, ComparisonRow]](dict)
+    for row in rows:
+        name, _, rate = row.arm.rpartition("-")
+        if not name or row.overrides.get("optim.lr") != _number(rate):
+            raise CommandError(f"a row must be named METHOD-RATE after its --optim.lr, not {row.arm!r}")
+        of_methods[name][rate] = row
+    result = []
+    for name, by_rate in of_methods.items():
+        rates = dict(sorted(by_rate.items(), key=lambda item: float(item[0])))
+        scores = {rate: score(row, RowStore(runs, f"{row.arm}-seed{SEED}")) for rate, row in rates.items()}
+        result.append(Rated(name, rates, {rate: x for rate, x in scores.items() if x is not None}))
+    return result
 
 
-def chosen(rows: Path, runs: Path) -> Iterator[str]:
-    """The lines of the comparison's file of rows."""
-    yield "# Each method under the best of its learning rates, chosen on films that are not test films. Written by"
-    yield f"# methods.sh from {rows.name}. In brackets: the mean AUC in percent of every rate, by which it was chosen."
-    for method, candidates in by_method(rows).items():
-        scores = np.array([np.nan if (x := score(runs, name)) is None else x for name, _ in candidates])
-        if np.isnan(scores).any():
-            best = len(candidates) // 2
-            yield f"# {method}: not all rates have been tried; the middle one."
-        else:
-            best = int(scores.argmax())
-            rates = [name.rpartition("-")[2] for name, _ in candidates]
-            tried = [f"{rate} ({100 * x:.1f})" for rate, x in zip(rates, scores, strict=True)]
-            yield f"# {method}: {', '.join(tried)}."
-        name, line = candidates[best]
-        yield line
-        if method == RECOMMENDED:
-            yield from (f"{row} {name} {flags}" for row, flags in ABLATION.items())
-    yield SUP2
+def score(row: ComparisonRow, files: RowStore) -> float | None:
+    """What the rate is chosen by, in percent; None where a record is missing or is of other settings than the row's."""
+    records = [r for r in files.records.values() if r["stage"] == "evaluate" and r["macro_auc"] is not None]
+    found = [[r["macro_auc"] for r in records if (r["protocol"], r["fraction"]) == figure] for figure in FIGURES]
+    if not all(found) or _settings(files.pretraining) != _settings(_identity(row)):
+        return None
+    return 100 * float(np.mean([np.mean(of_subsets) for of_subsets in found]))
 
 
-if __name__ == "__main__":
-    print("\n".join(chosen(Path(sys.argv[1]), Path(sys.argv[2]) / "runs")))
+def _identity(row: ComparisonRow) -> dict[str, Any]:
+    return row.apply(PretrainConfig(Path(), Path(), row.method or "")).identity()
+
+
+def _settings(identity: dict[str, Any]) -> dict[str, Any]:
+    """What a row or a preset says of a pretraining; sizes and what ``compare`` sets for short runs are left out."""
+    kept = {name: identity[name] for name in ("method", "optim", "expander", "augment", "init", "norm")}
+    return kept | {name: x for name, x in identity["options"].items() if name not in ("queue", "momentum")}
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def methods_file(found: list[Rated], imagenet: bool) -> str:
+    """The rows of the main table, OPTiML's recommended settings first."""
+    lines = [
+        "# Every method at the learning rate that was chosen for it: the rows of `examples/optiml/methods.sh table`.",
+        "# `python -m examples.optiml choose` makes this file from the records in examples/optiml/results/rates.",
+        *(f"# {line}" for line in RULE),
+    ]
+    for method in found:
+        lines += method.lines()
+    return "\n".join([*lines, *(["sup2"] if imagenet else [])]) + "\n"
+
+
+def ablation_file(found: list[Rated]) -> str:
+    """The rows of Table III and of variance and covariance by themselves, of OPTiML and of the objective as printed."""
+    lines = [
+        "# OPTiML without some of its parts, at the rates of methods.rows, which is made with this file.",
+        "# Invariance goes with the variance: without this, a constant embedding would minimise it.",
+    ]
+    for method in (method for name in (RECOMMENDED, PRINTED) for method in found if method.name == name):
+        lines += method.lines()
+        for part, (title, flags) in PARTS.items():
+            shown = f"{method.title} {title}" if method.name == RECOMMENDED else f"printed, {title}"
+            lines.append(f"{method.arm}-{part} {method.arm} {TITLE} '{shown}' {flags}")
+    return "\n".join(lines) + "\n"
+
+
+def main(config: ChooseConfig) -> None:
+    """The ``choose`` command."""
+    try:
+        rows = [row for row in read_rows(config.rows) if row.method]
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+    found = rated(rows, config.results / "runs")
+    for name, text in (("methods", methods_file(found, config.imagenet)), ("ablation", ablation_file(found))):
+        with atomic_path(config.out / f"{name}.rows") as part:
+            part.write_text(text)
+    for method in found:
+        print(f"{method.title}: {method.rate}")
+    print(f"Written: {config.out / 'methods.rows'}, {config.out / 'ablation.rows'}")

@@ -3,9 +3,10 @@
     # What follows a # is not read. The first row is what the others are compared with.
     positions               --optiml.match position --optiml.dense 256
     positions-value         positions --optiml.objective value
-    vicreg                  --method vicreg
+    vicreg                  --title "VICReg, tuned" --method vicreg
 
 A row above may stand before the flags: its own flags then come first, and the last of two equal ones counts.
+``--title`` says how the report prints the row; unset, by its name.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ from .comparison_rows import BUILT_IN, RECOMMENDED, ComparisonRow, rows
 
 #: What a row may set. All else is the same for all rows, and given to ``compare``.
 FREE = ("method", "preset", "init", "imagenet_weights", "norm", "options", "optim", "expander", "augment")
+
+#: How the report prints a row; no flag of ``pretrain``.
+TITLE = "--title"
 
 
 def comparison_rows(kind: str) -> list[ComparisonRow]:
@@ -54,9 +58,12 @@ def read_rows(path: Path) -> list[ComparisonRow]:
                 if flags[0] not in flags_of:
                     raise ValueError(f"there is no row {flags[0]!r} above")
                 flags[:1] = flags_of[flags[0]]
-            flags_of[name], row = flags, _row(name, flags)
+            title = _take_title(flags)
+            flags_of[name], row = flags, _row(name, flags, title)
             if row.arm in [other.arm for other in found]:
                 raise ValueError(f"there are two rows {row.arm!r}")
+            if row.title in [other.title for other in found]:
+                raise ValueError(f"there are two rows under the title {row.title!r}")
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from error
         found.append(row)
@@ -65,7 +72,19 @@ def read_rows(path: Path) -> list[ComparisonRow]:
     return found
 
 
-def _row(name: str, flags: list[str]) -> ComparisonRow:
+def _take_title(flags: list[str]) -> str:
+    """Remove the title from the flags and return it; empty if there is none."""
+    if TITLE not in flags:
+        return ""
+    place = flags.index(TITLE)
+    title = "".join(flags[place + 1 : place + 2])
+    if not title or title.startswith("-"):
+        raise ValueError(f"{TITLE} lacks its value")
+    del flags[place : place + 2]
+    return title
+
+
+def _row(name: str, flags: list[str], title: str) -> ComparisonRow:
     if not re.fullmatch(r"[a-z0-9]+([.-][a-z0-9]+)*", name):
         raise ValueError(f"a row is named in small letters, digits, - and ., not {name!r}")
     config = _parsed(*flags)
@@ -73,10 +92,12 @@ def _row(name: str, flags: list[str]) -> ComparisonRow:
     if fixed := next((path for path in overrides if path.partition(".")[0] not in FREE), None):
         raise ValueError(f"--{fixed.replace('_', '-')} is the same for all rows; give it to compare")
     overrides.pop("method", None)
-    row = ComparisonRow(name, config.method, overrides)
+    row = ComparisonRow(name, config.method, overrides, title, tuple(flags))
     known = next((other for kind in BUILT_IN for other in rows(kind) if other.arm == name), None)
     if known is None:
         return row
+    if title:
+        raise ValueError(f"{name!r} is a row of another comparison, with a title of its own")
     if known.method is None and not flags:  # ImageNet's weights
         return known
     if (known.method, known.overrides) != (row.method, row.overrides):
